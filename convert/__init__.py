@@ -1,0 +1,51 @@
+"""Moving checkpoints between PyTorch and Flax, and proving that nothing changed.
+
+    convert.convert("model.safetensors")               -> Certificate
+    convert.verify("model.safetensors", "model.flax")  -> Report
+    convert.inspect("model.flax")                      -> Inspection
+    convert.to_jax(tensor_or_tree)                     PyTorch tensors as JAX arrays
+    convert.to_torch(array_or_tree)                    and back
+
+Importing this imports no framework. The command line calls these functions and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from convert.api import convert, verify
+    from convert.certificate import Certificate
+    from convert.inspection import Inspection, inspect
+    from convert.proof.report import Report
+    from convert.tensors import to_jax, to_torch
+
+_WHERE = {
+    "Certificate": "convert.certificate",
+    "Inspection": "convert.inspection",
+    "Report": "convert.proof.report",
+    "convert": "convert.api",
+    "inspect": "convert.inspection",
+    "to_jax": "convert.tensors",
+    "to_torch": "convert.tensors",
+    "verify": "convert.api",
+}
+__all__ = [
+    "Certificate",
+    "Inspection",
+    "Report",
+    "convert",
+    "inspect",
+    "to_jax",
+    "to_torch",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'convert' has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""What is in a checkpoint, from its header alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoo import hub
+from zoo.containers import open_checkpoint
+from zoo.containers.base import TensorInfo
+from zoo.containers.errors import ZooError
+from zoo.identification import identify_header
+from zoo.label import read_label
+from zoo.peel import NOT_WEIGHTS
+
+
+@dataclass
+class Inspection:
+    """Names, shapes, dtypes and sizes, and the model they are of."""
+
+    path: str
+    container: str
+    tensors: dict[str, TensorInfo]
+    models: list[str]  # what fits every tensor: "bert (minilm_l6)"; empty if nothing does
+    why_not: str | None  # the nearest miss, where nothing fits
+    tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
+    ties: dict[str, str] = field(default_factory=dict)
+    optimizer: list[str] = field(default_factory=list)  # tensors of an optimizer's state
+    metadata: dict[str, str] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, those that share storage counted once."""
+        return sum(t.nbytes for n, t in self.tensors.items() if n not in self.ties)
+
+    @property
+    def values(self) -> int:
+        """Number of elements, likewise."""
+        return sum(t.size for n, t in self.tensors.items() if n not in self.ties)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As data for JSON."""
+        return {
+            "path": self.path,
+            "container": self.container,
+            "models": self.models,
+            "why_not": self.why_not,
+            "tree": self.tree,
+            "values": self.values,
+            "bytes": self.nbytes,
+            "tensors": {
+                n: {"dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes}
+                for n, t in self.tensors.items()
+            },
+            "ties": self.ties,
+            "optimizer": self.optimizer,
+            "metadata": self.metadata,
+            "extras": {k: v if _plain(v) else repr(v) for k, v in self.extras.items()},
+            "notices": self.notices,
+        }
+
+
+def inspect(source: str | os.PathLike[str]) -> Inspection:
+    """Look into a checkpoint of any container. Reads no tensor and imports no framework.
+
+    Raises ZooError for what is no checkpoint; one of an unknown model is no error.
+    """
+    path = hub.locate(source)
+    with open_checkpoint(path) as reader:
+        label = read_label(reader)
+        models, tree, why_not = [], None, None
+        notices = [*reader.notices, *label.notices]
+        try:
+            found = identify_header(reader.tensors, label)
+            models = list(dict.fromkeys(c.title() for c in found))
+            tree = found[0].tree
+            notices += found[0].peeled.notices()
+        except ZooError as e:
+            why_not = e.problem
+        return Inspection(
+            path=os.fspath(source),
+            container=reader.container,
+            tensors=dict(reader.tensors),
+            models=models,
+            why_not=why_not,
+            tree=tree,
+            ties=dict(reader.ties),
+            optimizer=[n for n in reader.tensors if n.partition(".")[0] in _OPTIMIZER],
+            metadata=dict(reader.metadata),
+            extras=dict(reader.extras),
+            notices=notices,
+        )
+
+
+_OPTIMIZER = {n for n in NOT_WEIGHTS if n.startswith("opt")}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)

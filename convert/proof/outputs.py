@@ -1,0 +1,152 @@
+"""Outputs and intermediates of two models, judged by what rounding explains.
+
+The reference is the PyTorch twin with the weights of A, run in float32 and in float64; the gap
+between the two is the noise. Nothing is compared with a tolerance that somebody chose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.proof.report import OutputRow
+from zoo.containers.errors import MissingExtra
+from zoo.loading import build
+from zoo.model import Config, Model
+
+MARGIN = 8.0  # times the noise
+FLOOR = 2.0**-23  # of the scale: float32's own resolution
+EXACT = 1e-10  # of the scale, in float64
+PRECISIONS = ("float32", "float64")
+
+Arrays = dict[str, np.ndarray]
+
+
+def compare_outputs(
+    model: Model,
+    config: Config,
+    a: tuple[str, Mapping[str, np.ndarray]],
+    b: tuple[str, Mapping[str, np.ndarray]],
+) -> list[OutputRow]:
+    """One row for each output and tap. `a` and `b` are (framework, canonical tensors)."""
+    inputs = model.inputs(config)
+    with _frameworks():
+        reference = {
+            p: run(model, config, "torch", a[1], inputs, p) for p in ("float32", "float64")
+        }
+        sides = [
+            reference
+            if side == ("torch", a[1])
+            else {p: run(model, config, *side, inputs, p) for p in ("float32", "float64")}
+            for side in (a, b)
+        ]
+    return judge(reference, *sides)
+
+
+def judge(
+    reference: Mapping[str, Arrays], a: Mapping[str, Arrays], b: Mapping[str, Arrays]
+) -> list[OutputRow]:
+    """The rows for runs of the reference and of both sides, each by its precision."""
+    rows = []
+    for name, exact in reference["float64"].items():
+        noise = _gap(reference["float32"][name], exact)
+        scale = float(np.abs(exact).max(initial=0.0))
+        error = _gap(a["float32"][name], b["float32"][name])
+        error64 = _gap(a["float64"][name], b["float64"][name])
+        same = error <= MARGIN * max(noise, FLOOR * scale) and error64 <= EXACT * scale
+        rows.append(OutputRow(name, exact.shape, error, noise, scale, error64, same))
+    return rows
+
+
+def run(
+    model: Model,
+    config: Config,
+    framework: str,
+    canonical: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    precision: str,
+) -> Arrays:
+    """Outputs and taps of one twin in eval mode, run in `precision`; all given as float64."""
+    given = {
+        name: x.astype(precision) if np.issubdtype(x.dtype, np.floating) else x
+        for name, x in inputs.items()
+    }
+    runner = _run_torch if framework == "torch" else _run_flax
+    output, taps = runner(model, config, canonical, given, precision)
+    named = {f"output.{k}" if k else "output": v for k, v in _fields(output)}
+    return {k: np.asarray(v, np.float64) for k, v in {**taps, **named}.items()}
+
+
+def _run_torch(
+    model: Model,
+    config: Config,
+    canonical: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    precision: str,
+) -> tuple[Any, dict[str, Any]]:
+    import torch
+
+    module = build(model, config, "torch", canonical, param_dtype=precision)
+    with torch.no_grad():
+        return module(**{k: torch.from_numpy(v) for k, v in inputs.items()}, taps=True)  # type: ignore[no-any-return]
+
+
+def _run_flax(
+    model: Model,
+    config: Config,
+    canonical: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    precision: str,
+) -> tuple[Any, dict[str, Any]]:
+    import jax
+    from flax import nnx
+
+    module = build(model, config, "flax", canonical, param_dtype=precision)
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def call(state: Any, inputs: dict[str, Any]) -> Any:
+        return nnx.merge(graph, state)(**inputs, taps=True)
+
+    return jax.device_get(call(state, dict(inputs)))  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _frameworks() -> Iterator[None]:
+    """Both frameworks at their highest precision and with 64 bits, and as they were afterwards."""
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("comparing outputs", "torch") from None
+    try:
+        import jax
+    except ImportError:
+        raise MissingExtra("comparing outputs", "flax") from None
+    before = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _fields(output: Any) -> list[tuple[str, Any]]:
+    """(name, array) of one array ("" for its name) or of a NamedTuple, without what is None."""
+    if hasattr(output, "_asdict"):
+        return [(k, v) for k, v in output._asdict().items() if v is not None]
+    return [("", output)]
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    """max|a - b|; NaN or a wrong shape anywhere is infinitely far."""
+    if a.shape != b.shape:
+        return float("inf")
+    gap = float(np.abs(a - b).max(initial=0.0))
+    return gap if np.isfinite(gap) else float("inf")

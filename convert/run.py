@@ -1,0 +1,253 @@
+"""Streams a Plan: read, apply, write, prove, commit. One step of the plan is in memory at a time,
+and one more is being read meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from convert.certificate import Certificate, TensorRecord, now, versions
+from convert.commit import check_space, check_target, commit, workplace, write_text
+from convert.targets import Target, open_writer, written_ties
+from zoo.apply import apply
+from zoo.containers import open_checkpoint
+from zoo.containers.base import Reader, Writer, fsync_directory
+from zoo.containers.errors import NotEquivalent, ZooError
+from zoo.label import Label
+from zoo.ops import describe
+from zoo.plan import Aside, Plan, Step, carry
+
+Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+_T = TypeVar("_T")
+
+
+def run(
+    reader: Reader,
+    plan: Plan,
+    target: Target,
+    *,
+    force: bool = False,
+    verify: bool = True,
+    prove: Callable[[Path], dict[str, object]] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Certificate:
+    """Execute `plan` into `target`, which appears whole and verified or not at all.
+
+    `prove`, if given, is called with the path of the finished but not yet committed checkpoint and
+    returns what it found, for the certificate; it raises NotEquivalent to stop. Raises ZooError.
+    """
+    check_target(target.path, reader.path, force)
+    check_space(target.path.parent, disk_needed(plan, target))
+    certificate = _blank(reader, plan, target)
+    with workplace(target.path) as place:
+        label = _set_aside(reader, plan, certificate)
+        _write(reader, plan, target, place, label, certificate, progress)
+        written = place / target.path.name
+        if verify:
+            certificate.verified = _verify(plan, written, certificate, progress)
+        if prove:
+            certificate.verified |= prove(written)
+        certificate.versions, certificate.created = versions(), now()
+        write_text(place / target.beside("certificate.json"), certificate.to_json())
+        for directory in (place, written):
+            if directory.is_dir():
+                fsync_directory(directory)
+        commit(place, target.path)
+    return certificate
+
+
+def disk_needed(plan: Plan, target: Target) -> int:
+    """Bytes that the conversion needs on the target's disk at its peak."""
+    size = sum(info.nbytes for info in plan.target_tensors().values())
+    spool = 2 if target.to == "pt" else 1  # torch saves from a spool file of the same size
+    return size * spool + (1 << 20)
+
+
+def memory_needed(plan: Plan) -> int:
+    """Bytes of tensors held at the peak: one step's source and result, the next step's source."""
+    pairs = zip(plan.steps, (*plan.steps[1:], None), strict=True)
+    return max(
+        (
+            s.nbytes + sum(i.nbytes for i in s.target_infos) + (n.nbytes if n else 0)
+            for s, n in pairs
+        ),
+        default=0,
+    )
+
+
+def sha256(array: np.ndarray) -> str:
+    """Of the array's bytes in row-major order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
+
+
+def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
+    """The results of the jobs in order; the next one runs while the caller works on this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        ahead = pool.submit(jobs[0]) if jobs else None
+        for job in (*jobs[1:], None):
+            assert ahead is not None
+            result = ahead.result()
+            ahead = pool.submit(job) if job else None
+            yield result
+            del result
+
+
+def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
+    config = dataclasses.asdict(plan.config) | dict.fromkeys(plan.unknown)
+    return Certificate(
+        source=reader.path.name,
+        source_container=reader.container,
+        source_tree=plan.source_tree,
+        target=target.path.name,
+        target_container=target.to,
+        target_tree=plan.target_tree,
+        model=plan.model.name,
+        layout=f"{plan.model.name}/{plan.model.version}",
+        config=config,
+        notices=list(plan.notices),
+    )
+
+
+def _set_aside(reader: Reader, plan: Plan, certificate: Certificate) -> Label:
+    """Read and check what the target has no place for; the label that keeps it."""
+    carried = dict(plan.label.carried)
+    for aside in plan.aside:
+        value = reader.read(aside.source)
+        digest = sha256(value)
+        if aside.tied_to is not None:
+            if digest != sha256(reader.read(aside.tied_to)):
+                raise ZooError(
+                    f"{aside.source} and {aside.tied_to} are tied, but hold different values",
+                    f"{plan.model.name} has them once: make them equal, or remove one",
+                )
+        else:
+            carried[aside.name] = carry(aside, value)
+        certificate.tensors.append(_aside_record(aside, digest))
+    return dataclasses.replace(plan.label, carried=carried)
+
+
+def _aside_record(aside: Aside, digest: str) -> TensorRecord:
+    op = "tied" if aside.tied_to is not None else "carried"
+    code = aside.info.dtype
+    return TensorRecord([aside.name], [aside.source], [], op, code, code, [digest], [])
+
+
+def _write(
+    reader: Reader,
+    plan: Plan,
+    target: Target,
+    place: Path,
+    label: Label,
+    certificate: Certificate,
+    progress: Progress,
+) -> None:
+    total = sum(s.nbytes for s in plan.steps)
+    ties: dict[str, list[str]] = {}
+    if target.to == "safetensors":
+        for name, to in written_ties(target, plan, label).items():
+            ties.setdefault(to, []).append(name)
+    with open_writer(target, place, plan, label) as writer:
+        jobs = [_reading(reader, step) for step in plan.steps]
+        done = 0
+        for step, (arrays, hashes) in zip(plan.steps, prefetch(jobs), strict=True):
+            made = apply(step.ops, arrays, step.target_infos[0].dtype)
+            for name, array in zip(step.targets, made, strict=True):
+                for each in (name, *ties.get(name, ())):
+                    writer.write(each, array)
+            same = all(a is b for a, b in zip(arrays, made, strict=False))
+            out = hashes if same and len(arrays) == len(made) else [sha256(a) for a in made]
+            certificate.tensors.append(_record(step, hashes, out))
+            done += step.nbytes
+            progress("convert", done, total)
+        _make(plan, writer, certificate)
+        writer.finish()
+    _write_label(target, place, label)
+
+
+def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
+    for made in plan.made:
+        value = made.value()
+        writer.write(made.name, value)
+        code = made.info.dtype
+        record = TensorRecord([made.name], [], [made.name], "made", code, code, [], [sha256(value)])
+        certificate.tensors.append(record)
+
+
+def _write_label(target: Target, place: Path, label: Label) -> None:
+    if target.is_directory or target.to in ("msgpack", "pt"):
+        write_text(place / target.beside("config.json"), label.to_config_json())
+
+
+def _reading(reader: Reader, step: Step) -> Callable[[], tuple[list[np.ndarray], list[str]]]:
+    def read() -> tuple[list[np.ndarray], list[str]]:
+        arrays = [reader.read(name) for name in step.sources]
+        return arrays, [sha256(a) for a in arrays]
+
+    return read
+
+
+def _record(step: Step, sources: list[str], targets: list[str]) -> TensorRecord:
+    return TensorRecord(
+        list(step.names),
+        list(step.sources),
+        list(step.targets),
+        describe(step.ops),
+        step.source_infos[0].dtype,
+        step.target_infos[0].dtype,
+        sources,
+        targets,
+    )
+
+
+def _verify(
+    plan: Plan, written: Path, certificate: Certificate, progress: Progress
+) -> dict[str, object]:
+    """Re-read what was written and compare it bit for bit, there and mapped back.
+
+    A cast cannot be mapped back: there only the written bits are compared with those meant.
+    """
+    records = {tuple(r.target): r for r in certificate.tensors if r.target}
+    total = sum(s.nbytes for s in plan.steps)
+    wrong: list[str] = []
+    done = 0
+    with ExitStack() as stack:
+        reader = stack.enter_context(open_checkpoint(written, "flax"))
+        found = set(reader.tensors)
+        expected = set(plan.target_tensors())
+        wrong += [f"{name} is not in the result" for name in sorted(expected - found)]
+        jobs = [_reading_back(reader, step, records[step.targets]) for step in plan.steps]
+        for step, problem in zip(plan.steps, prefetch(jobs), strict=True):
+            wrong += [problem] if problem else []
+            done += step.nbytes
+            progress("verify", done, total)
+        for made in plan.made:
+            if [sha256(reader.read(made.name))] != records[(made.name,)].target_sha256:
+                wrong.append(f"{made.name} was not written as made")
+    if wrong:
+        raise NotEquivalent(
+            f"{len(wrong)} tensors came back different: {'; '.join(wrong[:5])}",
+            "nothing was kept; the disk or the container's library is at fault, please report it",
+        )
+    return {"level": "bits", "tensors": len(plan.steps) + len(plan.made), "bytes": total}
+
+
+def _reading_back(reader: Reader, step: Step, record: TensorRecord) -> Callable[[], str | None]:
+    def check() -> str | None:
+        arrays = [reader.read(name) for name in step.targets]
+        if [sha256(a) for a in arrays] != record.target_sha256:
+            return f"{', '.join(step.targets)} was not written as made"
+        if record.dtype == record.target_dtype and step.ops:
+            back = apply(step.back, arrays)
+            if [sha256(a) for a in back] != record.source_sha256:
+                return f"{', '.join(step.sources)} does not map back"
+        return None
+
+    return check

@@ -1,0 +1,94 @@
+"""Tensors and trees of them between the frameworks: the same memory where both allow it, never
+another dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from zoo.containers.errors import MissingExtra, UsageError
+
+_WIDE = "float64", "int64", "uint64", "complex128"
+
+
+def to_jax(tree: Any) -> Any:
+    """Every torch tensor in `tree` (a tensor, or dicts, lists, tuples of them) as a jax.Array.
+
+    On one device and contiguous, the array is the tensor's own memory (dlpack); JAX takes arrays as
+    immutable, so do not write to the tensor while the array lives. Otherwise it is a copy. Raises
+    UsageError, naming the tensor, where JAX would change a dtype: 64-bit ones without x64.
+    """
+    torch, jax, jnp = _frameworks()
+
+    def one(x: Any, path: str) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        name = str(x.dtype).removeprefix("torch.")
+        if name in _WIDE and not jax.config.jax_enable_x64:
+            raise UsageError(
+                f"{path} is {name}, which JAX would cut to 32 bits",
+                "set jax_enable_x64, or cast it",
+            )
+        x = x.detach().resolve_conj().resolve_neg().contiguous()
+        if x.dtype == torch.bool or x.numel() == 0 or name.startswith("float8"):
+            return _by_bits(torch, jnp, x, name)
+        return jax.dlpack.from_dlpack(x)
+
+    return _map(one, tree, "the tensor")
+
+
+def to_torch(tree: Any) -> Any:
+    """Every jax.Array or NumPy array in `tree` as a torch tensor on the same device.
+
+    Where memory can be shared it is, and a jax.Array must then not be written to through the
+    tensor (torch cannot mark it read-only); clone it first. Raises UsageError for
+    a dtype that torch lacks.
+    """
+    torch, jax, _ = _frameworks()
+
+    def one(x: Any, path: str) -> Any:
+        if not isinstance(x, jax.Array | np.ndarray | np.generic):
+            return x
+        name = x.dtype.name
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise UsageError(f"{path} is {name}, which torch does not have", "cast it first")
+        if isinstance(x, jax.Array) and x.size and name != "bool" and not name.startswith("float8"):
+            return torch.utils.dlpack.from_dlpack(x)
+        array = np.array(x, order="C")  # a copy: torch takes no read-only memory
+        bits = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        return bits.view(getattr(torch, name)).reshape(array.shape)
+
+    return _map(one, tree, "the array")
+
+
+def _by_bits(torch: Any, jnp: Any, x: Any, name: str) -> Any:
+    """A copy through a view of the bytes, for what dlpack does not carry on every version."""
+    flat = x.cpu().reshape(-1).view(torch.uint8).numpy()
+    return jnp.asarray(flat.view(jnp.dtype(name)).reshape(tuple(x.shape)))
+
+
+def _map(one: Callable[[Any, str], Any], tree: Any, path: str) -> Any:
+    """`one` at every leaf; containers keep their type."""
+    if isinstance(tree, dict):
+        return type(tree)((k, _map(one, v, f"{path}[{k!r}]")) for k, v in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        parts = zip(tree._fields, tree, strict=True)
+        return type(tree)(*(_map(one, v, f"{path}.{k}") for k, v in parts))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(one, v, f"{path}[{i}]") for i, v in enumerate(tree))
+    return one(tree, path)
+
+
+def _frameworks() -> tuple[Any, Any, Any]:
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("moving tensors", "torch") from None
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ImportError:
+        raise MissingExtra("moving tensors", "flax") from None
+    return torch, jax, jnp

@@ -1,0 +1,327 @@
+"""What must hold for every model of the registry; a new one adds no line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from support import Arrays, canonical, every_config, every_tiny
+
+from convert.proof.outputs import FLOOR, MARGIN, compare_outputs, run
+from zoo import probe
+from zoo.apply import apply
+from zoo.containers.base import TensorInfo
+from zoo.identification import identify_header
+from zoo.init import initial
+from zoo.label import Label
+from zoo.layout import Layout, View, between
+from zoo.loading import build, build_from_tree
+from zoo.model import Config, Model
+from zoo.registry import families
+
+
+@every_config()
+def test_layout_is_the_torch_state_dict(model: Model, config: Config) -> None:
+    with torch.device("meta"):
+        module = model.definition("torch")(config)
+    found = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    assert found == model.layout_of(config).shapes("torch")
+    assert list(found) == list(model.layout_of(config).shapes("torch")), "order"
+
+
+@every_config()
+def test_layout_is_the_nnx_state(model: Model, config: Config) -> None:
+    module = nnx.eval_shape(lambda: model.definition("flax")(config, rngs=nnx.Rngs(0)))
+    state = nnx.to_flat_state(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat)))
+    found = {".".join(map(str, path)): tuple(v.shape) for path, v in state}
+    assert found == model.layout_of(config).shapes("nnx")
+
+
+@every_config()
+def test_parameters_are_counted_as_torch_counts_them(model: Model, config: Config) -> None:
+    with torch.device("meta"):
+        module = model.definition("torch")(config)
+    assert model.layout_of(config).parameters == sum(p.numel() for p in module.parameters())
+
+
+@every_config()
+def test_layout_survives_json(model: Model, config: Config) -> None:
+    layout = model.layout_of(config)
+    assert Layout.from_json(layout.to_json()) == layout
+
+
+@every_config()
+@pytest.mark.parametrize("tree", ["torch", "nnx", "linen"])
+def test_names_and_shapes_identify_it(model: Model, config: Config, tree: Any) -> None:
+    shapes = model.layout_of(config).shapes(tree)
+    header = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
+    found = [c for c in identify_header(header, Label()) if c.model is model]
+    told = {k for k in vars(config) if k not in model.unknown and "dropout" not in k}
+    assert any(all(getattr(c.config, k) == getattr(config, k) for k in told) for c in found)
+
+
+@every_tiny()
+def test_config_survives_transformers_json(model: Model, config: Config) -> None:
+    if model.to_hf is None:
+        assert model.from_hf is None
+        return
+    back = model.from_hf(model.to_hf(config))
+    told = {
+        name: getattr(config, name) for name in model.structure
+    }  # the tensors' names tell these
+    assert dataclasses.replace(back, **told) == config
+
+
+@every_tiny()
+def test_twins_agree_tap_by_tap(model: Model, config: Config) -> None:
+    weights = canonical(model, config)
+    rows = compare_outputs(model, config, ("torch", weights), ("flax", weights))
+    assert len(rows) > len([r for r in rows if r.name.startswith("output")]), "no taps"
+    assert not [r for r in rows if not r.same]
+    assert all(r.scale > 0.01 for r in rows), "an output too small to show a fault"
+
+
+@every_tiny()
+def test_fresh_weights_follow_from_seed_and_name_alone(model: Model, config: Config) -> None:
+    names = list(canonical(model, config))
+    a = initial(model, config, names, 0)
+    b = initial(model, config, list(reversed(names)), 0)
+    assert all((a[n] == b[n]).all() for n in names), "a tensor depends on which others are drawn"
+    other = initial(model, config, names, 1)
+    assert any((a[n] != other[n]).any() for n in names)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Loss and gradients, then the parameters after a few steps, under canonical names."""
+
+    loss: float
+    gradients: Arrays
+    after: Arrays
+
+
+STEPS, RATE = 3, 1e-3
+
+
+def probes(output: Any) -> list[np.ndarray]:
+    """Weights of a scalar loss that depends on every element of the output differently."""
+    return [probe.normal(f"loss.{i}", tuple(x.shape)) for i, x in enumerate(leaves(output))]
+
+
+def leaves(output: Any) -> list[Any]:
+    return [x for x in output if x is not None] if isinstance(output, tuple) else [output]
+
+
+def train_torch(model: Model, config: Config, weights: Arrays) -> Trained:
+    module = build(model, config, "torch", weights, param_dtype="float64")
+    given = {k: torch.from_numpy(v) for k, v in model.inputs(config).items()}
+    optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, weight_decay=0.01)
+    first: tuple[float, Arrays] | None = None
+    for _ in range(STEPS):
+        output = module(**given)
+        loss = sum(
+            (torch.sin(x) * torch.from_numpy(p)).sum()
+            for x, p in zip(leaves(output), probes(output), strict=True)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        if first is None:
+            grads = {
+                n: (torch.zeros_like(p) if p.grad is None else p.grad).numpy().copy()
+                for n, p in module.named_parameters()
+            }
+            first = (loss.item(), grads)
+        optimizer.step()
+    after = {n: p.detach().numpy() for n, p in module.named_parameters()}
+    assert first is not None
+    return Trained(first[0], first[1], after)
+
+
+def train_flax(model: Model, config: Config, weights: Arrays) -> Trained:
+    import optax
+
+    with jax.enable_x64(True):
+        module = build(model, config, "flax", weights, param_dtype="float64")
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        given = model.inputs(config)
+        tx = optax.adamw(RATE, weight_decay=0.01)
+
+        @jax.jit
+        def step(params: Any, state: Any) -> Any:
+            def loss_of(params: Any) -> Any:
+                output = nnx.merge(graph, params, rest)(**given)
+                pairs = zip(leaves(output), probes(output), strict=True)
+                return sum((jax.numpy.sin(x) * p).sum() for x, p in pairs)
+
+            loss, grads = jax.value_and_grad(loss_of)(params)
+            updates, state = tx.update(grads, state, params)
+            return loss, grads, optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        first = None
+        for _ in range(STEPS):
+            loss, grads, params, state = step(params, state)
+            first = first or (float(loss), grads)
+        return Trained(
+            first[0], to_canonical(model, config, first[1]), to_canonical(model, config, params)
+        )
+
+
+def to_canonical(model: Model, config: Config, state: Any) -> Arrays:
+    flat = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(state)}
+    layout = model.layout_of(config)
+    found: Arrays = {}
+    for source, target in zip(layout.view("nnx"), layout.view("torch"), strict=True):
+        if source.tensors and all(t.name in flat for t in source.tensors):
+            ops, _ = between(source, target)
+            made = apply(ops, [flat[t.name] for t in source.tensors])
+            found |= {t.name: a for t, a in zip(target.tensors, made, strict=True)}
+    return found
+
+
+@every_tiny()
+def test_twins_have_the_same_gradients_and_train_alike(model: Model, config: Config) -> None:
+    weights = canonical(model, config)
+    a, b = train_torch(model, config, weights), train_flax(model, config, weights)
+    assert abs(a.loss - b.loss) <= 1e-10 * abs(a.loss)
+    assert a.gradients.keys() == b.gradients.keys()
+    # Against the largest gradient: some have none of their own (PITFALLS 32).
+    scale = max(np.abs(g).max() for g in a.gradients.values())
+    for name, gradient in a.gradients.items():
+        assert np.abs(gradient - b.gradients[name]).max() <= 1e-10 * scale, name
+        if np.abs(gradient).max() > 1e-6 * scale:
+            gap = np.abs(a.after[name] - b.after[name]).max()
+            assert gap <= 1e-8 * np.abs(a.after[name]).max(), name
+            assert np.abs(a.after[name] - weights[name]).max() > 0.1 * RATE, f"{name} stood still"
+
+
+# --- Faults planted in the layout ---
+
+
+@dataclass(frozen=True)
+class Fault:
+    title: str
+    values: Arrays  # what the Flax twin then holds
+    touched: tuple[str, ...]  # canonical tensors in which it differs from what is right
+
+
+def right(layout: Layout, weights: Arrays) -> Arrays:
+    return mapped([v for v in layout.view("nnx") if v.tensors], weights)
+
+
+def mapped(views: list[View], weights: Arrays) -> Arrays:
+    found: Arrays = {}
+    for v in views:
+        made = apply(v.ops, [weights[t.name] for t in v.entry.torch])
+        found |= {t.name: a for t, a in zip(v.tensors, made, strict=True)}
+    return found
+
+
+def faults(model: Model, config: Config) -> Iterator[Fault]:
+    """Every square kernel untransposed, every pair of equal shapes swapped, every tensor zeroed."""
+    weights = canonical(model, config)
+    layout = model.layout_of(config)
+    good = right(layout, weights)
+    for v in layout.view("nnx"):
+        names = tuple(t.name for t in v.entry.torch)
+        if v.ops and [t.shape for t in v.entry.torch] == [t.shape for t in v.tensors]:
+            raw = {t.name: weights[n] for t, n in zip(v.tensors, names, strict=True)}
+            yield Fault(f"no op: {names}", good | raw, names)
+    plain = [v for v in layout.view("nnx") if len(v.tensors) == len(v.entry.torch) == 1]
+    by_shape: dict[Any, list[View]] = {}
+    for v in plain:
+        by_shape.setdefault(v.tensors[0].shape, []).append(v)
+    for group in by_shape.values():
+        for a, b in itertools.pairwise(group):
+            x, y = a.tensors[0].name, b.tensors[0].name
+            swapped = good | {x: good[y], y: good[x]}
+            touched = a.entry.torch[0].name, b.entry.torch[0].name
+            yield Fault(f"swapped: {touched}", swapped, touched)
+    for v in plain:
+        name = v.tensors[0].name
+        yield Fault(
+            f"zeroed: {name}", good | {name: np.zeros_like(good[name])}, (v.entry.torch[0].name,)
+        )
+
+
+def flax_runner(model: Model, config: Config) -> Callable[[Arrays], list[np.ndarray]]:
+    """Outputs of the Flax twin for any weights of its tree; compiled once."""
+    module = build_from_tree(
+        model, config, "flax", right(model.layout_of(config), canonical(model, config))
+    )
+    graph, state = nnx.split(module)
+    paths = {".".join(map(str, p)): p for p, _ in nnx.to_flat_state(state)}
+    given = model.inputs(config)
+    given = {
+        k: v.astype(np.float32) if v.dtype.kind == "f" else v.astype(np.int32)
+        for k, v in given.items()
+    }
+
+    @jax.jit
+    def call(values: Arrays) -> Any:
+        flat = dict(nnx.to_flat_state(state))
+        for name, value in values.items():
+            flat[paths[name]] = flat[paths[name]].replace(value)
+        return nnx.merge(graph, nnx.from_flat_state(flat))(**given)
+
+    return lambda values: [np.asarray(x) for x in leaves(call(values))]
+
+
+@every_tiny()
+def test_every_planted_fault_is_caught(model: Model, config: Config) -> None:
+    weights = canonical(model, config)
+    inputs = model.inputs(config)
+    exact = run(model, config, "torch", weights, inputs, "float64")
+    rough = run(model, config, "torch", weights, inputs, "float32")
+    names = [n for n in exact if n == "output" or n.startswith("output.")]
+    call = flax_runner(model, config)
+
+    def differs(values: Arrays) -> bool:
+        return any(
+            np.abs(got - rough[n]).max()
+            > MARGIN * max(np.abs(rough[n] - exact[n]).max(), FLOOR * np.abs(exact[n]).max())
+            for n, got in zip(names, call(values), strict=True)
+        )
+
+    assert not differs(right(model.layout_of(config), weights)), "a fault is seen where none is"
+    planted = list(faults(model, config))
+    assert len(planted) > 10
+    unseen = [f for f in planted if not differs(f.values)]
+    for fault in unseen:
+        reasons = [
+            why
+            for name in fault.touched
+            for pattern, why in model.invisible
+            if re.search(pattern, name)
+        ]
+        assert len(reasons) == len(fault.touched), f"{fault.title}: no output shows it"
+    # What no output can see, the comparison of bits does.
+    good = right(model.layout_of(config), weights)
+    for fault in unseen:
+        assert any(fault.values[n].tobytes() != good[n].tobytes() for n in good), fault.title
+
+
+def test_the_planted_faults_need_these_weights() -> None:
+    """Under constant weights most of the same faults are invisible: the test above could fail."""
+    model = families()["bert"]
+    config = model.tiny["encoder"]
+    call = flax_runner(model, config)
+    flat = {
+        n: np.full_like(a, 0.1)
+        for n, a in right(model.layout_of(config), canonical(model, config)).items()
+    }
+    reference = call(flat)
+    unseen = 0
+    for fault in faults(model, config):
+        if fault.title.startswith("swapped"):
+            unseen += all((x == y).all() for x, y in zip(call(flat), reference, strict=True))
+    assert unseen > 5

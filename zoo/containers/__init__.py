@@ -1,0 +1,149 @@
+"""Containers: files and directories that hold named arrays. They know bytes, no models.
+
+`open_checkpoint` recognises them by content. Each module here is one container: a Reader and, where
+it makes sense, a Writer (see `zoo.containers.base`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from zoo.containers.base import Reader
+from zoo.containers.errors import CorruptInput, UsageError
+
+CONTAINERS = ("safetensors", "torch", "msgpack", "orbax")
+_KNOWN = (
+    "known are safetensors, torch .pt/.pth/.bin, sharded checkpoints by their *.index.json, "
+    "Flax msgpack and Orbax directories"
+)
+# What a directory may call its one checkpoint, best first, by the side that wrote it.
+_TORCH_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.bin",
+    "*.ckpt",
+)
+_FLAX_FILES = (
+    "flax_model.msgpack.index.json",
+    "flax_model.msgpack",
+    "*.msgpack",
+    "*.safetensors.index.json",
+    "*.safetensors",
+)
+
+
+def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
+    """The Reader for whatever lies at `path`, recognised by content and not by name.
+
+    A directory with checkpoints of both frameworks gives the one of the framework `prefer`, "torch"
+    or "flax". Raises UsageError where there is nothing, CorruptInput where there is no checkpoint.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "give the path of a file or a directory")
+    return _open_directory(path, prefer) if path.is_dir() else _open_file(path)
+
+
+def _open_directory(path: Path, prefer: str) -> Reader:
+    from zoo.containers.orbax_dir import OrbaxReader, is_orbax
+
+    if is_orbax(path):
+        return OrbaxReader(path)
+    sides = (_FLAX_FILES, _TORCH_FILES) if prefer == "flax" else (_TORCH_FILES, _FLAX_FILES)
+    for pattern in (*sides[0], *sides[1]):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return _open_file(found[0])
+        if found:
+            names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
+            raise UsageError(
+                f"{path} holds {len(found)} checkpoints and no index: {names}", "name one of them"
+            )
+    inside = sorted(f.name for f in path.iterdir())[:5]
+    raise CorruptInput(
+        f"{path} holds no checkpoint"
+        + (f"; it holds {', '.join(inside)}" if inside else ": it is empty"),
+        _KNOWN,
+    )
+
+
+def _open_file(path: Path) -> Reader:
+    with path.open("rb") as f:
+        start = f.read(512)
+    if not start:
+        raise CorruptInput(f"{path} is empty", "copy or download it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CorruptInput(
+            f"{path} is a git-lfs pointer, not the file itself",
+            "fetch the file: git lfs pull",
+        )
+    for recognises, opener in _FILES:
+        if recognises(start):
+            return opener(path)
+    kind = "a text file" if _is_text(start) else "no checkpoint that zooconvert knows"
+    raise CorruptInput(f"{path} is {kind}", _KNOWN)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return len(start) > 8 and start[8:9] == b"{" and start[6:8] == b"\0\0"
+
+
+def _is_torch(start: bytes) -> bool:
+    legacy = (
+        start[:1] == b"\x80" and start[1:2] <= b"\x05" and b"\x8a\nl\xfc\x9cF\xf9" in start[:24]
+    )
+    return start.startswith(b"PK\x03\x04") or legacy or start[257:262] == b"ustar"
+
+
+def _is_index(start: bytes) -> bool:
+    return start.lstrip()[:1] == b"{"
+
+
+def _open_safetensors(path: Path) -> Reader:
+    from zoo.containers.safetensors_file import SafetensorsReader
+
+    return SafetensorsReader(path)
+
+
+def _open_torch(path: Path) -> Reader:
+    from zoo.containers.torch_file import TorchReader
+
+    return TorchReader(path)
+
+
+def _open_msgpack(path: Path) -> Reader:
+    from zoo.containers.flax_msgpack import MsgpackReader
+
+    return MsgpackReader(path)
+
+
+def _open_index(path: Path) -> Reader:
+    from zoo.containers.sharded import ShardedReader
+
+    return ShardedReader(path, _open_file)
+
+
+def _is_msgpack(start: bytes) -> bool:
+    from zoo.containers.flax_msgpack import looks_like
+
+    return looks_like(start)
+
+
+def _is_text(start: bytes) -> bool:
+    return all(b >= 32 or b in b"\t\n\r\f" for b in start)
+
+
+_FILES: tuple[tuple[Callable[[bytes], bool], Callable[[Path], Reader]], ...] = (
+    (_is_safetensors, _open_safetensors),
+    (_is_torch, _open_torch),
+    (_is_index, _open_index),
+    (_is_msgpack, _open_msgpack),
+)

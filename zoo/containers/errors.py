@@ -1,0 +1,75 @@
+"""What can go wrong, each with the exit code that the command line returns for it.
+
+Every error is two lines: what is wrong, and what to do about it. Where many things are wrong at
+once, they are listed between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def printable(text: str) -> str:
+    """`text` with everything that could move a cursor, hide or reorder text written as an escape.
+
+    Names come from files, and files from anywhere.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class ZooError(Exception):
+    """An error with a remedy. `problem` says what is wrong, `advice` what to do, each in one line;
+    `details` lists the parts of a problem that has many. All three are safe to print."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, advice: str, details: Sequence[str] = ()) -> None:
+        super().__init__(problem, advice, details)
+        self.problem = printable(problem)
+        self.advice = printable(advice)
+        self.details = [printable(d) for d in details]
+
+    def __str__(self) -> str:
+        return "\n".join([self.problem, *(f"  {d}" for d in self.details), self.advice])
+
+
+class UsageError(ZooError):
+    """The request itself cannot be met: an unknown model, an existing target, a bad option."""
+
+    exit_code = 2
+
+
+class NotEquivalent(ZooError):
+    """Two things that should be the same are not."""
+
+    exit_code = 3
+
+
+class UnsafeInput(ZooError):
+    """The input asks for what no checkpoint needs: running code, leaving its directory."""
+
+    exit_code = 4
+
+
+class CorruptInput(ZooError):
+    """The input is not, or is no longer, what its format says."""
+
+    exit_code = 5
+
+
+class MissingExtra(ZooError):
+    """A part of the package that was not installed."""
+
+    exit_code = 6
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the {extra!r} extra, which is not installed",
+            f"install it: pip install 'zooconvert[{extra}]'",
+        )
+
+
+class NoSpace(ZooError):
+    """The disk is full, or would be."""
+
+    exit_code = 7

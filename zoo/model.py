@@ -1,0 +1,107 @@
+"""The record that a model's folder hands to everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zoo.containers.errors import UsageError
+from zoo.layout import Entry, Layout
+from zoo.ops import Shape
+
+Config = Any  # a frozen dataclass of the family
+
+
+@dataclass(frozen=True, repr=False)
+class Model:
+    """One family: its configurations, its layout, and where its two definitions are.
+
+    `layout(config)` and `inputs(config)` need no framework. `torch` and `flax` are
+    "package.module:callable"; called with a config (Flax also with `rngs=`) they give a module.
+    """
+
+    name: str
+    version: int  # of the layout; goes up when a canonical name or shape changes
+    summary: str
+    config: type[Config]
+    presets: Mapping[str, Config]
+    tiny: Mapping[str, Config]  # small configurations that between them use every line
+    layout: Callable[[Config], Iterable[Entry]]
+    infer: Callable[[Mapping[str, Shape]], dict[str, Any] | None]
+    inputs: Callable[[Config], dict[str, np.ndarray]]
+    torch: str
+    flax: str
+    init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray]
+    invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output depends on the tensor)
+    unknown: frozenset[str] = frozenset()  # config fields that names and shapes cannot tell
+    structure: frozenset[str] = frozenset()  # config fields that names alone decide
+    spellings: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of retired tensor names
+    base_prefix: str = ""  # what upstream puts before the tensors of a model that got a head
+    hf_type: str | None = None  # `model_type` in a transformers config.json
+    from_hf: Callable[[Mapping[str, Any]], Config] | None = None
+    to_hf: Callable[[Config], dict[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r})"
+
+    def layout_of(self, config: Config) -> Layout:
+        """The layout of one configuration (configs are hashable, so it is built once)."""
+        return _layout_of(self, config)
+
+    def respell(self, name: str) -> str:
+        """A tensor name in today's spelling."""
+        for pattern, replacement in self.spellings:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def configure(self, **fields: Any) -> Config:
+        """A config of these fields; UsageError names what the family does not have."""
+        return override(self.config(), fields)
+
+    def definition(self, framework: str) -> Callable[..., Any]:
+        """The class or function that builds the module; imports the framework."""
+        module, _, attribute = getattr(self, framework).partition(":")
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=64)
+def _layout_of_cached(layout: Callable[[Config], Iterable[Entry]], config: Config) -> Layout:
+    return Layout(layout(config))
+
+
+def _layout_of(model: Model, config: Config) -> Layout:
+    return _layout_of_cached(model.layout, config)
+
+
+def override(config: Config, fields: Mapping[str, Any]) -> Config:
+    """`config` with other values in these fields; UsageError for what it cannot have."""
+    known = [f.name for f in dataclasses.fields(config)]
+    if wrong := [name for name in fields if name not in known]:
+        raise UsageError(
+            f"{type(config).__module__}.Config has no field {', '.join(wrong)}",
+            f"it has {', '.join(known)}",
+        )
+    try:
+        return dataclasses.replace(config, **fields)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"impossible configuration: {e}", "give values that fit together") from e
+
+
+def dim(shapes: Mapping[str, Shape], pattern: str, axis: int) -> int | None:
+    """The commonest size of `axis` among the tensors whose name `pattern` finds; None if none."""
+    sizes = Counter(s[axis] for n, s in shapes.items() if len(s) > axis and re.search(pattern, n))
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def count(shapes: Mapping[str, Shape], pattern: str) -> int:
+    """One more than the largest number that `pattern`'s group finds in a name; 0 if none."""
+    found = [m for n in shapes if (m := re.search(pattern, n))]
+    return max((int(m[1]) for m in found), default=-1) + 1

@@ -1,0 +1,1 @@
+"""The families. Each folder is one; `zoo.registry` finds them by looking."""

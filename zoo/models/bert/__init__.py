@@ -1,0 +1,51 @@
+"""BERT: a bidirectional Transformer encoder (Devlin 2018), with its usual heads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from zoo import probe
+from zoo.model import Model
+from zoo.models.bert.config import PRESETS, TINY, Config, from_hf, to_hf
+from zoo.models.bert.layout import PREFIX, SPELLINGS, infer, init, layout
+
+
+def inputs(c: Config) -> dict[str, np.ndarray]:
+    """Two sequences, the second one padded, with two token types."""
+    B, T = 2, min(11, c.max_position_embeddings)
+    mask = np.ones((B, T), np.int64)
+    mask[1, T * 2 // 3 :] = 0
+    return {
+        "input_ids": probe.integers("input_ids", (B, T), c.vocab_size),
+        "attention_mask": mask,
+        "token_type_ids": probe.integers("token_type_ids", (B, T), c.type_vocab_size),
+    }
+
+
+MODEL = Model(
+    name="bert",
+    version=1,
+    summary="bidirectional Transformer encoder (Devlin 2018)",
+    config=Config,
+    presets=PRESETS,
+    tiny=TINY,
+    layout=layout,
+    infer=infer,
+    inputs=inputs,
+    torch="zoo.models.bert.model_torch:bert",
+    flax="zoo.models.bert.model_flax:bert",
+    init=init,
+    invisible=(
+        (
+            r"attention\.self\.key\.bias$",
+            "it adds the same number to all logits of a query, which the softmax takes out",
+        ),
+    ),
+    unknown=frozenset({"num_attention_heads", "hidden_act", "layer_norm_eps"}),
+    structure=frozenset({"head", "pooler", "num_labels"}),
+    spellings=SPELLINGS,
+    base_prefix=PREFIX,
+    hf_type="bert",
+    from_hf=from_hf,
+    to_hf=to_hf,
+)

@@ -1,0 +1,138 @@
+"""BERT's hyper-parameters, under transformers' names, and the published sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+Head = Literal[
+    "none", "pretraining", "masked_lm", "sequence_classification", "token_classification"
+]
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
+
+# transformers' class for each head; the encoder alone is BertModel.
+CLASSES: dict[Head, str] = {
+    "none": "BertModel",
+    "pretraining": "BertForPreTraining",
+    "masked_lm": "BertForMaskedLM",
+    "sequence_classification": "BertForSequenceClassification",
+    "token_classification": "BertForTokenClassification",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of bert-base-uncased."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"  # gelu (by erf), gelu_new (by tanh), relu or silu
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    head: Head = "none"
+    pooler: bool = True  # a dense layer and tanh on the first token
+    num_labels: int = 2
+    classifier_dropout: float | None = None  # None: hidden_dropout_prob
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head not in CLASSES:
+            raise ValueError(f"head {self.head!r} is none of {', '.join(CLASSES)}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.head in ("pretraining", "sequence_classification") and not self.pooler:
+            raise ValueError(f"head {self.head!r} stands on the pooler")
+
+
+class Output(NamedTuple):
+    """Of the encoder alone. B sequences of T tokens, H hidden units."""
+
+    last_hidden_state: Any  # (B, T, H)
+    pooler_output: Any  # (B, H); None without a pooler
+
+
+class PreTrainingOutput(NamedTuple):
+    """Of the two heads that BERT was trained with. V tokens in the vocabulary."""
+
+    prediction_logits: Any  # (B, T, V)
+    seq_relationship_logits: Any  # (B, 2)
+
+
+BASE = Config()
+LARGE = replace(
+    BASE, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+)
+
+PRESETS = {
+    "bert_base_uncased": BASE,
+    "bert_base_cased": replace(BASE, vocab_size=28996),
+    "bert_large_uncased": LARGE,
+    "bert_large_cased": replace(LARGE, vocab_size=28996),
+    "minilm_l6": replace(BASE, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+}
+
+_TINY = Config(
+    vocab_size=99,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=40,
+)
+TINY = {
+    "encoder": _TINY,
+    "encoder_tanh_gelu": replace(_TINY, hidden_act="gelu_new", pooler=False),
+    "pretraining": replace(_TINY, head="pretraining", num_hidden_layers=1),
+    "masked_lm": replace(_TINY, head="masked_lm", pooler=False, num_hidden_layers=1),
+    "sequence_classification": replace(_TINY, head="sequence_classification", num_labels=3),
+    "token_classification": replace(
+        _TINY, head="token_classification", pooler=False, num_labels=5, num_hidden_layers=1
+    ),
+}
+
+# Fields that transformers' config.json has under the same name.
+_SHARED = [name for name in asdict(BASE) if name not in ("head", "pooler", "num_labels")]
+
+
+def from_hf(data: Mapping[str, Any]) -> Config:
+    """The Config that a transformers config.json states.
+
+    Raises ValueError for what BERT in transformers can be told to be and this one is not.
+    """
+    if (kind := data.get("position_embedding_type", "absolute")) != "absolute":
+        raise ValueError(f"position_embedding_type {kind!r}; only absolute positions are here")
+    if data.get("is_decoder"):
+        raise ValueError("is_decoder is set; only the encoder is here")
+    heads: dict[str, Head] = {name: head for head, name in CLASSES.items()}
+    named = [heads[a] for a in data.get("architectures") or () if a in heads]
+    head = named[0] if named else "none"
+    labels = data.get("num_labels") or len(data.get("id2label") or ()) or BASE.num_labels
+    return Config(
+        head=head,
+        pooler=head in ("none", "pretraining", "sequence_classification"),
+        num_labels=labels,
+        **{name: data[name] for name in _SHARED if name in data},
+    )
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """The keys of a transformers config.json; `from_hf` gives the Config back."""
+    data: dict[str, Any] = {"model_type": "bert", "architectures": [CLASSES[config.head]]}
+    data |= {name: getattr(config, name) for name in _SHARED}
+    if config.head in ("sequence_classification", "token_classification"):
+        data["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
+        data["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
+    return data

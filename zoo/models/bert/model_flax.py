@@ -1,0 +1,237 @@
+"""BERT in Flax NNX: the twin of model_torch.py, class by class.
+
+B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from zoo.models.bert.config import Config, Output, PreTrainingOutput
+from zoo.nn.attention_flax import dot_product_attention, mask_bias
+from zoo.nn.layers_flax import ACTIVATIONS, LayerNorm
+from zoo.nn.taps import Taps
+
+
+class BertEmbeddings(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.word_embeddings = nnx.Embed(c.vocab_size, c.hidden_size, **kw)
+        self.position_embeddings = nnx.Embed(c.max_position_embeddings, c.hidden_size, **kw)
+        self.token_type_embeddings = nnx.Embed(c.type_vocab_size, c.hidden_size, **kw)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+        self.dropout = nnx.Dropout(c.hidden_dropout_prob, rngs=kw["rngs"])
+
+    def __call__(self, input_ids: Array, token_type_ids: Array, position_ids: Array) -> Array:
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(x))
+
+
+class BertSelfAttention(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.heads = c.num_attention_heads
+        self.query = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
+        self.key = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
+        self.value = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
+        self.dropout = nnx.Dropout(c.attention_probs_dropout_prob, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
+        B, T, H = x.shape
+        q = tap("query", self.query(x)).reshape(B, T, self.heads, -1)
+        k = tap("key", self.key(x)).reshape(B, T, self.heads, -1)
+        v = tap("value", self.value(x)).reshape(B, T, self.heads, -1)
+        attended = dot_product_attention(q, k, v, bias.astype(q.dtype), self.dropout)
+        return attended.reshape(B, T, H)
+
+
+class BertSelfOutput(nnx.Module):
+    def __init__(self, c: Config, n_in: int, **kw: Any) -> None:
+        self.dense = nnx.Linear(n_in, c.hidden_size, **kw)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+        self.dropout = nnx.Dropout(c.hidden_dropout_prob, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, residual: Array) -> Array:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertAttention(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.self = BertSelfAttention(c, **kw)
+        self.output = BertSelfOutput(c, c.hidden_size, **kw)
+
+    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
+        attended = tap("self", self.self(x, bias, tap.at("self")))
+        return tap("output", self.output(attended, x))
+
+
+class BertIntermediate(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.dense = nnx.Linear(c.hidden_size, c.intermediate_size, **kw)
+        self.activation = ACTIVATIONS[c.hidden_act]
+
+    def __call__(self, x: Array) -> Array:
+        return self.activation(self.dense(x))
+
+
+class BertLayer(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.attention = BertAttention(c, **kw)
+        self.intermediate = BertIntermediate(c, **kw)
+        self.output = BertSelfOutput(c, c.intermediate_size, **kw)
+
+    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
+        x = self.attention(x, bias, tap.at("attention"))
+        y = tap("intermediate", self.intermediate(x))
+        return tap("output", self.output(y, x))
+
+
+class BertEncoder(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.layer = nnx.List([BertLayer(c, **kw) for _ in range(c.num_hidden_layers)])
+
+    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
+        for i, layer in enumerate(self.layer):
+            x = layer(x, bias, tap.at(f"layer.{i}"))
+        return x
+
+
+class BertPooler(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.dense = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.tanh(self.dense(x[:, 0]))
+
+
+class BertModel(nnx.Module):
+    """The encoder, with its pooler where the config has one."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.embeddings = BertEmbeddings(c, **kw)
+        self.encoder = BertEncoder(c, **kw)
+        self.pooler = BertPooler(c, **kw) if c.pooler else None
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        taps: bool | Taps = False,
+    ) -> Any:
+        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding -> Output.
+
+        `taps=True` gives (Output, {module path: intermediate}).
+        """
+        tap = taps if isinstance(taps, Taps) else Taps(taps)
+        if attention_mask is None:
+            attention_mask = jnp.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = jnp.arange(input_ids.shape[1])[None]
+        x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
+        bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
+        x = self.encoder(x, bias, tap.at("encoder"))
+        pooled = None if self.pooler is None else tap("pooler", self.pooler(x))
+        output = Output(x, pooled)
+        return output if tap is taps else tap.result(output)
+
+
+class BertPredictionHeadTransform(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.dense = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
+        self.activation = ACTIVATIONS[c.hidden_act]
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+
+    def __call__(self, x: Array) -> Array:
+        return self.LayerNorm(self.activation(self.dense(x)))
+
+
+class BertLMPredictionHead(nnx.Module):
+    """Logits by the word embeddings' own matrix, which is handed in: NNX has it once."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.transform = BertPredictionHeadTransform(c, **kw)
+        self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
+
+    def __call__(self, x: Array, embeddings: nnx.Embed, tap: Taps) -> Array:
+        logits = embeddings.attend(tap("transform", self.transform(x)))
+        return logits + self.bias[...].astype(logits.dtype)
+
+
+class BertPreTrainingHeads(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.predictions = BertLMPredictionHead(c, **kw)
+        self.seq_relationship = (
+            nnx.Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
+        )
+
+
+class BertForPreTraining(nnx.Module):
+    """Masked tokens and next sentence: PreTrainingOutput; head "masked_lm": logits (B, T, V)."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.bert = BertModel(c, **kw)
+        self.cls = BertPreTrainingHeads(c, **kw)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """As BertModel takes it -> logits, and their taps if asked for."""
+        tap = Taps(taps)
+        x, pooled = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
+        )
+        words = self.bert.embeddings.word_embeddings
+        logits = self.cls.predictions(x, words, tap.at("cls.predictions"))
+        if self.cls.seq_relationship is None:
+            return tap.result(logits)
+        return tap.result(PreTrainingOutput(logits, self.cls.seq_relationship(pooled)))
+
+
+class BertForClassification(nnx.Module):
+    """Labels for the sequence from the pooler (B, L), or for every token (B, T, L)."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.per_token = c.head == "token_classification"
+        self.bert = BertModel(c, **kw)
+        dropout = c.classifier_dropout
+        rate = c.hidden_dropout_prob if dropout is None else dropout
+        self.dropout = nnx.Dropout(rate, rngs=kw["rngs"])
+        self.classifier = nnx.Linear(c.hidden_size, c.num_labels, **kw)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """As BertModel takes it -> logits, and their taps if asked for."""
+        tap = Taps(taps)
+        x, pooled = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
+        )
+        logits = self.classifier(self.dropout(x if self.per_token else pooled))
+        return tap.result(logits)
+
+
+def bert(c: Config, **kw: Any) -> nnx.Module:
+    """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights;
+    `rngs` is required, as everywhere in NNX."""
+    if c.head == "none":
+        return BertModel(c, **kw)
+    if c.head in ("pretraining", "masked_lm"):
+        return BertForPreTraining(c, **kw)
+    return BertForClassification(c, **kw)

@@ -1,0 +1,246 @@
+"""BERT in PyTorch. Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
+
+B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.models.bert.config import Config, Output, PreTrainingOutput
+from zoo.nn.attention_torch import dot_product_attention, mask_bias
+from zoo.nn.layers_torch import ACTIVATIONS, Embedding, LayerNorm, Linear
+from zoo.nn.taps import Taps
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, **kw)
+        self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, **kw)
+        self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, **kw)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(x))
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.heads = c.num_attention_heads
+        self.query = Linear(c.hidden_size, c.hidden_size, **kw)
+        self.key = Linear(c.hidden_size, c.hidden_size, **kw)
+        self.value = Linear(c.hidden_size, c.hidden_size, **kw)
+        self.dropout = nn.Dropout(c.attention_probs_dropout_prob)
+
+    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
+        B, T, H = x.shape
+        q = tap("query", self.query(x)).view(B, T, self.heads, -1)
+        k = tap("key", self.key(x)).view(B, T, self.heads, -1)
+        v = tap("value", self.value(x)).view(B, T, self.heads, -1)
+        dropout = self.dropout.p if self.training else 0.0
+        return dot_product_attention(q, k, v, bias.to(q.dtype), dropout).reshape(B, T, H)
+
+
+class BertSelfOutput(nn.Module):
+    def __init__(self, c: Config, n_in: int, **kw: Any) -> None:
+        super().__init__()
+        self.dense = Linear(n_in, c.hidden_size, **kw)
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(c, **kw)
+        self.output = BertSelfOutput(c, c.hidden_size, **kw)
+
+    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
+        attended = tap("self", self.self(x, bias, tap.at("self")))
+        return tap("output", self.output(attended, x))
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.dense = Linear(c.hidden_size, c.intermediate_size, **kw)
+        self.activation = ACTIVATIONS[c.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(x))
+
+
+class BertLayer(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.attention = BertAttention(c, **kw)
+        self.intermediate = BertIntermediate(c, **kw)
+        self.output = BertSelfOutput(c, c.intermediate_size, **kw)
+
+    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
+        x = self.attention(x, bias, tap.at("attention"))
+        y = tap("intermediate", self.intermediate(x))
+        return tap("output", self.output(y, x))
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
+
+    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
+        for i, layer in enumerate(self.layer):
+            x = layer(x, bias, tap.at(f"layer.{i}"))
+        return x
+
+
+class BertPooler(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.dense = Linear(c.hidden_size, c.hidden_size, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x[:, 0]))
+
+
+class BertModel(nn.Module):
+    """The encoder, with its pooler where the config has one."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(c, **kw)
+        self.encoder = BertEncoder(c, **kw)
+        self.pooler = BertPooler(c, **kw) if c.pooler else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        taps: bool | Taps = False,
+    ) -> Any:
+        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding -> Output.
+
+        `taps=True` gives (Output, {module path: intermediate}).
+        """
+        tap = taps if isinstance(taps, Taps) else Taps(taps)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
+        bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
+        x = self.encoder(x, bias, tap.at("encoder"))
+        pooled = None if self.pooler is None else tap("pooler", self.pooler(x))
+        output = Output(x, pooled)
+        return output if tap is taps else tap.result(output)
+
+
+class BertPredictionHeadTransform(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.dense = Linear(c.hidden_size, c.hidden_size, **kw)
+        self.activation = ACTIVATIONS[c.hidden_act]
+        self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.LayerNorm(self.activation(self.dense(x)))
+
+
+class BertLMPredictionHead(nn.Module):
+    """Logits by the word embeddings' own matrix, which `decoder` shares."""
+
+    def __init__(self, c: Config, embeddings: Embedding, **kw: Any) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(c, **kw)
+        self.decoder = Linear(c.hidden_size, c.vocab_size, **kw)
+        self.decoder.weight = embeddings.weight
+        self.bias = self.decoder.bias
+
+    def forward(self, x: Tensor, tap: Taps) -> Tensor:
+        return self.decoder(tap("transform", self.transform(x)))
+
+
+class BertPreTrainingHeads(nn.Module):
+    def __init__(self, c: Config, embeddings: Embedding, **kw: Any) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(c, embeddings, **kw)
+        self.seq_relationship = Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
+
+
+class BertForPreTraining(nn.Module):
+    """Masked tokens and next sentence: PreTrainingOutput; head "masked_lm": logits (B, T, V)."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.bert = BertModel(c, **kw)
+        self.cls = BertPreTrainingHeads(c, self.bert.embeddings.word_embeddings, **kw)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """As BertModel takes it -> logits, and their taps if asked for."""
+        tap = Taps(taps)
+        x, pooled = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
+        )
+        logits = self.cls.predictions(x, tap.at("cls.predictions"))
+        if self.cls.seq_relationship is None:
+            return tap.result(logits)
+        return tap.result(PreTrainingOutput(logits, self.cls.seq_relationship(pooled)))
+
+
+class BertForClassification(nn.Module):
+    """Labels for the sequence from the pooler (B, L), or for every token (B, T, L)."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.per_token = c.head == "token_classification"
+        self.bert = BertModel(c, **kw)
+        dropout = c.classifier_dropout
+        self.dropout = nn.Dropout(c.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = Linear(c.hidden_size, c.num_labels, **kw)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """As BertModel takes it -> logits, and their taps if asked for."""
+        tap = Taps(taps)
+        x, pooled = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
+        )
+        logits = self.classifier(self.dropout(x if self.per_token else pooled))
+        return tap.result(logits)
+
+
+def bert(c: Config, **kw: Any) -> nn.Module:
+    """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights."""
+    if c.head == "none":
+        return BertModel(c, **kw)
+    if c.head in ("pretraining", "masked_lm"):
+        return BertForPreTraining(c, **kw)
+    return BertForClassification(c, **kw)

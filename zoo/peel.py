@@ -1,0 +1,95 @@
+"""Wrappers around the tensors of a model: training scripts, DDP, compile and Lightning add them.
+
+Only names are looked at. Each level that could hold the model is offered, outermost first;
+`zoo.identification` takes the first at which a model fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "state")
+# Parts of a training checkpoint that hold tensors, none of them a weight.
+NOT_WEIGHTS = frozenset(
+    [
+        *("optimizer", "optimizer_state_dict", "optimizer_states", "opt_state", "optim"),
+        *("scheduler", "lr_scheduler", "lr_schedulers", "lr_scheduler_state_dict", "scaler"),
+        *("rng", "rngs", "rng_state", "rng_states", "cuda_rng_state", "torch_rng_state", "key"),
+        *("callbacks", "loops", "step", "epoch", "global_step", "ema"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Peeled:
+    """One level: what a tensor is called there -> what the file calls it."""
+
+    names: dict[str, str]
+    wrappers: tuple[str, ...] = ()  # what was taken off, outermost first
+    set_aside: tuple[str, ...] = ()  # tensors of the file that are no weights
+
+    def notices(self) -> list[str]:
+        """What a user should be told of it."""
+        told = []
+        if self.wrappers:
+            told.append(f"taken off the names: {' '.join(f'{w}.' for w in self.wrappers)}")
+        if self.set_aside:
+            parts = sorted({_head(n) for n in self.set_aside})
+            told.append(
+                f"{len(self.set_aside)} tensors are no weights and stay behind: "
+                + ", ".join(parts[:5])
+                + (", ..." if len(parts) > 5 else "")
+            )
+        return told
+
+
+def levels(names: Iterable[str], base_prefix: str = "") -> Iterator[Peeled]:
+    """Each level at which the model may lie, outermost first; `base_prefix` is one more wrapper."""
+    untouched = current = Peeled({n: n for n in names})
+    yield untouched
+    for step in (_without_rng, _without_value, _without_compile):
+        current = step(current)
+    while True:
+        if current.names and current != untouched:
+            yield current
+        tops = {_head(n) for n in current.names}
+        for wrapper in (*WRAPPERS, base_prefix.removesuffix(".")):
+            if tops == {wrapper}:
+                inner = {n.partition(".")[2]: s for n, s in current.names.items()}
+                current = Peeled(inner, (*current.wrappers, wrapper), current.set_aside)
+                break
+        else:
+            return
+
+
+def _without_rng(p: Peeled) -> Peeled:
+    """Optimizer states, generators and counters set aside, wherever they stand."""
+    keep = {n: s for n, s in p.names.items() if not NOT_WEIGHTS & {_head(n), *_rng_parts(n)}}
+    aside = tuple(s for n, s in p.names.items() if n not in keep)
+    return Peeled(keep, p.wrappers, aside)
+
+
+def _without_value(p: Peeled) -> Peeled:
+    """NNX variables saved whole: every leaf is called `value`."""
+    if p.names and all(n.endswith(".value") for n in p.names):
+        names = {n.removesuffix(".value"): s for n, s in p.names.items()}
+        return Peeled(names, p.wrappers, p.set_aside)
+    return p
+
+
+def _without_compile(p: Peeled) -> Peeled:
+    """torch.compile puts `_orig_mod` before the names of whatever module it wraps, at any depth."""
+    parts = {n: [part for part in n.split(".") if part != "_orig_mod"] for n in p.names}
+    names = {".".join(parts[n]): s for n, s in p.names.items()}
+    if len(names) != len(p.names) or names == p.names:
+        return p
+    return Peeled(names, (*p.wrappers, "_orig_mod"), p.set_aside)
+
+
+def _head(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _rng_parts(name: str) -> set[str]:
+    return {part for part in name.split(".") if part in ("rngs", "rng")}

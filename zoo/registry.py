@@ -1,0 +1,70 @@
+"""Which models there are: the folders of `zoo.models` and the `zooconvert.models` entry points."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import NamedTuple
+
+import zoo.models
+from zoo.containers.errors import UsageError
+from zoo.model import Config, Model
+
+
+class Found(NamedTuple):
+    """What a name stands for. `config` is None for a family, `weights` for a bare preset."""
+
+    model: Model
+    config: Config | None
+    weights: str | None
+
+
+@functools.cache
+def families() -> dict[str, Model]:
+    """Family name -> Model. Raises UsageError where two claim one family or preset name."""
+    found = [
+        importlib.import_module(f"zoo.models.{module.name}").MODEL
+        for module in pkgutil.iter_modules(zoo.models.__path__)
+        if module.ispkg
+    ]
+    found += [point.load() for point in entry_points(group="zooconvert.models")]
+    owner: dict[str, str] = {}
+    for model in found:
+        for name in {model.name, *model.presets}:
+            if name in owner:
+                raise UsageError(
+                    f"the model name {name!r} is claimed by {owner[name]} and by {model.name}",
+                    "uninstall one of the packages that provide them",
+                )
+            owner[name] = model.name
+    return {model.name: model for model in sorted(found, key=lambda m: m.name)}
+
+
+def names(pattern: str = "*") -> list[str]:
+    """The presets whose name matches a shell pattern, sorted."""
+    every = (preset for model in families().values() for preset in model.presets)
+    return sorted(fnmatch.filter(every, pattern))
+
+
+def get(name: str) -> Found:
+    """What `name` stands for: a preset, a family, or `preset.tag`, pretrained weights.
+
+    Raises UsageError for a name that nothing has, with the nearest that exist.
+    """
+    base, _, tag = name.partition(".")
+    for model in families().values():
+        if base in model.presets:
+            return Found(model, model.presets[base], tag or None)
+        if base == model.name and not tag:
+            return Found(model, None, None)
+    from difflib import get_close_matches
+
+    known = [*names(), *families()]
+    near = get_close_matches(base, known, 3, 0.5)
+    raise UsageError(
+        f"no model is called {name!r}",
+        f"did you mean {' or '.join(near)}?" if near else "`zooconvert models` lists them",
+    )
