@@ -15,7 +15,7 @@ from convert.certificate import Certificate
 from convert.commit import check_target
 from convert.proof.report import LEVELS, Level, Report
 from convert.run import Progress, disk_needed, memory_needed, run
-from convert.targets import Target, choose
+from convert.targets import Target, by_suffix, choose
 from zoo import hub
 from zoo.apply import apply
 from zoo.containers import open_checkpoint
@@ -66,8 +66,16 @@ class _Order:
 
     def open(self) -> Reader:
         """The source, of the framework that the target is not of."""
-        wanted = self.framework or _side(self.to)
-        return open_checkpoint(hub.locate(self.src), "flax" if wanted == "torch" else "torch")
+        prefer = "flax" if self.wanted == "torch" else "torch"
+        return open_checkpoint(hub.locate(self.src), prefer)
+
+    @property
+    def wanted(self) -> str | None:
+        """The framework that was asked for, if one was: safetensors is of both."""
+        if self.framework is not None:
+            return self.framework
+        to = self.to or by_suffix(None if self.dst is None else Path(self.dst))
+        return {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")
 
     def prepare(self, reader: Reader) -> Prepared:
         """Identify, plan, and choose the target."""
@@ -75,12 +83,12 @@ class _Order:
             raise UsageError(
                 f"there is no tree {self.tree!r}", f"known are {', '.join(FLAX_TREES)}"
             )
-        framework = self.framework or _side(self.to)
         target_tree: Tree | None = None
         sources: tuple[Tree, ...] = TREES
-        if framework is not None:
-            target_tree = "torch" if framework == "torch" else self.tree
-            sources = FLAX_TREES if framework == "torch" else ("torch",)
+        if self.wanted is not None:
+            target_tree = "torch" if self.wanted == "torch" else self.tree
+            sources = FLAX_TREES if self.wanted == "torch" else ("torch",)
+            self.target(self.wanted)  # what cannot be asked for is told before the tensors are
         made = make_plan(
             reader,
             read_label(reader),
@@ -89,11 +97,13 @@ class _Order:
             sources=sources,
             dtype=None if self.dtype is None else dtype_code(self.dtype),
         )
-        framework = "torch" if made.target_tree == "torch" else "flax"
-        dst = None if self.dst is None else Path(self.dst)
-        source = hub.locate(self.src)
-        target, told = choose(source, dst, self.to, framework, self.max_shard_size)
+        target, told = self.target("torch" if made.target_tree == "torch" else "flax")
         return Prepared(made, target, [*made.notices, *told], reader.container)
+
+    def target(self, framework: str) -> tuple[Target, list[str]]:
+        """Where the result goes, and what to tell about it."""
+        dst = None if self.dst is None else Path(self.dst)
+        return choose(hub.locate(self.src), dst, self.to, framework, self.max_shard_size)
 
 
 def convert(
@@ -239,8 +249,3 @@ def _canonical(reader: Reader, p: Plan) -> dict[str, np.ndarray]:
         made = apply(step.ops, [reader.read(name) for name in step.sources])
         values |= dict(zip(step.targets, made, strict=True))
     return values
-
-
-def _side(to: str | None) -> str | None:
-    """The framework that a container belongs to; safetensors is of both."""
-    return {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")

@@ -39,7 +39,7 @@ def choose(
     """
     told: list[str] = []
     if to is None:
-        to = _by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
+        to = by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
         if to == "orbax" and dst is None and importlib.util.find_spec("tensorstore") is None:
             to = "msgpack"
             told.append("writing msgpack: Orbax needs the 'orbax' extra, which is not installed")
@@ -80,7 +80,7 @@ def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer
     if target.to == "orbax":
         from zoo.containers.orbax_dir import OrbaxWriter
 
-        return OrbaxWriter(path, header, {})
+        return OrbaxWriter(path, header, label.to_metadata())
     if target.to == "msgpack":
         from zoo.containers.flax_msgpack import MsgpackWriter
 
@@ -110,7 +110,8 @@ def _safetensors(
     return SafetensorsWriter(path, header, metadata)
 
 
-def _by_suffix(dst: Path | None) -> str | None:
+def by_suffix(dst: Path | None) -> str | None:
+    """The container that a target's name asks for, if it does."""
     suffix = dst.suffix if dst else ""
     if suffix in (".pth", ".bin"):
         return "pt"

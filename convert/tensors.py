@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from zoo.containers import dtypes
 from zoo.containers.errors import MissingExtra, UsageError
 
 _WIDE = "float64", "int64", "uint64", "complex128"
+_CARRIED = {*dtypes.FROM_NAME, "complex128"}
 
 
 def to_jax(tree: Any) -> Any:
@@ -30,6 +32,10 @@ def to_jax(tree: Any) -> Any:
             raise UsageError(
                 f"{path} is {name}, which JAX would cut to 32 bits",
                 "set jax_enable_x64, or cast it",
+            )
+        if name not in _CARRIED or x.layout != torch.strided:
+            raise UsageError(
+                f"{path} is {name}, {x.layout}, which is not carried", "convert it first"
             )
         x = x.detach().resolve_conj().resolve_neg().contiguous()
         if x.dtype == torch.bool or x.numel() == 0 or name.startswith("float8"):
@@ -52,7 +58,7 @@ def to_torch(tree: Any) -> Any:
         if not isinstance(x, jax.Array | np.ndarray | np.generic):
             return x
         name = x.dtype.name
-        if not isinstance(getattr(torch, name, None), torch.dtype):
+        if name not in _CARRIED:
             raise UsageError(f"{path} is {name}, which torch does not have", "cast it first")
         if isinstance(x, jax.Array) and x.size and name != "bool" and not name.startswith("float8"):
             return torch.utils.dlpack.from_dlpack(x)

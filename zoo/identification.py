@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from zoo.peel import Peeled, levels
 from zoo.registry import families
 
 FLAX_TREES: tuple[Tree, ...] = ("nnx", "linen", "linen-compact")
-_SHOWN = 30  # problems that an error spells out
+_SHOWN = 10  # problems of one kind that an error spells out
 
 
 @dataclass
@@ -35,15 +36,25 @@ class Problems:
         return len(self.missing) + len(self.surplus) + len(self.misshaped)
 
     def lines(self) -> list[str]:
-        """One line a problem, with the nearest name where a name may be misspelt."""
-        lines = [
-            f"missing: {n} {_dims(s)}{_near(n, self.surplus)}" for n, s in self.missing.items()
+        """One line a problem, with the nearest name where a name may be misspelt.
+
+        Of each kind the first are spelled out, and the rest counted.
+        """
+        missing = [
+            f"missing: {n} {_dims(s)}{_near(n, self.surplus)}"
+            for n, s in itertools.islice(self.missing.items(), _SHOWN)
         ]
-        lines += [f"surplus: {n}" for n in self.surplus]
-        lines += [
+        surplus = [f"surplus: {n}" for n in self.surplus[:_SHOWN]]
+        misshaped = [
             f"wrong shape: {n} is {_dims(got)}, should be {_dims(want)}"
-            for n, (got, want) in self.misshaped.items()
+            for n, (got, want) in itertools.islice(self.misshaped.items(), _SHOWN)
         ]
+        counts = len(self.missing), len(self.surplus), len(self.misshaped)
+        lines: list[str] = []
+        for kind, n in zip((missing, surplus, misshaped), counts, strict=True):
+            lines += kind
+            if n > len(kind):
+                lines.append(f"{kind[0].partition(':')[0]}: ... and {n - len(kind)} more")
         return lines
 
 
@@ -112,10 +123,18 @@ def identify_header(
     trees: Iterable[Tree] = TREES,
 ) -> list[Candidate]:
     """Every reading that fits without a problem; ZooError listing all problems if there is none."""
-    found = list(_readings(tensors, label, request, tuple(trees)))
+    wanted = tuple(trees)
+    found = list(_readings(tensors, label, request, wanted))
     if perfect := [c for c in found if not c.problems]:
         depth = min(len(c.peeled.wrappers) for c in perfect)
         return [c for c in perfect if len(c.peeled.wrappers) == depth]
+    others = tuple(t for t in TREES if t not in wanted)
+    if any(not c.problems for c in _readings(tensors, label, request, others)):
+        side, other = ("PyTorch", "torch2flax") if "torch" in others else ("Flax", "flax2torch")
+        raise UsageError(
+            f"it is a {side} checkpoint already: its names are {side}'s",
+            f"convert it the other way (zooconvert {other}), or copy it",
+        )
     best = max(found, key=lambda c: c.fit, default=None)
     if best is None or (best.fit < 0.5 and request.model is None and label.model is None):
         raise _unknown_model(tensors)
@@ -124,14 +143,13 @@ def identify_header(
 
 def mismatch(candidate: Candidate) -> ZooError:
     """The error that lists everything in which the header differs from its nearest model."""
-    lines = candidate.problems.lines()
-    more = len(lines) - _SHOWN
+    count = len(candidate.problems)
     return ZooError(
-        f"the tensors are not those of {candidate.title()}: {len(lines)} "
-        f"{'differs' if len(lines) == 1 else 'differ'}",
+        f"the tensors are not those of {candidate.title()}: {count} "
+        f"{'differs' if count == 1 else 'differ'}",
         "if it is another model or size, name it with --model or --config; "
         "else the checkpoint is incomplete",
-        lines if more <= 0 else [*lines[:_SHOWN], f"... and {more} more"],
+        candidate.problems.lines(),
     )
 
 

@@ -124,7 +124,13 @@ def read_config_file(path: Path) -> Label:
         return dataclasses.replace(label, hf={k: v for k, v in data.items() if k != "zoo"})
     for model in families().values():
         if model.hf_type == data.get("model_type") and model.hf_type and model.from_hf:
-            return Label(model, model.from_hf(data), hf=data, source=str(path))
+            try:
+                return Label(model, model.from_hf(data), hf=data, source=str(path))
+            except (TypeError, ValueError) as e:
+                raise UsageError(
+                    f"{path} describes a {model.name} that is not in the zoo: {e}",
+                    "convert another checkpoint, or say what this one is with --config",
+                ) from None
     if "model_type" in data:
         notice = f"{path} describes a {data['model_type']!r}, which the zoo does not have"
         return Label(source=str(path), notices=(f"{notice}: not used",))

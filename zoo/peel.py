@@ -37,7 +37,7 @@ class Peeled:
         if self.set_aside:
             parts = sorted({_head(n) for n in self.set_aside})
             told.append(
-                f"{len(self.set_aside)} tensors are no weights and stay behind: "
+                f"no weights, not converted: {len(self.set_aside)} of the tensors, below "
                 + ", ".join(parts[:5])
                 + (", ..." if len(parts) > 5 else "")
             )

@@ -1,0 +1,546 @@
+"""Conversions end to end: containers, trees, dtypes, ties, and what is on disk if one fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from support import Arrays, bits, canonical, every_tiny, write
+
+import convert
+from convert.certificate import Certificate
+from zoo.containers import open_checkpoint
+from zoo.containers.errors import NoSpace, NotEquivalent, UsageError, ZooError
+from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter
+from zoo.containers.safetensors_file import SafetensorsWriter
+from zoo.label import Label
+from zoo.model import Config, Model
+from zoo.models.bert import MODEL
+
+CONFIG = MODEL.tiny["encoder"]
+
+
+def source(folder: Path, arrays: Arrays | None = None, config: Config = CONFIG) -> Path:
+    """A PyTorch checkpoint with its config.json, in a directory of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(Label(MODEL, config).to_config_json())
+    return write(
+        SafetensorsWriter, folder / "model.safetensors", arrays or canonical(MODEL, config)
+    )
+
+
+def contents(path: Path) -> dict[str, tuple[Any, ...]]:
+    with open_checkpoint(path, "flax") as reader:
+        return {name: bits(reader.read(name)) for name in reader.tensors}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+# --- There and back ---
+
+
+@every_tiny()
+@pytest.mark.parametrize("tree", ["nnx", "linen"])
+@pytest.mark.parametrize("to", ["orbax", "msgpack", "safetensors"])
+@pytest.mark.parametrize("back", ["safetensors", "pt"])
+def test_there_and_back(
+    model: Model, config: Config, to: str, tree: Any, back: str, tmp_path: Path
+) -> None:
+    arrays = canonical(model, config)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text(Label(model, config).to_config_json())
+    src = write(SafetensorsWriter, folder / "model.safetensors", arrays)
+    suffix = {"orbax": "", "msgpack": ".msgpack", "safetensors": ".safetensors"}[to]
+    flax, dst = tmp_path / f"b{suffix}", tmp_path / f"c.{back}"
+    there = convert.convert(src, flax, to, framework="flax", tree=tree)
+    assert there.verified["level"] == "bits"
+    assert there.config == dataclasses.asdict(config)
+    again = convert.convert(flax, dst, back, framework="torch")
+    assert again.source_tree == tree
+    expected = {n: bits(a) for n, a in arrays.items()}
+    result = contents(dst)
+    shapes = model.layout_of(config).shapes("torch")
+    extra = {n for n in shapes if n not in arrays}  # ties and constants
+    if back == "pt":
+        assert result.keys() == shapes.keys(), "a strict load_state_dict takes it"
+        module = model.definition("torch")(config)
+        module.load_state_dict(torch.load(dst, weights_only=True), strict=True)
+    assert {n: result[n] for n in expected} == expected
+    assert result.keys() - expected.keys() <= extra
+
+
+FLOATS = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+FLOATS += ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "to"), [(d, to) for d in FLOATS for to in ("msgpack", "safetensors", "orbax")]
+)
+def test_every_bit_pattern_of_every_dtype_returns(dtype: str, to: str, tmp_path: Path) -> None:
+    """Random bits, so that NaN payloads, infinities, subnormals and -0 are among them."""
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    rng = np.random.default_rng(0)
+    arrays = {
+        n: np.frombuffer(rng.bytes(a.size * kind.itemsize), kind).reshape(a.shape)
+        for n, a in canonical(MODEL, CONFIG).items()
+    }
+    src = source(tmp_path / "a", arrays)
+    convert.convert(src, tmp_path / "b", to, framework="flax")
+    found = next(p for p in tmp_path.glob("b*") if "." not in p.name or p.suffix == f".{to}")
+    if found.is_dir() and to == "msgpack":
+        found = next(found.glob("*.msgpack"))
+    convert.convert(found, tmp_path / "c.safetensors", framework="torch")
+    result = contents(tmp_path / "c.safetensors")
+    assert result == {n: bits(a) for n, a in arrays.items()}
+
+
+def test_a_cast_is_the_one_asked_for(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    made = convert.convert(src, tmp_path / "b.msgpack", dtype="bfloat16")
+    assert made.verified["level"] == "bits"
+    with open_checkpoint(tmp_path / "b.msgpack") as reader:
+        kernel = reader.read("pooler.dense.kernel")
+    expected = canonical(MODEL, CONFIG)["pooler.dense.weight"].T.astype(ml_dtypes.bfloat16)
+    assert bits(kernel) == bits(expected)
+
+
+def test_minilm(minilm: Path, tmp_path: Path) -> None:
+    """The real one, with no argument but the file: identified, and restored by Orbax itself."""
+    import orbax.checkpoint.experimental.v1 as ocp
+    from transformers import BertModel
+
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(minilm / name, tmp_path)
+    made = convert.convert(tmp_path / "model.safetensors")
+    assert made.target == "model.flax"
+    assert (made.model, made.target_container) == ("bert", "orbax")
+    flax = tmp_path / "model.flax"
+    assert json.loads((flax / "config.json").read_text())["num_attention_heads"] == 12
+    certificate = Certificate.read(flax / "certificate.json")
+    assert len(certificate.tensors) == 104
+    tree = ocp.load(flax)
+    original = load_file(minilm / "model.safetensors")
+    kernel = tree["encoder"]["layer"]["3"]["attention"]["self"]["query"]["kernel"]
+    assert (np.asarray(kernel) == original["encoder.layer.3.attention.self.query.weight"].T).all()
+    back = tmp_path / "back"
+    back.mkdir()
+    convert.convert(flax, back / "model.safetensors")
+    returned = load_file(back / "model.safetensors")
+    assert {n: bits(a) for n, a in returned.items()} == {n: bits(a) for n, a in original.items()}
+    shutil.copy(minilm / "config.json", back)
+    loaded = BertModel.from_pretrained(back)
+    assert (loaded.pooler.dense.weight.detach().numpy() == original["pooler.dense.weight"]).all()
+
+
+def test_a_converted_directory_is_accepted_by_transformers(minilm: Path, tmp_path: Path) -> None:
+    """Its own config.json and all: nothing has to be copied beside it."""
+    from transformers import BertModel
+
+    convert.convert(minilm, tmp_path / "flax")
+    convert.convert(tmp_path / "flax", tmp_path / "torch", max_shard_size=30_000_000)
+    assert (tmp_path / "torch" / "model.safetensors.index.json").is_file()
+    loaded, info = BertModel.from_pretrained(tmp_path / "torch", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.config.num_attention_heads == 12
+    assert loaded.config.model_type == "bert"
+
+
+# --- Flax checkpoints of others ---
+
+
+@pytest.mark.parametrize("to", ["safetensors", "pt"])
+def test_flax_bert_of_transformers_4(fixtures: Path, to: str, tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
+
+    folder = fixtures / "hf_flax_v4" / "bert_classifier"
+    dst = tmp_path / f"model.{to}"
+    made = convert.convert(folder / "flax_model.msgpack", dst, to, framework="torch")
+    assert made.source_tree == "nnx"
+    expected = load_file(folder / "model.safetensors")
+    result = contents(dst)
+    assert {n: result[n] for n in expected} == {n: bits(a) for n, a in expected.items()}
+    assert result.keys() == expected.keys()
+    io = load_file(folder / "io.safetensors")
+    given = {k.removeprefix("in."): torch.from_numpy(v) for k, v in io.items() if k != "out"}
+    import zoo
+
+    with torch.no_grad():
+        mine = zoo.load(dst, framework="torch")(**given).numpy()
+        if to == "safetensors":
+            shutil.copy(folder / "config.json", tmp_path)
+            theirs = BertForSequenceClassification.from_pretrained(tmp_path)(**given).logits
+            assert np.abs(theirs.numpy() - io["out"]).max() < 1e-6
+    assert np.abs(mine - io["out"]).max() < 1e-6
+    flax = zoo.load(folder / "flax_model.msgpack", framework="flax")
+    got = flax(**{k: v.numpy() for k, v in given.items()})
+    assert np.abs(np.asarray(got) - io["out"]).max() < 1e-6
+
+
+def test_a_train_state(tmp_path: Path) -> None:
+    """What `flax.serialization.to_bytes(TrainState)` holds: weights below params, then Adam."""
+    from flax import serialization
+
+    from zoo.apply import apply
+    from zoo.layout import between
+
+    layout = MODEL.layout_of(CONFIG)
+    arrays = canonical(MODEL, CONFIG)
+    params: dict[str, Any] = {}
+    for a, b in zip(layout.view("torch"), layout.view("nnx"), strict=True):
+        if b.tensors:
+            *path, leaf = b.tensors[0].name.split(".")
+            node = params
+            for part in path:
+                node = node.setdefault(part, {})
+            ops, _ = between(a, b)
+            (node[leaf],) = apply(ops, [arrays[a.tensors[0].name]])
+    state = {"step": 7, "params": params, "opt_state": {"0": {"count": np.int32(7), "mu": params}}}
+    path = tmp_path / "state.msgpack"
+    path.write_bytes(serialization.msgpack_serialize(state))
+    convert.convert(path, tmp_path / "out.safetensors", framework="torch")
+    result = contents(tmp_path / "out.safetensors")
+    assert {n: result[n] for n in arrays} == {n: bits(a) for n, a in arrays.items()}
+
+
+# --- Constants and ties ---
+
+
+def test_constants_return_as_they_were(tmp_path: Path) -> None:
+    ids = np.arange(40)[None]
+    for name, value in {"a": ids, "b": ids[:, ::-1].copy()}.items():
+        arrays = canonical(MODEL, CONFIG) | {"embeddings.position_ids": value}
+        src = source(tmp_path / name, arrays)
+        convert.convert(src, tmp_path / f"{name}.msgpack")
+        convert.convert(tmp_path / f"{name}.msgpack", tmp_path / f"{name}.safetensors")
+        assert contents(tmp_path / f"{name}.safetensors") == {n: bits(a) for n, a in arrays.items()}
+    label = (tmp_path / "a.msgpack.config.json").read_text()
+    assert "base64" not in label, "the stated value need not be kept"
+    assert "base64" in (tmp_path / "b.msgpack.config.json").read_text()
+
+
+def test_ties_are_checked_and_return_if_they_were_spelled_out(tmp_path: Path) -> None:
+    config = MODEL.tiny["masked_lm"]
+    plain = canonical(MODEL, config)
+    words = plain["bert.embeddings.word_embeddings.weight"]
+    spelled = plain | {"cls.predictions.decoder.weight": words}
+    for name, arrays in {"plain": plain, "spelled": spelled}.items():
+        src = source(tmp_path / name, arrays, config)
+        convert.convert(src, tmp_path / f"{name}.msgpack")
+        convert.convert(tmp_path / f"{name}.msgpack", tmp_path / f"{name}.safetensors")
+        assert contents(tmp_path / f"{name}.safetensors").keys() == arrays.keys()
+    broken = plain | {"cls.predictions.decoder.weight": words + 1}
+    src = source(tmp_path / "broken", broken, config)
+    with pytest.raises(ZooError, match="tied, but hold different values"):
+        convert.convert(src, tmp_path / "broken.msgpack")
+    assert not list(tmp_path.glob("*broken.msgpack*"))
+
+
+def test_a_pt_file_shares_the_storage_of_ties(tmp_path: Path) -> None:
+    config = MODEL.tiny["masked_lm"]
+    convert.convert(source(tmp_path / "a", None, config), tmp_path / "b.msgpack")
+    convert.convert(tmp_path / "b.msgpack", tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    words = state["bert.embeddings.word_embeddings.weight"]
+    assert state["cls.predictions.decoder.weight"].data_ptr() == words.data_ptr()
+
+
+def test_zero_sized_tensors_are_refused_by_orbax_and_kept_by_others(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, type_vocab_size=0)
+    src = source(tmp_path / "a", None, config)
+    with pytest.raises(UsageError, match=r"token_type_embeddings"):
+        convert.convert(src, tmp_path / "b.orbax", "orbax")
+    assert not list(tmp_path.glob("*b.orbax*"))
+    convert.convert(src, tmp_path / "b.msgpack")
+    convert.convert(tmp_path / "b.msgpack", tmp_path / "c.safetensors")
+    assert contents(tmp_path / "c.safetensors") == contents(src)
+
+
+# --- Targets ---
+
+
+def test_defaults_lie_beside_the_source(tmp_path: Path) -> None:
+    src = source(tmp_path / "in")
+    convert.convert(src)
+    assert (tmp_path / "in" / "model.flax" / "certificate.json").is_file()
+    src.rename(tmp_path / "in" / "original.safetensors")
+    convert.convert(tmp_path / "in" / "model.flax")
+    assert contents(tmp_path / "in" / "model.safetensors") == contents(
+        tmp_path / "in" / "original.safetensors"
+    )
+
+
+def test_an_existing_target_needs_force(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    for to, name in [("orbax", "b"), ("msgpack", "b.msgpack")]:
+        target = tmp_path / name
+        convert.convert(src, target, to)
+        before = contents(target)
+        with pytest.raises(UsageError, match="exists already"):
+            convert.convert(src, target, to)
+        half = {n: a / 2 for n, a in canonical(MODEL, CONFIG).items()}
+        other = source(tmp_path / f"half_{to}", half)
+        convert.convert(other, target, to, force=True)
+        assert contents(target) != before
+    assert not [f for f in files(tmp_path) if ".zooconvert-" in f]
+
+
+def test_force_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        convert.convert(src, home, "orbax", force=True)
+    assert (home / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["a/model.safetensors", "a"])
+def test_the_source_is_never_the_target(name: str, tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    before = contents(src)
+    with pytest.raises(UsageError, match="is the source, or one lies in the other"):
+        convert.convert(src, tmp_path / name, "orbax", force=True)
+    assert contents(src) == before
+    convert.convert(src, tmp_path / "b", "orbax")
+    with pytest.raises(UsageError, match="is the source, or one lies in the other"):
+        convert.convert(tmp_path / "b", tmp_path / "b" / "inside.safetensors")
+
+
+def test_the_wrong_direction_is_recognised(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    with pytest.raises(UsageError, match="is a PyTorch checkpoint already"):
+        convert.convert(src, tmp_path / "b.pt", framework="torch")
+    convert.convert(src, tmp_path / "b.safetensors", framework="flax")
+    with pytest.raises(UsageError, match="is a Flax checkpoint already"):
+        convert.convert(tmp_path / "b.safetensors", tmp_path / "c.msgpack")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "pt", "framework": "flax"}, "pt is no container of Flax"),
+        ({"to": "msgpack", "framework": "torch"}, "msgpack is no container of PyTorch"),
+        ({"to": "npz"}, "no container 'npz'"),
+        ({"tree": "haiku"}, "no tree 'haiku'"),
+        ({"dtype": "int8"}, "no floating-point dtype"),
+        ({"to": "orbax", "max_shard_size": 5}, "only safetensors"),
+        ({"model": "resnet"}, "no model is called"),
+        ({"level": "vibes"}, "no level 'vibes'"),
+    ],
+)
+def test_impossible_requests(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    before = files(tmp_path)
+    with pytest.raises(ZooError, match=message):
+        convert.convert(src, **options)
+    assert files(tmp_path) == before
+
+
+# --- When it goes wrong ---
+
+
+def test_a_failed_verification_leaves_the_old_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk or library that writes something else: found, told, and the old checkpoint kept."""
+    src = source(tmp_path / "a")
+    target = tmp_path / "b"
+    convert.convert(src, target, "orbax")
+    before = contents(target)
+    write_ = OrbaxWriter._write
+
+    def corrupt(self: OrbaxWriter, name: str, array: np.ndarray) -> None:
+        if name == "pooler.dense.kernel":
+            array = array.copy()
+            array.flat[5] += 1
+        write_(self, name, array)
+
+    monkeypatch.setattr(OrbaxWriter, "_write", corrupt)
+    with pytest.raises(NotEquivalent, match=r"pooler\.dense\.kernel"):
+        convert.convert(src, target, "orbax", force=True)
+    assert contents(target) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_swap_that_bits_cannot_see_fails_level_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Query and key exchanged in the layout: there and back is exact, the model is another."""
+    from zoo.layout import Layout
+
+    config = MODEL.tiny["encoder"]
+    src = source(tmp_path / "a", None, config)
+    true = Layout.view
+
+    def swapped(self: Layout, tree: Any) -> Any:
+        views = true(self, tree)
+        if tree != "nnx":
+            return views
+        at = {v.entry.torch[0].name: i for i, v in enumerate(views)}
+        for leaf in ("weight", "bias"):
+            i, j = (at[f"encoder.layer.0.attention.self.{p}.{leaf}"] for p in ("query", "value"))
+            a, b = views[i], views[j]
+            views[i] = dataclasses.replace(a, tensors=b.tensors)
+            views[j] = dataclasses.replace(b, tensors=a.tensors)
+        return views
+
+    monkeypatch.setattr(Layout, "view", swapped)
+    convert.convert(src, tmp_path / "blind.msgpack")  # bits alone do not see it
+    with pytest.raises(NotEquivalent, match=r"encoder\.layer\.0\.attention"):
+        convert.convert(src, tmp_path / "seen.msgpack", level="outputs")
+    assert not list(tmp_path.glob("*seen*"))
+
+
+def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = source(tmp_path / "a")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(NoSpace, match=r"0\.00 GB free"):
+        convert.convert(src, tmp_path / "b.msgpack")
+    monkeypatch.undo()
+
+    def full(*args: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)  # the disk fills up half way
+    with pytest.raises(NoSpace, match="full"):
+        convert.convert(src, tmp_path / "b.msgpack")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+KILLED = """
+import os, sys
+import convert
+convert.convert(sys.argv[1], sys.argv[2], force=True, progress=lambda s, d, t: (
+    (print(s, flush=True), os.kill(os.getpid(), int(sys.argv[4]))) if s == sys.argv[3] else None))
+"""
+
+
+@pytest.mark.parametrize("stage", ["convert", "verify"])
+def test_killed_in_the_middle_the_old_target_is_whole(stage: str, tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    target = tmp_path / "b.msgpack"
+    convert.convert(src, target)
+    before = contents(target)
+    for signum in (signal.SIGKILL, signal.SIGINT):
+        run = subprocess.run(
+            [sys.executable, "-c", KILLED, str(src), str(target), stage, str(int(signum))],
+            capture_output=True,
+        )
+        assert run.returncode != 0
+        assert stage.encode() in run.stdout
+        assert contents(target) == before
+    left = [f for f in files(tmp_path) if ".zooconvert-" in f]
+    assert not left, "SIGINT cleans up after itself and after the killed one"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    stale = tmp_path / ".b.msgpack.zooconvert-999999999"
+    stale.mkdir()
+    mine = tmp_path / f".b.msgpack.zooconvert-{os.getppid()}"
+    mine.mkdir()
+    convert.convert(src, tmp_path / "b.msgpack")
+    assert not stale.exists()
+    assert mine.exists(), "a living process is at work there"
+
+
+def test_a_source_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    """By mmap this would end the process; by pread it is an error like another."""
+    src = source(tmp_path / "a")
+
+    def truncate(stage: str, done: int, total: int) -> None:
+        os.truncate(src, 5000)
+
+    with pytest.raises(ZooError, match=r"ends \d+ bytes too early"):
+        convert.convert(src, tmp_path / "b.msgpack", progress=truncate)
+    assert not (tmp_path / "b.msgpack").exists()
+
+
+# --- Certificates and verification ---
+
+
+def test_the_certificate_names_every_tensor_with_its_hash(tmp_path: Path) -> None:
+    import hashlib
+
+    src = source(tmp_path / "a")
+    convert.convert(src, tmp_path / "b.msgpack")
+    found = Certificate.read(tmp_path / "b.msgpack.certificate.json")
+    arrays = canonical(MODEL, CONFIG)
+    assert {n for t in found.tensors for n in t.names} == set(arrays)
+    record = next(t for t in found.tensors if t.names == ["pooler.dense.weight"])
+    assert (record.op, record.target) == ("permute(1,0)", ["pooler.dense.kernel"])
+    weight = arrays["pooler.dense.weight"]
+    assert record.source_sha256 == [hashlib.sha256(weight.tobytes()).hexdigest()]
+    assert record.target_sha256 == [hashlib.sha256(weight.T.tobytes()).hexdigest()]
+    assert found.verified["tensors"] == len(arrays)
+    assert "numpy" in found.versions
+
+
+def test_verify_finds_one_flipped_bit(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    convert.convert(src, tmp_path / "b.msgpack")
+    assert convert.verify(src, tmp_path / "b.msgpack").verdict == "same"
+    arrays = canonical(MODEL, CONFIG)
+    arrays["pooler.dense.weight"].view(np.uint32)[3, 4] ^= 1
+    report = convert.verify(source(tmp_path / "c", arrays), tmp_path / "b.msgpack")
+    assert report.verdict == "different"
+    (difference,) = report.differences
+    assert difference.name == "pooler.dense.weight"
+    assert (difference.count, difference.first) == (1, (3, 4))
+    assert 0 < difference.max_error < 1e-6
+    assert json.loads(report.to_json())["verdict"] == "different"
+
+
+def test_verify_outputs_of_another_model(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    arrays = canonical(MODEL, CONFIG)
+    arrays["encoder.layer.1.output.dense.weight"] *= np.float32(1.01)
+    other = source(tmp_path / "c", arrays)
+    convert.convert(other, tmp_path / "d.msgpack")
+    report = convert.verify(src, tmp_path / "d.msgpack", "outputs")
+    assert report.verdict == "different"
+    bad = [r.name for r in report.outputs if not r.same]
+    assert bad[0] == "encoder.layer.1.output"
+    assert report.worst.ratio > 8
+
+
+def test_inspect_knows_what_it_sees(tmp_path: Path, minilm: Path) -> None:
+    found = convert.inspect(minilm / "model.safetensors")
+    assert found.models == ["bert (minilm_l6)"]
+    assert len(found.tensors) == 104
+    assert found.nbytes == sum(t.nbytes for t in found.tensors.values())
+    other = write(SafetensorsWriter, tmp_path / "x.safetensors", {"a": np.zeros(3)})
+    found = convert.inspect(other)
+    assert not found.models
+    assert "no model in the zoo" in found.why_not
+
+
+def test_time_does_not_change_the_bytes(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    convert.convert(src, tmp_path / "b.msgpack")
+    time.sleep(1.1)
+    convert.convert(src, tmp_path / "c.msgpack")
+    assert (tmp_path / "b.msgpack").read_bytes() == (tmp_path / "c.msgpack").read_bytes()
+
+
+def test_orbax_metadata_and_reader_agree(tmp_path: Path) -> None:
+    convert.convert(source(tmp_path / "a"), tmp_path / "b", "orbax")
+    with OrbaxReader(tmp_path / "b") as reader:
+        assert reader.tensors.keys() == MODEL.layout_of(CONFIG).shapes("nnx").keys()

@@ -1,0 +1,361 @@
+"""Orbax: a directory with trees of arrays, which TensorStore reads and writes.
+
+Read are the layouts of both of Orbax's APIs: one tree in the directory itself (`_METADATA`
+beside the data), several named items in subdirectories (`_CHECKPOINT_METADATA` above them), and
+a CheckpointManager's root with numbered steps. Neither JAX nor Orbax is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from zoo.containers import dtypes
+from zoo.containers.base import Reader
+from zoo.containers.errors import CorruptInput, UnsafeInput
+from zoo.containers.orbax_write import OrbaxWriter
+from zoo.containers.orbax_zarr import (
+    AGAIN,
+    CHECKPOINT,
+    COMMITTED,
+    CONTEXT,
+    MANIFEST,
+    TREE,
+    ZarrArray,
+    guarded,
+    load_json,
+    parse,
+    tensorstore,
+    wrong_name,
+)
+
+__all__ = ["OrbaxReader", "OrbaxWriter", "is_orbax"]
+
+_MARKER = "orbax.checkpoint"
+_STRINGS = "_strings.json"
+_DELETION = "_CHECKPOINT_DELETION"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_STEP = re.compile(r"(?:.*_)?(\d{1,18})")
+_MAX_JSON = 100_000_000
+_EMPTY: dict[str, Any] = {"None": None, "Dict": {}, "List": [], "Tuple": (), "NamedTuple": ()}
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether `path` is an Orbax checkpoint or the root of numbered ones, finished or not."""
+    try:
+        return path.is_dir() and (_is_checkpoint(path) or bool(_steps(path)))
+    except OSError:
+        return False
+
+
+class OrbaxReader(Reader):
+    """An Orbax checkpoint; of a CheckpointManager's root its latest complete step.
+
+    A tensor's name is its tree path joined with dots. Where several items hold tensors
+    (`params/`, `opt_state/`), the item's name comes first. Numbers, strings, None and empty
+    containers of the tree are `extras`.
+    """
+
+    container: ClassVar[str] = "orbax"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        checkpoint = self._choose()
+        disk = _survey(checkpoint, path.resolve())
+        trees = [checkpoint] if (checkpoint / TREE).exists() else _items(checkpoint)
+        if not trees:
+            missing = TREE if (checkpoint / MANIFEST).exists() else "tree of arrays"
+            raise CorruptInput(f"{checkpoint}: the checkpoint has no {missing}", AGAIN)
+        items = [_Tree(tree, disk) for tree in trees]
+        holding = [item for item in items if item.arrays]
+        self._source: dict[str, tuple[_Tree, str]] = {}
+        for item in items:
+            alone = holding == [item] or len(items) == 1
+            self._add(item, "" if alone else f"{item.path.name}.")
+        if checkpoint not in trees:
+            self.notices += [
+                f"item {child.name} is no tree of arrays and was left out"
+                for child in sorted(checkpoint.iterdir())
+                if child.is_dir() and child not in trees
+            ]
+        if (checkpoint / CHECKPOINT).exists():
+            self.metadata |= _strings(_read_json(checkpoint / CHECKPOINT).get("custom_metadata"))
+
+    def _choose(self) -> Path:
+        """The checkpoint at `path`, or its latest complete step; refuses an unfinished one."""
+        if not self.path.is_dir():
+            raise CorruptInput(f"{self.path}: is no directory", "give the checkpoint's directory")
+        if _is_checkpoint(self.path):
+            if reason := _unfinished(self.path):
+                raise CorruptInput(
+                    f"{self.path}: the checkpoint is incomplete: {reason}",
+                    "its writer was interrupted: take another one or save it again",
+                )
+            return self.path
+        steps = _steps(self.path)
+        complete = [step for step in steps if not _unfinished(step)]
+        if not complete:
+            what = "none of its steps is complete" if steps else "holds no Orbax checkpoint"
+            raise CorruptInput(f"{self.path}: {what}", "give another directory or save it again")
+        chosen = complete[-1]
+        names = ", ".join(step.name for step in complete)
+        self.notices.append(f"took step {chosen.name}, the latest of: {names}")
+        if dropped := [step.name for step in steps if step not in complete]:
+            self.notices.append(f"incomplete steps: {', '.join(dropped)}")
+        return chosen
+
+    def _add(self, item: _Tree, prefix: str) -> None:
+        self.metadata |= item.metadata
+        for name, array in item.arrays.items():
+            self.tensors[prefix + name] = array.info
+            self._source[prefix + name] = item, name
+        for name, value in item.extras.items():
+            self.extras[prefix + name] = value
+
+    def read(self, name: str) -> np.ndarray:
+        item, stored = self._source[name]
+        return item.read(stored)
+
+
+class _Tree:
+    """One directory with a tree of arrays: its header, and how to read an array of it."""
+
+    def __init__(self, path: Path, disk: int) -> None:
+        self.path = path
+        self.arrays: dict[str, ZarrArray] = {}
+        self.extras: dict[str, Any] = {}
+        meta = _read_json(path / TREE)
+        self._zarr3 = meta.get("use_zarr3") is True
+        # Orbax has TensorStore write chunks of zeros like any other and notes it here, so an
+        # absent chunk is a lost one. Releases before that note left such chunks out: absent
+        # means zeros. Orbax's own restore draws the line at the same place.
+        self._fill = meta.get("store_array_data_equal_to_fill_value") is not True
+        manifest = (path / MANIFEST).exists()
+        self._ocdbt = manifest if meta.get("use_ocdbt") is None else meta["use_ocdbt"] is True
+        self.metadata = _strings(meta.get("custom_metadata"))
+        self._ts = tensorstore()
+        self._strings: dict[str, Any] | None = None
+        self._context = self._ts.Context(CONTEXT)
+        stored, scalars = [], []
+        for name, kind in self._leaves(meta):
+            if kind in _EMPTY:
+                self.extras[name] = _EMPTY[kind]
+            elif kind == "string":
+                self.extras[name] = self._string(name)
+            else:
+                stored.append(name)
+                scalars += [name] if kind == "scalar" else []
+        if stored and self._ocdbt and not manifest:
+            raise CorruptInput(f"{path}: {MANIFEST} is missing", AGAIN)
+        self.arrays = self._headers(stored, disk)
+        for name in scalars:
+            if self.arrays[name].info.size != 1:
+                raise CorruptInput(f"{path}: {name} is no single number, as it should be", AGAIN)
+            self.extras[name] = self.read(name).item()
+            del self.arrays[name]
+
+    def _leaves(self, meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Name and kind of each leaf; refuses names that cannot be, and two of one name."""
+        entries = meta.get("tree_metadata")
+        if not isinstance(entries, dict):
+            raise CorruptInput(f"{self.path / TREE}: holds no tree", AGAIN)
+        seen = set()
+        for where, entry in entries.items():
+            match entry:
+                case {"key_metadata": [*keys], "value_metadata": {"value_type": str(kind)}}:
+                    path = [k["key"] for k in keys if isinstance(k, dict) and "key" in k]
+                case _:
+                    keys, path, kind = [None], [], ""
+            if len(path) != len(keys) or not all(isinstance(key, str) for key in path):
+                raise CorruptInput(f"{self.path / TREE}: {where!r} is malformed", AGAIN)
+            if reason := wrong_name(path):
+                raise UnsafeInput(
+                    f"{self.path / TREE}: the key {where!r} {reason}",
+                    "no checkpoint needs that: do not trust it",
+                )
+            name = ".".join(path)
+            if name in seen:
+                raise CorruptInput(f"{self.path / TREE}: {name} stands twice", AGAIN)
+            seen.add(name)
+            yield name, kind
+
+    def _string(self, name: str) -> str:
+        if self._strings is None:
+            self._strings = _read_json(self.path / _STRINGS)
+        value: Any = self._strings
+        for part in name.split("/"):  # Orbax addresses it with a JSON pointer
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, str):
+            raise CorruptInput(f"{self.path / _STRINGS}: {name} is missing", AGAIN)
+        return value
+
+    def _kvstore(self, name: str) -> dict[str, Any]:
+        base = {"driver": "file", "path": f"{os.path.abspath(self.path)}/"}
+        if not self._ocdbt:
+            return {**base, "path": f"{base['path']}{name}/"}
+        return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
+
+    def _headers(self, names: list[str], disk: int) -> dict[str, ZarrArray]:
+        file = "zarr.json" if self._zarr3 else ".zarray"
+        if not self._ocdbt:
+            raws = [_read_small(self.path / name / file) for name in names]
+            sizes = [_bytes_below(self.path / name) for name in names]
+        else:
+            store = self._ts.KvStore.open(self._kvstore(""), context=self._context)
+            reads = guarded(
+                lambda: [store.result().read(f"{name}/{file}") for name in names],
+                f"{self.path / MANIFEST}",
+            )
+            raws = []
+            for name, read in zip(names, reads, strict=True):
+                found = guarded(read.result, f"{self.path}: {name}")
+                raws.append(bytes(found.value) if found.state == "value" else None)
+            sizes = [disk] * len(names)
+        arrays = {}
+        for name, raw, size in zip(names, raws, sizes, strict=True):
+            if raw is None:
+                raise CorruptInput(f"{self.path}: {name} has no {file}", AGAIN)
+            arrays[name] = parse(raw, self._zarr3, size, f"{self.path}: {name}")
+        return arrays
+
+    def read(self, name: str) -> np.ndarray:
+        """The array `name`. Our own memory first: TensorStore aborts where it gets none."""
+        info, what = self.arrays[name].info, f"{self.path}: {name}"
+        out = guarded(lambda: np.empty(info.shape, dtypes.NUMPY[info.dtype]), what)
+        if info.size == 0:
+            return out
+        spec = {
+            "driver": "zarr3" if self._zarr3 else "zarr",
+            "kvstore": self._kvstore(name),
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+            "fill_missing_data_reads": self._fill,
+        }
+
+        def fill() -> None:
+            stored = self._ts.open(spec, open=True, read=True, context=self._context).result()
+            target = self._ts.array(out, copy=False, write=True)
+            target.write(stored).result()
+
+        guarded(fill, what)
+        return out
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `path` holds a checkpoint, or parts of one, and not only numbered ones."""
+    if any((path / name).exists() for name in (TREE, CHECKPOINT, MANIFEST, _MARKER)):
+        return True
+    return any(not _STEP.fullmatch(_final_name(item)) for item in _items(path))
+
+
+def _items(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if (child / TREE).is_file())
+
+
+def _steps(path: Path) -> list[Path]:
+    """The numbered checkpoints of a CheckpointManager's root, in the order of their numbers."""
+    found = []
+    for child in path.iterdir():
+        match = _STEP.fullmatch(_final_name(child))
+        if match and child.is_dir() and _is_checkpoint(child):
+            found.append((int(match[1]), child.name, child))
+    return [child for *_, child in sorted(found)]
+
+
+def _final_name(path: Path) -> str:
+    return path.name.split(_TEMPORARY)[0]
+
+
+def _unfinished(path: Path) -> str | None:
+    """Why the checkpoint at `path` is not complete, or None.
+
+    Where a directory can be renamed, Orbax writes under a temporary name; elsewhere the commit
+    file is what says that all was written. Releases before 0.12 wrote no commit file on a local
+    disk, so its absence alone says nothing; a start without a commit time does.
+    """
+    for name in [os.path.basename(os.path.abspath(path)), *(p.name for p in path.iterdir())]:
+        if _TEMPORARY in name:
+            return f"{name} is a temporary name"
+    if (path / _DELETION).exists():
+        return "one of its items is being deleted"
+    if (path / COMMITTED).exists() or not (path / CHECKPOINT).exists():
+        return None
+    try:
+        meta = _read_json(path / CHECKPOINT)
+    except CorruptInput:
+        return f"{CHECKPOINT} cannot be read"
+    if meta.get("init_timestamp_nsecs") and not meta.get("commit_timestamp_nsecs"):
+        return f"{CHECKPOINT} has no commit time and there is no {COMMITTED}"
+    return None
+
+
+def _survey(checkpoint: Path, root: Path) -> int:
+    """Bytes on disk. Raises UnsafeInput for links out of the checkpoint and for special files."""
+    inside = checkpoint.resolve()
+    if not inside.is_relative_to(root):
+        raise _leaves(checkpoint)
+    total = 0
+    for folder, folders, files in os.walk(checkpoint):
+        for name in folders + files:
+            path = Path(folder, name)
+            if path.is_symlink() and not _target(path).is_relative_to(inside):
+                raise _leaves(path)
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                total += status.st_size
+            elif not stat.S_ISDIR(status.st_mode):
+                raise UnsafeInput(
+                    f"{path}: is neither a file nor a directory",
+                    "no checkpoint needs that: do not trust it",
+                )
+    return total
+
+
+def _target(link: Path) -> Path:
+    try:
+        return link.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        raise CorruptInput(f"{link}: is a link to nothing", AGAIN) from None
+
+
+def _leaves(link: Path) -> UnsafeInput:
+    return UnsafeInput(
+        f"{link}: is a link that leaves the checkpoint",
+        "if you trust it, copy the checkpoint with `cp -rL` and take the copy",
+    )
+
+
+def _bytes_below(path: Path) -> int:
+    return sum(
+        os.path.getsize(Path(folder, file)) for folder, _, files in os.walk(path) for file in files
+    )
+
+
+def _read_small(path: Path) -> bytes | None:
+    """A metadata file, or None where there is none. Never one that is no metadata by its size."""
+    if not path.is_file():
+        return None
+    if (size := path.stat().st_size) > _MAX_JSON:
+        raise CorruptInput(f"{path}: {size} bytes are no metadata", AGAIN)
+    return path.read_bytes()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    raw = _read_small(path)
+    if raw is None:
+        raise CorruptInput(f"{path}: is missing", AGAIN)
+    return load_json(raw, str(path))
+
+
+def _strings(custom: Any) -> dict[str, str]:
+    """Custom metadata: strings as they are, what else JSON holds as JSON."""
+    if not isinstance(custom, dict):
+        return {}
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in custom.items()}

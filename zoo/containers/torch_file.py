@@ -1,0 +1,234 @@
+"""What torch.save writes: read without torch and without running it, written with torch.
+
+Own reader because torch.load, even with weights_only=True, checks no checksum, expands a
+deflated file and a stride-0 tensor to whatever size they claim, and refuses harmless values.
+Here the pickle is interpreted as data (`pickle_machine`), every tensor is held against its
+storage before any is read, and storages are read by pread, their CRC-32 checked.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from zoo.containers import dtypes
+from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pwrite
+from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
+from zoo.containers.pickle_builders import TensorRef
+from zoo.containers.pickle_names import shown
+from zoo.containers.torch_legacy import open_legacy
+from zoo.containers.torch_tree import Tree
+from zoo.containers.torch_zip import Record, open_zip, read_span
+
+_MAX_EXPANDED = 64 << 20  # bytes of a tensor that has more elements than its storage
+_ALIGNMENT = 64  # of a tensor in the spool
+_AGAIN = "it is damaged or was written wrongly: copy or download it again"
+
+
+class TorchReader(Reader):
+    """One `.pt`, `.pth` or `.bin` file, in the zip format or in that of before torch 1.6.
+
+    Dicts and lists are flattened with dots; keys that are no strings are written as str() does.
+    A pickled module gives what its state_dict() would. Values that only running the file's code
+    could build are dropped, with a notice for each kind. A file that would run what no checkpoint
+    needs raises UnsafeInput.
+    """
+
+    container: ClassVar[str] = "torch"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._what = shown(str(path))
+        self._checked: set[str] = set()  # storages whose checksum was found right
+        self._fd = os.open(path, os.O_RDONLY)
+        try:
+            root, self._records = _open(self._fd, self._what)
+            self._collect(root)
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self, root: Any) -> None:
+        tree = Tree(root, self._what)
+        self._views = tree.tensors
+        self.extras = tree.extras
+        self.notices = tree.notices
+        first: dict[tuple[Any, ...], str] = {}
+        for name, view in self._views.items():
+            what = f"{self._what}: {shown(name)}"
+            self.tensors[name] = _info(view, self._records.get(view.storage.key), what)
+            block = view.storage
+            same = (block.key, block.start, view.dtype, view.offset, view.shape, view.stride)
+            if first.setdefault(same, name) != name:
+                self.ties[name] = first[same]
+
+    def read(self, name: str) -> np.ndarray:
+        info, view = self.tensors[name], self._views[name]
+        dtype = dtypes.NUMPY[info.dtype]
+        if not info.size:
+            return np.empty(info.shape, dtype)
+        block, record = view.storage, self._records[view.storage.key]
+        start = block.start + view.offset * dtype.itemsize
+        stop = start + (_last(view) + 1) * dtype.itemsize
+        raw = read_span(
+            *(self._fd, record, start, stop, f"{self._what}: {shown(name)}"),
+            check=block.key not in self._checked,
+        )
+        self._checked.add(block.key)
+        if _is_contiguous(view):
+            return as_array(raw, info)
+        strides = [step * dtype.itemsize for step in view.stride]
+        return np.ndarray(info.shape, dtype, raw.data, strides=strides).copy(order="C")
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(fd: int, what: str) -> tuple[Any, dict[str, Record]]:
+    start = os.pread(fd, 512, 0)
+    if start[257:262] == b"ustar":
+        raise UsageError(
+            f"{what}: a tar file; torch wrote checkpoints so before version 0.1.10",
+            "load it with torch.load and save it again with torch.save",
+        )
+    return open_zip(fd, what) if start.startswith(b"PK") else open_legacy(fd, what)
+
+
+def _last(view: TensorRef) -> int:
+    """The last element of a view that has one, counted from its first."""
+    return sum((n - 1) * step for n, step in zip(view.shape, view.stride, strict=True))
+
+
+def _is_contiguous(view: TensorRef) -> bool:
+    expected = 1
+    for n, step in zip(reversed(view.shape), reversed(view.stride), strict=True):
+        if n != 1 and step != expected:
+            return False
+        expected *= n
+    return True
+
+
+def _info(view: TensorRef, record: Record | None, what: str) -> TensorInfo:
+    """The header's line for `view`, which must lie within its storage and the storage exist."""
+    if view.flags:
+        raise UsageError(
+            f"{what} is a lazy view ({', '.join(view.flags)}) of other values",
+            "save tensor.resolve_conj().resolve_neg() instead",
+        )
+    code = dtypes.FROM_NAME.get(view.dtype)
+    if code is None:
+        raise CorruptInput(
+            f"{what} has dtype {shown(view.dtype)}, which this version does not carry",
+            f"known are {' '.join(dtypes.FROM_NAME)}",
+        )
+    if view.offset < 0 or min((*view.shape, *view.stride), default=0) < 0:
+        raise CorruptInput(
+            f"{what} has the shape {view.shape}, strides {view.stride}, offset {view.offset}",
+            _AGAIN,
+        )
+    info = TensorInfo(code, view.shape)
+    itemsize = dtypes.itemsize(code)
+    if itemsize * math.prod(max(n, 1) for n in view.shape) >= 1 << 63:
+        raise UnsafeInput(f"{what} claims the shape {view.shape}", _AGAIN)
+    block = view.storage
+    held = record.size if record else 0
+    if not 0 <= held - block.total < itemsize:
+        raise CorruptInput(
+            f"{what}: its storage should have {block.total} bytes, the file has {held} of it",
+            _AGAIN,
+        )
+    if info.size and (view.offset + _last(view) + 1) * itemsize > block.nbytes:
+        raise CorruptInput(
+            f"{what} reaches to element {view.offset + _last(view)} of a storage of "
+            f"{block.nbytes // itemsize}",
+            _AGAIN,
+        )
+    if info.nbytes > max(block.nbytes, _MAX_EXPANDED):
+        raise UnsafeInput(
+            f"{what} would expand {block.nbytes} bytes in the file to {info.nbytes}",
+            "if you trust the file: load it with torch and save a slice that is not expanded",
+        )
+    return info
+
+
+class TorchWriter(Writer):
+    """One zip file with an OrderedDict of plain tensors, in the order of the header.
+
+    `ties` are further names, each for a tensor of the header that is saved as the same storage;
+    they come last, or where the header has them, and are not written. Tensors wait in a nameless
+    file beside `path`, so that the disk needs twice their size and the memory none of it. A state
+    dict has no place for metadata: it is ignored, and what has to be kept goes into a file beside
+    it, which is the caller's to write.
+    """
+
+    container: ClassVar[str] = "torch"
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        ties: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(path, tensors, metadata)
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise MissingExtra(f"writing {path}", "torch") from None
+        self.ties = dict(ties)
+        for name, first in self.ties.items():
+            if first in self.ties or self.tensors.get(name, self.tensors.get(first)) != (
+                self.tensors.get(first)
+            ):
+                raise ValueError(f"{name} cannot be tied to {first}")
+            self.tensors[name] = self.tensors[first]
+            self._unwritten.discard(name)
+        self._offset: dict[str, int] = {}
+        self._size = 0
+        for name, info in self.tensors.items():
+            if name not in self.ties:
+                self._offset[name] = self._size
+                self._size += info.nbytes + -info.nbytes % _ALIGNMENT
+        self._spool = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed in close()
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        if name in self.ties:
+            raise ValueError(f"{name} is tied to {self.ties[name]}: write that")
+        super().write(name, array)
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        pwrite(self._spool.fileno(), array, self._offset[name])
+
+    def _finish(self) -> None:
+        import torch
+
+        self._spool.truncate(max(self._size, 1))  # no mapping is empty
+        spool = mmap.mmap(self._spool.fileno(), 0)
+        by_name: dict[str, torch.Tensor] = {}
+        for name, offset in self._offset.items():
+            info = self.tensors[name]
+            dtype = getattr(torch, dtypes.NAME[info.dtype])
+            if info.size:
+                flat = torch.frombuffer(spool, dtype=dtype, count=info.size, offset=offset)
+                by_name[name] = flat.view(info.shape)
+            else:
+                by_name[name] = torch.empty(info.shape, dtype=dtype)
+        state = OrderedDict((name, by_name[self.ties.get(name, name)]) for name in self.tensors)
+        with open(self.path, "xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        self._spool.close()

@@ -1,0 +1,177 @@
+"""The zip files that torch.save writes, without torch: where each storage lies, and its bytes.
+
+A checkpoint is `NAME/data.pkl`, a pickle that refers to storages, and `NAME/data/KEY`, one
+stored record for each. `zipfile` reads the central directory and nothing else: torch reads
+records through their local headers, so both have to say the same.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zoo.containers.base import pread
+from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
+from zoo.containers.pickle_machine import MAX_PICKLE, load
+from zoo.containers.pickle_names import shown
+
+_MAX_DIRECTORY = 64 << 20  # bytes: some half a million records
+_PIECE = 4 << 20
+_SCRIPT = re.compile(r"[^/]+/(constants\.pkl|code/.*)", re.DOTALL)
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_AGAIN = "it is damaged or was written wrongly: copy or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where the bytes of a storage lie in the file, and their CRC-32 if the file has one."""
+
+    offset: int
+    size: int
+    crc: int | None
+
+
+def open_zip(fd: int, what: str) -> tuple[Any, dict[str, Record]]:
+    """The unpickled object of a zip file, and the records of its storages by their key."""
+    records = _records(fd, what)
+    roots = [name[: -len("/data.pkl")] for name in records if name.endswith("/data.pkl")]
+    roots = [root for root in roots if "/" not in root]
+    if len(roots) != 1:
+        raise CorruptInput(
+            f"{what}: a zip file with {len(roots)} records data.pkl, where torch.save writes one",
+            "give a file that torch.save wrote",
+        )
+    prefix = f"{roots[0]}/"
+    own = {n.removeprefix(prefix): r for n, r in records.items() if n.startswith(prefix)}
+    if "byteorder" in own:
+        order = read_span(fd, own["byteorder"], 0, min(own["byteorder"].size, 16), what).tobytes()
+        if order != b"little":
+            raise UsageError(
+                f"{what}: its byte order is {shown(order.decode('latin-1'))}, not little",
+                "load it with torch on a little-endian machine and save it again",
+            )
+    pickle = own["data.pkl"]
+    if pickle.size > MAX_PICKLE:
+        raise CorruptInput(
+            f"{what}: its pickle has {pickle.size} bytes; at most {MAX_PICKLE} are read",
+            "save the tensors as tensors, not as lists or NumPy arrays",
+        )
+    raw = read_span(fd, pickle, 0, pickle.size, f"{what}: data.pkl").tobytes()
+    root = load(io.BytesIO(raw), what)
+    return root, {n.removeprefix("data/"): r for n, r in own.items() if n.startswith("data/")}
+
+
+class _Directory(io.FileIO):
+    """The file as zipfile sees it: a forged directory size must not fill the memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > _MAX_DIRECTORY:
+            raise zipfile.BadZipFile("its directory is too long")
+        return super().read(-1 if size is None else size)
+
+
+def _records(fd: int, what: str) -> dict[str, Record]:
+    """Every record of the file by name. Refuses what could be read in two ways, or expands."""
+    try:
+        with _Directory(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, IndexError) as e:
+        raise CorruptInput(
+            f"{what}: the zip directory cannot be read: {shown(str(e))}",
+            "it is truncated or damaged: copy or download it again",
+        ) from None
+    if any(_SCRIPT.fullmatch(info.orig_filename) for info in infos):
+        raise UsageError(
+            f"{what}: a TorchScript archive: a program with its weights, not a checkpoint",
+            "save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+        )
+    records: dict[str, Record] = {}
+    start = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        name = info.orig_filename
+        if name in records:
+            raise UnsafeInput(
+                f"{what}: two records are named {shown(name)}, so two readers may see two files",
+                "get the file from a source that you trust, or write it again with torch.save",
+            )
+        if info.header_offset < start:
+            raise UnsafeInput(
+                f"{what}: the record {shown(name)} overlaps another",
+                "get the file from a source that you trust, or write it again with torch.save",
+            )
+        records[name] = _record(fd, info, what)
+        start = records[name].offset + records[name].size
+    if start > end:
+        raise CorruptInput(f"{what}: its records reach beyond their end at byte {end}", _AGAIN)
+    return records
+
+
+def _record(fd: int, info: zipfile.ZipInfo, what: str) -> Record:
+    """Where the data of one record lies, by its local header."""
+    name = info.orig_filename
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        how = "encrypted" if info.flag_bits & 1 else "compressed"
+        raise UnsafeInput(
+            f"{what}: the record {shown(name)} is {how}, which torch.save never does",
+            "load it with torch, if you trust it, and save it again",
+        )
+    offset = info.header_offset
+    raw = pread(fd, _LOCAL_HEADER.size, offset, f"{what}: {shown(name)}").tobytes()
+    magic, _, flags, method, *_, name_size, extra_size = _LOCAL_HEADER.unpack(raw)
+    offset += _LOCAL_HEADER.size
+    raw = pread(fd, name_size, offset, f"{what}: {shown(name)}").tobytes()
+    local = raw.decode("utf-8" if flags & 0x800 else "cp437", "replace")
+    stored = method == zipfile.ZIP_STORED and not flags & 1
+    if magic != b"PK\3\4" or local != name or not stored or info.compress_size != info.file_size:
+        raise CorruptInput(
+            f"{what}: the zip directory and the file disagree on the record {shown(name)}", _AGAIN
+        )
+    return Record(offset + name_size + extra_size, info.file_size, info.CRC)
+
+
+def read_span(
+    fd: int, record: Record, start: int, stop: int, what: str, check: bool = True
+) -> np.ndarray:
+    """Bytes `start` to `stop` of `record`, as uint8; what lies around them is read if `check`.
+
+    Checking reads the whole record, but never holds more of it than the span and a small piece.
+    """
+    span = np.empty(stop - start, np.uint8)
+    view = span.data
+    if record.crc is None or not check:
+        _fill(fd, view, record.offset + start, what)
+        return span
+    scratch = memoryview(bytearray(min(_PIECE, record.size)))
+    crc = done = 0
+    while done < record.size:
+        if start <= done < stop:
+            piece = view[done - start : done - start + _PIECE]
+        else:
+            until = start if done < start < stop else record.size
+            piece = scratch[: until - done]
+        _fill(fd, piece, record.offset + done, what)
+        crc = zlib.crc32(piece, crc)
+        done += len(piece)
+    if crc != record.crc:
+        raise CorruptInput(f"{what}: the bytes in the file are not those written (CRC-32)", _AGAIN)
+    return span
+
+
+def _fill(fd: int, view: memoryview, offset: int, what: str) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
+        if got == 0:
+            raise CorruptInput(
+                f"{what}: the file ends {len(view) - done} bytes too early",
+                "it is truncated: copy or download it again",
+            )
+        done += got
