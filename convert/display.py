@@ -71,7 +71,10 @@ def converted(source: str, prepared: Prepared, certificate: Certificate) -> None
     p, target = prepared.plan, prepared.target
     total = sum(s.nbytes for s in p.steps)
     click.echo(f"{printable(source)} -> {printable(str(target.path))}")
-    click.echo(f"  {_title(prepared)}, {len(p.steps)} tensors, {size(total)}, {_kind(prepared)}")
+    beside = sum(a.tied_to is None for a in p.aside)
+    kept = f" + {beside} kept in the label" if beside else ""
+    counts = f"{len(p.steps)} tensors{kept}, {size(total)}"
+    click.echo(f"  {_title(prepared)}, {counts}, {_kind(prepared)}")
     verified = certificate.verified
     if verified["level"] == "none":
         click.echo("  not verified (--no-verify)")

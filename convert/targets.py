@@ -119,7 +119,8 @@ def by_suffix(dst: Path | None) -> str | None:
 
 
 def _default(source: Path, to: str, framework: str, sharded: bool) -> Path:
-    source = source.resolve()
+    if source.name in ("", ".."):
+        source = source.resolve()
     stem = source.stem if source.is_file() else source.name.removesuffix(".flax")
     if framework == "flax":
         name = f"{stem}.flax" + ("" if to == "orbax" or sharded else _SUFFIX[to])

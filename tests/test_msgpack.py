@@ -18,10 +18,11 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.containers import dtypes, flax_msgpack, msgpack_scan
+from zoo.containers import dtypes, flax_msgpack
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.flax_msgpack import MsgpackReader, MsgpackWriter, looks_like
+from zoo.containers.flax_msgpack import scan as msgpack_scan
 
 CODES = list(dtypes.NUMPY)
 FIXTURE = Path(__file__).parent / "data/hf_flax_v4/bert_classifier"

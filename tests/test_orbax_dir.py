@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint.experimental import v1
 from orbax.checkpoint.experimental.v1 import training
 
-from zoo.containers import dtypes, orbax_dir, orbax_write, orbax_zarr
+from zoo.containers import dtypes, orbax_dir
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import (
     CorruptInput,
@@ -35,6 +35,8 @@ from zoo.containers.errors import (
     ZooError,
 )
 from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter, is_orbax
+from zoo.containers.orbax_dir import write as orbax_write
+from zoo.containers.orbax_dir import zarr as orbax_zarr
 
 pytestmark = [
     # Orbax: the newest releases would have `load` said for `load_pytree`; both are promised.

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zoo.containers import pickle_machine
 from zoo.containers.errors import CorruptInput, ZooError
-from zoo.containers.pickle_builders import Placeholder
+from zoo.containers.torch_file import machine as pickle_machine
+from zoo.containers.torch_file.builders import Placeholder
 
 
 def assert_two_lines(error: ZooError) -> None:

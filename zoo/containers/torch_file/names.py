@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from zoo.containers import dtypes
+from zoo.containers.errors import printable
 
 
 def _words(text: str) -> frozenset[str]:
@@ -80,10 +81,8 @@ _SPELLINGS = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "b
 
 
 def shown(text: str) -> str:
-    """`text` from a file, in one line that a terminal may see."""
-    if len(text) > 200:
-        text = text[:200] + "..."
-    return text if text.isprintable() else ascii(text)[1:-1]
+    """`text` from a file, printable and no longer than a line should be."""
+    return printable(text if len(text) <= 200 else text[:200] + "...")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

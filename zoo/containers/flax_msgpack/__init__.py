@@ -2,7 +2,7 @@
 
 The file has no table of contents, so the reader walks it once and remembers where each array's
 bytes lie; of those it reads none until asked. The writer knows from the header alone where
-everything goes. Own scanner (`msgpack_scan`) because the msgpack package wants the whole file
+everything goes. Own scanner (`scan`) because the msgpack package wants the whole file
 in memory. Held against flax in tests.
 
 An array is extension type 1, whose data is again msgpack: `[shape, dtype name, bytes]`. NumPy
@@ -24,7 +24,7 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pread, pwrite
 from zoo.containers.errors import CorruptInput, UsageError
-from zoo.containers.msgpack_scan import CHUNKED, MAX_DEPTH, NDARRAY, Array, Scanner
+from zoo.containers.flax_msgpack.scan import CHUNKED, MAX_DEPTH, NDARRAY, Array, Scanner
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's own
 

@@ -16,7 +16,7 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, Writer, fsync_directory
 from zoo.containers.errors import UsageError, ZooError
-from zoo.containers.orbax_zarr import (
+from zoo.containers.orbax_dir.zarr import (
     CHECKPOINT,
     COMMITTED,
     CONTEXT,

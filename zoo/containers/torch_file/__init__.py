@@ -2,7 +2,7 @@
 
 Own reader because torch.load, even with weights_only=True, checks no checksum, expands a
 deflated file and a stride-0 tensor to whatever size they claim, and refuses harmless values.
-Here the pickle is interpreted as data (`pickle_machine`), every tensor is held against its
+Here the pickle is interpreted as data (`machine`), every tensor is held against its
 storage before any is read, and storages are read by pread, their CRC-32 checked.
 """
 
@@ -23,11 +23,11 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pwrite
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
-from zoo.containers.pickle_builders import TensorRef
-from zoo.containers.pickle_names import shown
-from zoo.containers.torch_legacy import open_legacy
-from zoo.containers.torch_tree import Tree
-from zoo.containers.torch_zip import Record, open_zip, read_span
+from zoo.containers.torch_file.archive import Record, open_zip, read_span
+from zoo.containers.torch_file.builders import TensorRef
+from zoo.containers.torch_file.legacy import open_legacy
+from zoo.containers.torch_file.names import shown
+from zoo.containers.torch_file.tree import Tree
 
 _MAX_EXPANDED = 64 << 20  # bytes of a tensor that has more elements than its storage
 _ALIGNMENT = 64  # of a tensor in the spool

@@ -13,10 +13,10 @@ from typing import Any
 
 from zoo.containers.base import pread
 from zoo.containers.errors import CorruptInput, UsageError
-from zoo.containers.pickle_builders import PickleError, StorageRef
-from zoo.containers.pickle_machine import MAX_PICKLE, load
-from zoo.containers.pickle_names import STORAGES, shown
-from zoo.containers.torch_zip import Record
+from zoo.containers.torch_file.archive import Record
+from zoo.containers.torch_file.builders import PickleError, StorageRef
+from zoo.containers.torch_file.machine import MAX_PICKLE, load
+from zoo.containers.torch_file.names import STORAGES, shown
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001

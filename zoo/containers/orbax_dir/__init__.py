@@ -20,8 +20,8 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UnsafeInput
-from zoo.containers.orbax_write import OrbaxWriter
-from zoo.containers.orbax_zarr import (
+from zoo.containers.orbax_dir.write import OrbaxWriter
+from zoo.containers.orbax_dir.zarr import (
     AGAIN,
     CHECKPOINT,
     COMMITTED,

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from zoo.containers.errors import CorruptInput
-from zoo.containers.pickle_builders import (
+from zoo.containers.torch_file.builders import (
     NumpyArray,
     NumpyDtype,
     Placeholder,
     StorageRef,
     TensorRef,
 )
-from zoo.containers.pickle_names import Global, shown
+from zoo.containers.torch_file.names import Global, shown
 
 _MAX_DEPTH = 100
 _MAX_WORK = 1 << 20  # a few kB of pickle can hold 2^40 paths to the same list

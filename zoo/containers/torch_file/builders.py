@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.containers.pickle_names import STORAGES, Global, shown
+from zoo.containers.torch_file.names import STORAGES, Global, shown
 
 _MAX_DIMS = 32
 _SIMPLE_DTYPE = re.compile(r"\?|b1|[iu][1248]|f[248]|c8|c16")

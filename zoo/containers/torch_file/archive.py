@@ -20,8 +20,8 @@ import numpy as np
 
 from zoo.containers.base import pread
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
-from zoo.containers.pickle_machine import MAX_PICKLE, load
-from zoo.containers.pickle_names import shown
+from zoo.containers.torch_file.machine import MAX_PICKLE, load
+from zoo.containers.torch_file.names import shown
 
 _MAX_DIRECTORY = 64 << 20  # bytes: some half a million records
 _PIECE = 4 << 20

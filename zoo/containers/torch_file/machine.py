@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any, Protocol
 
 from zoo.containers.errors import CorruptInput, UnsafeInput
-from zoo.containers.pickle_builders import (
+from zoo.containers.torch_file.builders import (
     BUILDERS,
     NumpyArray,
     NumpyDtype,
@@ -30,7 +30,7 @@ from zoo.containers.pickle_builders import (
     TensorRef,
     storage,
 )
-from zoo.containers.pickle_names import Global, is_banned, shown
+from zoo.containers.torch_file.names import Global, is_banned, shown
 
 MAX_PICKLE = 512 << 20  # bytes; the weights lie outside the pickle
 _MAX_OPS = 1 << 24
