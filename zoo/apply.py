@@ -13,7 +13,9 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.ops import Ops, run
 
-_ROWS, _LINE = 256, 64  # one block: 256 rows of the result, one cache line (64 bytes) wide
+_BLOCK = 256  # rows and columns of one block
+_LINE = 64  # bytes of a cache line
+_PAGE = 4096  # columns this many bytes apart fall on the same few cache sets
 
 
 def apply(ops: Ops, arrays: Sequence[np.ndarray], dtype: str | None = None) -> list[np.ndarray]:
@@ -54,10 +56,11 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
         for i in range(source.shape[outer]):
             _copy(_at(source, outer, i), _at(out, outer, i))
         return
-    columns = max(1, _LINE // source.itemsize)
-    for i in range(0, source.shape[0], _ROWS):
+    collide = strides[last] % _PAGE == 0
+    columns = max(1, _LINE // source.itemsize) if collide else _BLOCK
+    for i in range(0, source.shape[0], _BLOCK):
         for j in range(0, source.shape[1], columns):
-            out[i : i + _ROWS, j : j + columns] = source[i : i + _ROWS, j : j + columns]
+            out[i : i + _BLOCK, j : j + columns] = source[i : i + _BLOCK, j : j + columns]
 
 
 def _at(array: np.ndarray, axis: int, index: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from zoo.ops import Op, Ops, Permute, Shape, inverse, op_from_json, op_to_json, run_shapes
+from zoo.ops import Divide, Op, Ops, Permute, Shape, inverse, op_from_json, op_to_json, run_shapes
 
 Tree = Literal["torch", "nnx", "linen", "linen-compact"]
 TREES: tuple[Tree, ...] = ("torch", "nnx", "linen", "linen-compact")
@@ -141,6 +141,51 @@ def batchnorm(module: str, dim: int) -> Iterator[Entry]:
     for leaf in KINDS["batchnorm"]:
         yield _entry("batchnorm", module, leaf, (dim,))
     yield constant(f"{module}.num_batches_tracked", (), Constant("zeros", "I64", True))
+
+
+def recurrent(
+    module: str,
+    gates: int,
+    n_in: int,
+    hidden: int,
+    layers: int = 1,
+    bidirectional: bool = False,
+) -> Iterator[Entry]:
+    """nn.RNN (1 gate), nn.GRU (3), nn.LSTM (4), whose names and shapes both sides have.
+
+    Gates stay stacked in torch's order and both biases stay, so that moments and sums are torch's.
+    """
+    for layer in range(layers):
+        for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: 1 + bidirectional]:
+            width = n_in if layer == 0 else hidden * (1 + bidirectional)
+            for leaf, shape in (
+                ("weight_ih", (gates * hidden, width)),
+                ("weight_hh", (gates * hidden, hidden)),
+                ("bias_ih", (gates * hidden,)),
+                ("bias_hh", (gates * hidden,)),
+            ):
+                tensors = (Tensor(f"{module}.{leaf}{suffix}", shape),)
+                yield Entry("recurrent", tensors, tensors)
+
+
+def attention(module: str, dim: int, bias: bool = True) -> Iterator[Entry]:
+    """nn.MultiheadAttention: one fused in_proj <-> three linear layers `query`, `key`, `value`."""
+    sizes = (dim, dim, dim)
+    projections = ("query", "key", "value")
+    yield Entry(
+        "linear",
+        (Tensor(f"{module}.in_proj_weight", (3 * dim, dim)),),
+        tuple(Tensor(f"{module}.{p}.kernel", (dim, dim)) for p in projections),
+        (Divide(0, sizes), Permute((1, 0))),
+    )
+    if bias:
+        yield Entry(
+            "linear",
+            (Tensor(f"{module}.in_proj_bias", (3 * dim,)),),
+            tuple(Tensor(f"{module}.{p}.bias", (dim,)) for p in projections),
+            (Divide(0, sizes),),
+        )
+    yield from linear(f"{module}.out_proj", dim, dim, bias)
 
 
 def param(name: str, *shape: int) -> Entry:

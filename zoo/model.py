@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import importlib
 import re
@@ -39,9 +40,14 @@ class Model:
     inputs: Callable[[Config], dict[str, np.ndarray]]
     torch: str
     flax: str
-    init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray]
+    init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = (
+        None  # torch's own
+    )
+    # Shell patterns of the inputs, outputs and taps that have channels: at 1 in PyTorch, last in Flax.
+    images: tuple[str, ...] = ()
     invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output depends on the tensor)
-    unknown: frozenset[str] = frozenset()  # config fields that names and shapes cannot tell
+    # Config fields that `infer` leaves out where names and shapes cannot tell them.
+    unknown: frozenset[str] = frozenset()
     structure: frozenset[str] = frozenset()  # config fields that names alone decide
     spellings: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of retired tensor names
     base_prefix: str = ""  # what upstream puts before the tensors of a model that got a head
@@ -61,6 +67,17 @@ class Model:
         for pattern, replacement in self.spellings:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def to_flax(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A PyTorch input, output or tap as Flax has it: channels last where it has channels."""
+        return np.moveaxis(array, 1, -1) if self._has_channels(name) else array
+
+    def from_flax(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_flax`."""
+        return np.moveaxis(array, -1, 1) if self._has_channels(name) else array
+
+    def _has_channels(self, name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in self.images)
 
     def configure(self, **fields: Any) -> Config:
         """A config of these fields; UsageError names what the family does not have."""

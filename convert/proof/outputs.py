@@ -76,8 +76,10 @@ def run(
     }
     runner = _run_torch if framework == "torch" else _run_flax
     output, taps = runner(model, config, canonical, given, precision)
-    named = {f"output.{k}" if k else "output": v for k, v in _fields(output)}
-    return {k: np.asarray(v, np.float64) for k, v in {**taps, **named}.items()}
+    arrays = {k: np.asarray(v, np.float64) for k, v in {**taps, **named_outputs(output)}.items()}
+    if framework == "flax":
+        arrays = {k: model.from_flax(k, v) for k, v in arrays.items()}
+    return arrays
 
 
 def _run_torch(
@@ -111,7 +113,8 @@ def _run_flax(
     def call(state: Any, inputs: dict[str, Any]) -> Any:
         return nnx.merge(graph, state)(**inputs, taps=True)
 
-    return jax.device_get(call(state, dict(inputs)))  # type: ignore[no-any-return]
+    given = {k: model.to_flax(k, v) for k, v in inputs.items()}
+    return jax.device_get(call(state, given))  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -137,11 +140,17 @@ def _frameworks() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _fields(output: Any) -> list[tuple[str, Any]]:
-    """(name, array) of one array ("" for its name) or of a NamedTuple, without what is None."""
+def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:
+    """Every array of an output under a dotted name; NamedTuples by field, tuples by index."""
+    if output is None:
+        return {}
     if hasattr(output, "_asdict"):
-        return [(k, v) for k, v in output._asdict().items() if v is not None]
-    return [("", output)]
+        parts = output._asdict().items()
+    elif isinstance(output, tuple | list):
+        parts = enumerate(output)
+    else:
+        return {name: output}
+    return {k: v for key, part in parts for k, v in named_outputs(part, f"{name}.{key}").items()}
 
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:

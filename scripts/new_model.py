@@ -1,0 +1,188 @@
+"""Write the skeleton of a family: one layer in both frameworks, complete and passing all tests.
+
+scripts/new_model NAME makes zoo/models/NAME/. Replace the layer by the model, file by file.
+"""
+
+from __future__ import annotations
+
+import keyword
+import sys
+from pathlib import Path
+
+MODELS = Path(__file__).parents[1] / "zoo" / "models"
+
+FILES = {
+    "__init__.py": '''"""{title}: one line that says what it is."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from zoo import probe
+from zoo.model import Model
+from zoo.models.{name}.config import PRESETS, TINY, Config
+from zoo.models.{name}.layout import infer, init, layout
+
+
+def inputs(c: Config) -> dict[str, np.ndarray]:
+    """Two samples."""
+    return {{"x": probe.normal("x", (2, c.in_features))}}
+
+
+MODEL = Model(
+    name="{name}",
+    version=1,
+    summary="one line that says what it is (Author year)",
+    config=Config,
+    presets=PRESETS,
+    tiny=TINY,
+    layout=layout,
+    infer=infer,
+    inputs=inputs,
+    torch="zoo.models.{name}.model_torch:{title}",
+    flax="zoo.models.{name}.model_flax:{title}",
+    init=init,
+)
+''',
+    "config.py": '''"""Hyper-parameters, under upstream's names, and the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    in_features: int = 8
+    out_features: int = 4
+
+
+PRESETS = {{"{name}_small": Config()}}
+TINY = {{"tiny": Config(in_features=5, out_features=3)}}
+''',
+    "layout.py": '''"""Every tensor once: canonical name, shape, kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from zoo.layout import Entry, linear
+from zoo.model import dim
+from zoo.models.{name}.config import Config
+from zoo.ops import Shape
+
+
+def layout(c: Config) -> Iterator[Entry]:
+    """All entries, in the order of the state_dict."""
+    yield from linear("{name}_head", c.in_features, c.out_features)
+
+
+def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
+    """The Config fields that names and shapes tell; None where this is another model."""
+    if "{name}_head.weight" not in shapes:
+        return None
+    return {{
+        "in_features": dim(shapes, r"^{name}_head\\.weight$", 1),
+        "out_features": dim(shapes, r"^{name}_head\\.weight$", 0),
+    }}
+
+
+def init(c: Config, name: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
+    """Uniform within 1/sqrt(in_features), as nn.Linear does it."""
+    bound = c.in_features**-0.5
+    return rng.uniform(-bound, bound, shape)
+''',
+    "model_torch.py": '''"""{title} in PyTorch. Cite the paper; say which upstream the names follow.
+
+B samples, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from zoo.models.{name}.config import Config
+from zoo.nn.layers_torch import Linear
+from zoo.nn.taps import Taps
+
+
+class {title}(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.{name}_head = Linear(c.in_features, c.out_features, **kw)
+
+    def forward(self, x: Tensor, taps: bool = False) -> Any:
+        """(B, D) -> (B, out_features)."""
+        tap = Taps(taps)
+        x = tap("{name}_head", self.{name}_head(x))
+        return tap.result(x.relu())
+''',
+    "model_flax.py": '''"""{title} in Flax NNX: the twin of model_torch.py, class by class.
+
+B samples, D features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from zoo.models.{name}.config import Config
+from zoo.nn.taps import Taps
+
+
+class {title}(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.{name}_head = nnx.Linear(c.in_features, c.out_features, **kw)
+
+    def __call__(self, x: Array, taps: bool = False) -> Any:
+        """(B, D) -> (B, out_features)."""
+        tap = Taps(taps)
+        x = tap("{name}_head", self.{name}_head(x))
+        return tap.result(jax.nn.relu(x))
+''',
+    "README.md": """# {name}
+
+What it is. Paper, with a link. Which upstream's names it follows.
+
+| preset | upstream | size |
+|---|---|---|
+| `{name}_small` | | |
+
+## Known differences from upstream
+
+None.
+""",
+}
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or not arguments[0].isidentifier() or keyword.iskeyword(arguments[0]):
+        print("usage: scripts/new_model NAME, a Python identifier in lower case", file=sys.stderr)
+        return 2
+    name = arguments[0].lower()
+    folder = MODELS / name
+    if folder.exists():
+        print(f"{folder} exists already", file=sys.stderr)
+        return 2
+    folder.mkdir()
+    title = "".join(part.capitalize() for part in name.split("_"))
+    for file, text in FILES.items():
+        (folder / file).write_text(text.format(name=name, title=title))
+    print(
+        f"wrote {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}"
+    )
+    print(f"it passes as it is: scripts/test tests/test_models.py -k {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
