@@ -40,12 +40,11 @@ class Model:
     inputs: Callable[[Config], dict[str, np.ndarray]]
     torch: str
     flax: str
-    init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = (
-        None  # torch's own
-    )
-    # Shell patterns of the inputs, outputs and taps that have channels: at 1 in PyTorch, last in Flax.
+    # Fresh values of a canonical tensor; None: as torch's own layers start (`zoo.init`).
+    init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = None
+    # Patterns of inputs, outputs and taps with channels: axis 1 in PyTorch, the last in Flax.
     images: tuple[str, ...] = ()
-    invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output depends on the tensor)
+    invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output can depend on it)
     # Config fields that `infer` leaves out where names and shapes cannot tell them.
     unknown: frozenset[str] = frozenset()
     structure: frozenset[str] = frozenset()  # config fields that names alone decide
