@@ -57,6 +57,7 @@ def _help(path: list[str]) -> str:
     context = click.Context(
         command,
         info_name=" ".join(["zooconvert", *path]),
+        help_option_names=["-h", "--help"],
         max_content_width=100,
         terminal_width=100,
     )

@@ -155,11 +155,11 @@ def build_from_tree(
     model: Model,
     config: Config,
     framework: str,
-    values: Mapping[str, np.ndarray],
+    values: dict[str, np.ndarray],
     dtype: str | None = None,
     seed: int = 0,
 ) -> Any:
-    """A module in eval mode from the tensors of its framework's tree, which it takes over."""
+    """A module in eval mode from the tensors of its framework's tree, which are its own then."""
     if cannot := sorted({c for c in map(_code, values.values()) if c.startswith("F8")}):
         raise UsageError(
             f"the weights are stored as {', '.join(cannot)}, in which no framework computes",

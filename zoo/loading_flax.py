@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,9 +15,10 @@ from zoo.model import Config, Model
 
 
 def build(
-    model: Model, config: Config, values: Mapping[str, np.ndarray], dtype: str | None, seed: int
+    model: Model, config: Config, values: dict[str, np.ndarray], dtype: str | None, seed: int
 ) -> Any:
-    """The NNX twin holding `values` (paths joined with dots), in eval mode.
+    """The NNX twin holding `values` (paths joined with dots), in eval mode. Empties `values`, so
+    that no tensor is held twice for longer than it takes to copy it.
 
     Raises UsageError where JAX would change a dtype behind the caller's back.
     """
@@ -50,7 +50,7 @@ def build(
         if name not in values:
             missing.append(name)
             return variable
-        return variable.replace(jnp.asarray(values[name]))
+        return variable.replace(jnp.asarray(values.pop(name)))
 
     state = nnx.map_state(fill, abstract)
     if missing:
