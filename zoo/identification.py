@@ -201,7 +201,8 @@ def _configs(
         yield dataclasses.replace(stated, **structure), unstated, spelled
     elif fields is not None:
         try:
-            yield model.configure(**fields), model.unknown - fields.keys(), spelled
+            config = model.configure(**{**model.placeholders, **fields})
+            yield config, model.unknown - fields.keys(), spelled
         except UsageError:  # sizes that no config can have: not this model
             return
 

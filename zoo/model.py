@@ -9,7 +9,7 @@ import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class Model:
     invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output can depend on it)
     # Config fields that `infer` leaves out where names and shapes cannot tell them.
     unknown: frozenset[str] = frozenset()
+    # For those of them whose default does not go with every size: a value that does.
+    placeholders: Mapping[str, Any] = field(default_factory=dict)
     structure: frozenset[str] = frozenset()  # config fields that names alone decide
     spellings: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of retired tensor names
     base_prefix: str = ""  # what upstream puts before the tensors of a model that got a head

@@ -42,6 +42,7 @@ MODEL = Model(
         ),
     ),
     unknown=frozenset({"num_attention_heads", "hidden_act", "layer_norm_eps"}),
+    placeholders={"num_attention_heads": 1},
     structure=frozenset({"head", "pooler", "num_labels"}),
     spellings=SPELLINGS,
     base_prefix=PREFIX,

@@ -81,10 +81,7 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "head": head,
         "pooler": pooler,
     }
-    found = {name: value for name, value in fields.items() if value is not None}
-    if found.get("hidden_size", 768) % 12:  # heads cannot be told: any number that divides will do
-        found["num_attention_heads"] = 1
-    return found
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def init(c: Config, name: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:
