@@ -29,6 +29,14 @@ def every_tiny() -> Any:
     )
 
 
+def every_family() -> Any:
+    """Parametrizes a test over (model, config) for one tiny configuration of each family."""
+    return pytest.mark.parametrize(
+        ("model", "config"),
+        [pytest.param(m, next(iter(m.tiny.values())), id=m.name) for m in families().values()],
+    )
+
+
 def every_config() -> Any:
     """Parametrizes a test over (model, config) for all presets and all tiny configurations."""
     return pytest.mark.parametrize(

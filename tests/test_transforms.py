@@ -1,0 +1,109 @@
+"""What each framework does to functions works on the twins: jit, vmap, grad, export; and their
+second derivatives agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from support import canonical, every_family
+from test_models import scalar, to_canonical
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from convert.proof.outputs import named_outputs
+from zoo import probe
+from zoo.loading import build
+from zoo.model import Config, Model
+from zoo.registry import families
+
+
+@every_family()
+def test_jit_vmap_and_grad(model: Model, config: Config) -> None:
+    module = build(model, config, "flax", canonical(model, config))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    given = {
+        k: model.to_flax(k, v).astype(np.float32) if v.dtype.kind == "f" else model.to_flax(k, v)
+        for k, v in model.inputs(config).items()
+    }
+
+    def call(params: Any, given: Any) -> dict[str, Any]:
+        return named_outputs(nnx.merge(graph, params, rest)(**given))
+
+    plain = jax.jit(call)(params, given)
+    two = {k: np.stack([v, np.flip(v, 0)]) for k, v in given.items()}
+    mapped = jax.jit(jax.vmap(call, in_axes=(None, 0)))(params, two)
+    for name, x in plain.items():
+        gap = np.abs(np.asarray(mapped[name][0]) - np.asarray(x)).max()
+        assert gap <= 1e-5 * max(1.0, np.abs(np.asarray(x)).max()), name
+    grads = jax.jit(jax.grad(lambda p: sum(x.sum() for x in call(p, given).values())))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert any(np.asarray(g).any() for g in jax.tree.leaves(grads))
+
+
+@every_family()
+def test_export(model: Model, config: Config) -> None:
+    """torch.export traces the whole forward pass; what cannot be compiled cannot be exported."""
+    module = build(model, config, "torch", canonical(model, config))
+    given = {
+        k: torch.from_numpy(v.astype(np.float32) if v.dtype.kind == "f" else v)
+        for k, v in model.inputs(config).items()
+    }
+    exported = torch.export.export(module, (), given).module()
+    with torch.no_grad():
+        a, b = named_outputs(exported(**given)), named_outputs(module(**given))
+    for name, x in b.items():
+        assert (a[name] - x).abs().max() <= 1e-5 * max(1.0, x.abs().max().item()), name
+
+
+SECOND = [n for n in ("bert", "convnet", "recurrent") if n in families()]
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_hessian_vector_products_agree(name: str) -> None:
+    model = families()[name]
+    config = next(iter(model.tiny.values()))
+    weights = canonical(model, config)
+    module = build(model, config, "torch", weights, param_dtype="float64")
+    given = {k: torch.from_numpy(v) for k, v in model.inputs(config).items()}
+    names, params = zip(*module.named_parameters(), strict=True)
+    direction = {
+        n: probe.normal(f"v.{n}", tuple(p.shape)) for n, p in zip(names, params, strict=True)
+    }
+    with sdpa_kernel(SDPBackend.MATH):
+        grads = torch.autograd.grad(
+            scalar(model, module(**given), "torch"), params, create_graph=True
+        )
+        inner = sum(
+            (g * torch.from_numpy(direction[n])).sum() for n, g in zip(names, grads, strict=True)
+        )
+        products = torch.autograd.grad(inner, params, allow_unused=True)
+    expected = {
+        n: np.zeros(p.shape) if h is None else h.numpy()
+        for n, p, h in zip(names, params, products, strict=True)
+    }
+    with jax.enable_x64(True):
+        twin = build(model, config, "flax", weights, param_dtype="float64")
+        along = build(
+            model,
+            config,
+            "flax",
+            {n: direction.get(n, np.zeros(a.shape)) for n, a in weights.items()},
+            param_dtype="float64",
+        )
+        graph, params_, rest = nnx.split(twin, nnx.Param, ...)
+        tangent = nnx.state(along, nnx.Param)
+        inputs = {k: model.to_flax(k, v) for k, v in model.inputs(config).items()}
+
+        def loss(p: Any) -> Any:
+            return scalar(model, nnx.merge(graph, p, rest)(**inputs), "flax")
+
+        _, product = jax.jit(lambda p, t: jax.jvp(jax.grad(loss), (p,), (t,)))(params_, tangent)
+        got = to_canonical(model, config, product)
+    scale = max(np.abs(x).max() for x in expected.values())
+    assert scale > 0.1
+    for n, x in expected.items():
+        assert np.abs(got[n] - x).max() <= 1e-10 * scale, n
