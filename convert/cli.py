@@ -31,7 +31,7 @@ class _Size(click.ParamType):
         factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
         try:
             size = int(float(text.rstrip("KMGT")) * factor)
-        except ValueError:
+        except (ValueError, OverflowError):
             size = 0
         if size <= 0:
             self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
@@ -264,8 +264,10 @@ def _convert(
 
     if no_verify and level != "bits":
         raise click.UsageError("--no-verify and --level contradict each other")
+    if level != "bits" and options["dtype"] is not None:
+        raise click.UsageError("--level outputs compares with the source, which --dtype changes")
     if dry_run:
-        prepared = plan(ckpt, dst, framework=framework, **options)
+        prepared = plan(ckpt, dst, framework=framework, force=force, **options)
         _notices(prepared.notices, quiet)
         if as_json:
             display.json(display.plan_data(prepared))
@@ -290,6 +292,7 @@ def _convert(
             on_plan=on_plan,
             **options,
         )
+    _notices([n for n in certificate.notices if n not in planned[0].plan.notices], quiet)
     if as_json:
         display.json(display.converted_data(planned[0], certificate))
     elif not quiet:

@@ -8,17 +8,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import glob
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from zoo.containers import open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
 
 _MARK = ".zooconvert-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# What the directories that we write may hold; one that holds more is not ours to replace whole.
+_OURS = re.compile(
+    r"config\.json|certificate\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|orbax\.checkpoint"
+    r"|manifest\.ocdbt|d|ocdbt\.process_\d+|array_metadatas|pytree|state"
+)
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:
@@ -36,16 +45,21 @@ def check_target(target: Path, source: Path, force: bool) -> None:
         raise UsageError(f"the directory {target.parent} does not exist", "make it first")
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target.parent} cannot be written to", "choose another target: give DST")
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
+    strangers = (
+        [p.name for p in target.iterdir() if not _OURS.fullmatch(p.name)]
+        if (target.is_dir() and not target.is_symlink())
+        else []
+    )
+    if strangers:
+        raise UsageError(
+            f"{target} holds more than a checkpoint: {', '.join(sorted(strangers)[:3])}",
+            "name another target; it would be replaced whole",
+        )
     if not force:
         raise UsageError(
             f"{target} exists already", "replace it with --force, or name another target"
-        )
-    if target.is_dir() and not _ours_to_replace(target):
-        raise UsageError(
-            f"{target} is a directory that holds no checkpoint; --force would delete it whole",
-            "name another target, or remove it yourself",
         )
 
 
@@ -63,37 +77,43 @@ def check_space(directory: Path, needed: int) -> None:
 def workplace(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` that is gone afterwards, whatever happens.
 
-    What a killed process left beside the same target goes too.
+    What a killed process left beside the same target goes too: whoever is alive holds a lock.
     """
-    for left in target.parent.glob(f".{target.name}{_MARK}*"):
-        if not _alive(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
-    place = target.with_name(f".{target.name}{_MARK}{os.getpid()}")
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        place.mkdir()
-        yield place
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(
-                f"the disk is full: {target.parent}", "make room, or name a target on another disk"
+    place = None
+    with contextlib.ExitStack() as held:
+        try:
+            with _locked(target.parent, wait=True):
+                _sweep(target)
+                prefix = f".{target.name}{_MARK}"
+                place = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+                held.enter_context(_locked(place, wait=True))
+            yield place
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(
+                    f"the disk is full: {target.parent}",
+                    "make room, or name a target on another disk",
+                ) from e
+            raise ZooError(
+                f"{e.filename or target}: {e.strerror or e}", "see that the disk works"
             ) from e
-        raise ZooError(
-            f"{e.filename or target}: {e.strerror or e}", "see that the disk works"
-        ) from e
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+        finally:
+            if place is not None:
+                shutil.rmtree(place, ignore_errors=True)
 
 
-def commit(place: Path, target: Path) -> None:
+def commit(place: Path, target: Path, force: bool) -> None:
     """Put everything in `place` where it belongs: `place/NAME` becomes its sibling NAME.
 
-    The target goes first; what stands beside it (certificate, config) follows.
+    The target goes first; what stands beside it (certificate, config) follows. Two commits into one
+    directory take turns, and without `force` the second finds the target there: UsageError.
     """
     names = sorted((p.name for p in place.iterdir()), key=lambda n: n != target.name)
-    for name in names:
-        _replace(place / name, target.with_name(name))
-    fsync_directory(target.parent)
+    with _locked(target.parent, wait=True):
+        check_target(target, place, force)
+        for name in names:
+            _replace(place / name, target.with_name(name))
+        fsync_directory(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -102,6 +122,14 @@ def write_text(path: Path, text: str) -> None:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
+
+
+def _sweep(target: Path) -> None:
+    """Remove the workplaces of processes that were killed: nobody holds their locks."""
+    for left in target.parent.glob(glob.escape(f".{target.name}{_MARK}") + "*"):
+        with _locked(left, wait=False) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(new: Path, old: Path) -> None:
@@ -126,21 +154,18 @@ def _exchange(a: Path, b: Path) -> bool:
     return bool(done == 0)
 
 
-def _ours_to_replace(directory: Path) -> bool:
-    if (directory / "certificate.json").is_file():
-        return True
+@contextlib.contextmanager
+def _locked(directory: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process holds the lock of a directory; it goes with the process."""
     try:
-        with open_checkpoint(directory):
-            return True
-    except ZooError:
-        return False
-
-
-def _alive(pid: str) -> bool:
+        fd = os.open(directory, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)

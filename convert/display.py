@@ -88,7 +88,7 @@ def converted(source: str, prepared: Prepared, certificate: Certificate) -> None
         worst = verified["worst"]
         click.echo(
             f"  verified: {verified['outputs']} outputs and intermediates of both twins, "
-            f"at most {_ratio(worst)} the rounding noise ({printable(worst['name'])})"
+            f"at most {worst['ratio']:.2f} times the rounding noise ({printable(worst['name'])})"
         )
 
 
@@ -105,7 +105,7 @@ def converted_data(prepared: Prepared, certificate: Certificate) -> dict[str, An
         "tensors": len(prepared.plan.steps),
         "bytes": sum(s.nbytes for s in prepared.plan.steps),
         "verified": certificate.verified,
-        "notices": prepared.notices,
+        "notices": [*prepared.notices, *certificate.notices[len(prepared.plan.notices) :]],
     }
 
 
@@ -131,8 +131,8 @@ def plan(prepared: Prepared) -> None:
     click.echo(f"target {printable(str(target.path))}: not written (--dry-run)")
     reads = sum(s.nbytes for s in p.steps)
     click.echo(
-        f"reads {size(reads)}, needs {size(prepared.memory)} of memory for tensors "
-        f"and {size(prepared.disk)} of disk"
+        f"reads {size(reads)}, holds at most {size(prepared.memory)} of tensors at a time, "
+        f"needs {size(prepared.disk)} of disk"
     )
 
 
@@ -289,7 +289,3 @@ def _is_cast(step: Any) -> bool:
 
 def _dims(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
-
-
-def _ratio(worst: dict[str, float]) -> str:
-    return f"{worst['error'] / worst['noise']:.2f} times" if worst["noise"] else "none of"

@@ -3,26 +3,26 @@ and one more is being read meanwhile."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from convert.certificate import Certificate, TensorRecord, now, versions
-from convert.commit import check_space, check_target, commit, workplace, write_text
+from convert.commit import commit, workplace, write_text
 from convert.targets import Target, open_writer, written_ties
-from zoo.apply import apply
+from zoo.apply import apply, lost
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync_directory
-from zoo.containers.errors import NotEquivalent, ZooError
-from zoo.label import Label
+from zoo.containers.errors import NotEquivalent
+from zoo.label import Label, read_label
 from zoo.ops import describe
-from zoo.plan import Aside, Plan, Step, carry
+from zoo.plan import Aside, Plan, Step, carry, refuse_broken_ties
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 _T = TypeVar("_T")
@@ -42,16 +42,16 @@ def run(
 
     `prove`, if given, is called with the path of the finished but not yet committed checkpoint and
     returns what it found, for the certificate; it raises NotEquivalent to stop. Raises ZooError.
+    The caller has seen that the target may be written.
     """
-    check_target(target.path, reader.path, force)
-    check_space(target.path.parent, disk_needed(plan, target))
     certificate = _blank(reader, plan, target)
     with workplace(target.path) as place:
         label = _set_aside(reader, plan, certificate)
         _write(reader, plan, target, place, label, certificate, progress)
         written = place / target.path.name
         if verify:
-            certificate.verified = _verify(plan, written, certificate, progress)
+            ties = written_ties(target, plan, label)
+            certificate.verified = _verify(plan, written, ties, label, certificate, progress)
         if prove:
             certificate.verified |= prove(written)
         certificate.versions, certificate.created = versions(), now()
@@ -59,7 +59,7 @@ def run(
         for directory in (place, written):
             if directory.is_dir():
                 fsync_directory(directory)
-        commit(place, target.path)
+        commit(place, target.path, force)
     return certificate
 
 
@@ -101,7 +101,7 @@ def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
 
 
 def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
-    config = dataclasses.asdict(plan.config) | dict.fromkeys(plan.unknown)
+    config = asdict(plan.config) | dict.fromkeys(plan.unknown)
     return Certificate(
         source=reader.path.name,
         source_container=reader.container,
@@ -118,20 +118,15 @@ def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
 
 def _set_aside(reader: Reader, plan: Plan, certificate: Certificate) -> Label:
     """Read and check what the target has no place for; the label that keeps it."""
+    refuse_broken_ties(reader, plan)
     carried = dict(plan.label.carried)
     for aside in plan.aside:
         value = reader.read(aside.source)
         digest = sha256(value)
-        if aside.tied_to is not None:
-            if digest != sha256(reader.read(aside.tied_to)):
-                raise ZooError(
-                    f"{aside.source} and {aside.tied_to} are tied, but hold different values",
-                    f"{plan.model.name} has them once: make them equal, or remove one",
-                )
-        else:
+        if aside.tied_to is None:
             carried[aside.name] = carry(aside, value)
         certificate.tensors.append(_aside_record(aside, digest))
-    return dataclasses.replace(plan.label, carried=carried)
+    return replace(plan.label, carried=carried)
 
 
 def _aside_record(aside: Aside, digest: str) -> TensorRecord:
@@ -156,9 +151,11 @@ def _write(
             ties.setdefault(to, []).append(name)
     with open_writer(target, place, plan, label) as writer:
         jobs = [_reading(reader, step) for step in plan.steps]
-        done = 0
+        done = overflow = 0
         for step, (arrays, hashes) in zip(plan.steps, prefetch(jobs), strict=True):
             made = apply(step.ops, arrays, step.target_infos[0].dtype)
+            if step.source_infos[0].dtype != step.target_infos[0].dtype:
+                overflow += sum(map(lost, apply(step.ops, arrays), made))
             for name, array in zip(step.targets, made, strict=True):
                 for each in (name, *ties.get(name, ())):
                     writer.write(each, array)
@@ -169,6 +166,13 @@ def _write(
             progress("convert", done, total)
         _make(plan, writer, certificate)
         writer.finish()
+    if overflow:
+        certificate.notices.append(f"the cast made {overflow} values infinite or NaN: out of range")
+    for name, to in written_ties(target, plan, label).items():
+        record = next(r for r in certificate.tensors if to in r.target)
+        certificate.tensors.append(
+            replace(record, names=[name], source=[], target=[name], op="tied")
+        )
     _write_label(target, place, label)
 
 
@@ -208,7 +212,12 @@ def _record(step: Step, sources: list[str], targets: list[str]) -> TensorRecord:
 
 
 def _verify(
-    plan: Plan, written: Path, certificate: Certificate, progress: Progress
+    plan: Plan,
+    written: Path,
+    ties: Mapping[str, str],
+    label: Label,
+    certificate: Certificate,
+    progress: Progress,
 ) -> dict[str, object]:
     """Re-read what was written and compare it bit for bit, there and mapped back.
 
@@ -221,8 +230,16 @@ def _verify(
     with ExitStack() as stack:
         reader = stack.enter_context(open_checkpoint(written, "flax"))
         found = set(reader.tensors)
-        expected = set(plan.target_tensors())
-        wrong += [f"{name} is not in the result" for name in sorted(expected - found)]
+        expected = set(plan.target_tensors()) | set(ties)
+        if found != expected:
+            names = ", ".join(sorted(expected ^ found)[:3])
+            raise NotEquivalent(
+                f"the result does not hold the tensors that were meant: {names}",
+                "nothing was kept; please report it",
+            )
+        wrong += [f"{n} is not {to}" for n, to in ties.items() if not _same(reader, n, to)]
+        if (again := read_label(reader)).problem or again.carried != label.carried:
+            wrong.append("the label was not written as made")
         jobs = [_reading_back(reader, step, records[step.targets]) for step in plan.steps]
         for step, problem in zip(plan.steps, prefetch(jobs), strict=True):
             wrong += [problem] if problem else []
@@ -237,6 +254,10 @@ def _verify(
             "nothing was kept; the disk or the container's library is at fault, please report it",
         )
     return {"level": "bits", "tensors": len(plan.steps) + len(plan.made), "bytes": total}
+
+
+def _same(reader: Reader, a: str, b: str) -> bool:
+    return reader.ties.get(a) == b or sha256(reader.read(a)) == sha256(reader.read(b))
 
 
 def _reading_back(reader: Reader, step: Step, record: TensorRecord) -> Callable[[], str | None]:

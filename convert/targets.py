@@ -38,6 +38,10 @@ def choose(
     flax and safetensors for torch. Without `dst`, the target lies beside the source.
     """
     told: list[str] = []
+    if max_shard_size is not None and max_shard_size <= 0:
+        raise UsageError(f"a shard of {max_shard_size} bytes", "give a size such as 5GB")
+    if dst is not None and dst.name in ("", ".."):
+        dst = dst.resolve()
     if to is None:
         to = by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
         if to == "orbax" and dst is None and importlib.util.find_spec("tensorstore") is None:
@@ -121,7 +125,10 @@ def by_suffix(dst: Path | None) -> str | None:
 def _default(source: Path, to: str, framework: str, sharded: bool) -> Path:
     if source.name in ("", ".."):
         source = source.resolve()
-    stem = source.stem if source.is_file() else source.name.removesuffix(".flax")
+    if source.is_dir() or not source.exists():
+        stem = source.name.removesuffix(".flax")
+    else:
+        stem = Path(source.name.removesuffix(".index.json")).stem
     if framework == "flax":
         name = f"{stem}.flax" + ("" if to == "orbax" or sharded else _SUFFIX[to])
     else:

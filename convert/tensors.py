@@ -3,7 +3,9 @@ another dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,9 +35,10 @@ def to_jax(tree: Any) -> Any:
                 f"{path} is {name}, which JAX would cut to 32 bits",
                 "set jax_enable_x64, or cast it",
             )
-        if name not in _CARRIED or x.layout != torch.strided:
+        if name not in _CARRIED or x.layout != torch.strided or x.is_meta:
             raise UsageError(
-                f"{path} is {name}, {x.layout}, which is not carried", "convert it first"
+                f"{path} is {name}, {x.layout} on {x.device}, which is not carried",
+                "convert it first",
             )
         x = x.detach().resolve_conj().resolve_neg().contiguous()
         if x.dtype == torch.bool or x.numel() == 0 or name.startswith("float8"):
@@ -48,9 +51,9 @@ def to_jax(tree: Any) -> Any:
 def to_torch(tree: Any) -> Any:
     """Every jax.Array or NumPy array in `tree` as a torch tensor on the same device.
 
-    Where memory can be shared it is, and a jax.Array must then not be written to through the
-    tensor (torch cannot mark it read-only); clone it first. Raises UsageError for
-    a dtype that torch lacks.
+    A jax.Array shares its memory where dlpack carries its dtype, and must then not be written to
+    through the tensor (torch cannot mark it read-only); clone it first. NumPy arrays are copied.
+    Raises UsageError for a dtype that torch lacks.
     """
     torch, jax, _ = _frameworks()
 
@@ -62,7 +65,8 @@ def to_torch(tree: Any) -> Any:
             raise UsageError(f"{path} is {name}, which torch does not have", "cast it first")
         if isinstance(x, jax.Array) and x.size and name != "bool" and not name.startswith("float8"):
             return torch.utils.dlpack.from_dlpack(x)
-        array = np.array(x, order="C")  # a copy: torch takes no read-only memory
+        # A copy: torch takes no read-only memory, and its own byte order only.
+        array = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
         bits = torch.from_numpy(array.reshape(-1).view(np.uint8))
         return bits.view(getattr(torch, name)).reshape(array.shape)
 
@@ -76,14 +80,21 @@ def _by_bits(torch: Any, jnp: Any, x: Any, name: str) -> Any:
 
 
 def _map(one: Callable[[Any, str], Any], tree: Any, path: str) -> Any:
-    """`one` at every leaf; containers keep their type."""
+    """`one` at every leaf. Dicts, lists and tuples keep their type; others are refused."""
     if isinstance(tree, dict):
-        return type(tree)((k, _map(one, v, f"{path}[{k!r}]")) for k, v in tree.items())
+        made = copy.copy(tree)  # a defaultdict keeps its factory
+        made.update((k, _map(one, v, f"{path}[{k!r}]")) for k, v in tree.items())
+        return made
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         parts = zip(tree._fields, tree, strict=True)
         return type(tree)(*(_map(one, v, f"{path}.{k}") for k, v in parts))
     if isinstance(tree, list | tuple):
         return type(tree)(_map(one, v, f"{path}[{i}]") for i, v in enumerate(tree))
+    if isinstance(tree, Mapping) or dataclasses.is_dataclass(tree):
+        raise UsageError(
+            f"{path} is a {type(tree).__name__}, which is not looked into",
+            "give a dict, such as nnx.to_pure_dict(state) or vars(tree)",
+        )
     return one(tree, path)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file
 from support import Arrays, canonical
 
@@ -236,3 +237,32 @@ def test_a_real_config_json(minilm: Path) -> None:
 def test_a_config_that_this_bert_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf(to_hf(MODEL.tiny["encoder"]) | change)
+
+
+def test_the_padding_row_gets_the_gradient_that_upstream_gives_it() -> None:
+    config = MODEL.tiny["masked_lm"]
+    inputs = MODEL.inputs(config)
+    inputs["input_ids"][:, -2:] = 0
+    given = {k: torch.from_numpy(v) for k, v in inputs.items()}
+    theirs = upstream(config)
+    theirs(**given).logits.sin().sum().backward()
+    expected = theirs.bert.embeddings.word_embeddings.weight.grad.numpy()
+    mine = build(MODEL, config, "torch", canonical(MODEL, config), param_dtype="float64")
+    mine(**given).sin().sum().backward()
+    got = mine.bert.embeddings.word_embeddings.weight.grad.numpy()
+    scale = np.abs(expected).max()
+    assert np.abs(got - expected).max() <= EXACT * scale
+    with jax.enable_x64(True):
+        twin = build(MODEL, config, "flax", canonical(MODEL, config), param_dtype="float64")
+        grads = nnx.grad(lambda m: jax.numpy.sin(m(**inputs)).sum())(twin)
+        flax = np.asarray(grads["bert"]["embeddings"]["word_embeddings"]["embedding"][...])
+    assert np.abs(flax - expected).max() <= EXACT * scale
+
+
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+def test_too_long_a_sequence_is_refused(framework: str) -> None:
+    config = MODEL.tiny["encoder"]
+    model = build(MODEL, config, framework, canonical(MODEL, config))
+    ids = np.zeros((1, 41), np.int64)
+    with pytest.raises(ValueError, match="41 tokens, but max_position_embeddings is 40"):
+        model(torch.from_numpy(ids) if framework == "torch" else ids)

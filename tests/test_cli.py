@@ -162,6 +162,8 @@ def test_bad_input(
         (["--model", "nope"], 2, "no model is called 'nope'"),
         (["--config", "nope.json"], 2, "nope.json"),
         (["--no-verify", "--level", "outputs"], 2, "contradict"),
+        (["--dtype", "bfloat16", "--level", "outputs"], 2, "which --dtype changes"),
+        (["--max-shard-size", "inf"], 2, "no size"),
         (["--dtype", "int3"], 2, "no floating-point dtype"),
         (["--max-shard-size", "many"], 2, "no size"),
         (["--to", "gguf"], 2, "gguf"),

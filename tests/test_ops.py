@@ -61,6 +61,8 @@ case(Concat(1, (3, 3)), [a23, b23], np.hstack([a23, b23]))
 case(Divide(1, (1, 2)), [a23], a23[:, :1])
 case(Stack(1), [a23, b23], np.stack([a23, b23], 1))
 case(Unstack(1), [a234], a234[:, 0])
+case(Stack(1, 2), [a23, a2c, b23, a2c], np.stack([a23, b23], 1))
+case(Unstack(1, 2), [a234, np.stack([a23, a23, b23], 1)], a234[:, 0])
 # Columns of a (2, C*H*W) matrix with C, H, W = 2, 3, 4 in the order (H, W, C):
 case(
     Reorder(1, (2, 3, 4), (1, 2, 0)),
@@ -117,6 +119,8 @@ def test_a_chain_is_undone_in_reverse() -> None:
         (Divide(0, (1, 2)), [(4,)]),
         (Stack(0), [(2,), (3,)]),
         (Unstack(2), [(2, 3)]),
+        (Stack(0, 2), [(2,), (2,), (2,)]),
+        (Unstack(0, 2), [(2, 3), (3, 3)]),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(op: Op, shapes: list[tuple[int, ...]]) -> None:

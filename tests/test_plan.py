@@ -107,6 +107,14 @@ def test_the_views_of_a_small_convnet() -> None:
         (["params.fc.kernel", "opt_state.0.mu.fc.kernel", "step"], ["fc.kernel"], 2),
         (["fc.kernel.value", "drop.rngs.count.value"], ["fc.kernel"], 1),
         (["model_state_dict.module.fc.w", "optimizer_state_dict.x", "epoch"], ["fc.w"], 2),
+        (["state_dict.module.fc.w", "best_acc"], ["fc.w"], 1),
+        (["state_dict.model.fc.w", "state_dict.criterion.weight"], ["fc.w"], 1),
+        (["model.fc.w", "model_ema.fc.w"], ["fc.w"], 1),
+        (
+            ["state.params.fc.kernel", "state.opt_state.mu.fc.kernel", "state.step"],
+            ["fc.kernel"],
+            2,
+        ),
     ],
 )
 def test_wrappers_come_off(names: list[str], inner: list[str], aside: int) -> None:
@@ -191,7 +199,7 @@ def test_what_names_cannot_tell_is_recorded_as_unknown() -> None:
         (None, {"hidden_size": 3}, "do not say of which model"),
         ("bert", {"hidden": 3}, "has no field hidden"),
         ("bert", {"num_attention_heads": 5}, "not divisible"),
-        ("bert", "nowhere.json", "nowhere"),
+        ("bert", "nowhere.json", "neither a file here nor a preset"),
     ],
 )
 def test_requests_that_nothing_answers(model: str | None, config: object, message: str) -> None:
@@ -236,8 +244,10 @@ def test_labels_survive_metadata_and_config_json(tmp_path: Path) -> None:
 def test_a_config_json_that_cannot_be_understood(text: str, tmp_path: Path) -> None:
     path = write(SafetensorsWriter, tmp_path / "a.safetensors", {"x": np.zeros(1)})
     (tmp_path / "config.json").write_text(text)
-    with open_checkpoint(path) as reader, pytest.raises(CorruptInput, match=r"config\.json"):
-        read_label(reader)
+    with open_checkpoint(path) as reader:
+        problem = read_label(reader).problem
+    assert isinstance(problem, CorruptInput)
+    assert "config.json" in problem.problem
 
 
 def test_a_label_from_the_future_or_of_an_unknown_plugin(tmp_path: Path) -> None:
@@ -249,8 +259,65 @@ def test_a_label_from_the_future_or_of_an_unknown_plugin(tmp_path: Path) -> None
         path.unlink(missing_ok=True)
         write(SafetensorsWriter, path, {"x": np.zeros(1)})
         (tmp_path / "config.json").write_text(text)
-        with open_checkpoint(path) as reader, pytest.raises(UsageError, match=message):
-            read_label(reader)
+        with open_checkpoint(path) as reader:
+            problem = read_label(reader).problem
+        assert isinstance(problem, UsageError)
+        assert message in problem.problem
+
+
+def test_a_config_that_the_user_gives_replaces_a_bad_one(tmp_path: Path) -> None:
+    path = write(SafetensorsWriter, tmp_path / "a.safetensors", canonical(MODEL, CONFIG))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CorruptInput, match="--config"):
+        zoo.load(path, framework="torch")
+    assert zoo.load(path, framework="torch", model="bert", config=dataclasses.asdict(CONFIG)).pooler
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 2.0},
+        {"vocab_size": [1]},
+        {"vocab_size": -5},
+        {"layer_norm_eps": float("nan")},
+    ],
+)
+def test_values_that_no_config_can_have(change: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="impossible configuration"):
+        zoo.create("minilm_l6", framework="torch", **change)
+    path = write(SafetensorsWriter, tmp_path / "a.safetensors", canonical(MODEL, CONFIG))
+    data = json.loads(Label(MODEL, CONFIG).to_config_json())
+    for text in (data | {"zoo": None} | change, {"zoo": data["zoo"] | {"config": change}}):
+        (tmp_path / "config.json").write_text(json.dumps(text))
+        with pytest.raises(ZooError, match=r"config\.json|impossible"):
+            zoo.load(path, framework="torch")
+
+
+def test_an_absurd_name_asks_for_no_absurd_layout() -> None:
+    name = "encoder.layer.2000000.attention.self.query.weight"
+    with pytest.raises(ZooError):
+        identify_header({name: TensorInfo("F32", (8, 8))}, Label())
+
+
+def test_dtypes_may_be_given_in_any_form() -> None:
+    import jax.numpy as jnp
+
+    from zoo.loading import dtype_code
+
+    for dtype in (
+        "bfloat16",
+        "BF16",
+        "torch.bfloat16",
+        torch.bfloat16,
+        jnp.bfloat16,
+        jnp.dtype("bfloat16"),
+    ):
+        assert dtype_code(dtype) == "BF16"
+    for dtype in ("foo", "int8", torch.int8, "float8_e8m0fnu"):
+        with pytest.raises(UsageError):
+            dtype_code(dtype)
 
 
 def test_another_model_s_config_json_is_told_of_and_not_used(tmp_path: Path) -> None:
@@ -337,6 +404,8 @@ def test_create_gives_both_frameworks_the_same_weights() -> None:
     [
         (lambda: zoo.create("bert", framework="torch"), "is a family"),
         (lambda: zoo.create("minilm_l6", framework="keras"), "keras"),
+        (lambda: zoo.create("minilm_l6.mine", framework="torch"), "names weights"),
+        (lambda: zoo.create("minilm_l6", framework="torch", dtype="foo"), "foo"),
         (lambda: zoo.create("minilm_l6", framework="torch", size=3), "no field size"),
         (lambda: zoo.get("resnet1"), "no model is called"),
         (lambda: zoo.load("minilm_l6", framework="torch"), "no weights of that name"),

@@ -104,3 +104,19 @@ def test_numpy_arrays_become_tensors_of_their_own() -> None:
 def test_dtypes_that_torch_lacks_are_refused() -> None:
     with pytest.raises(UsageError, match="int4, which torch does not have"):
         convert.to_torch(jnp.zeros(2, jnp.int4))
+
+
+def test_foreign_byte_order_and_containers() -> None:
+    a = np.arange(3, dtype=">f4")
+    assert convert.to_torch(a).tolist() == [0.0, 1.0, 2.0]
+    from collections import defaultdict
+
+    from flax import nnx
+
+    tree = defaultdict(list, x=torch.ones(2))
+    assert convert.to_jax(tree)["missing"] == []
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    with pytest.raises(UsageError, match="State, which is not looked into"):
+        convert.to_torch({"s": state})
+    with pytest.raises(UsageError, match="meta"):
+        convert.to_jax(torch.ones(2, device="meta"))

@@ -29,8 +29,15 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     code = dtypes.code_of(array.dtype)
     if code == dtype or not dtypes.is_float(code):
         return array
-    with np.errstate(over="ignore"):  # out of range becomes inf, as it does in every framework
+    with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(dtypes.NUMPY[dtype])
+
+
+def lost(source: np.ndarray, result: np.ndarray) -> int:
+    """How many finite values a cast made infinite or NaN: those outside the dtype's range."""
+    if source.dtype == result.dtype:
+        return 0
+    return int(np.count_nonzero(np.isfinite(source) & ~np.isfinite(result).reshape(source.shape)))
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from pathlib import Path
 from zoo import registry
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
 
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".msgpack", ".flax", ".json")
 _HF_FILES = ("*.safetensors", "*.index.json", "config.json", "*.msgpack", "*.bin")
 
 
@@ -34,6 +35,15 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path
     return _pretrained(text)
+
+
+def beside(source: str | os.PathLike[str]) -> Path:
+    """Where a result lies by default: at the source, but for what is a package's or the hub's, in
+    whose directories nobody should write: then here, under the last part of its name."""
+    text = os.fspath(source)
+    if Path(text).expanduser().exists():
+        return Path(text).expanduser()
+    return Path(text.partition("@")[0].rstrip("/").rpartition("/")[2])
 
 
 def pretrained() -> dict[str, Path]:
@@ -53,9 +63,14 @@ def _pretrained(name: str) -> Path:
     everything = pretrained()
     if name in everything:
         return everything[name]
-    if os.sep in name or name.endswith((".safetensors", ".pt", ".pth", ".bin", ".msgpack")):
+    if os.sep in name or name.endswith(_SUFFIXES):
         raise UsageError(f"{name} does not exist", "give the path of a file or a directory")
-    found = registry.get(name)  # says what is near, where nothing has this name
+    try:
+        found = registry.get(name)
+    except UsageError as e:
+        raise UsageError(
+            f"{name} is neither a file here nor a model of the zoo", e.advice
+        ) from None
     tags = [n for n in everything if n.partition(".")[0] in found.model.presets]
     raise UsageError(
         f"{name!r} is a model, and no weights of that name are installed",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -15,12 +16,13 @@ from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.label import Label, read_label
 from zoo.layout import TREES, Tree, canonical_guess
-from zoo.model import Config, Model
+from zoo.model import Config, Model, override
 from zoo.ops import Shape
 from zoo.peel import Peeled, levels
 from zoo.registry import families
 
 FLAX_TREES: tuple[Tree, ...] = ("nnx", "linen", "linen-compact")
+_AUTOMATIC = re.compile(r"\.[A-Z][A-Za-z0-9]*_\d+\.")  # what @nn.compact calls its modules
 _SHOWN = 10  # problems of one kind that an error spells out
 
 
@@ -68,6 +70,7 @@ class Candidate:
     tree: Tree
     peeled: Peeled
     names: Mapping[str, str]  # the tree's name -> the file's name
+    stated_by: str  # where the config was read, "" if it was inferred
     problems: Problems
     fit: float  # tensors that pair, as a fraction of all on either side
 
@@ -146,7 +149,8 @@ def mismatch(candidate: Candidate) -> ZooError:
     count = len(candidate.problems)
     return ZooError(
         f"the tensors are not those of {candidate.title()}: {count} "
-        f"{'differs' if count == 1 else 'differ'}",
+        f"{'differs' if count == 1 else 'differ'}"
+        + (f" (sizes from {candidate.stated_by})" if candidate.stated_by else ""),
         "if it is another model or size, name it with --model or --config; "
         "else the checkpoint is incomplete",
         candidate.problems.lines(),
@@ -168,12 +172,13 @@ def _readings(
     tensors: Mapping[str, TensorInfo], label: Label, request: Request, trees: tuple[Tree, ...]
 ) -> Iterator[Candidate]:
     only = request.model or label.model
+    stated_by = label.source if request.config is None and label.config is not None else ""
     for model in [only] if only else families().values():
         for peeled in levels(tensors, model.base_prefix):
             shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
             for tree in trees:
                 for config, unknown, spelled in _configs(model, shapes, tree, label, request):
-                    yield _reading(model, config, unknown, tree, peeled, spelled, shapes)
+                    yield _reading(model, config, unknown, tree, peeled, spelled, shapes, stated_by)
 
 
 def _configs(
@@ -189,22 +194,43 @@ def _configs(
         spelled = {n: n for n in shapes}
     if tree == "linen-compact":
         # Automatic names say nothing about sizes: only stated configs and presets can be tried.
-        for config in [stated] if stated is not None else model.presets.values():
-            yield config, unstated if stated is not None else model.unknown, spelled
+        if not any(n.startswith(("params.", "batch_stats.")) for n in spelled):
+            spelled = {f"params.{n}": s for n, s in spelled.items()}  # saved without collections
+        if stated is not None:
+            yield stated, unstated, spelled
+        elif any(_AUTOMATIC.search(n) for n in spelled):
+            for config in model.presets.values():
+                told = model.infer(model.layout_of(config).shapes("torch")) or {}
+                yield config, model.unknown - told.keys(), spelled
         return
     inner = {n: shapes[s] for n, s in spelled.items()}
     if tree == "linen":
         inner = {n.partition(".")[2]: s for n, s in inner.items()}
     fields = model.infer(inner if tree == "torch" else canonical_guess(inner))
     if stated is not None:
-        structure = {k: v for k, v in (fields or {}).items() if k in model.structure}
-        yield dataclasses.replace(stated, **structure), unstated, spelled
+        for config in _as_the_names_say(model, stated, fields or {}):
+            yield config, unstated, spelled
     elif fields is not None:
         try:
             config = model.configure(**{**model.placeholders, **fields})
             yield config, model.unknown - fields.keys(), spelled
         except UsageError:  # sizes that no config can have: not this model
             return
+
+
+def _as_the_names_say(model: Model, stated: Config, fields: Mapping[str, Any]) -> Iterator[Config]:
+    """The stated config, then with one field of structure as the names tell it, then with all.
+
+    Names may not tell everything: a token classifier that kept its pooler has those of a sequence
+    classifier. What was stated goes first.
+    """
+    told = {k: v for k, v in fields.items() if k in model.structure and getattr(stated, k) != v}
+    yield stated
+    for change in [*({k: v} for k, v in told.items()), *([told] if len(told) > 1 else [])]:
+        try:
+            yield override(stated, change)
+        except UsageError:  # no such model: what was stated will be held against the tensors
+            continue
 
 
 def _reading(
@@ -215,6 +241,7 @@ def _reading(
     peeled: Peeled,
     spelled: Mapping[str, str],
     shapes: Mapping[str, Shape],
+    stated_by: str,
 ) -> Candidate:
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
@@ -239,6 +266,7 @@ def _reading(
         tree,
         peeled,
         {n: peeled.names[s] for n, s in spelled.items()},
+        stated_by,
         problems,
         paired / max(1, len(required) + len(problems.surplus)),
     )

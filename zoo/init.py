@@ -45,8 +45,9 @@ def torch_default(
         return np.ones(shape) if leaf in ("weight", "running_var") else np.zeros(shape)
     shapes = layout.shapes("torch")
     if kind == "recurrent":
-        suffix = leaf.partition("_l")[2]
-        bound = 1 / math.sqrt(shapes[f"{module}.weight_hh_l{suffix}"][1])
+        prefix = f"{module}." if module else ""
+        hidden = leaf.replace("bias", "weight").replace("_ih", "_hh")
+        bound = 1 / math.sqrt(shapes[prefix + hidden][1])
         return rng.uniform(-bound, bound, shape)
     weight = name if len(shape) > 1 else f"{name.removesuffix('bias')}weight"
     if weight not in shapes:

@@ -19,7 +19,7 @@ import numpy as np
 
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, as_array
-from zoo.containers.errors import CorruptInput, UsageError
+from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.model import Config, Model, override
 from zoo.registry import families
 
@@ -51,24 +51,37 @@ class Label:
     carried: Mapping[str, Carried] = field(default_factory=dict)
     ties: tuple[str, ...] = ()  # tied names that the source spelled out
     hf: Mapping[str, Any] = field(default_factory=dict)  # a transformers config.json, whole
-    source: str = ""  # where it was read
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of others, in a safetensors header
+    source: str = ""  # where the config was read
     notices: tuple[str, ...] = ()
+    problem: ZooError | None = None  # why it could not be read; for whoever needs the config
 
     def to_metadata(self) -> dict[str, str]:
         """The `zoo.*` keys of a safetensors header."""
-        return {
-            f"zoo.{key}": value if isinstance(value, str) else json.dumps(value)
-            for key, value in self._data().items()
-        }
+        data = self._data() | ({"hf": dict(self.hf)} if self.hf else {})
+        ours = {f"zoo.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
+        return dict(self.metadata) | ours
 
     def to_config_json(self) -> str:
         """The text of a config.json that our reader and transformers both take."""
-        data: dict[str, Any] = dict(self.hf)
-        data.pop("zoo", None)
-        if self.model and self.model.to_hf:
-            hf = self.model.to_hf(self.config)
-            data |= {k: None if k in self.unknown else v for k, v in hf.items()}
-        return json.dumps(data | {"zoo": self._data()}, indent=2) + "\n"
+        data = self._hf()
+        data |= {k: None for k in self.unknown if k in data}
+        ours = self._data() | ({"metadata": dict(self.metadata)} if self.metadata else {})
+        return json.dumps(data | {"zoo": ours}, indent=2) + "\n"
+
+    def _hf(self) -> dict[str, Any]:
+        """transformers' keys: what the source wrote, changed only where it says something else."""
+        if self.model is None or self.model.to_hf is None or self.model.from_hf is None:
+            return dict(self.hf)
+        ours = self.model.to_hf(self.config)
+        if not self.hf:
+            return ours
+        told = self.model.to_hf(self.model.from_hf(self.hf))
+        names = {"model_type", "architectures", *(f.name for f in dataclasses.fields(self.config))}
+        changed = {
+            k: v for k, v in ours.items() if told.get(k) != v or (k not in self.hf and k in names)
+        }
+        return dict(self.hf) | changed
 
     def _data(self) -> dict[str, Any]:
         assert self.model is not None
@@ -92,19 +105,31 @@ class Label:
 
 
 def read_label(reader: Reader) -> Label:
-    """The label of an open checkpoint. Raises CorruptInput for one that cannot be understood."""
+    """The label of an open checkpoint. What cannot be understood is its `problem`: it matters to
+    those who need the config, and a config that the user gives takes its place."""
+    foreign = {k: v for k, v in reader.metadata.items() if k != "format" and k[:4] != "zoo."}
+    try:
+        label = _read_label(reader)
+    except ZooError as e:
+        label = Label(problem=e)
+    return dataclasses.replace(label, metadata=dict(label.metadata) | foreign)
+
+
+def _read_label(reader: Reader) -> Label:
     if "zoo.model" in reader.metadata:
-        data = {
+        data: dict[str, Any] = {
             key.removeprefix("zoo."): value
             for key, value in reader.metadata.items()
             if key.startswith("zoo.")
         }
         source = f"{reader.path}'s metadata"
         try:
-            data |= {k: json.loads(data[k]) for k in ("config", "carried", "ties") if k in data}
+            data |= {
+                k: json.loads(data[k]) for k in ("config", "carried", "ties", "hf") if k in data
+            }
         except ValueError as e:
             raise _bad(source, str(e)) from None
-        return _from_zoo(data, source)
+        return dataclasses.replace(_from_zoo(data, source), hf=data.get("hf", {}))
     for path in _config_files(reader.path):
         if path.is_file():
             return read_config_file(path)
@@ -125,16 +150,33 @@ def read_config_file(path: Path) -> Label:
     for model in families().values():
         if model.hf_type == data.get("model_type") and model.hf_type and model.from_hf:
             try:
-                return Label(model, model.from_hf(data), hf=data, source=str(path))
-            except (TypeError, ValueError) as e:
+                config = override(model.from_hf(data), {})
+            except (TypeError, ValueError, ArithmeticError, UsageError) as e:
+                e = ValueError(e.problem) if isinstance(e, UsageError) else e
                 raise UsageError(
                     f"{path} describes a {model.name} that is not in the zoo: {e}",
                     "convert another checkpoint, or say what this one is with --config",
                 ) from None
+            return Label(
+                model,
+                config,
+                hf=data,
+                source=str(path),
+                notices=_classes(path, model, config, data),
+            )
     if "model_type" in data:
         notice = f"{path} describes a {data['model_type']!r}, which the zoo does not have"
         return Label(source=str(path), notices=(f"{notice}: not used",))
     return Label()
+
+
+def _classes(path: Path, model: Model, config: Config, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """A notice where the file names a class that the family does not have."""
+    named = data.get("architectures")
+    read_as = model.to_hf(config).get("architectures") if model.to_hf else None
+    if not isinstance(named, list) or not named or named == read_as:
+        return ()
+    return (f"{path} is of {', '.join(map(str, named))}, read as {', '.join(read_as or ())}",)
 
 
 def _config_files(path: Path) -> list[Path]:
@@ -160,9 +202,12 @@ def _from_zoo(data: Mapping[str, Any], source: str) -> Label:
             )
         fields = dict(data["config"])
         unknown = frozenset(k for k, v in fields.items() if v is None and k in model.unknown)
-        config = override(model.config(), {k: v for k, v in fields.items() if k not in unknown})
+        known = {k: v for k, v in fields.items() if k not in unknown}
+        config = override(model.config(), {**model.placeholders, **known})
         carried = {n: _carried(c) for n, c in data.get("carried", {}).items()}
-        return Label(model, config, unknown, carried, tuple(data.get("ties", ())), source=source)
+        metadata = {str(k): str(v) for k, v in dict(data.get("metadata", {})).items()}
+        ties = tuple(data.get("ties", ()))
+        return Label(model, config, unknown, carried, ties, metadata=metadata, source=source)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _bad(source, f"{type(e).__name__}: {e}") from None
 

@@ -20,7 +20,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from zoo.ops import Divide, Op, Ops, Permute, Shape, inverse, op_from_json, op_to_json, run_shapes
+from zoo.ops import (
+    Divide,
+    Op,
+    Ops,
+    Permute,
+    Reorder,
+    Shape,
+    inverse,
+    op_from_json,
+    op_to_json,
+    run_shapes,
+)
 
 Tree = Literal["torch", "nnx", "linen", "linen-compact"]
 TREES: tuple[Tree, ...] = ("torch", "nnx", "linen", "linen-compact")
@@ -114,6 +125,19 @@ def linear(module: str, n_in: int, n_out: int, bias: bool = True) -> Iterator[En
         yield _entry("linear", module, "bias", (n_out,))
 
 
+def flat_linear(
+    module: str, channels: int, spatial: Shape, n_out: int, bias: bool = True
+) -> Iterator[Entry]:
+    """nn.Linear on a flattened (channels, *spatial), channel-first in PyTorch and in the NNX twin.
+
+    A Linen `@nn.compact` module flattens as its images lie, channel-last.
+    """
+    weight, *rest = linear(module, channels * math.prod(spatial), n_out, bias)
+    order = (*range(1, len(spatial) + 1), 0)
+    yield replace(weight, compact_ops=(Reorder(0, (channels, *spatial), order),))
+    yield from rest
+
+
 def conv(
     module: str, n_in: int, n_out: int, *kernel: int, groups: int = 1, bias: bool = True
 ) -> Iterator[Entry]:
@@ -158,14 +182,22 @@ def recurrent(
     for layer in range(layers):
         for suffix in (f"_l{layer}", f"_l{layer}_reverse")[: 1 + bidirectional]:
             width = n_in if layer == 0 else hidden * (1 + bidirectional)
-            for leaf, shape in (
-                ("weight_ih", (gates * hidden, width)),
-                ("weight_hh", (gates * hidden, hidden)),
-                ("bias_ih", (gates * hidden,)),
-                ("bias_hh", (gates * hidden,)),
-            ):
-                tensors = (Tensor(f"{module}.{leaf}{suffix}", shape),)
-                yield Entry("recurrent", tensors, tensors)
+            yield from recurrent_cell(module, gates, width, hidden, suffix)
+
+
+def recurrent_cell(
+    module: str, gates: int, n_in: int, hidden: int, suffix: str = ""
+) -> Iterator[Entry]:
+    """nn.RNNCell (1 gate), nn.GRUCell (3), nn.LSTMCell (4): one step, without a suffix."""
+    prefix = f"{module}." if module else ""
+    for leaf, shape in (
+        ("weight_ih", (gates * hidden, n_in)),
+        ("weight_hh", (gates * hidden, hidden)),
+        ("bias_ih", (gates * hidden,)),
+        ("bias_hh", (gates * hidden,)),
+    ):
+        tensors = (Tensor(f"{prefix}{leaf}{suffix}", shape),)
+        yield Entry("recurrent", tensors, tensors)
 
 
 def attention(module: str, dim: int, bias: bool = True) -> Iterator[Entry]:

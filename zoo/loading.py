@@ -20,7 +20,7 @@ from zoo.init import initial
 from zoo.label import read_config_file, read_label
 from zoo.layout import Tree
 from zoo.model import Config, Model, override
-from zoo.plan import Plan, make_plan, transfer
+from zoo.plan import Plan, make_plan, read_step, refuse_broken_ties, transfer
 
 FRAMEWORKS = ("torch", "flax")
 
@@ -43,6 +43,11 @@ def create(
     parameters, both by NumPy's names ("bfloat16"); `overrides` change fields of the config.
     """
     found = registry.get(name)
+    if found.weights is not None:
+        raise UsageError(
+            f"{name!r} names weights, and `create` makes fresh ones",
+            f"load it, or create {name.partition('.')[0]!r}",
+        )
     if found.config is None:
         raise UsageError(
             f"{name!r} is a family", f"name one of its presets: {', '.join(found.model.presets)}"
@@ -85,6 +90,7 @@ def load(
         plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
         for notice in plan.notices:
             warnings.warn(notice, LoadNotice, stacklevel=2)
+        refuse_broken_ties(reader, plan)
         values = _read(plan, reader)
     if plan.fresh:
         stored = next((c for c in map(_code, values.values()) if dtypes.is_float(c)), "F32")
@@ -120,7 +126,12 @@ def make_request(
                 )
             named, stated = label.model, label.config
         else:
-            preset = registry.get(os.fspath(config))
+            try:
+                preset = registry.get(os.fspath(config))
+            except UsageError as e:
+                raise UsageError(
+                    f"the config {config} is neither a file here nor a preset", e.advice
+                ) from None
             named, stated = preset.model, preset.config or stated
         if family is not None and named.name != family.name:
             raise UsageError(
@@ -160,11 +171,16 @@ def build_from_tree(
     seed: int = 0,
 ) -> Any:
     """A module in eval mode from the tensors of its framework's tree, which are its own then."""
-    if cannot := sorted({c for c in map(_code, values.values()) if c.startswith("F8")}):
+    entries = model.layout_of(config).entries
+    weights = {t.name for e in entries if e.constant is None for t in (*e.torch, *e.flax)}
+    codes = {_code(a) for name, a in values.items() if name in weights}
+    if cannot := sorted(c for c in codes if c.startswith("F8") or not dtypes.is_float(c)):
         raise UsageError(
-            f"the weights are stored as {', '.join(cannot)}, in which no framework computes",
-            "give param_dtype, such as 'bfloat16'",
+            f"the weights are stored as {', '.join(cannot)}, in which no layer computes",
+            "give param_dtype, such as 'bfloat16'; it casts floating-point weights",
         )
+    if dtype is not None:
+        dtype = dtypes.NAME[dtype_code(dtype)]
     try:
         if framework == "torch":
             from zoo import loading_torch
@@ -179,11 +195,14 @@ def build_from_tree(
         raise
 
 
-def dtype_code(name: str) -> str:
-    """The dtype code for a framework's name ("bfloat16") or for a code ("BF16")."""
+def dtype_code(dtype: Any) -> str:
+    """The code of a floating-point dtype that is named ("bfloat16", "BF16") or given as NumPy's,
+    JAX's or torch's own. UsageError for any other, and for F8_E8M0, which has no sign."""
+    inner = getattr(dtype, "dtype", dtype)  # jnp.bfloat16 is no dtype but has one
+    name = inner if isinstance(inner, str) else getattr(inner, "name", None) or str(inner)
     code = dtypes.FROM_NAME.get(name.removeprefix("torch."), name.upper())
-    if code not in dtypes.NUMPY or not dtypes.is_float(code):
-        floats = [dtypes.NAME[c] for c in dtypes.NUMPY if dtypes.is_float(c)]
+    if code not in dtypes.NUMPY or not dtypes.is_float(code) or code == "F8_E8M0":
+        floats = [dtypes.NAME[c] for c in dtypes.NUMPY if dtypes.is_float(c) and c != "F8_E8M0"]
         raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
     return code
 
@@ -191,9 +210,7 @@ def dtype_code(name: str) -> str:
 def _read(plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
     values: dict[str, np.ndarray] = {}
     for step in plan.steps:
-        code = step.target_infos[0].dtype if step.target_infos else None
-        made = apply(step.ops, [reader.read(n) for n in step.sources], code)
-        values |= dict(zip(step.targets, made, strict=True))
+        values |= dict(zip(step.targets, read_step(reader, step), strict=True))
     return values | {m.name: m.value() for m in plan.made}
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from zoo.containers import dtypes
+from zoo.containers.base import TensorInfo
 from zoo.model import Config, Model
+from zoo.plan import constant_value
 
 
 def build(
@@ -25,7 +27,8 @@ def build(
         if entry.tied_to is not None:
             state[name] = state[entry.tied_to]
         elif entry.constant is not None and entry.constant.in_state_dict and name not in state:
-            raise KeyError(name)  # the plan makes these
+            info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
+            state[name] = tensor(constant_value(entry.constant, info))
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in state and not isinstance(state[name], torch.nn.Parameter):
             state[name] = torch.nn.Parameter(state[name], parameter.requires_grad)

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +62,7 @@ class Model:
 
     def layout_of(self, config: Config) -> Layout:
         """The layout of one configuration (configs are hashable, so it is built once)."""
-        return _layout_of(self, config)
+        return _layout_of(self.layout, config)
 
     def respell(self, name: str) -> str:
         """A tensor name in today's spelling."""
@@ -91,26 +92,39 @@ class Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout_of_cached(layout: Callable[[Config], Iterable[Entry]], config: Config) -> Layout:
+def _layout_of(layout: Callable[[Config], Iterable[Entry]], config: Config) -> Layout:
     return Layout(layout(config))
-
-
-def _layout_of(model: Model, config: Config) -> Layout:
-    return _layout_of_cached(model.layout, config)
 
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:
     """`config` with other values in these fields; UsageError for what it cannot have."""
-    known = [f.name for f in dataclasses.fields(config)]
+    known = {f.name: str(f.type) for f in dataclasses.fields(config)}
     if wrong := [name for name in fields if name not in known]:
         raise UsageError(
             f"{type(config).__module__}.Config has no field {', '.join(wrong)}",
             f"it has {', '.join(known)}",
         )
+    values = {name: getattr(config, name) for name in known} | dict(fields)
+    for name, annotation in known.items():
+        if not _CHECKS.get(annotation, lambda _: True)(values[name]):
+            raise UsageError(
+                f"impossible configuration: {name} is {values[name]!r}",
+                f"it is of type {annotation}",
+            )
     try:
         return dataclasses.replace(config, **fields)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, ArithmeticError) as e:
         raise UsageError(f"impossible configuration: {e}", "give values that fit together") from e
+
+
+# What a field of a Config may hold, by its annotation; others are the family's to check.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda v: type(v) is int and v >= 0,
+    "int | None": lambda v: v is None or type(v) is int,
+    "float": lambda v: type(v) in (int, float) and math.isfinite(v),
+    "bool": lambda v: type(v) is bool,
+    "str": lambda v: type(v) is str,
+}
 
 
 def dim(shapes: Mapping[str, Shape], pattern: str, axis: int) -> int | None:
@@ -120,6 +134,8 @@ def dim(shapes: Mapping[str, Shape], pattern: str, axis: int) -> int | None:
 
 
 def count(shapes: Mapping[str, Shape], pattern: str) -> int:
-    """One more than the largest number that `pattern`'s group finds in a name; 0 if none."""
-    found = [m for n in shapes if (m := re.search(pattern, n))]
-    return max((int(m[1]) for m in found), default=-1) + 1
+    """How many different numbers `pattern`'s group finds in the names.
+
+    Not the largest: one absurd name must not ask for an absurd layout.
+    """
+    return len({m[1] for n in shapes if (m := re.search(pattern, n))})

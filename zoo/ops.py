@@ -212,40 +212,50 @@ class Divide(Op):
 
 @dataclass(frozen=True, slots=True)
 class Stack(Op):
-    """Several equal-shaped arrays into one with a new axis: single experts into a batch."""
+    """Equal-shaped arrays into one with a new axis: single experts into a batch.
+
+    With `groups`, into as many as that, dealt out in turn: of w0, b0, w1, b1 and groups=2 come
+    the w stacked and the b stacked.
+    """
 
     axis: int
+    groups: int = 1
 
     def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        if len(set(shapes)) != 1:
-            raise ValueError(f"cannot stack {list(shapes)}")
-        return [(*shapes[0][: self.axis], len(shapes), *shapes[0][self.axis :])]
+        made = []
+        for i in range(self.groups):
+            group = list(shapes[i :: self.groups])
+            if len(shapes) % self.groups or len(set(group)) != 1:
+                raise ValueError(f"cannot stack {list(shapes)} into {self.groups}")
+            made.append((*group[0][: self.axis], len(group), *group[0][self.axis :]))
+        return made
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.stack(arrays, self.axis)]
+        return [np.stack(arrays[i :: self.groups], self.axis) for i in range(self.groups)]
 
     def inverse(self, shapes: Sequence[Shape]) -> Unstack:
-        return Unstack(self.axis)
+        return Unstack(self.axis, self.groups)
 
 
 @dataclass(frozen=True, slots=True)
 class Unstack(Op):
-    """One array into as many as an axis is long, without that axis."""
+    """One array into as many as an axis is long, without that axis; of several, in turn."""
 
     axis: int
+    groups: int = 1
 
     def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
-        (shape,) = shapes
-        if self.axis >= len(shape):
-            raise ValueError(f"{shape} has no axis {self.axis}")
-        return [shape[: self.axis] + shape[self.axis + 1 :]] * shape[self.axis]
+        lengths = {s[self.axis] if self.axis < len(s) else -1 for s in shapes}
+        if len(shapes) != self.groups or len(lengths) != 1 or -1 in lengths:
+            raise ValueError(f"{list(shapes)} are not {self.groups} stacked along {self.axis}")
+        return [s[: self.axis] + s[self.axis + 1 :] for s in shapes] * lengths.pop()
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        (array,) = arrays
-        return list(np.moveaxis(array, self.axis, 0))
+        moved = [np.moveaxis(a, self.axis, 0) for a in arrays]
+        return [a for turn in zip(*moved, strict=True) for a in turn]
 
     def inverse(self, shapes: Sequence[Shape]) -> Stack:
-        return Stack(self.axis)
+        return Stack(self.axis, self.groups)
 
 
 OPS: dict[str, type[Op]] = {

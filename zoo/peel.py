@@ -46,28 +46,31 @@ class Peeled:
 
 def levels(names: Iterable[str], base_prefix: str = "") -> Iterator[Peeled]:
     """Each level at which the model may lie, outermost first; `base_prefix` is one more wrapper."""
-    untouched = current = Peeled({n: n for n in names})
+    untouched = Peeled({n: n for n in names})
     yield untouched
+    yield from _inside(untouched, base_prefix.removesuffix("."), untouched)
+
+
+def _inside(level: Peeled, base: str, seen: Peeled) -> Iterator[Peeled]:
+    """The levels within one, once what is no weight has been set aside."""
     for step in (_without_rng, _without_value, _without_compile):
-        current = step(current)
-    while True:
-        if current.names and current != untouched:
-            yield current
-        tops = {_head(n) for n in current.names}
-        for wrapper in (*WRAPPERS, base_prefix.removesuffix(".")):
-            if tops == {wrapper}:
-                inner = {n.partition(".")[2]: s for n, s in current.names.items()}
-                current = Peeled(inner, (*current.wrappers, wrapper), current.set_aside)
-                break
-        else:
-            return
+        level = step(level)
+    if level.names and level != seen:
+        yield level
+    for wrapper in (*WRAPPERS, base):
+        inner = {n.partition(".")[2]: s for n, s in level.names.items() if _head(n) == wrapper}
+        if inner and "" not in inner:
+            rest = tuple(s for n, s in level.names.items() if _head(n) != wrapper)
+            below = Peeled(inner, (*level.wrappers, wrapper), level.set_aside + rest)
+            yield below
+            yield from _inside(below, base, below)
 
 
 def _without_rng(p: Peeled) -> Peeled:
     """Optimizer states, generators and counters set aside, wherever they stand."""
     keep = {n: s for n, s in p.names.items() if not NOT_WEIGHTS & {_head(n), *_rng_parts(n)}}
     aside = tuple(s for n, s in p.names.items() if n not in keep)
-    return Peeled(keep, p.wrappers, aside)
+    return Peeled(keep, p.wrappers, p.set_aside + aside)
 
 
 def _without_value(p: Peeled) -> Peeled:

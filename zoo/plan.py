@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zoo.apply import apply
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError, ZooError
@@ -114,6 +115,8 @@ def make_plan(
     spelled as; `dtype` a dtype code for floating-point tensors. Raises ZooError listing everything
     that is missing, surplus or of the wrong shape.
     """
+    if label.problem is not None and request.config is None:
+        raise label.problem
     found = identify_header(reader.tensors, label, request, sources)
     target = target or ("nnx" if found[0].tree == "torch" else "torch")
     plans = [_plan(c, reader, label, target, dtype) for c in found]
@@ -155,6 +158,8 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             info = kept.info if kept else TensorInfo(e.constant.dtype, e.torch[0].shape)
             made.append(Made(name, info, e.constant, kept))
     notices = [*label.notices, *reader.notices, *c.peeled.notices()]
+    if extras := sorted({name.partition(".")[0] for name in reader.extras}):
+        notices.append(f"no tensors, not converted: {', '.join(extras)}")
     if c.unknown:
         notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
     return Plan(
@@ -223,7 +228,7 @@ def transfer(plan: Plan, config: Config) -> Plan:
     steps: list[Step] = []
     fresh: list[str] = []
     for view in model.layout_of(config).view(plan.target_tree):
-        if view.entry.constant is not None or view.entry.tied_to is not None:
+        if view.entry.tied_to is not None:
             continue
         names = tuple(t.name for t in view.entry.torch)
         found = next(
@@ -233,7 +238,7 @@ def transfer(plan: Plan, config: Config) -> Plan:
         if found and [i.shape for i in found.target_infos] == [t.shape for t in view.tensors]:
             targets = tuple(t.name for t in view.tensors)
             steps.append(dataclasses.replace(found, names=names, targets=targets))
-        else:
+        elif view.entry.constant is None:
             fresh += names
     read = {s for step in steps for s in step.sources}
     unused = [s for step in plan.steps for s in step.sources if s not in read]
@@ -255,6 +260,32 @@ def _aliases(names: tuple[str, ...], prefix: str) -> list[tuple[str, ...]]:
         tuple(n.removeprefix(prefix) for n in names),
         tuple(prefix + n for n in names),
     ]
+
+
+def read_step(reader: Reader, step: Step) -> list[np.ndarray]:
+    """The step's target tensors, read, moved and cast."""
+    code = step.target_infos[0].dtype if step.target_infos else None
+    return apply(step.ops, [reader.read(name) for name in step.sources], code)
+
+
+def check_ties(reader: Reader, plan: Plan) -> list[str]:
+    """The tied tensors that the file spells out with other bits than those they repeat."""
+    return [
+        a.name
+        for a in plan.aside
+        if a.tied_to is not None
+        and reader.read(a.source).tobytes() != reader.read(a.tied_to).tobytes()
+    ]
+
+
+def refuse_broken_ties(reader: Reader, plan: Plan) -> None:
+    """ZooError if what the model has once stands twice in the file, with different values."""
+    if broken := check_ties(reader, plan):
+        of = {a.name: a for a in plan.aside}
+        raise ZooError(
+            f"{broken[0]} and {of[broken[0]].tied_to} are tied, but hold different values",
+            f"{plan.model.name} has them once: make them equal, or remove one",
+        )
 
 
 def constant_value(constant: Constant, info: TensorInfo) -> np.ndarray:

@@ -6,6 +6,7 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
+import warnings
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -30,7 +31,11 @@ def families() -> dict[str, Model]:
         for module in pkgutil.iter_modules(zoo.models.__path__)
         if module.ispkg
     ]
-    found += [point.load() for point in entry_points(group="zooconvert.models")]
+    for point in entry_points(group="zooconvert.models"):
+        try:
+            found.append(point.load())
+        except Exception as e:  # whatever a stranger's module raises, the others are still there
+            warnings.warn(f"the plugin {point.name} ({point.value}) is broken: {e}", stacklevel=2)
     owner: dict[str, str] = {}
     for model in found:
         for name in {model.name, *model.presets}:

@@ -9,10 +9,9 @@ import numpy as np
 
 from convert.proof.report import Report, TensorDifference
 from convert.run import Progress
-from zoo.apply import apply
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
-from zoo.plan import Made, Plan, Step
+from zoo.plan import Made, Plan, check_ties, read_step
 
 _Values = Callable[[], list[np.ndarray]]
 
@@ -21,6 +20,11 @@ def compare_bits(
     a: tuple[Reader, Plan], b: tuple[Reader, Plan], report: Report, progress: Progress
 ) -> None:
     """Add every tensor in which the two differ to `report`. Both plans lead to the torch tree."""
+    for title, (reader, plan) in zip((report.a, report.b), (a, b), strict=True):
+        for name in check_ties(reader, plan):
+            report.differences.append(
+                TensorDifference(name, f"in {title} it is not the tensor that it is tied to")
+            )
     sources = [_sources(*a), _sources(*b)]
     total = sum(s.nbytes for s in a[1].steps)
     for names in dict.fromkeys((*sources[0], *sources[1])):
@@ -66,7 +70,7 @@ def compare(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference | None:
 def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
     """Canonical names -> how to get their values from this side."""
     found: dict[tuple[str, ...], _Values] = {
-        step.names: partial(_canonical, reader, step) for step in plan.steps
+        step.names: partial(read_step, reader, step) for step in plan.steps
     }
     return found | {(m.name,): partial(_made, m) for m in plan.made}
 
@@ -78,10 +82,6 @@ def _stated(plan: Plan, names: tuple[str, ...]) -> _Values | None:
             info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
             return partial(_made, Made(names[0], info, entry.constant, None))
     return None
-
-
-def _canonical(reader: Reader, step: Step) -> list[np.ndarray]:
-    return apply(step.ops, [reader.read(name) for name in step.sources])
 
 
 def _made(made: Made) -> list[np.ndarray]:

@@ -34,15 +34,12 @@ def compare_outputs(
     """One row for each output and tap. `a` and `b` are (framework, canonical tensors)."""
     inputs = model.inputs(config)
     with _frameworks():
-        reference = {
-            p: run(model, config, "torch", a[1], inputs, p) for p in ("float32", "float64")
-        }
-        sides = [
-            reference
-            if side == ("torch", a[1])
-            else {p: run(model, config, *side, inputs, p) for p in ("float32", "float64")}
-            for side in (a, b)
-        ]
+
+        def both(framework: str, canonical: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
+            return {p: run(model, config, framework, canonical, inputs, p) for p in PRECISIONS}
+
+        reference = both("torch", a[1])
+        sides = [reference if side is a and a[0] == "torch" else both(*side) for side in (a, b)]
     return judge(reference, *sides)
 
 

@@ -61,7 +61,11 @@ def _open_directory(path: Path, prefer: str) -> Reader:
     for pattern in (*sides[0], *sides[1]):
         found = sorted(path.glob(pattern))
         if len(found) == 1:
-            return _open_file(found[0])
+            reader = _open_file(found[0])
+            others = sorted({p.name for q in (*sides[0], *sides[1]) for p in path.glob(q)})
+            if len(others) > 1 and not pattern.endswith(".index.json"):
+                reader.notices.append(f"of {', '.join(others[:5])} in {path}, took {found[0].name}")
+            return reader
         if found:
             names = ", ".join(f.name for f in found[:4]) + (", ..." if len(found) > 4 else "")
             raise UsageError(
@@ -76,6 +80,8 @@ def _open_directory(path: Path, prefer: str) -> Reader:
 
 
 def _open_file(path: Path) -> Reader:
+    if not path.is_file():
+        raise UsageError(f"{path} is no regular file", "give the path of a file or a directory")
     with path.open("rb") as f:
         start = f.read(512)
     if not start:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -16,6 +17,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+
+
+class Embed(nnx.Embed):
+    """nnx.Embed whose row `padding_idx` gets no gradient from being looked up, as in torch."""
+
+    def __init__(
+        self, num_embeddings: int, features: int, *, padding_idx: int | None = None, **kw: Any
+    ) -> None:
+        super().__init__(num_embeddings, features, **kw)
+        self.padding_idx = padding_idx
+
+    def __call__(self, inputs: Array) -> Array:
+        x = super().__call__(inputs)
+        if self.padding_idx is None:
+            return x
+        return jnp.where((inputs == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -50,17 +50,18 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding with `dtype` and `param_dtype`."""
+    """nn.Embedding with `dtype` and `param_dtype`; row `padding_idx` gets no gradient."""
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
         *,
+        padding_idx: int | None = None,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_embeddings, embedding_dim, dtype=param_dtype)
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype=param_dtype)
         self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ class TorchReader(Reader):
     """One `.pt`, `.pth` or `.bin` file, in the zip format or in that of before torch 1.6.
 
     Dicts and lists are flattened with dots; keys that are no strings are written as str() does.
-    A pickled module gives what its state_dict() would. Values that only running the file's code
-    could build are dropped, with a notice for each kind. A file that would run what no checkpoint
-    needs raises UnsafeInput.
+    Of a stable-baselines3 `.zip` the policy is read, and a notice says so. A pickled module gives
+    what its state_dict() would. Values that only running the file's code could build are dropped,
+    with a notice for each kind. A file that would run what no checkpoint needs raises UnsafeInput.
     """
 
     container: ClassVar[str] = "torch"
@@ -51,8 +51,9 @@ class TorchReader(Reader):
         self._checked: set[str] = set()  # storages whose checksum was found right
         self._fd = os.open(path, os.O_RDONLY)
         try:
-            root, self._records = _open(self._fd, self._what)
+            root, self._records, notices = _open(self._fd, self._what)
             self._collect(root)
+            self.notices = [*notices, *self.notices]
         except BaseException:
             self.close()
             raise
@@ -95,14 +96,15 @@ class TorchReader(Reader):
             self._fd = -1
 
 
-def _open(fd: int, what: str) -> tuple[Any, dict[str, Record]]:
+def _open(fd: int, what: str) -> tuple[Any, dict[str, Record], list[str]]:
+    """The unpickled object, the records of its storages, and notices."""
     start = os.pread(fd, 512, 0)
     if start[257:262] == b"ustar":
         raise UsageError(
             f"{what}: a tar file; torch wrote checkpoints so before version 0.1.10",
             "load it with torch.load and save it again with torch.save",
         )
-    return open_zip(fd, what) if start.startswith(b"PK") else open_legacy(fd, what)
+    return open_zip(fd, what) if start.startswith(b"PK") else (*open_legacy(fd, what), [])
 
 
 def _last(view: TensorRef) -> int:

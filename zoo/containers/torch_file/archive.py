@@ -3,6 +3,8 @@
 A checkpoint is `NAME/data.pkl`, a pickle that refers to storages, and `NAME/data/KEY`, one
 stored record for each. `zipfile` reads the central directory and nothing else: torch reads
 records through their local headers, so both have to say the same.
+
+A file of stable-baselines3 is a zip whose record `policy.pth` is such a checkpoint whole.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from zoo.containers.torch_file.names import shown
 
 _MAX_DIRECTORY = 64 << 20  # bytes: some half a million records
 _PIECE = 4 << 20
+_POLICY = "policy.pth"
 _SCRIPT = re.compile(r"[^/]+/(constants\.pkl|code/.*)", re.DOTALL)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
@@ -39,9 +42,17 @@ class Record:
     crc: int | None
 
 
-def open_zip(fd: int, what: str) -> tuple[Any, dict[str, Record]]:
-    """The unpickled object of a zip file, and the records of its storages by their key."""
-    records = _records(fd, what)
+def open_zip(
+    fd: int, what: str, within: Record | None = None
+) -> tuple[Any, dict[str, Record], list[str]]:
+    """The unpickled object of a zip file, the records of its storages by their key, and notices.
+
+    `within` is where in `fd` the zip file lies; None: it is all of it.
+    """
+    whole = Record(0, os.fstat(fd).st_size, None)
+    records = _records(fd, what, within or whole)
+    if within is None and _POLICY in records and not any(n.endswith("/data.pkl") for n in records):
+        return _open_policy(fd, what, records)
     roots = [name[: -len("/data.pkl")] for name in records if name.endswith("/data.pkl")]
     roots = [root for root in roots if "/" not in root]
     if len(roots) != 1:
@@ -66,23 +77,60 @@ def open_zip(fd: int, what: str) -> tuple[Any, dict[str, Record]]:
         )
     raw = read_span(fd, pickle, 0, pickle.size, f"{what}: data.pkl").tobytes()
     root = load(io.BytesIO(raw), what)
-    return root, {n.removeprefix("data/"): r for n, r in own.items() if n.startswith("data/")}
+    storages = {n.removeprefix("data/"): r for n, r in own.items() if n.startswith("data/")}
+    return root, storages, []
 
 
-class _Directory(io.FileIO):
-    """The file as zipfile sees it: a forged directory size must not fill the memory."""
+def _open_policy(
+    fd: int, what: str, records: dict[str, Record]
+) -> tuple[Any, dict[str, Record], list[str]]:
+    """The policy of a file of stable-baselines3; what lies beside it is not looked at."""
+    policy = records[_POLICY]
+    if pread(fd, min(policy.size, 2), policy.offset, what).tobytes() != b"PK":
+        raise UsageError(
+            f"{what}: its {_POLICY} is not in the zip format that torch writes since 1.6",
+            f"unpack it and give {_POLICY} itself",
+        )
+    root, storages, _ = open_zip(fd, f"{what}: {_POLICY}", policy)
+    beside = ", ".join(shown(name) for name in records if name != _POLICY)
+    return root, storages, [f"of stable-baselines3: {_POLICY} is read, not {beside}"]
+
+
+class _Directory(io.RawIOBase):
+    """A zip file as zipfile sees it: a forged directory size must not fill the memory."""
+
+    def __init__(self, fd: int, within: Record) -> None:
+        self._fd, self._within, self._at = fd, within, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        at = offset + (0, self._at, self._within.size)[whence]
+        if at < 0:
+            raise OSError("before its first byte")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MAX_DIRECTORY:
+        left = max(0, self._within.size - self._at)
+        wanted = left if size is None or size < 0 else size
+        if wanted > _MAX_DIRECTORY:
             raise zipfile.BadZipFile("its directory is too long")
-        return super().read(-1 if size is None else size)
+        found = os.pread(self._fd, min(wanted, left), self._within.offset + self._at)
+        self._at += len(found)
+        return found
 
 
-def _records(fd: int, what: str) -> dict[str, Record]:
+def _records(fd: int, what: str, within: Record) -> dict[str, Record]:
     """Every record of the file by name. Refuses what could be read in two ways, or expands."""
+    base = within.offset
     try:
-        with _Directory(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
-            infos, end = archive.infolist(), archive.start_dir
+        with _Directory(fd, within) as file, zipfile.ZipFile(file) as archive:
+            infos, end = archive.infolist(), base + archive.start_dir
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, IndexError) as e:
         raise CorruptInput(
             f"{what}: the zip directory cannot be read: {shown(str(e))}",
@@ -94,7 +142,7 @@ def _records(fd: int, what: str) -> dict[str, Record]:
             "save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
         )
     records: dict[str, Record] = {}
-    start = 0
+    start = base
     for info in sorted(infos, key=lambda info: info.header_offset):
         name = info.orig_filename
         if name in records:
@@ -102,19 +150,21 @@ def _records(fd: int, what: str) -> dict[str, Record]:
                 f"{what}: two records are named {shown(name)}, so two readers may see two files",
                 "get the file from a source that you trust, or write it again with torch.save",
             )
-        if info.header_offset < start:
+        if base + info.header_offset < start:
             raise UnsafeInput(
                 f"{what}: the record {shown(name)} overlaps another",
                 "get the file from a source that you trust, or write it again with torch.save",
             )
-        records[name] = _record(fd, info, what)
+        records[name] = _record(fd, info, base, what)
         start = records[name].offset + records[name].size
     if start > end:
-        raise CorruptInput(f"{what}: its records reach beyond their end at byte {end}", _AGAIN)
+        raise CorruptInput(
+            f"{what}: its records reach beyond their end at byte {end - base}", _AGAIN
+        )
     return records
 
 
-def _record(fd: int, info: zipfile.ZipInfo, what: str) -> Record:
+def _record(fd: int, info: zipfile.ZipInfo, base: int, what: str) -> Record:
     """Where the data of one record lies, by its local header."""
     name = info.orig_filename
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
@@ -123,7 +173,7 @@ def _record(fd: int, info: zipfile.ZipInfo, what: str) -> Record:
             f"{what}: the record {shown(name)} is {how}, which torch.save never does",
             "load it with torch, if you trust it, and save it again",
         )
-    offset = info.header_offset
+    offset = base + info.header_offset
     raw = pread(fd, _LOCAL_HEADER.size, offset, f"{what}: {shown(name)}").tobytes()
     magic, _, flags, method, *_, name_size, extra_size = _LOCAL_HEADER.unpack(raw)
     offset += _LOCAL_HEADER.size

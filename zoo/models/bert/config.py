@@ -36,6 +36,7 @@ class Config:
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
+    pad_token_id: int | None = 0  # its embedding gets no gradient from the input
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     head: Head = "none"
@@ -102,6 +103,13 @@ TINY = {
         _TINY, head="token_classification", pooler=False, num_labels=5, num_hidden_layers=1
     ),
 }
+
+
+def check_length(tokens: int, positions: int) -> None:
+    """ValueError for a sequence without positions: JAX would look up NaN in silence."""
+    if tokens > positions:
+        raise ValueError(f"{tokens} tokens, but max_position_embeddings is {positions}")
+
 
 # Fields that transformers' config.json has under the same name.
 _SHARED = [name for name in asdict(BASE) if name not in ("head", "pooler", "num_labels")]

@@ -63,8 +63,10 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     if not layers:
         return None
     pooler = any("pooler.dense." in n for n in shapes)
+    head: str | None
     if any(n.startswith("classifier.") for n in shapes):
-        head = "sequence_classification" if pooler else "token_classification"
+        # With a pooler it may be either: token classifiers kept theirs until transformers 4.
+        head = None if pooler else "token_classification"
     elif any(n.startswith("cls.") for n in shapes):
         seq = any(n.startswith("cls.seq_relationship.") for n in shapes)
         head = "pretraining" if seq else "masked_lm"

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from zoo.models.bert.config import Config, Output, PreTrainingOutput
+from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
 from zoo.nn.attention_flax import dot_product_attention, mask_bias
-from zoo.nn.layers_flax import ACTIVATIONS, LayerNorm
+from zoo.nn.layers_flax import ACTIVATIONS, Embed, LayerNorm
 from zoo.nn.taps import Taps
 
 
 class BertEmbeddings(nnx.Module):
     def __init__(self, c: Config, **kw: Any) -> None:
-        self.word_embeddings = nnx.Embed(c.vocab_size, c.hidden_size, **kw)
+        pad = c.pad_token_id
+        self.word_embeddings = Embed(c.vocab_size, c.hidden_size, padding_idx=pad, **kw)
         self.position_embeddings = nnx.Embed(c.max_position_embeddings, c.hidden_size, **kw)
         self.token_type_embeddings = nnx.Embed(c.type_vocab_size, c.hidden_size, **kw)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
@@ -133,6 +134,7 @@ class BertModel(nnx.Module):
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(input_ids)
         if position_ids is None:
+            check_length(input_ids.shape[1], self.embeddings.position_embeddings.num_embeddings)
             position_ids = jnp.arange(input_ids.shape[1])[None]
         x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
         bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
@@ -159,7 +161,7 @@ class BertLMPredictionHead(nnx.Module):
         self.transform = BertPredictionHeadTransform(c, **kw)
         self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
 
-    def __call__(self, x: Array, embeddings: nnx.Embed, tap: Taps) -> Array:
+    def __call__(self, x: Array, embeddings: Embed, tap: Taps) -> Array:
         logits = embeddings.attend(tap("transform", self.transform(x)))
         return logits + self.bias[...].astype(logits.dtype)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.models.bert.config import Config, Output, PreTrainingOutput
+from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
 from zoo.nn.attention_torch import dot_product_attention, mask_bias
 from zoo.nn.layers_torch import ACTIVATIONS, Embedding, LayerNorm, Linear
 from zoo.nn.taps import Taps
@@ -19,7 +19,8 @@ from zoo.nn.taps import Taps
 class BertEmbeddings(nn.Module):
     def __init__(self, c: Config, **kw: Any) -> None:
         super().__init__()
-        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, **kw)
+        pad = c.pad_token_id
+        self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, padding_idx=pad, **kw)
         self.position_embeddings = Embedding(c.max_position_embeddings, c.hidden_size, **kw)
         self.token_type_embeddings = Embedding(c.type_vocab_size, c.hidden_size, **kw)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
@@ -141,6 +142,7 @@ class BertModel(nn.Module):
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if position_ids is None:
+            check_length(input_ids.shape[1], self.embeddings.position_embeddings.num_embeddings)
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
         bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
