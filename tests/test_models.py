@@ -24,7 +24,7 @@ from zoo.identification import identify_header
 from zoo.init import initial
 from zoo.label import Label
 from zoo.layout import Layout, View, between
-from zoo.loading import build, build_from_tree
+from zoo.loading import build
 from zoo.model import Config, Model
 from zoo.registry import families
 
@@ -255,9 +255,7 @@ def faults(model: Model, config: Config) -> Iterator[Fault]:
 
 def flax_runner(model: Model, config: Config) -> Callable[[Arrays], list[np.ndarray]]:
     """Outputs of the Flax twin for any weights of its tree; compiled once."""
-    module = build_from_tree(
-        model, config, "flax", right(model.layout_of(config), canonical(model, config))
-    )
+    module = build(model, config, "flax", canonical(model, config))
     graph, state = nnx.split(module)
     paths = {".".join(map(str, p)): p for p, _ in nnx.to_flat_state(state)}
     given = model.inputs(config)
@@ -289,9 +287,9 @@ def test_every_planted_fault_is_caught(model: Model, config: Config) -> None:
     call = flax_runner(model, config)
 
     def differs(values: Arrays) -> bool:
-        return any(
+        return not all(  # NaN differs: a variance swapped for a mean has no root
             np.abs(got - rough[n]).max()
-            > MARGIN * max(np.abs(rough[n] - exact[n]).max(), FLOOR * np.abs(exact[n]).max())
+            <= MARGIN * max(np.abs(rough[n] - exact[n]).max(), FLOOR * np.abs(exact[n]).max())
             for n, got in zip(names, call(values), strict=True)
         )
 

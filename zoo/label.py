@@ -73,6 +73,7 @@ class Label:
         """transformers' keys: what the source wrote, changed only where it says something else."""
         if self.model is None or self.model.to_hf is None or self.model.from_hf is None:
             return dict(self.hf)
+        assert self.config is not None
         ours = self.model.to_hf(self.config)
         if not self.hf:
             return ours

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def create(
     name: str,
     framework: str,
     seed: int = 0,
-    dtype: str | None = None,
-    param_dtype: str = "float32",
+    dtype: Any = None,
+    param_dtype: Any = "float32",
     **overrides: Any,
 ) -> Any:
     """A fresh model of preset `name`, in eval mode; one seed gives both frameworks one model.
@@ -66,8 +67,8 @@ def load(
     framework: str,
     model: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
     seed: int = 0,
     **overrides: Any,
 ) -> Any:
@@ -91,16 +92,8 @@ def load(
         for notice in plan.notices:
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
-        values = _read(plan, reader)
-    if plan.fresh:
-        stored = next((c for c in map(_code, values.values()) if dtypes.is_float(c)), "F32")
-        fresh = initial(plan.model, plan.config, plan.fresh, seed)
-        for view in plan.model.layout_of(plan.config).view(plan.target_tree):
-            names = [t.name for t in view.entry.torch]
-            if names[0] in fresh:
-                made = apply(view.ops, [fresh[n] for n in names], code or stored)
-                values |= {t.name: a for t, a in zip(view.tensors, made, strict=True)}
-    return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
+        values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))
+        return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
 
 
 def make_request(
@@ -146,8 +139,8 @@ def build(
     config: Config,
     framework: str,
     canonical: Mapping[str, np.ndarray],
-    dtype: str | None = None,
-    param_dtype: str | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
     seed: int = 0,
 ) -> Any:
     """A module from canonical tensors (those that are neither tied nor constant)."""
@@ -159,36 +152,41 @@ def build(
         if e.constant is None and e.tied_to is None:
             made = apply(view.ops, [canonical[t.name] for t in e.torch], code)
             values |= {t.name: a for t, a in zip(view.tensors, made, strict=True)}
-    return build_from_tree(model, config, framework, values, dtype, seed)
+    return build_from_tree(model, config, framework, values.items(), dtype, seed)
 
 
 def build_from_tree(
     model: Model,
     config: Config,
     framework: str,
-    values: dict[str, np.ndarray],
-    dtype: str | None = None,
+    values: Iterable[tuple[str, np.ndarray]],
+    dtype: Any = None,
     seed: int = 0,
 ) -> Any:
-    """A module in eval mode from the tensors of its framework's tree, which are its own then."""
+    """A module in eval mode from the tensors of its framework's tree, which it takes over one by
+    one: no more than one is held twice. UsageError for dtypes in which no layer computes."""
     entries = model.layout_of(config).entries
     weights = {t.name for e in entries if e.constant is None for t in (*e.torch, *e.flax)}
-    codes = {_code(a) for name, a in values.items() if name in weights}
-    if cannot := sorted(c for c in codes if c.startswith("F8") or not dtypes.is_float(c)):
-        raise UsageError(
-            f"the weights are stored as {', '.join(cannot)}, in which no layer computes",
-            "give param_dtype, such as 'bfloat16'; it casts floating-point weights",
-        )
-    if dtype is not None:
-        dtype = dtypes.NAME[dtype_code(dtype)]
+
+    def checked() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in values:
+            code = dtypes.code_of(array.dtype)
+            if name in weights and (code.startswith("F8") or not dtypes.is_float(code)):
+                raise UsageError(
+                    f"{name} is stored as {code}, in which no layer computes",
+                    "give param_dtype, such as 'bfloat16'; it casts floating-point weights",
+                )
+            yield name, array
+
+    compute = None if dtype is None else dtypes.NAME[dtype_code(dtype)]
     try:
         if framework == "torch":
             from zoo import loading_torch
 
-            return loading_torch.build(model, config, values, dtype)
+            return loading_torch.build(model, config, dict(checked()), compute)
         from zoo import loading_flax
 
-        return loading_flax.build(model, config, values, dtype, seed)
+        return loading_flax.build(model, config, checked(), compute, seed)
     except ModuleNotFoundError as e:
         if e.name and e.name.partition(".")[0] in ("torch", "jax", "jaxlib", "flax"):
             raise MissingExtra(f"loading into {framework}", framework) from None
@@ -207,11 +205,25 @@ def dtype_code(dtype: Any) -> str:
     return code
 
 
-def _read(plan: Plan, reader: Reader) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = {}
+def _read(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
+    """The target's tensors, each read when it is asked for."""
     for step in plan.steps:
-        values |= dict(zip(step.targets, read_step(reader, step), strict=True))
-    return values | {m.name: m.value() for m in plan.made}
+        yield from zip(step.targets, read_step(reader, step), strict=True)
+    for made in plan.made:
+        yield made.name, made.value()
+
+
+def _fresh(plan: Plan, seed: int, code: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    """What the checkpoint lacks, in the dtype that was asked for or that it mostly has."""
+    if not plan.fresh:
+        return
+    stored = [i.dtype for s in plan.steps for i in s.target_infos if dtypes.is_float(i.dtype)]
+    values = initial(plan.model, plan.config, plan.fresh, seed)
+    for view in plan.model.layout_of(plan.config).view(plan.target_tree):
+        names = [t.name for t in view.entry.torch]
+        if names[0] in values:
+            made = apply(view.ops, [values[n] for n in names], code or (stored or ["F32"])[0])
+            yield from zip((t.name for t in view.tensors), made, strict=True)
 
 
 def _check_known(plan: Plan, overrides: Mapping[str, Any]) -> None:
@@ -225,7 +237,3 @@ def _check_known(plan: Plan, overrides: Mapping[str, Any]) -> None:
 def _framework(name: str) -> None:
     if name not in FRAMEWORKS:
         raise UsageError(f"there is no framework {name!r}", "it is 'torch' or 'flax'")
-
-
-def _code(array: np.ndarray) -> str:
-    return dtypes.code_of(array.dtype)

@@ -28,8 +28,8 @@ class Embed(nnx.Embed):
         super().__init__(num_embeddings, features, **kw)
         self.padding_idx = padding_idx
 
-    def __call__(self, inputs: Array) -> Array:
-        x = super().__call__(inputs)
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        x = super().__call__(inputs, out_sharding)
         if self.padding_idx is None:
             return x
         return jnp.where((inputs == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
