@@ -1,23 +1,38 @@
-"""Scaled dot-product attention (Vaswani 2017, section 3.2.1)."""
+"""Scaled dot-product attention (Vaswani 2017, section 3.2), and what decoding needs around it.
+
+B sequences; T queries and S keys in each; E features, N heads of D = E / N.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from zoo.nn.layers_torch import Linear, promote
 
 
 def dot_product_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """(B, T, N, D), (B, S, N, D), (B, S, N, D) -> (B, T, N, D), N heads of D each.
 
     `bias` is added to the logits and broadcasts to (B, N, T, S). `dropout` is the probability of
-    dropping a weight, 0 outside of training. Second derivatives need torch's math backend
+    dropping a weight, 0 outside of training. `scale` multiplies the logits; None: 1 / sqrt(D).
+    Second derivatives need torch's math backend
     (`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`).
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, bias, dropout).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=scale)
+    return out.transpose(1, 2)
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,3 +42,88 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)
+
+
+class KeyValue(NamedTuple):
+    """What may be attended to, projected and split into heads; also the cache of a decoder."""
+
+    key: Tensor  # (B, S, N, D)
+    value: Tensor  # (B, S, N, D)
+
+
+def empty_cache(like: KeyValue, length: int) -> KeyValue:
+    """Zeros for `length` positions, with the batch, heads and dtype of `like`."""
+    B, _, N, D = like.key.shape
+    return KeyValue(like.key.new_zeros(B, length, N, D), like.value.new_zeros(B, length, N, D))
+
+
+def write_cache(cache: KeyValue, new: KeyValue, position: int) -> KeyValue:
+    """`cache` with `new` (B, T, N, D) from `position` on; `cache` itself stays as it is."""
+    at = torch.arange(position, position + new.key.shape[1], device=new.key.device)
+    return KeyValue(
+        cache.key.index_copy(1, at, new.key.to(cache.key.dtype)),
+        cache.value.index_copy(1, at, new.value.to(cache.value.dtype)),
+    )
+
+
+def causal_mask(
+    queries: int, keys: int, position: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """(T, S) booleans: the query at `position` + i may attend to the keys 0 to `position` + i."""
+    q = torch.arange(queries, device=device)[:, None] + position
+    return torch.arange(keys, device=device)[None, :] <= q
+
+
+class MultiheadAttention(nn.Module):
+    """torch.nn.MultiheadAttention, batch first: its names and shapes, with the projection of keys
+    and values apart, so that a decoder can keep them."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.dtype = dtype
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, dtype=param_dtype))
+        zeros = torch.zeros(3 * dim, dtype=param_dtype)
+        self.in_proj_bias = nn.Parameter(zeros) if bias else None
+        self.out_proj = Linear(dim, dim, bias, dtype=dtype, param_dtype=param_dtype)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def keys_values(self, x: Tensor) -> KeyValue:
+        """x (B, S, E) as what is attended to."""
+        E = x.shape[-1]
+        key, value = self._project(x, E, 3 * E).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return KeyValue(key, value)
+
+    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """x (B, T, E) -> (B, T, E); `bias` broadcasts to (B, N, T, S)."""
+        query = self._project(x, 0, x.shape[-1]).unflatten(-1, (self.heads, -1))
+        bias = None if bias is None else bias.to(query.dtype)
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(dot_product_attention(query, *attended, bias, dropout).flatten(2))
+
+    def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x by these rows of the fused projection of queries, keys and values."""
+        weight = self.in_proj_weight[start:stop]
+        if self.in_proj_bias is None:
+            return F.linear(*promote(self.dtype, x, weight))
+        return F.linear(*promote(self.dtype, x, weight, self.in_proj_bias[start:stop]))
+
+
+def relative_bucket(
+    table: np.ndarray, queries: Tensor, keys: Tensor, bidirectional: bool
+) -> Tensor:
+    """positions (T,) and (S,) -> buckets (T, S); `table` is `relative_positions.bucket_table`'s."""
+    distance = queries[:, None] - keys[None, :]
+    rows = torch.tensor(table.tolist(), device=distance.device)
+    bucket = rows[(distance.abs() if bidirectional else distance).clamp(0, len(table) - 1)]
+    return bucket + (distance < 0) * (int(table[-1]) + 1) if bidirectional else bucket

@@ -1,0 +1,480 @@
+"""Translatotron against a second writing of it, and frames made one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from support import Arrays, canonical
+from torch import nn
+
+import convert
+import zoo
+from convert.proof.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
+from zoo import probe
+from zoo.containers.errors import UsageError
+from zoo.loading import build
+from zoo.models.translatotron import MODEL
+from zoo.models.translatotron.config import Config
+from zoo.models.translatotron.layout import infer
+from zoo.nn.taps import Taps
+
+FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
+CONFIGS = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
+TINY = MODEL.tiny["auxiliary"]
+
+
+class PlainRNN(nn.Module):
+    """LSTM cells with zoneout, and additive attention, one head after another."""
+
+    def __init__(self, c: Config, n_in: int, size: int, layers: int, units: int, heads: int):
+        super().__init__()
+        self.heads, self.zoneout = heads, c.zoneout
+        self.cells = nn.ModuleList(
+            nn.LSTMCell(size if i else n_in + units, size) for i in range(layers)
+        )
+        self.attention = nn.Module()
+        self.attention.score = nn.Parameter(torch.zeros(heads, units // heads))
+        self.attention.query = nn.Linear(size, units, bias=False)
+        self.attention.key = nn.Linear(2 * c.encoder_size, units)
+        self.attention.value = nn.Linear(2 * c.encoder_size, units)
+        self.attention.out = nn.Linear(units, units)
+
+    def attend(self, query: Any, memory: Any) -> Any:
+        """One utterance: query (H,), memory (S, M)."""
+        a = self.attention
+        q, k, v = (
+            x.chunk(self.heads, -1) for x in (a.query(query), a.key(memory), a.value(memory))
+        )
+        found = []
+        for n in range(self.heads):
+            weights = ((q[n] + k[n]).tanh() @ a.score[n]).softmax(0)
+            found.append(weights @ v[n])
+        return a.out(torch.cat(found))
+
+    def forward(self, inputs: Any, memory: Any) -> Any:
+        """One utterance: (T, n_in), (S, M) -> (T, H + units)."""
+        zeros = memory.new_zeros
+        states = [(zeros(cell.hidden_size), zeros(cell.hidden_size)) for cell in self.cells]
+        context = zeros(self.attention.out.out_features)
+        made = []
+        for x in inputs:
+            x = torch.cat([x, context])
+            for i, cell in enumerate(self.cells):
+                new = cell(x[None], tuple(s[None] for s in states[i]))
+                z = self.zoneout
+                states[i] = tuple(
+                    z * s + (1 - z) * n[0] for s, n in zip(states[i], new, strict=True)
+                )
+                x = states[i][0]
+            context = self.attend(x, memory)
+            made.append(torch.cat([x, context]))
+        return torch.stack(made)
+
+
+class Plain(nn.Module):
+    """The model in eval mode, one utterance at a time, with nothing of the zoo in it."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.c = c
+        H, D, A = c.encoder_size, c.decoder_size, c.attention_size
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(
+            nn.LSTM(2 * H if i else c.mel_channels, H, bidirectional=True)
+            for i in range(c.encoder_layers)
+        )
+        d = self.decoder = nn.Module()
+        d.prenet = nn.Module()
+        d.prenet.fc1 = nn.Linear(c.frame_size, c.prenet_size)
+        d.prenet.fc2 = nn.Linear(c.prenet_size, c.prenet_size)
+        d.rnn = PlainRNN(c, c.prenet_size, D, c.decoder_layers, A, c.attention_heads)
+        d.frame = nn.Linear(D + A, c.reduction * c.frame_size)
+        d.stop = nn.Linear(D + A, 1)
+        inner = [c.postnet_size] * (c.postnet_layers - 1)
+        widths = [c.frame_size, *inner, c.frame_size]
+        self.postnet = nn.Module()
+        self.postnet.convs = nn.ModuleList(
+            nn.Conv1d(n, m, c.postnet_kernel, padding="same", bias=False)
+            for n, m in itertools.pairwise(widths)
+        )
+        self.postnet.norms = nn.ModuleList(nn.BatchNorm1d(m) for m in widths[1:])
+        size = c.auxiliary_size
+        for name, symbols in (("source", c.source_phonemes), ("target", c.target_phonemes)):
+            if symbols:
+                decoder = nn.Module()
+                decoder.embedding = nn.Embedding(symbols, size)
+                decoder.rnn = PlainRNN(c, size, size, c.auxiliary_layers, size, 1)
+                decoder.output = nn.Linear(2 * size, symbols)
+                setattr(self, f"{name}_decoder", decoder)
+        self.eval()
+
+    def forward(self, **given: Any) -> dict[str, Any]:
+        B = len(given["source"])
+        parts = [self.one(**{n: x[b] for n, x in given.items()}) for b in range(B)]
+        return {f"output.{n}": torch.stack([p[n] for p in parts]) for n in parts[0]}
+
+    def one(self, source: Any, target: Any, source_lengths: Any, **phonemes: Any) -> dict[str, Any]:
+        c, d = self.c, self.decoder
+        x = source[:source_lengths]
+        layers = []
+        for lstm in self.encoder.layers:
+            x, _ = lstm(x)
+            layers.append(x)
+        groups = target.reshape(-1, c.reduction, c.frame_size)
+        last = torch.cat([torch.zeros_like(groups[:1, -1]), groups[:-1, -1]])
+        y = d.rnn(d.prenet.fc2(d.prenet.fc1(last).relu()).relu(), x)
+        before = d.frame(y).reshape(target.shape)
+        z = before.T[None]
+        for i, (conv, norm) in enumerate(zip(self.postnet.convs, self.postnet.norms, strict=True)):
+            z = norm(conv(z))
+            z = z.tanh() if i + 1 < c.postnet_layers else z
+        found = {"frames": before + z[0].T, "frames_before": before, "stop": d.stop(y)[:, 0]}
+        for name, layer in (("source", c.source_layer), ("target", c.target_layer)):
+            if f"{name}_phonemes" in phonemes:
+                decoder = getattr(self, f"{name}_decoder")
+                x = decoder.embedding(phonemes[f"{name}_phonemes"])
+                found[f"{name}_logits"] = decoder.output(decoder.rnn(x, layers[layer - 1]))
+        return found
+
+
+def plain(config: Config) -> Plain:
+    """The class above with name-seeded weights, in float32."""
+    module = Plain(config)
+    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if "num_batches" not in n}
+    weights = {n: torch.from_numpy(a) for n, a in probe.weights(shapes).items()}
+    module.load_state_dict(weights, strict=False)
+    return module
+
+
+def tensors(given: Arrays, precision: str = "float32") -> dict[str, torch.Tensor]:
+    return {
+        n: torch.from_numpy(a.astype(precision) if a.dtype.kind == "f" else a)
+        for n, a in given.items()
+    }
+
+
+def arrays(given: Arrays) -> dict[str, jax.Array]:
+    return {n: jax.numpy.asarray(a) for n, a in given.items()}
+
+
+def caller(model: Any, framework: str) -> Callable[[Arrays], Arrays]:
+    """The model's outputs by name; in Flax compiled once for one set of shapes."""
+    if framework == "torch":
+
+        def run_torch(given: Arrays) -> Arrays:
+            with torch.no_grad():
+                outputs = named_outputs(model(**tensors(given)))
+            return {n: x.float().numpy() for n, x in outputs.items()}
+
+        return run_torch
+    graph, state = nnx.split(model)
+    compiled = jax.jit(lambda given: nnx.merge(graph, state)(**given))
+    return lambda given: {
+        n: np.asarray(x, np.float32) for n, x in named_outputs(compiled(arrays(given))).items()
+    }
+
+
+def both_precisions(module: Plain, given: Arrays) -> tuple[Arrays, Arrays]:
+    with torch.no_grad():
+        rough = {n: x.numpy() for n, x in module(**tensors(given)).items()}
+        exact = {n: x.numpy() for n, x in module.double()(**tensors(given, "float64")).items()}
+    return rough, exact
+
+
+def assert_close(got: Arrays, rough: Arrays, exact: Arrays) -> None:
+    """In float32: as far apart as rounding explains."""
+    for name, x in exact.items():
+        noise = max(np.abs(rough[name] - x).max(), FLOOR * np.abs(x).max())
+        assert np.abs(got[name] - rough[name]).max() <= MARGIN * noise, name
+
+
+@FRAMEWORKS
+@CONFIGS
+def test_a_second_writing_of_the_model(config: Config, framework: str) -> None:
+    given = MODEL.inputs(config)
+    rough, exact = both_precisions(plain(config), given)
+    weights = canonical(MODEL, config)
+    with jax.enable_x64(True):
+        got = run(MODEL, config, framework, weights, given, "float64")
+        for name, x in exact.items():
+            assert np.abs(got[name] - x).max() <= EXACT * np.abs(x).max(), name
+        if framework == "torch":  # the other twin's float32: below, and in test_models
+            assert_close(run(MODEL, config, framework, weights, given, "float32"), rough, exact)
+
+
+def test_a_plain_checkpoint_converts_and_loads(tmp_path: Path) -> None:
+    config = MODEL.presets["translatotron_small"]
+    module = plain(config)
+    torch.save(module.state_dict(), tmp_path / "model.pt")
+    made = convert.convert(tmp_path / "model.pt")
+    loaded = zoo.load(tmp_path / made.target, framework="flax")
+    assert loaded.config == config
+    given = MODEL.inputs(config)
+    rough, exact = both_precisions(module, given)
+    assert_close(caller(loaded, "flax")(given), rough, exact)
+
+
+def test_presets_start_alike() -> None:
+    a = zoo.create("translatotron_small", framework="torch")
+    b = zoo.create("translatotron_small", framework="flax")
+    for x, y in (
+        (a.decoder.rnn.cells[1].weight_hh, b.decoder.rnn.cells[1].weight_hh),
+        (a.target_decoder.rnn.attention.score, b.target_decoder.rnn.attention.score),
+    ):
+        assert (x.detach().numpy() == np.asarray(y[...])).all()
+    assert a.decoder.rnn.cells[1].weight_hh.std() > 0.01
+
+
+@pytest.mark.parametrize("preset", list(MODEL.presets))
+def test_sizes_of_a_preset_tell_all_of_it(preset: str) -> None:
+    config = MODEL.presets[preset]
+    fields = infer(MODEL.layout_of(config).shapes("torch"))
+    assert fields is not None
+    assert MODEL.configure(**fields) == replace(config, dropout_prob=Config.dropout_prob)
+
+
+def test_other_sizes_need_the_layers(tmp_path: Path) -> None:
+    torch.save(plain(TINY).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="source_layer, target_layer, zoneout"):
+        zoo.load(tmp_path / "model.pt", framework="torch")
+    with pytest.warns(zoo.LoadNotice, match="source_layer"):
+        loaded = zoo.load(
+            tmp_path / "model.pt", framework="torch", source_layer=1, target_layer=2, zoneout=0.1
+        )
+    assert loaded.config == TINY
+
+
+STEPS = 6
+
+
+def translate(config: Config, framework: str, weights: Arrays, precision: str, **more: Any) -> Any:
+    """(frames, frames_before, lengths) of the sample inputs, as NumPy arrays."""
+    model = build(MODEL, config, framework, weights, param_dtype=precision)
+    given = {n: MODEL.inputs(config)[n] for n in ("source", "source_lengths")} | more
+    if framework == "torch":
+        return [x.numpy() for x in model.translate(steps=STEPS, **tensors(given, precision))]
+    source = given["source"].astype(precision)
+    made = model.translate(
+        jax.numpy.asarray(source), STEPS, jax.numpy.asarray(given["source_lengths"])
+    )
+    return [np.asarray(x) for x in made]
+
+
+def never_ending(config: Config) -> Arrays:
+    """Name-seeded weights whose stop logits stay negative."""
+    weights = canonical(MODEL, config)
+    return weights | {"decoder.stop.bias": np.full((1,), -50, np.float32)}
+
+
+@CONFIGS
+def test_frame_by_frame_alike_in_both_frameworks(config: Config) -> None:
+    weights = never_ending(config)
+    with jax.enable_x64(True):
+        made = {
+            (f, p): translate(config, f, weights, p)
+            for f in ("torch", "flax")
+            for p in ("float32", "float64")
+            if (f, p) != ("flax", "float32") or config == TINY  # compiling is what costs here
+        }
+    rough, exact = made["torch", "float32"], made["torch", "float64"]
+    assert exact[0].shape == (2, STEPS * config.reduction, config.frame_size)
+    for i in (0, 1):
+        scale = np.abs(exact[i]).max()
+        assert scale > 0.05
+        assert np.abs(made["flax", "float64"][i] - exact[i]).max() <= EXACT * scale
+        noise = max(np.abs(rough[i] - exact[i]).max(), FLOOR * scale)
+        if config == TINY:
+            assert np.abs(made["flax", "float32"][i] - rough[i]).max() <= MARGIN * noise
+    for x in made.values():
+        assert x[2].tolist() == [STEPS * config.reduction] * 2
+
+
+@CONFIGS
+def test_cached_steps_are_the_teacher_forced_ones(config: Config) -> None:
+    """Its own frames as the target, to the second writing: the same frames come out."""
+    weights = never_ending(config)
+    module = plain(config).double()
+    with torch.no_grad():
+        module.decoder.stop.bias.fill_(-50)
+    after, before, _ = translate(config, "torch", weights, "float64")
+    given = MODEL.inputs(config) | {"target": before}
+    with torch.no_grad():
+        forced = module(**tensors(given, "float64"))
+    for name, x in (("frames", after), ("frames_before", before)):
+        want = forced[f"output.{name}"].numpy()
+        assert np.abs(x - want).max() <= EXACT * np.abs(want).max()
+    assert np.abs(before[:, 1:] - before[:, :-1]).max() > 1e-3, "all frames are one"
+
+
+@FRAMEWORKS
+def test_an_utterance_ends_at_its_first_stop(framework: str) -> None:
+    weights = never_ending(TINY)
+    unbroken = translate(TINY, framework, weights, "float32")
+    # The stop logit that lies between those of the two utterances, so that one ends early.
+    model = build(MODEL, TINY, "torch", canonical(MODEL, TINY))
+    given = MODEL.inputs(TINY) | {"target": unbroken[1]}
+    logits = model(**tensors(given)).stop.detach().numpy()
+    highest = logits.max(1)
+    late, early = (int(i) for i in np.argsort(highest))
+    bias = canonical(MODEL, TINY)["decoder.stop.bias"] - np.float32(highest.mean())
+    expected = int(np.argmax(logits[early] > highest.mean())) + 1
+    after, before, lengths = translate(
+        TINY, framework, weights | {"decoder.stop.bias": bias}, "float32"
+    )
+    r = TINY.reduction
+    assert lengths[late] == STEPS * r
+    assert lengths[early] == expected * r
+    for x in (after, before):
+        assert (x[early, expected * r :] == 0).all()
+        assert (np.abs(x[early, : expected * r]).max(-1) > 0).all()
+    assert np.abs(before[early, : expected * r] - unbroken[1][early, : expected * r]).max() < 1e-6
+
+
+@FRAMEWORKS
+def test_padding_of_the_source_does_not_matter(framework: str) -> None:
+    given = MODEL.inputs(TINY)
+    other = given["source"].copy()
+    other[1, given["source_lengths"][1] :] = 9.0
+    call = caller(build(MODEL, TINY, framework, canonical(MODEL, TINY)), framework)
+    lengths = given["source_lengths"] + np.array([0, 1])
+    a, b, c = (
+        call(x) for x in (given, given | {"source": other}, given | {"source_lengths": lengths})
+    )
+    for name in a:
+        assert (a[name] == b[name]).all()
+        assert (a[name][1] != c[name][1]).any()
+
+
+def test_no_lengths_means_all_frames() -> None:
+    given = MODEL.inputs(TINY)
+    S = given["source"].shape[1]
+    whole = given | {"source_lengths": np.full(2, S)}
+    del given["source_lengths"]
+    call = caller(build(MODEL, TINY, "torch", canonical(MODEL, TINY)), "torch")
+    a, b = call(given), call(whole)
+    assert all((a[n] == b[n]).all() for n in a)
+    flax = build(MODEL, TINY, "flax", canonical(MODEL, TINY))
+    mask = jax.jit(lambda source: flax.encode(source, None, Taps(False))[1])
+    assert (np.asarray(mask(jax.numpy.asarray(given["source"]))) == np.ones((2, S))).all()
+
+
+STILL = {
+    "dropout_prob": 0.0,
+    "prenet_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "postnet_dropout": 0.0,
+    "zoneout": 0.0,
+}
+
+
+def test_batch_statistics_move_alike() -> None:
+    config = replace(TINY, **STILL)
+    a = build(MODEL, config, "torch", canonical(MODEL, config)).postnet.train()
+    b = build(MODEL, config, "flax", canonical(MODEL, config)).postnet
+    b.train()
+    frames = probe.normal("frames", (2, 9, config.frame_size)).astype(np.float32)
+    x, y = a(torch.from_numpy(frames), Taps(False)), b(jax.numpy.asarray(frames), Taps(False))
+    np.testing.assert_allclose(x.detach().numpy(), np.asarray(y), rtol=1e-5, atol=1e-5)
+    for p, q in zip(a.norms, b.norms, strict=True):
+        np.testing.assert_allclose(p.running_mean.numpy(), np.asarray(q.mean[...]), rtol=1e-5)
+        np.testing.assert_allclose(p.running_var.numpy(), np.asarray(q.var[...]), rtol=1e-5)
+        assert p.num_batches_tracked.item() == 1
+
+
+@pytest.mark.parametrize("name", list(STILL))
+def test_every_dropout_acts_in_training_only(name: str) -> None:
+    """One at a time; the post-net is left out, whose BatchNorm acts in training as well."""
+    config = replace(TINY, **STILL | {name: 0.5})
+    given = MODEL.inputs(config)
+    model = build(MODEL, config, "torch", canonical(MODEL, config))
+    call = caller(model, "torch")
+    field = "output.frames" if name == "postnet_dropout" else "output.frames_before"
+    still = [call(given)[field] for _ in range(2)]
+    model.train()
+    moving = [call(given)[field] for _ in range(2)]
+    assert (still[0] == still[1]).all()
+    assert (moving[0] != moving[1]).any()
+
+
+@FRAMEWORKS
+def test_what_is_drawn_in_training(framework: str) -> None:
+    config = replace(TINY, zoneout=0.25, attention_dropout=0.25, prenet_dropout=0.5)
+    model = build(MODEL, config, framework, canonical(MODEL, config))
+    rnn, prenet = model.decoder.rnn, model.decoder.prenet
+    cast: Any = torch.from_numpy if framework == "torch" else jax.numpy.asarray
+    encoded = np.zeros((2, 5, 2 * config.encoder_size), np.float32)
+    memory = rnn.attention.memory(cast(encoded), cast(np.ones((2, 5), bool)))
+    frames = cast(np.ones((50, config.frame_size), np.float32))
+    assert np.unique(np.asarray(rnn.masks(3, memory).update.tolist())).tolist() == [0.75]
+    assert np.unique(np.asarray(rnn.masks(3, memory).attention.tolist())).tolist() == [1.0]
+    whole = np.asarray(prenet(frames).tolist())
+    np.testing.assert_allclose(whole, whole[:1].repeat(50, 0), rtol=1e-5, atol=1e-6)
+    model.train()
+    masks = [np.asarray(m.tolist()) for m in rnn.masks(200, memory)]
+    assert masks[0].shape == (200, config.decoder_layers, 2, 2, config.decoder_size)
+    assert masks[1].shape == (200, 2, config.attention_heads, 5)
+    assert np.unique(masks[0]).tolist() == [0.0, 1.0], "a state is kept, or the new one taken"
+    np.testing.assert_allclose(np.unique(masks[1]), [0.0, 1 / 0.75])
+    assert abs(masks[0].mean() - 0.75) < 0.05
+    assert abs((masks[1] > 0).mean() - 0.75) < 0.05
+    assert len(np.unique(np.asarray(prenet(frames).tolist()), axis=0)) > 10
+
+
+@FRAMEWORKS
+def test_computation_in_bfloat16(framework: str) -> None:
+    given = MODEL.inputs(TINY)
+    exact = run(MODEL, TINY, "torch", canonical(MODEL, TINY), given, "float32")["output.frames"]
+    model = build(MODEL, TINY, framework, canonical(MODEL, TINY), dtype="bfloat16")
+    if framework == "torch":
+        assert model.translate(tensors(given)["source"], 2).frames.dtype == torch.bfloat16
+    else:
+        made = jax.eval_shape(lambda source: model.translate(source, 2), given["source"])
+        assert made.frames.dtype == jax.numpy.bfloat16
+    got = caller(model, framework)(given)["output.frames"]
+    gap = np.abs(got - exact).max() / np.abs(exact).max()
+    assert 2.0**-12 < gap < 2.0**-3
+
+
+@FRAMEWORKS
+def test_what_cannot_be_said_of_it(framework: str) -> None:
+    cast: Any = tensors if framework == "torch" else arrays
+    model = build(MODEL, TINY, framework, canonical(MODEL, TINY))
+    given = MODEL.inputs(TINY)
+    with pytest.raises(ValueError, match="5 target frames are no multiple of 2"):
+        model(**cast(given | {"target": given["target"][:, :5]}))
+    with pytest.raises(ValueError, match="steps is 0"):
+        model.translate(cast(given)["source"], 0)
+    without = {n: x for n, x in given.items() if "phonemes" not in n}
+    if framework == "torch":
+        output = model(**cast(without))
+        assert output.source_logits is None
+        assert output.target_logits is None
+    config = MODEL.tiny["spectrogram_only"]
+    model = build(MODEL, config, framework, canonical(MODEL, config))
+    given = MODEL.inputs(config)
+    with pytest.raises(ValueError, match="source_phonemes given, but"):
+        model(**cast(given | {"source_phonemes": np.zeros((2, 3), np.int64)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_heads": 5}, "not divisible"),
+        ({"postnet_kernel": 4}, "even"),
+        ({"zoneout": 1.0}, "zoneout"),
+        ({"source_layer": 9}, "source_layer"),
+        ({"target_layer": 0}, "target_layer"),
+    ],
+)
+def test_impossible_configs(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**change)

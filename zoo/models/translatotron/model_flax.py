@@ -1,0 +1,300 @@
+"""Translatotron in Flax NNX: the twin of model_torch.py, class by class.
+
+B utterances of S source frames with C mel channels and T target frames with F bins, of which the
+decoder predicts r at a step; H units in an LSTM, A in an attention; L phonemes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from zoo.models.translatotron.config import Config, Output, Translation
+from zoo.nn.additive_attention_flax import AdditiveAttention, Memory
+from zoo.nn.batchnorm_flax import BatchNorm1d
+from zoo.nn.conv_flax import Conv1d
+from zoo.nn.recurrent_flax import LSTM, LSTMCell
+from zoo.nn.taps import Taps
+
+
+class State(NamedTuple):
+    """What an attentive LSTM carries from one step to the next."""
+
+    cells: tuple[tuple[Array, Array], ...]  # (h, c) of each layer, each (B, H)
+    context: Array  # (B, A), what was attended to
+
+
+class Masks(NamedTuple):
+    """Random numbers of all T steps, drawn beforehand; ones and constants outside of training."""
+
+    update: Array  # (T, layers, 2, B, H) of zoneout: 1 takes the new h or c, 0 keeps the old
+    attention: Array  # (T, B, N, S), the dropout on attention weights
+
+
+class Encoder(nnx.Module):
+    """Bidirectional LSTMs, one on the other."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        widths = [c.mel_channels] + [2 * c.encoder_size] * (c.encoder_layers - 1)
+        self.layers = nnx.List(
+            [LSTM(n, c.encoder_size, batch_first=True, bidirectional=True, **kw) for n in widths]
+        )
+        self.dropout = nnx.Dropout(c.dropout_prob, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, lengths: Array | None, tap: Taps) -> list[Array]:
+        """x (B, S, C) -> the outputs of every layer, (B, S, 2H) each."""
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            x, _ = layer(x, lengths=lengths)
+            x = tap(f"layers.{i}", self.dropout(x))
+            outputs.append(x)
+        return outputs
+
+
+class PreNet(nnx.Module):
+    """The bottleneck through which the decoder sees its own last frame."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.fc1 = nnx.Linear(c.frame_size, c.prenet_size, **kw)
+        self.fc2 = nnx.Linear(c.prenet_size, c.prenet_size, **kw)
+        self.dropout = nnx.Dropout(c.prenet_dropout, rngs=kw["rngs"])
+
+    def __call__(self, x: Array) -> Array:
+        """(..., F) -> (..., prenet_size)."""
+        x = self.dropout(jax.nn.relu(self.fc1(x)))
+        return self.dropout(jax.nn.relu(self.fc2(x)))
+
+
+class AttentiveLSTM(nnx.Module):
+    """LSTM layers that read an input beside what was attended to last, and whose top asks next.
+
+    Zoneout (Krueger 2016): in training h and c stay as they were with this probability, each by
+    itself; otherwise they move by what is expected of that, (1 - zoneout) of the way.
+    """
+
+    def __init__(
+        self, c: Config, n_in: int, size: int, layers: int, attention: int, heads: int, **kw: Any
+    ) -> None:
+        self.size = size
+        self.attention_size = attention
+        self.keep = 1 - c.zoneout
+        widths = [n_in + attention] + [size] * (layers - 1)
+        self.cells = nnx.List([LSTMCell(n, size, **kw) for n in widths])
+        self.attention = AdditiveAttention(size, 2 * c.encoder_size, attention, heads, **kw)
+        self.zoneout = nnx.Dropout(c.zoneout, rngs=kw["rngs"])
+        self.dropout = nnx.Dropout(c.attention_dropout, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, memory: Memory, tap: Taps) -> Array:
+        """All inputs (B, T, n_in) -> [h of the top, context] at every step, (B, T, H + A)."""
+
+        def body(state: State, at: tuple[Array, Masks]) -> tuple[State, Any]:
+            state, weights = self.step(at[0], state, memory, at[1])
+            return state, (state.cells[-1][0], state.context, weights)
+
+        masks = self.masks(x.shape[1], memory)
+        _, made = jax.lax.scan(body, self.start(memory), (x.swapaxes(0, 1), masks))
+        tops, contexts, weights = (m.swapaxes(0, 1) for m in made)
+        top, context = tap("cells", tops), tap("attention", contexts)
+        tap("attention.weights", weights)
+        return jnp.concatenate([top, context], -1)
+
+    def step(self, x: Array, state: State, memory: Memory, masks: Masks) -> tuple[State, Array]:
+        """x (B, n_in), masks of this step -> the next state, and the weights (B, N, S)."""
+        x = jnp.concatenate([x, state.context], -1)
+        cells = []
+        for cell, (h, c), update in zip(self.cells, state.cells, masks.update, strict=True):
+            new_h, new_c = cell(x, (h, c))
+            x = h + update[0] * (new_h - h)
+            cells.append((x, c + update[1] * (new_c - c)))
+        context, weights = self.attention(x, memory, masks.attention)
+        return State(tuple(cells), context), weights
+
+    def start(self, memory: Memory) -> State:
+        """The state before the first step: zeros."""
+        B, dtype = memory.keys.shape[0], memory.keys.dtype
+        zeros = jnp.zeros((B, self.size), dtype)
+        context = jnp.zeros((B, self.attention_size), dtype)
+        return State(tuple((zeros, zeros) for _ in self.cells), context)
+
+    def masks(self, steps: int, memory: Memory) -> Masks:
+        """Masks of so many steps, of length 1 in every other axis outside of training."""
+        B, S, N, _ = memory.keys.shape
+        training = not self.zoneout.deterministic
+        batch, size, weights = (B, self.size, (B, N, S)) if training else (1, 1, (1, 1, 1))
+        ones = jnp.ones((steps, len(self.cells), 2, batch, size), memory.keys.dtype)
+        update = self.keep * self.zoneout(ones)
+        return Masks(update, self.dropout(jnp.ones((steps, *weights), memory.keys.dtype)))
+
+
+class SpectrogramDecoder(nnx.Module):
+    """Tacotron 2's decoder, r frames at a step."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.reduction = c.reduction
+        self.frame_size = c.frame_size
+        A = c.attention_size
+        self.prenet = PreNet(c, **kw)
+        self.rnn = AttentiveLSTM(
+            c, c.prenet_size, c.decoder_size, c.decoder_layers, A, c.attention_heads, **kw
+        )
+        self.frame = nnx.Linear(c.decoder_size + A, c.reduction * c.frame_size, **kw)
+        self.stop = nnx.Linear(c.decoder_size + A, 1, **kw)
+
+    def __call__(self, target: Array, memory: Memory, tap: Taps) -> tuple[Array, Array]:
+        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, T / r)."""
+        last = target[:, self.reduction - 1 :: self.reduction]  # of every step
+        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        x = tap("prenet", self.prenet(before))
+        y = self.rnn(x, memory, tap.at("rnn"))
+        return self.frame(y).reshape(target.shape), self.stop(y)[..., 0]
+
+    def decode(self, memory: Memory, steps: int) -> tuple[Array, Array]:
+        """Every step from the last frame of the one before: frames (B, steps * r, F), stop."""
+        B, dtype = memory.keys.shape[0], memory.keys.dtype
+
+        def body(carry: tuple[State, Array], masks: Masks) -> tuple[Any, Any]:
+            state, last = carry
+            state, _ = self.rnn.step(self.prenet(last), state, memory, masks)
+            y = jnp.concatenate([state.cells[-1][0], state.context], -1)
+            frame = self.frame(y).reshape(B, self.reduction, -1)
+            return (state, frame[:, -1]), (frame, self.stop(y)[:, 0])
+
+        first = self.rnn.start(memory), jnp.zeros((B, self.frame_size), dtype)
+        _, (frames, stop) = jax.lax.scan(body, first, self.rnn.masks(steps, memory))
+        frames = frames.swapaxes(0, 1).reshape(B, steps * self.reduction, -1)
+        return frames, stop.T
+
+
+class PostNet(nnx.Module):
+    """Convolutions over time that correct all frames once they are there."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        k = c.postnet_kernel
+        self.convs = nnx.List(
+            [Conv1d(n, m, k, padding=k // 2, bias=False, **kw) for n, m in c.postnet_widths]
+        )
+        self.norms = nnx.List([BatchNorm1d(m, **kw) for _, m in c.postnet_widths])
+        self.dropout = nnx.Dropout(c.postnet_dropout, rngs=kw["rngs"])
+
+    def __call__(self, frames: Array, tap: Taps) -> Array:
+        """frames (B, T, F) -> what to add to them."""
+        x = frames
+        last = len(self.convs) - 1
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = tap(f"convs.{i}", conv(x))
+            x = tap(f"norms.{i}", norm(x))
+            x = self.dropout(x if i == last else jnp.tanh(x))
+        return x
+
+
+class PhonemeDecoder(nnx.Module):
+    """An auxiliary decoder: the phonemes of one language, each from those before it."""
+
+    def __init__(self, c: Config, symbols: int, **kw: Any) -> None:
+        size = c.auxiliary_size
+        self.embedding = nnx.Embed(symbols, size, **kw)
+        self.rnn = AttentiveLSTM(c, size, size, c.auxiliary_layers, size, 1, **kw)
+        self.output = nnx.Linear(2 * size, symbols, **kw)
+
+    def __call__(self, phonemes: Array, encoded: Array, mask: Array, tap: Taps) -> Array:
+        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols)."""
+        memory = self.rnn.attention.memory(encoded, mask)
+        return self.output(self.rnn(self.embedding(phonemes), memory, tap.at("rnn")))
+
+
+class Translatotron(nnx.Module):
+    """Speech to speech, with the phonemes of both sides as a help in training."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.config = c
+        self.encoder = Encoder(c, **kw)
+        self.decoder = SpectrogramDecoder(c, **kw)
+        self.postnet = PostNet(c, **kw)
+        self.source_decoder, self.target_decoder = (
+            PhonemeDecoder(c, n, **kw) if n else None
+            for n in (c.source_phonemes, c.target_phonemes)
+        )
+
+    def __call__(
+        self,
+        source: Array,
+        target: Array,
+        source_lengths: Array | None = None,
+        source_phonemes: Array | None = None,
+        target_phonemes: Array | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """Teacher-forced: source (B, S, C), target (B, T, F), T a multiple of r -> Output.
+
+        `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
+        whatever starts a sequence; without them their logits are None.
+        """
+        tap = Taps(taps)
+        self.config.check_frames(target.shape[1])
+        self.config.check_phonemes(source_phonemes is not None, target_phonemes is not None)
+        encoded, mask = self.encode(source, source_lengths, tap)
+        memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
+        target = jnp.asarray(target, encoded[-1].dtype)
+        before, stop = self.decoder(target, memory, tap.at("decoder"))
+        after = before + self.postnet(before, tap.at("postnet"))
+        logits = [
+            None if phonemes is None else decoder(phonemes, encoded[layer - 1], mask, tap.at(name))
+            for name, decoder, phonemes, layer in self.auxiliary(source_phonemes, target_phonemes)
+        ]
+        return tap.result(Output(after, before, stop, *logits))
+
+    def translate(
+        self, source: Array, steps: int, source_lengths: Array | None = None
+    ) -> Translation:
+        """Frame by frame from the model's own frames: source (B, S, C) -> Translation.
+
+        Always `steps` steps; an utterance ends with the first whose stop logit is positive, and
+        the post-net sees zeros after that. One compiled scan; other sizes compile anew.
+        """
+        if steps < 1:
+            raise ValueError(f"steps is {steps}, and at least 1")
+        return _translate(*nnx.split(self), source, steps, source_lengths)
+
+    def auxiliary(self, source: Any, target: Any) -> list[tuple[str, Any, Any, int]]:
+        """Name, module, phonemes and encoder layer of either phoneme decoder."""
+        c = self.config
+        return [
+            ("source_decoder", self.source_decoder, source, c.source_layer),
+            ("target_decoder", self.target_decoder, target, c.target_layer),
+        ]
+
+    def encode(self, source: Array, lengths: Array | None, tap: Taps) -> tuple[list[Array], Array]:
+        """The encoder's layers, and where there are frames: (B, S)."""
+        B, S, _ = source.shape
+        stop = self.decoder.stop
+        source = jnp.asarray(source, stop.dtype or stop.kernel[...].dtype)
+        steps = jnp.arange(S)
+        inside = steps < S if lengths is None else steps < lengths[:, None]
+        mask = jnp.broadcast_to(inside, (B, S))
+        return self.encoder(source, lengths, tap.at("encoder")), mask
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _translate(
+    graph: nnx.GraphDef[Translatotron],
+    state: nnx.State,
+    source: Array,
+    steps: int,
+    source_lengths: Array | None,
+) -> Translation:
+    model = nnx.merge(graph, state)
+    encoded, mask = model.encode(source, source_lengths, Taps(False))
+    memory = model.decoder.rnn.attention.memory(encoded[-1], mask)
+    frames, stop = model.decoder.decode(memory, steps)
+    ends = stop > 0
+    ended = jnp.where(ends.any(1), ends.argmax(1) + 1, steps)
+    lengths = ended * model.config.reduction
+    inside = jnp.arange(frames.shape[1]) < lengths[:, None]
+    before = frames * inside[..., None]
+    after = (before + model.postnet(before, Taps(False))) * inside[..., None]
+    return Translation(after, before, lengths)

@@ -1,0 +1,77 @@
+"""Additive attention (Bahdanau 2014) with several heads: one query at a time over a memory.
+
+B sequences, S steps of memory, N heads of D units each, A = N * D.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from zoo.nn.attention_flax import mask_bias
+
+
+class Memory(NamedTuple):
+    """What stays the same for all queries."""
+
+    keys: Array  # (B, S, N, D)
+    values: Array  # (B, S, N, D)
+    bias: Array  # (B, 1, S), added to the logits
+
+
+class AdditiveAttention(nnx.Module):
+    """Logits score . tanh(query + key), a softmax over the memory for each head.
+
+    Only keys have a bias: that of a query would be added to it.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        memory_dim: int,
+        size: int,
+        heads: int,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.heads = heads
+        self.dtype = dtype
+        bound = (size // heads) ** -0.5
+        shape = (heads, size // heads)
+        score = jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
+        self.score = nnx.Param(score)
+        self.query = nnx.Linear(
+            query_dim, size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.key = nnx.Linear(memory_dim, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.value = nnx.Linear(memory_dim, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.out = nnx.Linear(size, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def memory(self, x: Array, mask: Array) -> Memory:
+        """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""
+        B, S, _ = x.shape
+        keys, values = (f(x).reshape(B, S, self.heads, -1) for f in (self.key, self.value))
+        return Memory(keys, values, mask_bias(mask[:, None], keys.dtype))
+
+    def __call__(self, query: Array, memory: Memory, keep: Array) -> tuple[Array, Array]:
+        """query (B, query_dim) -> what is attended to (B, A), and the weights (B, N, S).
+
+        `keep` broadcasts to the weights and multiplies them: a dropout, drawn beforehand.
+        """
+        B = query.shape[0]
+        q = self.query(query).reshape(B, 1, self.heads, -1)
+        energy, score = nnx.nn.dtypes.promote_dtype(
+            (jnp.tanh(q + memory.keys), self.score[...]), dtype=self.dtype
+        )
+        logits = jnp.einsum("bsnd,nd->bns", energy, score) + memory.bias
+        weights = jax.nn.softmax(logits, axis=-1)
+        kept = weights * keep.astype(weights.dtype)
+        context = jnp.einsum("bns,bsnd->bnd", kept, memory.values).reshape(B, -1)
+        return self.out(context), weights

@@ -1,0 +1,71 @@
+"""Additive attention (Bahdanau 2014) with several heads: one query at a time over a memory.
+
+B sequences, S steps of memory, N heads of D units each, A = N * D.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.nn.attention_torch import mask_bias
+from zoo.nn.layers_torch import Linear, promote
+
+
+class Memory(NamedTuple):
+    """What stays the same for all queries."""
+
+    keys: Tensor  # (B, S, N, D)
+    values: Tensor  # (B, S, N, D)
+    bias: Tensor  # (B, 1, S), added to the logits
+
+
+class AdditiveAttention(nn.Module):
+    """Logits score . tanh(query + key), a softmax over the memory for each head.
+
+    Only keys have a bias: that of a query would be added to it.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        memory_dim: int,
+        size: int,
+        heads: int,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dtype = dtype
+        bound = (size // heads) ** -0.5
+        score = torch.empty(heads, size // heads, dtype=param_dtype).uniform_(-bound, bound)
+        self.score = nn.Parameter(score)
+        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
+        self.query = Linear(query_dim, size, bias=False, **kinds)
+        self.key = Linear(memory_dim, size, **kinds)
+        self.value = Linear(memory_dim, size, **kinds)
+        self.out = Linear(size, size, **kinds)
+
+    def memory(self, x: Tensor, mask: Tensor) -> Memory:
+        """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""
+        B, S, _ = x.shape
+        keys, values = (f(x).view(B, S, self.heads, -1) for f in (self.key, self.value))
+        return Memory(keys, values, mask_bias(mask[:, None], keys.dtype))
+
+    def forward(self, query: Tensor, memory: Memory, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """query (B, query_dim) -> what is attended to (B, A), and the weights (B, N, S).
+
+        `keep` broadcasts to the weights and multiplies them: a dropout, drawn beforehand.
+        """
+        B = query.shape[0]
+        q = self.query(query).view(B, 1, self.heads, -1)
+        energy, score = promote(self.dtype, torch.tanh(q + memory.keys), self.score)
+        logits = torch.einsum("bsnd,nd->bns", energy, score) + memory.bias
+        weights = torch.softmax(logits, dim=-1)
+        kept = weights * keep.to(weights.dtype)
+        context = torch.einsum("bns,bsnd->bnd", kept, memory.values).reshape(B, -1)
+        return self.out(context), weights

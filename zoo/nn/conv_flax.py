@@ -1,0 +1,101 @@
+"""NNX convolutions with torch's arguments and padding, channels last.
+
+Flax's own strings pad otherwise than torch's numbers once there is a stride: "SAME" with stride 2
+puts the extra column on the right, torch's `padding=k//2` on both sides. Here padding is always
+made explicit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+
+class Conv1d(nnx.Conv):
+    """nnx.Conv with the arguments of torch's Conv1d: (B, T, in) -> (B, T', out).
+
+    `padding` is that of both ends, or "same" (stride 1 only).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | str = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        **kw: Any,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            (kernel_size,),
+            stride,
+            padding=pads(padding, (kernel_size,), (stride,), (dilation,)),
+            kernel_dilation=dilation,
+            feature_group_count=groups,
+            use_bias=bias,
+            **kw,
+        )
+
+
+class Conv2d(nnx.Conv):
+    """nnx.Conv with the arguments of torch's Conv2d: (B, H, W, in) -> (B, H', W', out).
+
+    `padding` is that of every edge, one for each axis, or "same" (stride 1 only).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        **kw: Any,
+    ) -> None:
+        kernel, strides, dilations = (pair(x) for x in (kernel_size, stride, dilation))
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            strides,
+            padding=pads(padding, kernel, strides, dilations),
+            kernel_dilation=dilations,
+            feature_group_count=groups,
+            use_bias=bias,
+            **kw,
+        )
+
+
+def pair(x: int | tuple[int, int]) -> tuple[int, int]:
+    """One number for both axes, or one for each."""
+    return (x, x) if isinstance(x, int) else x
+
+
+def pads(
+    padding: int | tuple[int, ...] | str,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, int], ...]:
+    """(before, after) for every axis, as torch pads.
+
+    "same" needs dilation * (kernel - 1) in all; an odd one goes after. ValueError for another
+    word, and for "same" with a stride, which torch refuses as well.
+    """
+    if isinstance(padding, int):
+        padding = (padding,) * len(kernel)
+    if not isinstance(padding, str):
+        return tuple((p, p) for p in padding)
+    if padding != "same" or any(s != 1 for s in stride):
+        raise ValueError(f"padding {padding!r} with stride {stride}; 'same' with stride 1 is known")
+    totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return tuple((t // 2, t - t // 2) for t in totals)

@@ -1,0 +1,89 @@
+"""torch convolutions that keep the dtype of computation apart from that of the parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.nn.layers_torch import promote
+
+
+class Conv1d(nn.Conv1d):
+    """nn.Conv1d with `dtype` and `param_dtype`: (B, in, T) -> (B, out, T').
+
+    `padding` is that of both ends, or "same" (stride 1 only).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | str = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            dtype=param_dtype,
+        )
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, self.dtype, input)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d with `dtype` and `param_dtype`: (B, in, H, W) -> (B, out, H', W').
+
+    `padding` is that of every edge, one for each axis, or "same" (stride 1 only).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            dtype=param_dtype,
+        )
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, self.dtype, input)
+
+
+def _forward(conv: nn.Conv1d | nn.Conv2d, dtype: torch.dtype | None, input: Tensor) -> Tensor:
+    if conv.bias is None:
+        x, weight = promote(dtype, input, conv.weight)
+        return conv._conv_forward(x, weight, None)
+    return conv._conv_forward(*promote(dtype, input, conv.weight, conv.bias))

@@ -1,0 +1,18 @@
+"""Root mean square layer norm (Zhang and Sennrich 2019), as T5 has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+
+class RMSNorm(nnx.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; `eps` has no default.
+
+    The mean square is taken in float32 at least, and in float64 where x is: T5 upstream takes it in
+    float32 always.
+    """
+
+    def __init__(self, dim: int, eps: float, **kw: Any) -> None:
+        super().__init__(dim, epsilon=eps, use_fast_variance=False, **kw)
