@@ -1,0 +1,56 @@
+"""A linear layer behind a layer of one's own, in PyTorch.
+
+B samples, D features in, E features out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.models.custom_layer.config import Config
+from zoo.nn.layers_torch import Linear, promote
+from zoo.nn.taps import Taps
+
+
+class Identity(nn.Module):
+    """A layer without parameters: nothing of it is in a checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Scale(nn.Module):
+    """A layer with a parameter: every feature times its own factor."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.factor = nn.Parameter(torch.ones(features, dtype=param_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, factor = promote(self.dtype, x, self.factor)
+        return x * factor
+
+
+class Sequential(nn.Sequential):
+    """Layers `0` (one's own), `1` (linear) and `2` (ReLU)."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        own = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
+        super().__init__(own, Linear(c.in_features, c.out_features, **kw), nn.ReLU())
+
+    def forward(self, x: Tensor, taps: bool = False) -> Any:
+        """(B, D) -> (B, E); `taps=True` adds {layer: what it gives}."""
+        tap = Taps(taps)
+        for name, layer in self.named_children():
+            x = tap(name, layer(x))
+        return tap.result(x)

@@ -1,0 +1,46 @@
+"""ResNet's depths, and the published ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EXPANSION = {"basic": 1, "bottleneck": 4}  # channels out of a block per channel within it
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of ResNet-50."""
+
+    block: Literal["basic", "bottleneck"] = "bottleneck"
+    layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each of the four stages
+    width: int = 64  # channels of the first stage's blocks; each further stage has twice as many
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
+        if not all(type(n) is int and n > 0 for n in self.layers):
+            raise ValueError(f"{self.layers} are not all whole numbers above zero")
+        if self.block not in EXPANSION:
+            raise ValueError(f"block {self.block!r} is none of {', '.join(EXPANSION)}")
+        if len(self.layers) != 4:
+            raise ValueError(f"layers {self.layers}: a ResNet has four stages")
+
+    @property
+    def expansion(self) -> int:
+        """Channels out of a block per channel within it."""
+        return EXPANSION[self.block]
+
+
+PRESETS = {
+    "resnet18": Config("basic", (2, 2, 2, 2)),
+    "resnet34": Config("basic", (3, 4, 6, 3)),
+    "resnet50": Config("bottleneck", (3, 4, 6, 3)),
+    "resnet101": Config("bottleneck", (3, 4, 23, 3)),
+    "resnet152": Config("bottleneck", (3, 8, 36, 3)),
+}
+
+TINY = {
+    "basic": Config("basic", (2, 1, 1, 1), width=8, num_classes=5),
+    "bottleneck": Config("bottleneck", (1, 1, 1, 1), width=4, num_classes=3),
+}
