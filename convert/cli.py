@@ -47,6 +47,7 @@ def _complete_model(ctx: Any, param: Any, incomplete: str) -> list[str]:
 def _model_options(f: Callable[..., Any]) -> Callable[..., Any]:
     f = click.option(
         "--config",
+        type=click.Path(),
         metavar="FILE|PRESET",
         help="What the tensors do not tell: a config.json, or a preset.",
     )(f)
@@ -95,8 +96,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("ckpt")
-@click.argument("dst", required=False)
+@click.argument("ckpt", type=click.Path())
+@click.argument("dst", required=False, type=click.Path())
 @_model_options
 @click.option(
     "--to", type=click.Choice(["orbax", "msgpack", "safetensors"]), help="[default: orbax]"
@@ -126,8 +127,8 @@ def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("ckpt")
-@click.argument("dst", required=False)
+@click.argument("ckpt", type=click.Path())
+@click.argument("dst", required=False, type=click.Path())
 @_model_options
 @click.option("--to", type=click.Choice(["safetensors", "pt"]), help="[default: safetensors]")
 @_convert_options
@@ -148,8 +149,8 @@ def flax2torch(ckpt: str, dst: str | None, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
 @click.option(
     "--level",
     type=click.Choice(["bits", "outputs"]),
@@ -184,7 +185,7 @@ def verify(a: str, b: str, level: str, as_json: bool, quiet: bool, debug: bool, 
 
 
 @cli.command()
-@click.argument("ckpt")
+@click.argument("ckpt", type=click.Path())
 @click.option("--all", "every", is_flag=True, help="List every tensor, however many.")
 @_output_options
 def inspect(ckpt: str, every: bool, as_json: bool, quiet: bool, debug: bool) -> None:
@@ -211,17 +212,26 @@ def inspect(ckpt: str, every: bool, as_json: bool, quiet: bool, debug: bool) -> 
 @click.argument("pattern", default="*")
 @_output_options
 def models(pattern: str, as_json: bool, quiet: bool, debug: bool) -> None:
-    """List the models, those whose name matches PATTERN.
+    """List the presets whose name or family contains PATTERN, or matches it as a shell pattern.
 
     \b
     Examples:
       zooconvert models
-      zooconvert models 'bert*' --json
+      zooconvert models bert
+      zooconvert models 'resnet*' --json
     """
     from convert import display
+    from zoo.containers.errors import UsageError
     from zoo.registry import get, names
 
-    found = [(name, get(name)) for name in names(pattern)]
+    low = pattern.lower()
+    every = [(name, get(name)) for name in names()]
+    matching = names(pattern)
+    found = [
+        (n, f) for n, f in every if n in matching or low in n.lower() or low in f.model.name.lower()
+    ]
+    if not found:
+        raise UsageError(f"no model matches {pattern!r}", "`zooconvert models` lists them all")
     if as_json:
         display.json([display.model_row(name, f) for name, f in found])
     elif not quiet:
@@ -235,7 +245,7 @@ def completion(shell: str) -> None:
 
     \b
     Examples:
-      zooconvert completion bash >> ~/.bashrc
+      eval "$(zooconvert completion bash)"    # in ~/.bashrc
     """
     from click.shell_completion import get_completion_class
 

@@ -17,11 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from zoo.containers import open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
 
 _MARK = ".zooconvert-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_SUFFIXES = (".safetensors", ".msgpack", ".pt", ".pth", ".bin", ".ckpt")
 # What the directories that we write may hold; one that holds more is not ours to replace whole.
 _OURS = re.compile(
     r"config\.json|certificate\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
@@ -57,10 +59,20 @@ def check_target(target: Path, source: Path, force: bool) -> None:
             f"{target} holds more than a checkpoint: {', '.join(sorted(strangers)[:3])}",
             "name another target; it would be replaced whole",
         )
+    if target.is_file() and target.suffix not in _SUFFIXES and not _is_checkpoint(target):
+        raise UsageError(f"{target} exists and is no checkpoint", "name another target")
     if not force:
         raise UsageError(
             f"{target} exists already", "replace it with --force, or name another target"
         )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        with open_checkpoint(path):
+            return True
+    except ZooError:
+        return False
 
 
 def check_space(directory: Path, needed: int) -> None:

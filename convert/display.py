@@ -17,7 +17,7 @@ from rich.text import Text
 from convert.api import Prepared
 from convert.certificate import Certificate
 from convert.inspection import Inspection
-from convert.proof.report import Report
+from convert.proof.report import Report, TensorDifference
 from convert.run import Progress as Callback
 from zoo.containers.errors import printable
 from zoo.identification import matching_presets
@@ -25,6 +25,7 @@ from zoo.ops import describe
 from zoo.registry import Found
 
 _SHOWN = 40  # tensors of a long list
+_GROUP = 5  # differences for one reason that are still listed one by one
 _STAGES = {"convert": "converting", "verify": "verifying", "bits": "comparing"}
 
 
@@ -70,10 +71,12 @@ def converted(source: str, prepared: Prepared, certificate: Certificate) -> None
     """Two lines: what was done, and what was proved."""
     p, target = prepared.plan, prepared.target
     total = sum(s.nbytes for s in p.steps)
+    made = sum(i.nbytes for s in p.steps for i in s.target_infos)
     click.echo(f"{printable(source)} -> {printable(str(target.path))}")
     beside = sum(a.tied_to is None for a in p.aside)
     kept = f" + {beside} kept in the label" if beside else ""
-    counts = f"{len(p.steps)} tensors{kept}, {size(total)}"
+    sizes = size(total) if made == total else f"{size(total)} -> {size(made)}"
+    counts = f"{len(p.steps)} tensors{kept}, {sizes}"
     click.echo(f"  {_title(prepared)}, {counts}, {_kind(prepared)}")
     verified = certificate.verified
     if verified["level"] == "none":
@@ -165,12 +168,16 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
 def inspection(found: Inspection, every: bool) -> None:
     """Model, totals, then a table of tensors."""
     what = " or ".join(found.models) or f"unknown model ({found.why_not})"
+    if found.unknown:
+        what += f"; not told: {', '.join(found.unknown)}"
     click.echo(f"{printable(found.path)}: {printable(what)}")
     spelled = f", {found.tree} names" if found.tree else ""
     click.echo(
         f"{found.container}{spelled}, {len(found.tensors)} tensors, "
         f"{found.values:,} values, {size(found.nbytes)}"
     )
+    for difference in found.differences:
+        click.echo(f"  {difference}")
     for notice in found.notices:
         click.echo(f"note: {printable(notice)}", err=True)
     shown = list(found.tensors.items())
@@ -194,7 +201,8 @@ def inspection(found: Inspection, every: bool) -> None:
         click.echo(f"holds an optimizer's state: {len(found.optimizer)} tensors")
     for key, value in {**found.metadata, **found.extras}.items():
         text = printable(str(value))
-        click.echo(f"{printable(key)}: {text[:100]}{'...' if len(text) > 100 else ''}")
+        cut = len(text) > 100 and not every
+        click.echo(f"{printable(key)}: {text[:100] + '...' if cut else text}")
 
 
 def report(found: Report) -> None:
@@ -204,19 +212,8 @@ def report(found: Report) -> None:
     if not found.differences:
         click.echo(f"  bits: {total}, all equal")
     else:
-        click.echo(f"  bits: {total}, {len(found.differences)} tensors differ")
-        rows = [
-            (
-                d.name,
-                d.why,
-                "" if d.max_error is None else f"{d.max_error:.2e}",
-                "" if d.first is None else str(list(d.first)),
-            )
-            for d in found.differences[:_SHOWN]
-        ]
-        _table(("tensor", "difference", "max error", "first at"), rows)
-        if len(found.differences) > _SHOWN:
-            click.echo(f"  ... and {len(found.differences) - _SHOWN} more (--json lists them)")
+        click.echo(f"  bits: {total} compared, {len(found.differences)} differences")
+        _differences(found)
     if found.outputs:
         bad = [row for row in found.outputs if not row.same]
         worst = found.worst
@@ -233,6 +230,33 @@ def report(found: Report) -> None:
                 for r in shown
             ],
         )
+
+
+def _differences(found: Report) -> None:
+    """Grouped by reason where one reason has many, else a row each."""
+    by_reason: dict[str, list[TensorDifference]] = {}
+    for d in found.differences:
+        by_reason.setdefault(d.why, []).append(d)
+    rows = []
+    for why, group in by_reason.items():
+        if len(group) > _GROUP:
+            click.echo(
+                f"  {len(group)} tensors: {printable(why)} ({printable(group[0].name)}, ...)"
+            )
+            continue
+        rows += [
+            (
+                d.name,
+                d.why,
+                "" if d.max_error is None else f"{d.max_error:.2e}",
+                "" if d.first is None else str(list(d.first)),
+            )
+            for d in group
+        ]
+    if rows:
+        _table(("tensor", "difference", "max error", "first at"), rows[:_SHOWN])
+    if len(rows) > _SHOWN:
+        click.echo(f"  ... and {len(rows) - _SHOWN} more (--json lists them)")
 
 
 def model_row(name: str, found: Found) -> dict[str, Any]:
@@ -259,17 +283,17 @@ def models(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns, as wide as they need to be: on a pipe nothing is cut."""
+    """Columns, as wide as they need to be: a name that is broken in two is no name."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
         right = name in ("parameters", "tensors", "size", "error", "noise", "ratio", "max error")
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 1000
-    console.print(table)
+    console = Console(highlight=False, width=1000)
+    with console.capture() as text:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def _title(prepared: Prepared) -> str:

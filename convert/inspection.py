@@ -24,6 +24,8 @@ class Inspection:
     tensors: dict[str, TensorInfo]
     models: list[str]  # what fits every tensor: "bert (minilm_l6)"; empty if nothing does
     why_not: str | None  # the nearest miss, where nothing fits
+    differences: list[str]  # from the nearest miss
+    unknown: list[str]  # config fields that nothing in the checkpoint tells
     tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
     ties: dict[str, str] = field(default_factory=dict)
     optimizer: list[str] = field(default_factory=list)  # tensors of an optimizer's state
@@ -48,6 +50,8 @@ class Inspection:
             "container": self.container,
             "models": self.models,
             "why_not": self.why_not,
+            "differences": self.differences,
+            "unknown": self.unknown,
             "tree": self.tree,
             "values": self.values,
             "bytes": self.nbytes,
@@ -72,20 +76,26 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     with open_checkpoint(path) as reader:
         label = read_label(reader)
         models, tree, why_not = [], None, None
+        differences: list[str] = []
+        unknown: list[str] = []
         notices = [*reader.notices, *label.notices]
+        notices += [label.problem.problem] if label.problem else []
         try:
             found = identify_header(reader.tensors, label)
             models = list(dict.fromkeys(c.title() for c in found))
             tree = found[0].tree
+            unknown = sorted(found[0].unknown)
             notices += found[0].peeled.notices()
         except ZooError as e:
-            why_not = e.problem
+            why_not, differences = e.problem, e.details
         return Inspection(
             path=os.fspath(source),
             container=reader.container,
             tensors=dict(reader.tensors),
             models=models,
             why_not=why_not,
+            differences=differences,
+            unknown=unknown,
             tree=tree,
             ties=dict(reader.ties),
             optimizer=[n for n in reader.tensors if n.partition(".")[0] in _OPTIMIZER],

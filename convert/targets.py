@@ -42,6 +42,8 @@ def choose(
         raise UsageError(f"a shard of {max_shard_size} bytes", "give a size such as 5GB")
     if dst is not None and dst.name in ("", ".."):
         dst = dst.resolve()
+    if to is not None and by_suffix(dst) not in (None, to):
+        raise UsageError(f"{dst} has the suffix of {by_suffix(dst)}, and to is {to}", "change one")
     if to is None:
         to = by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
         if to == "orbax" and dst is None and importlib.util.find_spec("tensorstore") is None:

@@ -169,6 +169,7 @@ def test_bad_input(
         (["--to", "gguf"], 2, "gguf"),
         (["no/such/place/x.msgpack"], 2, "does not exist"),
         (["x.pt"], 2, "pt is no container of Flax"),
+        (["x.safetensors", "--to", "msgpack"], 2, "has the suffix of safetensors"),
     ],
 )
 def test_bad_options(
@@ -352,6 +353,29 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     for parameter in cli.commands[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{name} {parameter.opts} has no help"
+
+
+def test_models_are_found_by_any_part_of_their_name(run: Callable[..., Ran]) -> None:
+    assert "bert_large_cased" in run("models", "BERT").out
+    assert "minilm_l6" in run("models", "bert").out, "by family"
+    none = run("models", "nope")
+    assert none.code == 2
+    assert "no model matches 'nope'" in none.err
+
+
+def test_inspect_says_what_differs(folder: Path, run: Callable[..., Ran]) -> None:
+    ran = run("inspect", three(folder))
+    assert "missing: encoder.layer.1.output.dense.bias" in ran.out
+    (folder / "config.json").unlink()
+    assert "not told: hidden_act" in run("inspect", folder / "model.safetensors").out
+
+
+def test_names_are_not_broken_in_narrow_terminals(
+    folder: Path, run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = run("inspect", folder / "model.safetensors").out.splitlines()
+    assert any(n.startswith("encoder.layer.0.attention.output.LayerNorm.weight ") for n in lines)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -306,6 +306,49 @@ def test_an_existing_target_needs_force(tmp_path: Path) -> None:
     assert not [f for f in files(tmp_path) if ".zooconvert-" in f]
 
 
+def test_force_does_not_overwrite_what_is_no_checkpoint(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    with pytest.raises(UsageError, match="exists and is no checkpoint"):
+        convert.convert(src, notes, "msgpack", force=True)
+    assert notes.read_text() == "precious"
+
+
+def test_a_fine_tuned_head_beside_the_base_model_s_config_is_not_lost(tmp_path: Path) -> None:
+    """The head's tensors are weights, whatever a config.json of the encoder says."""
+    classifier = dataclasses.replace(MODEL.tiny["sequence_classification"], num_labels=3)
+    arrays = canonical(MODEL, classifier)
+    src = source(tmp_path / "a", arrays, MODEL.tiny["encoder"])  # the label of the base model
+    made = convert.convert(src, tmp_path / "b.msgpack")
+    assert made.config["head"] is None
+    convert.convert(tmp_path / "b.msgpack", tmp_path / "c.safetensors")
+    assert contents(tmp_path / "c.safetensors") == contents(src)
+    with pytest.raises(UsageError, match="do not tell head"):
+        zoo.load(src, framework="torch")
+    with pytest.warns(zoo.LoadNotice, match="unknown: head"):
+        model = zoo.load(src, framework="torch", head="sequence_classification")
+    assert model.classifier.weight.shape == (3, 32)
+
+
+def test_an_encoder_is_compared_with_itself_under_a_head(tmp_path: Path) -> None:
+    config = MODEL.tiny["sequence_classification"]
+    arrays = canonical(MODEL, config)
+    bare = {n.removeprefix("bert."): a for n, a in arrays.items() if n.startswith("bert.")}
+    report = convert.verify(
+        source(tmp_path / "a", bare, MODEL.tiny["encoder"]),
+        source(tmp_path / "b", arrays, config),
+    )
+    assert report.compared == len(bare)
+    assert {d.name for d in report.differences} == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_directory_means_the_files_in_it_before_its_children(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    convert.convert(src)  # a/model.flax
+    assert convert.inspect(src.parent).container == "safetensors"
+
+
 def test_force_does_not_delete_what_is_no_checkpoint(tmp_path: Path) -> None:
     src = source(tmp_path / "a")
     home = tmp_path / "home"
@@ -324,7 +367,7 @@ def test_the_source_is_never_the_target(name: str, tmp_path: Path) -> None:
     src = source(tmp_path / "a")
     before = contents(src)
     with pytest.raises(UsageError, match="is the source, or one lies in the other"):
-        convert.convert(src, tmp_path / name, "orbax", force=True)
+        convert.convert(src, tmp_path / name, framework="flax", force=True)
     assert contents(src) == before
     convert.convert(src, tmp_path / "b", "orbax")
     with pytest.raises(UsageError, match="is the source, or one lies in the other"):

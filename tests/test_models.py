@@ -246,11 +246,31 @@ def faults(model: Model, config: Config) -> Iterator[Fault]:
             swapped = good | {x: good[y], y: good[x]}
             touched = a.entry.torch[0].name, b.entry.torch[0].name
             yield Fault(f"swapped: {touched}", swapped, touched)
+    yield from grouped_faults(layout, weights, good)
     for v in plain:
         name = v.tensors[0].name
         yield Fault(
             f"zeroed: {name}", good | {name: np.zeros_like(good[name])}, (v.entry.torch[0].name,)
         )
+
+
+def grouped_faults(layout: Layout, weights: Arrays, good: Arrays) -> Iterator[Fault]:
+    """Where one entry joins or divides: neighbours of equal shape swapped, on either side."""
+    for v in layout.view("nnx"):
+        if len(v.tensors) == len(v.entry.torch) == 1:
+            continue
+        names = tuple(t.name for t in v.entry.torch)
+        for a, b in itertools.combinations(v.tensors, 2):
+            if a.shape == b.shape:
+                swapped = good | {a.name: good[b.name], b.name: good[a.name]}
+                yield Fault(f"swapped in {names}: {a.name}, {b.name}", swapped, (a.name, b.name))
+        for x, y in itertools.combinations(v.entry.torch, 2):
+            if x.shape == y.shape:
+                other = weights | {x.name: weights[y.name], y.name: weights[x.name]}
+                touched = (x.name, y.name)
+                yield Fault(
+                    f"swapped before joining: {touched}", good | mapped([v], other), touched
+                )
 
 
 def flax_runner(model: Model, config: Config) -> Callable[[Arrays], list[np.ndarray]]:

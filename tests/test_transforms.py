@@ -63,6 +63,26 @@ def test_export(model: Model, config: Config) -> None:
         assert (a[name] - x).abs().max() <= 1e-5 * max(1.0, x.abs().max().item()), name
 
 
+@every_family()
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+def test_computation_in_bfloat16(model: Model, config: Config, framework: str) -> None:
+    """Over float32 parameters, from float32 inputs: nothing mixes dtypes that do not mix."""
+    module = build(model, config, framework, canonical(model, config), dtype="bfloat16")
+    given: dict[str, Any] = {
+        k: v.astype(np.float32) if v.dtype.kind == "f" else v
+        for k, v in model.inputs(config).items()
+    }
+    if framework == "torch":
+        with torch.no_grad():
+            outputs = named_outputs(module(**{k: torch.from_numpy(v) for k, v in given.items()}))
+        found = {k: v.double().numpy() for k, v in outputs.items()}
+    else:
+        outputs = named_outputs(module(**{k: model.to_flax(k, v) for k, v in given.items()}))
+        found = {k: np.asarray(v, np.float64) for k, v in outputs.items()}
+    assert found
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
 SECOND = [n for n in ("bert", "convnet", "recurrent") if n in families()]
 
 

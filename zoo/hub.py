@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -68,15 +69,15 @@ def _pretrained(name: str) -> Path:
     try:
         found = registry.get(name)
     except UsageError as e:
-        raise UsageError(
-            f"{name} is neither a file here nor a model of the zoo", e.advice
-        ) from None
+        here = get_close_matches(name, os.listdir(), 1, 0.8)
+        advice = f"did you mean {here[0]}?" if here else f"for the names of models: {e.advice}"
+        raise UsageError(f"{name} is neither a file here nor a model of the zoo", advice) from None
     tags = [n for n in everything if n.partition(".")[0] in found.model.presets]
     raise UsageError(
         f"{name!r} is a model, and no weights of that name are installed",
         f"installed are {', '.join(tags)}"
         if tags
-        else "give a checkpoint; `create` makes fresh weights",
+        else "give a checkpoint; zoo.create(...) makes fresh weights",
     )
 
 

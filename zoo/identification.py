@@ -208,8 +208,8 @@ def _configs(
         inner = {n.partition(".")[2]: s for n, s in inner.items()}
     fields = model.infer(inner if tree == "torch" else canonical_guess(inner))
     if stated is not None:
-        for config in _as_the_names_say(model, stated, fields or {}):
-            yield config, unstated, spelled
+        for config, untold in _as_the_names_say(model, stated, fields or {}):
+            yield config, unstated | untold, spelled
     elif fields is not None:
         try:
             config = model.configure(**{**model.placeholders, **fields})
@@ -218,17 +218,24 @@ def _configs(
             return
 
 
-def _as_the_names_say(model: Model, stated: Config, fields: Mapping[str, Any]) -> Iterator[Config]:
+def _as_the_names_say(
+    model: Model, stated: Config, fields: Mapping[str, Any]
+) -> Iterator[tuple[Config, frozenset[str]]]:
     """The stated config, then with one field of structure as the names tell it, then with all.
 
     Names may not tell everything: a token classifier that kept its pooler has those of a sequence
-    classifier. What was stated goes first.
+    classifier. What was stated goes first; where names contradict it and yet do not tell, the
+    second part says which fields are then unknown.
     """
     told = {k: v for k, v in fields.items() if k in model.structure and getattr(stated, k) != v}
-    yield stated
-    for change in [*({k: v} for k, v in told.items()), *([told] if len(told) > 1 else [])]:
+    guess = {k: v for k, v in model.placeholders.items() if k in model.structure - fields.keys()}
+    changes: list[dict[str, Any]] = [{k: v} for k, v in told.items()]
+    changes += [told] if len(told) > 1 else []
+    changes += [told | guess] if fields and guess else []
+    yield stated, frozenset()
+    for change in changes:
         try:
-            yield override(stated, change)
+            yield override(stated, change), frozenset(change.keys() & guess.keys() - told.keys())
         except UsageError:  # no such model: what was stated will be held against the tensors
             continue
 

@@ -183,7 +183,7 @@ def build_from_tree(
         if framework == "torch":
             from zoo import loading_torch
 
-            return loading_torch.build(model, config, dict(checked()), compute)
+            return loading_torch.build(model, config, checked(), compute)
         from zoo import loading_flax
 
         return loading_flax.build(model, config, checked(), compute, seed)

@@ -1,8 +1,8 @@
-"""NumPy arrays into a torch module, without a second copy and without a change of bits."""
+"""NumPy arrays into a torch module, one after the other and without a change of bits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,14 +14,19 @@ from zoo.plan import constant_value
 
 
 def build(
-    model: Model, config: Config, values: Mapping[str, np.ndarray], dtype: str | None
+    model: Model, config: Config, values: Iterable[tuple[str, np.ndarray]], dtype: str | None
 ) -> torch.nn.Module:
-    """The torch twin holding `values` (names of its state_dict, ties left out), in eval mode."""
+    """The torch twin holding `values` (names of its state_dict, ties left out), in eval mode.
+
+    In torch's own memory, not NumPy's: it is aligned, so that JAX can share it, and may outlive the
+    interpreter's last breath.
+    """
     compute = None if dtype is None else getattr(torch, dtype)
     with torch.device("meta"):
         module: torch.nn.Module = model.definition("torch")(config, dtype=compute)
     layout = model.layout_of(config)
-    state = {name: tensor(values[name]) for name in layout.shapes("torch") if name in values}
+    names = layout.shapes("torch")
+    state = {name: tensor(array).clone() for name, array in values if name in names}
     for entry in layout.entries:
         name = entry.torch[0].name
         if entry.tied_to is not None:

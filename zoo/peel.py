@@ -37,7 +37,7 @@ class Peeled:
         if self.set_aside:
             parts = sorted({_head(n) for n in self.set_aside})
             told.append(
-                f"no weights, not converted: {len(self.set_aside)} of the tensors, below "
+                f"NOT converted: {len(self.set_aside)} of the tensors, below "
                 + ", ".join(parts[:5])
                 + (", ..." if len(parts) > 5 else "")
             )
@@ -57,7 +57,8 @@ def _inside(level: Peeled, base: str, seen: Peeled) -> Iterator[Peeled]:
         level = step(level)
     if level.names and level != seen:
         yield level
-    for wrapper in (*WRAPPERS, base):
+    whole = {_head(n) for n in level.names} == {base}  # with a head beside it, it is no wrapper
+    for wrapper in (*WRAPPERS, *([base] if whole else [])):
         inner = {n.partition(".")[2]: s for n, s in level.names.items() if _head(n) == wrapper}
         if inner and "" not in inner:
             rest = tuple(s for n, s in level.names.items() if _head(n) != wrapper)

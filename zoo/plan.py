@@ -117,7 +117,10 @@ def make_plan(
     """
     if label.problem is not None and request.config is None:
         raise label.problem
-    found = identify_header(reader.tensors, label, request, sources)
+    try:
+        found = identify_header(reader.tensors, label, request, sources)
+    except ZooError as e:
+        raise type(e)(f"{reader.path}: {e.problem}", e.advice, e.details) from None
     target = target or ("nnx" if found[0].tree == "torch" else "torch")
     plans = [_plan(c, reader, label, target, dtype) for c in found]
     first = plans[0]

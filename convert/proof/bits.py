@@ -68,17 +68,23 @@ def compare(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference | None:
 
 
 def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
-    """Canonical names -> how to get their values from this side."""
+    """Canonical names -> how to get their values from this side. Without the prefix that a head
+    brings, so that an encoder is compared with the same encoder under a head."""
+
+    def bare(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(n.removeprefix(plan.model.base_prefix) for n in names)
+
     found: dict[tuple[str, ...], _Values] = {
-        step.names: partial(read_step, reader, step) for step in plan.steps
+        bare(step.names): partial(read_step, reader, step) for step in plan.steps
     }
-    return found | {(m.name,): partial(_made, m) for m in plan.made}
+    return found | {bare((m.name,)): partial(_made, m) for m in plan.made}
 
 
 def _stated(plan: Plan, names: tuple[str, ...]) -> _Values | None:
     """The value that the layout states for a tensor that one side does not hold, if it does."""
     for entry in plan.model.layout_of(plan.config).entries:
-        if entry.constant is not None and names == (entry.torch[0].name,):
+        name = entry.torch[0].name.removeprefix(plan.model.base_prefix)
+        if entry.constant is not None and names == (name,):
             info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
             return partial(_made, Made(names[0], info, entry.constant, None))
     return None

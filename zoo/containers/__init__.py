@@ -55,7 +55,7 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
 def _open_directory(path: Path, prefer: str) -> Reader:
     from zoo.containers.orbax_dir import OrbaxReader, is_orbax
 
-    if is_orbax(path):
+    if any((path / name).exists() for name in ("_METADATA", "_CHECKPOINT_METADATA")):
         return OrbaxReader(path)
     sides = (_FLAX_FILES, _TORCH_FILES) if prefer == "flax" else (_TORCH_FILES, _FLAX_FILES)
     for pattern in (*sides[0], *sides[1]):
@@ -71,6 +71,8 @@ def _open_directory(path: Path, prefer: str) -> Reader:
             raise UsageError(
                 f"{path} holds {len(found)} checkpoints and no index: {names}", "name one of them"
             )
+    if is_orbax(path):  # by what lies in its subdirectories, such as numbered steps
+        return OrbaxReader(path)
     inside = sorted(f.name for f in path.iterdir())[:5]
     raise CorruptInput(
         f"{path} holds no checkpoint"
@@ -132,6 +134,8 @@ def _open_msgpack(path: Path) -> Reader:
 
 
 def _open_index(path: Path) -> Reader:
+    if not path.name.endswith(".index.json") and b'"weight_map"' not in path.read_bytes():
+        raise CorruptInput(f"{path} is a JSON file, not a checkpoint", _KNOWN)
     from zoo.containers.sharded import ShardedReader
 
     return ShardedReader(path, _open_file)

@@ -6,13 +6,52 @@ B sequences, V tokens in the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
+
+from zoo.nn.attention_flax import KeyValue, empty_cache
 
 State = TypeVar("State")
+
+
+class EncoderDecoder(Protocol):
+    """What `generate` asks of a model."""
+
+    def remember(self, source: Array, mask: Array | None) -> list[KeyValue]:
+        """What each layer of the decoder attends to in the source."""
+
+    def decode(
+        self,
+        tokens: Array,
+        memory: list[KeyValue],
+        mask: Array | None,
+        memory_mask: Array | None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
+        /,
+    ) -> Any:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+
+
+def check_request(
+    batch: int, max_new_tokens: int, uniforms: Array | None, temperature: float
+) -> None:
+    """Raises ValueError for a generation that cannot be."""
+    if max_new_tokens < 1 or not temperature > 0:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
+        )
+    if uniforms is not None and tuple(uniforms.shape) != (batch, max_new_tokens):
+        raise ValueError(
+            f"uniforms are {tuple(uniforms.shape)}, not (batch, max_new_tokens) = "
+            f"{(batch, max_new_tokens)}"
+        )
 
 
 def choose_token(
@@ -71,3 +110,58 @@ def generate_tokens(
         return i + 1, tokens, done, state
 
     return jax.lax.while_loop(unfinished, advance, first)[1][:, 1:]
+
+
+def generate(
+    model: EncoderDecoder,
+    source: Array,
+    mask: Array | None,
+    max_new_tokens: int,
+    special: tuple[int, int | None, int],
+    uniforms: Array | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    use_cache: bool = True,
+) -> Array:
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special` are those of start, end, padding.
+
+    Compiled once for each model structure, shape and choice of the other arguments but `uniforms`
+    and `temperature`. Raises ValueError for a generation that cannot be.
+    """
+    check_request(len(source), max_new_tokens, uniforms, temperature)
+    graph, state = nnx.split(model)
+    static = graph, max_new_tokens, special, top_k, use_cache
+    made: Array = _generate(*static, state, jnp.asarray(source), mask, uniforms, temperature)
+    return made
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _generate(
+    graph: Any,
+    max_new_tokens: int,
+    special: tuple[int, int | None, int],
+    top_k: int | None,
+    use_cache: bool,
+    state: Any,
+    source: Array,
+    mask: Array | None,
+    uniforms: Array | None,
+    temperature: Array,
+) -> Array:
+    model: EncoderDecoder = nnx.merge(graph, state)
+    memory = model.remember(source, mask)
+
+    def cached(past: Any, tokens: Array, i: Array) -> tuple[Array, Any]:
+        token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+        logits, past, *_ = model.decode(token, memory, None, mask, past, i)
+        return logits[:, 0], past
+
+    def uncached(past: Any, tokens: Array, i: Array) -> tuple[Array, Any]:
+        return model.decode(tokens, memory, None, mask)[0][:, i], None
+
+    past = [empty_cache(kv, max_new_tokens) for kv in memory] if use_cache else None
+    step: Any = cached if use_cache else uncached
+    start_token, eos_token, pad_token = special
+    start = jnp.full(len(source), start_token, source.dtype)
+    choice = uniforms, temperature, top_k
+    return generate_tokens(step, past, start, max_new_tokens, eos_token, pad_token, *choice)

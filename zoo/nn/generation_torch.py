@@ -6,12 +6,48 @@ B sequences, V tokens in the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from zoo.nn.attention_torch import KeyValue, empty_cache
+
 State = TypeVar("State")
+
+
+class EncoderDecoder(Protocol):
+    """What `generate` asks of a model."""
+
+    def remember(self, source: Tensor, mask: Tensor | None) -> list[KeyValue]:
+        """What each layer of the decoder attends to in the source."""
+
+    def decode(
+        self,
+        tokens: Tensor,
+        memory: list[KeyValue],
+        mask: Tensor | None,
+        memory_mask: Tensor | None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
+        /,
+    ) -> Any:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+
+
+def check_request(
+    batch: int, max_new_tokens: int, uniforms: Tensor | None, temperature: float
+) -> None:
+    """Raises ValueError for a generation that cannot be."""
+    if max_new_tokens < 1 or not temperature > 0:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
+        )
+    if uniforms is not None and tuple(uniforms.shape) != (batch, max_new_tokens):
+        raise ValueError(
+            f"uniforms are {tuple(uniforms.shape)}, not (batch, max_new_tokens) = "
+            f"{(batch, max_new_tokens)}"
+        )
 
 
 def choose_token(
@@ -65,3 +101,37 @@ def generate_tokens(
             if done.all():
                 break
     return tokens[:, 1:]
+
+
+@torch.no_grad()
+def generate(
+    model: EncoderDecoder,
+    source: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    special: tuple[int, int | None, int],
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special` are those of start, end, padding.
+
+    Raises ValueError for a generation that cannot be.
+    """
+    check_request(len(source), max_new_tokens, uniforms, temperature)
+    memory = model.remember(source, mask)
+
+    def cached(past: Any, tokens: Tensor, i: int) -> tuple[Tensor, Any]:
+        logits, past, *_ = model.decode(tokens[:, i : i + 1], memory, None, mask, past, i)
+        return logits[:, 0], past
+
+    def uncached(past: Any, tokens: Tensor, i: int) -> tuple[Tensor, Any]:
+        return model.decode(tokens, memory, None, mask)[0][:, i], None
+
+    past = [empty_cache(kv, max_new_tokens) for kv in memory] if use_cache else None
+    step: Any = cached if use_cache else uncached
+    start_token, eos_token, pad_token = special
+    start = torch.full((len(source),), start_token, device=source.device)
+    choice = uniforms, temperature, top_k
+    return generate_tokens(step, past, start, max_new_tokens, eos_token, pad_token, *choice)

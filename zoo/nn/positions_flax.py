@@ -10,14 +10,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
-def sinusoids(length: int, dim: int, dtype: DTypeLike) -> Array:
-    """(length, dim): sin in the even columns, cos in the odd, computed in float64; `dim` is even.
+def sinusoids(positions: Array, limit: int, dim: int, dtype: DTypeLike) -> Array:
+    """positions (T,), all below `limit` -> (T, dim), computed in float64; `dim` is even.
 
-    Column 2i and 2i + 1 at position p are sin and cos of p / 10000^(2i / dim). NumPy computes
-    them while JAX traces: JAX itself has no float64 unless told to.
+    Columns 2i and 2i + 1 at position p are sin and cos of p / 10000^(2i / dim). NumPy makes a table
+    of them while JAX traces: JAX itself has no float64 unless told to.
     """
     even = np.arange(0, dim, 2, dtype=np.float64)
-    position = np.arange(length, dtype=np.float64)
-    angle = position[:, None] * np.exp(even * (-math.log(10000.0) / dim))
-    table = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(length, dim)
-    return jnp.asarray(table.astype(jnp.dtype(dtype)))
+    angle = np.arange(limit)[:, None] * np.exp(even * (-math.log(10000.0) / dim))
+    table = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(limit, dim)
+    return jnp.asarray(table.astype(jnp.dtype(dtype)))[positions]

@@ -20,30 +20,32 @@ from jax import Array
 from jax.typing import DTypeLike
 
 State = tuple[Array, ...]
-# (W_ih x + b_ih, both (B, G*H); state; W_hh; b_hh) -> next state, whose first part is the output
+# (projected: W_ih x + b_ih, (B, G*H); state, (B, H) each; W_hh; b_hh) -> next state, whose first
+# part is the output. Sums are grouped as torch groups them: what x gives, its bias included, plus
+# what h gives, its bias included.
 Step = Callable[[Array, State, Array, Array], State]
 
 
-def _rnn_tanh_step(x: Array, state: State, w: Array, b: Array) -> State:
-    return (jnp.tanh(x + (state[0] @ w.T + b)),)
+def _rnn_tanh_step(projected: Array, state: State, w: Array, b: Array) -> State:
+    return (jnp.tanh(projected + (state[0] @ w.T + b)),)
 
 
-def _rnn_relu_step(x: Array, state: State, w: Array, b: Array) -> State:
-    return (jax.nn.relu(x + (state[0] @ w.T + b)),)
+def _rnn_relu_step(projected: Array, state: State, w: Array, b: Array) -> State:
+    return (jax.nn.relu(projected + (state[0] @ w.T + b)),)
 
 
-def _gru_step(x: Array, state: State, w: Array, b: Array) -> State:
+def _gru_step(projected: Array, state: State, w: Array, b: Array) -> State:
     (h,) = state
-    xr, xz, xn = jnp.split(x, 3, axis=-1)
+    xr, xz, xn = jnp.split(projected, 3, axis=-1)
     hr, hz, hn = jnp.split(h @ w.T + b, 3, axis=-1)
     r, z = jax.nn.sigmoid(xr + hr), jax.nn.sigmoid(xz + hz)
     n = jnp.tanh(xn + r * hn)  # so the two biases of n cannot be added up
     return (n + z * (h - n),)
 
 
-def _lstm_step(x: Array, state: State, w: Array, b: Array) -> State:
+def _lstm_step(projected: Array, state: State, w: Array, b: Array) -> State:
     h, c = state
-    i, f, g, o = jnp.split(x + (h @ w.T + b), 4, axis=-1)
+    i, f, g, o = jnp.split(projected + (h @ w.T + b), 4, axis=-1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
@@ -57,10 +59,34 @@ def _rnn(nonlinearity: str) -> Step:
     return _RNN_STEPS[nonlinearity]
 
 
-def _promote(dtype: DTypeLike | None, *arrays: Array) -> list[Array]:
-    """All arrays in `dtype`, or in the dtype that they promote to together."""
-    common = jnp.result_type(*(a.dtype for a in arrays)) if dtype is None else dtype
-    return [a.astype(common) for a in arrays]
+_LEAVES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _parameters(
+    module: nnx.Module,
+    suffix: str,
+    gates: int,
+    width: int,
+    hidden: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> None:
+    """The four parameters of one direction of one layer, as torch names and starts them."""
+    bound = hidden**-0.5
+    rows = gates * hidden
+    for leaf, shape in zip(_LEAVES, ((rows, width), (rows, hidden), (rows,), (rows,)), strict=True):
+        value = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
+        setattr(module, leaf + suffix, nnx.Param(value))
+
+
+def _weights(module: nnx.Module, suffix: str) -> list[Array]:
+    """W_ih, W_hh, b_ih and b_hh of one direction of one layer, in the dtype that they are in."""
+    return [getattr(module, leaf + suffix)[...] for leaf in _LEAVES]
+
+
+def _common(dtype: DTypeLike | None, *arrays: Array) -> DTypeLike:
+    """`dtype`, or the dtype that all arrays promote to together."""
+    return jnp.result_type(*(a.dtype for a in arrays)) if dtype is None else dtype
 
 
 def _scan(
@@ -77,17 +103,19 @@ def _scan(
     zero, so that the reverse direction reaches the last step inside with its first state.
     """
     w_ih, w_hh, b_ih, b_hh = weights
-    steps = x @ w_ih.T + b_ih  # of all steps at once
+    projected = x @ w_ih.T + b_ih  # of all steps at once
 
     def body(state: State, at: tuple[Array, Array | None]) -> tuple[State, Array]:
-        new = step(at[0], state, w_hh, b_hh)
-        if at[1] is None:
+        projected, inside = at
+        new = step(projected, state, w_hh, b_hh)
+        if inside is None:
             return new, new[0]
-        valid = at[1][:, None]
+        valid = inside[:, None]
         kept = tuple(jnp.where(valid, n, s) for n, s in zip(new, state, strict=True))
         return kept, jnp.where(valid, new[0], 0)
 
-    final, outputs = jax.lax.scan(body, state, (steps, inside), reverse=reverse)
+    # None is a pytree without leaves: the scan hands it to every step as it is.
+    final, outputs = jax.lax.scan(body, state, (projected, inside), reverse=reverse)
     return outputs, final
 
 
@@ -128,16 +156,19 @@ class _Recurrent(nnx.Module):
     def _run(
         self, input: Array, states: State | None, lengths: Array | None
     ) -> tuple[Array, State]:
-        directions = [(n, s) for n in range(self.num_layers) for s in self.suffixes]
-        weights = [_held(self, f"_l{n}{s}") for n, s in directions]
+        """Sequences, states if there are any (one array, the LSTM's two) -> as RNN.__call__.
+
+        All is computed in `dtype`, or in what input, states and parameters promote to together.
+        """
         given = states or ()
-        x, *flat = _promote(self.dtype, input, *given, *(w for ws in weights for w in ws))
-        given, flat = tuple(flat[: len(given)]), flat[len(given) :]
-        weights = [flat[i : i + 4] for i in range(0, len(flat), 4)]
+        suffixes = [f"_l{layer}{s}" for layer in range(self.num_layers) for s in self.suffixes]
+        weights = [_weights(self, suffix) for suffix in suffixes]
+        dtype = _common(self.dtype, input, *given, *(w for four in weights for w in four))
+        x = jnp.asarray(input, dtype)
         x = x.swapaxes(0, 1) if self.batch_first else x
         T, B, _ = x.shape
         if not given:
-            given = (jnp.zeros((len(directions), B, self.hidden_size), x.dtype),) * self.parts
+            given = (jnp.zeros((len(suffixes), B, self.hidden_size), dtype),) * self.parts
         inside = None if lengths is None else jnp.arange(T)[:, None] < jnp.asarray(lengths)
         finals: list[State] = []
         for layer in range(self.num_layers):
@@ -146,8 +177,9 @@ class _Recurrent(nnx.Module):
             outputs = []
             for suffix in self.suffixes:
                 i = len(finals)
-                first = tuple(s[i] for s in given)
-                output, final = _scan(self.step, x, first, weights[i], inside, suffix != "")
+                first = tuple(jnp.asarray(s[i], dtype) for s in given)
+                cast = [w.astype(dtype) for w in weights[i]]
+                output, final = _scan(self.step, x, first, cast, inside, suffix != "")
                 outputs.append(output)
                 finals.append(final)
             x = jnp.concatenate(outputs, axis=-1)
@@ -245,12 +277,14 @@ class _Cell(nnx.Module):
         _parameters(self, "", self.gates, input_size, hidden_size, param_dtype, rngs)
 
     def _run(self, input: Array, state: State | None) -> State:
-        given = state or ()
-        x, *rest = _promote(self.dtype, input, *_held(self, ""), *given)
-        w_ih, w_hh, b_ih, b_hh, *given_cast = rest
-        if not given_cast:
-            given_cast = [jnp.zeros((x.shape[0], self.hidden_size), x.dtype)] * self.parts
-        return self.step(x @ w_ih.T + b_ih, tuple(given_cast), w_hh, b_hh)
+        """input (B, F), state of (B, H) each, zeros if None -> next state."""
+        given, weights = state or (), _weights(self, "")
+        dtype = _common(self.dtype, input, *given, *weights)
+        w_ih, w_hh, b_ih, b_hh = (w.astype(dtype) for w in weights)
+        x, *parts = (jnp.asarray(a, dtype) for a in (input, *given))
+        if not parts:
+            parts = [jnp.zeros((x.shape[0], self.hidden_size), dtype)] * self.parts
+        return self.step(x @ w_ih.T + b_ih, tuple(parts), w_hh, b_hh)
 
 
 class RNNCell(_Cell):
@@ -297,27 +331,3 @@ class LSTMCell(_Cell):
         """input (B, F), (h, c) both (B, H), zeros if None -> next (h, c)."""
         h, c = self._run(input, hx)
         return h, c
-
-
-_LEAVES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _parameters(
-    module: nnx.Module,
-    suffix: str,
-    gates: int,
-    width: int,
-    hidden: int,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> None:
-    """The four parameters of one direction of one layer, as torch names and starts them."""
-    bound = hidden**-0.5
-    rows = gates * hidden
-    for leaf, shape in zip(_LEAVES, ((rows, width), (rows, hidden), (rows,), (rows,)), strict=True):
-        value = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
-        setattr(module, leaf + suffix, nnx.Param(value))
-
-
-def _held(module: nnx.Module, suffix: str) -> list[Array]:
-    return [getattr(module, leaf + suffix)[...] for leaf in _LEAVES]

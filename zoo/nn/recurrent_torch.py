@@ -26,7 +26,11 @@ class _Recurrent(nn.RNNBase):
     def _run(
         self, kernel: Any, input: Tensor, states: State | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        """`kernel` is torch.lstm, torch.gru, ...; `states` has one Tensor, the LSTM's two."""
+        """`kernel` is torch.lstm, torch.gru, ...; `states` has one Tensor, the LSTM's two.
+
+        torch's kernels are called directly: nn.RNNBase.forward cannot take weights that were cast
+        to another dtype.
+        """
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         given = list(states or ())
         input, *rest = promote(self.dtype, input, *parameters, *given)
@@ -35,11 +39,13 @@ class _Recurrent(nn.RNNBase):
         if not given:
             shape = (self.num_layers * (1 + self.bidirectional), batch, self.hidden_size)
             given = [input.new_zeros(shape) for _ in range(2 if self.mode == "LSTM" else 1)]
-        options = (True, self.num_layers, self.dropout, self.training, self.bidirectional)
+        has_biases = True
+        options = (has_biases, self.num_layers, self.dropout, self.training, self.bidirectional)
         if lengths is None:
             hx = given if self.mode == "LSTM" else given[0]
             output, *final = kernel(input, hx, weights, *options, self.batch_first)
             return output, tuple(final)
+        # The packed kernel wants sequences longest first: states follow, and come back at the end.
         packed = pack_padded_sequence(input, lengths.cpu(), self.batch_first, enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None
@@ -73,7 +79,9 @@ class RNN(_Recurrent):
             raise ValueError(f"nonlinearity {nonlinearity!r} is neither tanh nor relu")
         super().__init__(
             f"RNN_{nonlinearity.upper()}",
-            *(input_size, hidden_size, num_layers),
+            input_size,
+            hidden_size,
+            num_layers,
             batch_first=batch_first,
             dropout=dropout,
             bidirectional=bidirectional,
@@ -113,7 +121,9 @@ class GRU(_Recurrent):
     ) -> None:
         super().__init__(
             "GRU",
-            *(input_size, hidden_size, num_layers),
+            input_size,
+            hidden_size,
+            num_layers,
             batch_first=batch_first,
             dropout=dropout,
             bidirectional=bidirectional,
@@ -146,7 +156,9 @@ class LSTM(_Recurrent):
     ) -> None:
         super().__init__(
             "LSTM",
-            *(input_size, hidden_size, num_layers),
+            input_size,
+            hidden_size,
+            num_layers,
             batch_first=batch_first,
             dropout=dropout,
             bidirectional=bidirectional,

@@ -51,7 +51,9 @@ class Config:
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.head not in CLASSES:
-            raise ValueError(f"head {self.head!r} is none of {', '.join(CLASSES)}")
+            raise ValueError(
+                f"there is no head {self.head!r}; there are {', '.join(map(repr, CLASSES))}"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
         if self.head in ("pretraining", "sequence_classification") and not self.pooler:

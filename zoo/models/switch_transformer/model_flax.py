@@ -1,0 +1,399 @@
+"""The Switch Transformer in Flax NNX: the twin of model_torch.py, class by class.
+
+B pairs of sequences, S tokens in each source and T in each target, M features, N heads of D,
+V tokens in the vocabulary; X experts, each with C slots a sequence and F hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from jax import Array
+from jax.typing import ArrayLike
+
+from zoo.models.switch_transformer.config import Config, Output
+from zoo.nn.attention_flax import (
+    KeyValue,
+    causal_mask,
+    dot_product_attention,
+    mask_bias,
+    relative_bucket,
+    write_cache,
+)
+from zoo.nn.generation_flax import generate
+from zoo.nn.layers_flax import ACTIVATIONS
+from zoo.nn.relative_positions import bucket_table
+from zoo.nn.rmsnorm_flax import RMSNorm
+from zoo.nn.routing_flax import Jitter, router_losses
+from zoo.nn.taps import Taps
+
+
+class DenseActDense(nnx.Module):
+    """The feed-forward layer; also what each expert is."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.wi = nnx.Linear(c.d_model, c.d_ff, use_bias=False, **kw)
+        self.wo = nnx.Linear(c.d_ff, c.d_model, use_bias=False, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+        self.act = ACTIVATIONS[c.dense_act_fn]
+
+    def __call__(self, x: Array) -> Array:
+        return self.wo(self.dropout(self.act(self.wi(x))))
+
+
+class Top1Router(nnx.Module):
+    """Every token chooses one expert; in each sequence the first C that choose it get in."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.num_experts = c.num_experts
+        self.capacity = c.expert_capacity
+        self.jitter = Jitter(c.router_jitter_noise, **kw)
+        self.classifier = nnx.Linear(
+            c.d_model, c.num_experts, use_bias=c.router_bias, **kw | {"dtype": None}
+        )
+
+    def __call__(self, x: Array) -> tuple[Array, Array, Array]:
+        """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
+
+        `dispatch` is 1 where a token takes a slot of an expert, `weights` is the probability of the
+        expert chosen. Logits and probabilities are computed in float32 at least.
+        """
+        wide = self.jitter(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        logits = self.classifier(wide)
+        probabilities = jax.nn.softmax(logits, -1).astype(x.dtype)
+        weights = probabilities.max(-1, keepdims=True)
+        chosen = jax.nn.one_hot(probabilities.argmax(-1), self.num_experts, dtype=jnp.int32)
+        place = chosen.cumsum(1) - 1  # how many of the sequence's tokens chose it before
+        slots = jnp.arange(min(self.capacity, x.shape[1]))
+        dispatch = chosen[..., None] * (place[..., None] == slots)
+        return dispatch.astype(x.dtype), weights, logits
+
+
+class Experts(nnx.Module):
+    """DenseActDense for every expert at once, the matrices of all in one array each."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        initializer = nnx.initializers.lecun_normal(batch_axis=0)
+        param_dtype = kw.get("param_dtype", jnp.float32)
+
+        def matrices(n_in: int, n_out: int) -> nnx.Param:
+            shape = (c.num_experts, n_in, n_out)
+            return nnx.Param(initializer(kw["rngs"].params(), shape, param_dtype))
+
+        self.wi = matrices(c.d_model, c.d_ff)
+        self.wo = matrices(c.d_ff, c.d_model)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+        self.act = ACTIVATIONS[c.dense_act_fn]
+        self.dtype = kw.get("dtype")
+
+    def __call__(self, x: Array) -> Array:
+        """x (X, B, C, M), what is in the slots of each -> the same."""
+        x, wi, wo = promote_dtype((x, self.wi[...], self.wo[...]), dtype=self.dtype)
+        hidden = self.dropout(self.act(jnp.einsum("xbcm,xmf->xbcf", x, wi)))
+        return jnp.einsum("xbcf,xfm->xbcm", hidden, wo)
+
+
+class SparseMLP(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.router = Top1Router(c, **kw)
+        self.experts = Experts(c, **kw)
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        """x (B, T, M) -> the same, 0 for tokens that found their expert full; logits (B, T, X)."""
+        dispatch, weights, logits = self.router(x)
+        y = self.experts(jnp.einsum("btxc,btm->xbcm", dispatch, x))
+        return jnp.einsum("btxc,xbcm->btm", dispatch, y) * weights, logits
+
+
+class LayerFF(nnx.Module):
+    def __init__(self, c: Config, is_sparse: bool, **kw: Any) -> None:
+        self.is_sparse = is_sparse
+        self.mlp = SparseMLP(c, **kw) if is_sparse else DenseActDense(c, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, tap: Taps) -> tuple[Array, Array | None]:
+        """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
+        y = tap("layer_norm", self.layer_norm(x))
+        y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
+        return x + self.dropout(tap("mlp", y)), logits
+
+
+class Attention(nnx.Module):
+    """Without biases and without scaling; the first of a stack holds the stack's position bias."""
+
+    def __init__(self, c: Config, has_relative_attention_bias: bool = False, **kw: Any) -> None:
+        inner = c.num_heads * c.d_kv
+        self.num_heads = c.num_heads
+        self.num_buckets = c.relative_attention_num_buckets
+        self.max_distance = c.relative_attention_max_distance
+        self.q = nnx.Linear(c.d_model, inner, use_bias=False, **kw)
+        self.k = nnx.Linear(c.d_model, inner, use_bias=False, **kw)
+        self.v = nnx.Linear(c.d_model, inner, use_bias=False, **kw)
+        self.o = nnx.Linear(inner, c.d_model, use_bias=False, **kw)
+        if has_relative_attention_bias:
+            self.relative_attention_bias = nnx.Embed(self.num_buckets, c.num_heads, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+
+    def position_bias(
+        self, queries: int, keys: int, position: ArrayLike, bidirectional: bool
+    ) -> Array:
+        """(1, N, T, S): for T queries from `position` on and S keys from 0 on."""
+        table = bucket_table(self.num_buckets, self.max_distance, bidirectional)
+        at = jnp.arange(queries) + position
+        buckets = relative_bucket(table, at, jnp.arange(keys), bidirectional)
+        return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
+
+    def keys_values(self, x: Array) -> KeyValue:
+        """x (B, S, M) as what is attended to."""
+        return KeyValue(self._heads(self.k(x)), self._heads(self.v(x)))
+
+    def __call__(self, x: Array, attended: KeyValue, bias: Array | None) -> Array:
+        """x (B, T, M) -> the same; `bias` broadcasts to (B, N, T, S)."""
+        query = self._heads(self.q(x))
+        bias = None if bias is None else bias.astype(query.dtype)
+        out = dot_product_attention(query, *attended, bias, self.dropout, 1.0)
+        return self.o(out.reshape(*out.shape[:2], -1))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.num_heads, -1)
+
+
+class LayerSelfAttention(nnx.Module):
+    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Any) -> None:
+        self.SelfAttention = Attention(c, has_relative_attention_bias, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+
+    def __call__(
+        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike, tap: Taps
+    ) -> tuple[Array, KeyValue]:
+        """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
+        y = tap("layer_norm", self.layer_norm(x))
+        now = self.SelfAttention.keys_values(y)
+        if past is not None:
+            now = write_cache(past, now, position)
+        return x + self.dropout(tap("SelfAttention", self.SelfAttention(y, now, bias))), now
+
+
+class LayerCrossAttention(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.EncDecAttention = Attention(c, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, memory: KeyValue, bias: Array | None, tap: Taps) -> Array:
+        y = tap("layer_norm", self.layer_norm(x))
+        return x + self.dropout(tap("EncDecAttention", self.EncDecAttention(y, memory, bias)))
+
+
+class Block(nnx.Module):
+    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+
+    def __init__(self, c: Config, decoder: bool, i: int, **kw: Any) -> None:
+        self.decoder = decoder
+        layer: list[Any] = [LayerSelfAttention(c, i == 0, **kw)]
+        if decoder:
+            layer.append(LayerCrossAttention(c, **kw))
+        layer.append(LayerFF(c, c.is_sparse(decoder, i), **kw))
+        self.layer = nnx.List(layer)
+
+    def __call__(
+        self,
+        x: Array,
+        bias: Array,
+        memory: KeyValue | None,
+        memory_bias: Array | None,
+        past: KeyValue | None,
+        position: ArrayLike,
+        tap: Taps,
+    ) -> tuple[Array, KeyValue, Array | None]:
+        """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
+        x, now = self.layer[0](x, bias, past, position, tap.at("layer.0"))
+        if self.decoder:
+            x = self.layer[1](x, memory, memory_bias, tap.at("layer.1"))
+        last = len(self.layer) - 1
+        x, logits = self.layer[last](x, tap.at(f"layer.{last}"))
+        return x, now, logits
+
+
+class Stack(nnx.Module):
+    """The encoder or the decoder."""
+
+    def __init__(self, c: Config, decoder: bool, **kw: Any) -> None:
+        self.decoder = decoder
+        layers = c.num_decoder_layers if decoder else c.num_layers
+        self.block = nnx.List(Block(c, decoder, i, **kw) for i in range(layers))
+        self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
+
+    def keys_values(self, memory: Array) -> list[KeyValue]:
+        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
+
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None,
+        memory: list[KeyValue] | None = None,
+        memory_mask: Array | None = None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Array, list[KeyValue], list[Array]]:
+        """x (B, T, M) -> the same, the caches, and the logits of each router.
+
+        Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
+        caches hold before it.
+        """
+        tap = tap or Taps(False)
+        T = x.shape[1]
+        keys = T if past is None else past[0].key.shape[1]
+        first = self.block[0].layer[0].SelfAttention
+        bias = first.position_bias(T, keys, position, not self.decoder)
+        allowed = None if mask is None else mask.astype(bool)[:, None, None, :]
+        if self.decoder:
+            causal = causal_mask(T, keys, position)[None, None]
+            allowed = causal if allowed is None else causal & allowed
+        if allowed is not None:
+            bias = bias + mask_bias(allowed, bias.dtype)
+        memory_bias = (
+            None if memory_mask is None else mask_bias(memory_mask[:, None, None, :], x.dtype)
+        )
+        x = self.dropout(x)
+        caches, routed = [], []
+        for i, block in enumerate(self.block):
+            source = None if memory is None else memory[i]
+            before = None if past is None else past[i]
+            at = tap.at(f"block.{i}")
+            x, now, logits = block(x, bias, source, memory_bias, before, position, at)
+            caches.append(now)
+            if logits is not None:
+                routed.append(logits)
+        return self.dropout(tap("final_layer_norm", self.final_layer_norm(x))), caches, routed
+
+
+class SwitchTransformer(nnx.Module):
+    """Encoder, decoder and language-model head over one vocabulary."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.config = c
+        self.shared = nnx.Embed(c.vocab_size, c.d_model, **kw)
+        self.encoder = Stack(c, False, **kw)
+        self.decoder = Stack(c, True, **kw)
+        self.lm_head = (
+            None
+            if c.tie_word_embeddings
+            else nnx.Linear(c.d_model, c.vocab_size, use_bias=False, **kw)
+        )
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        decoder_input_ids: Array | None = None,
+        decoder_attention_mask: Array | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
+
+        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
+        the start token alone. `taps=True` gives (Output, {module path: intermediate}).
+        """
+        tap = Taps(taps)
+        if decoder_input_ids is None:
+            start = self.config.decoder_start_token_id
+            decoder_input_ids = jnp.full_like(input_ids[:, :1], start)
+        x, routed = self.encode(input_ids, attention_mask, tap)
+        logits, _, decoder_routed = self.decode(
+            decoder_input_ids,
+            self.decoder.keys_values(x),
+            decoder_attention_mask,
+            attention_mask,
+            tap=tap,
+        )
+        output = Output(
+            logits,
+            *router_losses(routed, x),
+            *router_losses(decoder_routed, x),
+            x,
+            tuple(routed),
+            tuple(decoder_routed),
+        )
+        return tap.result(output)
+
+    def encode(
+        self, input_ids: Array, attention_mask: Array | None = None, tap: Taps | None = None
+    ) -> tuple[Array, list[Array]]:
+        """ids (B, S) -> memory (B, S, M), and the logits of each router."""
+        tap = tap or Taps(False)
+        x = tap("shared", self.shared(input_ids))
+        x, _, routed = self.encoder(x, attention_mask, tap=tap.at("encoder"))
+        return x, routed
+
+    def remember(self, input_ids: Array, attention_mask: Array | None = None) -> list[KeyValue]:
+        """ids (B, S) -> the memory as each block of the decoder attends to it."""
+        return self.decoder.keys_values(self.encode(input_ids, attention_mask)[0])
+
+    def decode(
+        self,
+        decoder_input_ids: Array,
+        memory: list[KeyValue],
+        decoder_attention_mask: Array | None = None,
+        attention_mask: Array | None = None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Array, list[KeyValue], list[Array]]:
+        """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
+
+        `memory` is what `remember` gave. `past` holds the keys and values of
+        earlier positions in buffers of fixed length; without it these ids are all there is.
+        """
+        tap = tap or Taps(False)
+        x, caches, routed = self.decoder(
+            self.shared(decoder_input_ids),
+            decoder_attention_mask,
+            memory,
+            attention_mask,
+            past,
+            position,
+            tap.at("decoder"),
+        )
+        if self.lm_head is not None:
+            return self.lm_head(x), caches, routed
+        return self.shared.attend(x * self.config.d_model**-0.5), caches, routed
+
+    def generate(
+        self,
+        input_ids: Array,
+        max_new_tokens: int,
+        start_token: int | None = None,
+        eos_token: int | None = None,
+        pad_token: int | None = None,
+        attention_mask: Array | None = None,
+        uniforms: Array | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        use_cache: bool = True,
+    ) -> Array:
+        """ids (B, S) -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
+
+        Tokens left out are those of the config. Without `uniforms` each token is the likeliest;
+        with `uniforms` (B, max_new_tokens), numbers in [0, 1), they are drawn by these
+        (`choose_token`), so that both frameworks draw the same. `use_cache=False` decodes all
+        positions anew for every token: experts then fill up as they do in training, whereas one
+        token at a time always finds room.
+        """
+        c = self.config
+        special = (
+            c.decoder_start_token_id if start_token is None else start_token,
+            c.eos_token_id if eos_token is None else eos_token,
+            c.pad_token_id if pad_token is None else pad_token,
+        )
+        options = uniforms, temperature, top_k, use_cache
+        return generate(self, input_ids, attention_mask, max_new_tokens, special, *options)

@@ -1,0 +1,390 @@
+"""The Switch Transformer in PyTorch. Fedus 2021, https://arxiv.org/abs/2101.03961; names from
+transformers' SwitchTransformersForConditionalGeneration.
+
+B pairs of sequences, S tokens in each source and T in each target, M features, N heads of D,
+V tokens in the vocabulary; X experts, each with C slots a sequence and F hidden units.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.models.switch_transformer.config import Config, Output
+from zoo.nn.attention_torch import (
+    KeyValue,
+    causal_mask,
+    dot_product_attention,
+    mask_bias,
+    relative_bucket,
+    write_cache,
+)
+from zoo.nn.generation_torch import generate
+from zoo.nn.layers_torch import ACTIVATIONS, Embedding, Linear
+from zoo.nn.relative_positions import bucket_table
+from zoo.nn.rmsnorm_torch import RMSNorm
+from zoo.nn.routing_torch import Jitter, router_losses
+from zoo.nn.taps import Taps
+
+
+class DenseActDense(nn.Module):
+    """The feed-forward layer; also what each expert is."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.wi = Linear(c.d_model, c.d_ff, bias=False, **kw)
+        self.wo = Linear(c.d_ff, c.d_model, bias=False, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+        self.act = ACTIVATIONS[c.dense_act_fn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(self.dropout(self.act(self.wi(x))))
+
+
+class Top1Router(nn.Module):
+    """Every token chooses one expert; in each sequence the first C that choose it get in."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.num_experts = c.num_experts
+        self.capacity = c.expert_capacity
+        self.jitter = Jitter(c.router_jitter_noise)
+        self.classifier = Linear(c.d_model, c.num_experts, c.router_bias, **kw | {"dtype": None})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
+
+        `dispatch` is 1 where a token takes a slot of an expert, `weights` is the probability of the
+        expert chosen. Logits and probabilities are computed in float32 at least.
+        """
+        wide = self.jitter(x.to(torch.promote_types(x.dtype, torch.float32)))
+        logits = self.classifier(wide)
+        probabilities = torch.softmax(logits, -1).to(x.dtype)
+        weights = probabilities.max(-1, keepdim=True).values
+        chosen = F.one_hot(probabilities.argmax(-1), self.num_experts)
+        place = chosen.cumsum(1) - 1  # how many of the sequence's tokens chose it before
+        slots = torch.arange(min(self.capacity, x.shape[1]), device=x.device)
+        dispatch = chosen[..., None] * (place[..., None] == slots)
+        return dispatch.to(x.dtype), weights, logits
+
+
+class Experts(nn.Module):
+    """`expert_0`, `expert_1`, ..."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        for i in range(c.num_experts):
+            self.add_module(f"expert_{i}", DenseActDense(c, **kw))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (X, B, C, M), what is in the slots of each -> the same."""
+        return torch.stack([expert(y) for expert, y in zip(self.children(), x, strict=True)])
+
+
+class SparseMLP(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.router = Top1Router(c, **kw)
+        self.experts = Experts(c, **kw)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, M) -> the same, 0 for tokens that found their expert full; logits (B, T, X)."""
+        dispatch, weights, logits = self.router(x)
+        y = self.experts(torch.einsum("btxc,btm->xbcm", dispatch, x))
+        return torch.einsum("btxc,xbcm->btm", dispatch, y) * weights, logits
+
+
+class LayerFF(nn.Module):
+    def __init__(self, c: Config, is_sparse: bool, **kw: Any) -> None:
+        super().__init__()
+        self.is_sparse = is_sparse
+        self.mlp = SparseMLP(c, **kw) if is_sparse else DenseActDense(c, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def forward(self, x: Tensor, tap: Taps) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
+        y = tap("layer_norm", self.layer_norm(x))
+        y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
+        return x + self.dropout(tap("mlp", y)), logits
+
+
+class Attention(nn.Module):
+    """Without biases and without scaling; the first of a stack holds the stack's position bias."""
+
+    def __init__(self, c: Config, has_relative_attention_bias: bool = False, **kw: Any) -> None:
+        super().__init__()
+        inner = c.num_heads * c.d_kv
+        self.num_heads = c.num_heads
+        self.num_buckets = c.relative_attention_num_buckets
+        self.max_distance = c.relative_attention_max_distance
+        self.q = Linear(c.d_model, inner, bias=False, **kw)
+        self.k = Linear(c.d_model, inner, bias=False, **kw)
+        self.v = Linear(c.d_model, inner, bias=False, **kw)
+        self.o = Linear(inner, c.d_model, bias=False, **kw)
+        if has_relative_attention_bias:
+            self.relative_attention_bias = Embedding(self.num_buckets, c.num_heads, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def position_bias(self, queries: int, keys: int, position: int, bidirectional: bool) -> Tensor:
+        """(1, N, T, S): for T queries from `position` on and S keys from 0 on."""
+        device = self.relative_attention_bias.weight.device
+        table = bucket_table(self.num_buckets, self.max_distance, bidirectional)
+        at = torch.arange(queries, device=device) + position
+        buckets = relative_bucket(table, at, torch.arange(keys, device=device), bidirectional)
+        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+
+    def keys_values(self, x: Tensor) -> KeyValue:
+        """x (B, S, M) as what is attended to."""
+        heads = (self.num_heads, -1)
+        return KeyValue(self.k(x).unflatten(-1, heads), self.v(x).unflatten(-1, heads))
+
+    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None) -> Tensor:
+        """x (B, T, M) -> the same; `bias` broadcasts to (B, N, T, S)."""
+        query = self.q(x).unflatten(-1, (self.num_heads, -1))
+        bias = None if bias is None else bias.to(query.dtype)
+        dropout = self.dropout.p if self.training else 0.0
+        return self.o(dot_product_attention(query, *attended, bias, dropout, 1.0).flatten(2))
+
+
+class LayerSelfAttention(nn.Module):
+    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Any) -> None:
+        super().__init__()
+        self.SelfAttention = Attention(c, has_relative_attention_bias, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def forward(
+        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int, tap: Taps
+    ) -> tuple[Tensor, KeyValue]:
+        """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
+        y = tap("layer_norm", self.layer_norm(x))
+        now = self.SelfAttention.keys_values(y)
+        if past is not None:
+            now = write_cache(past, now, position)
+        return x + self.dropout(tap("SelfAttention", self.SelfAttention(y, now, bias))), now
+
+
+class LayerCrossAttention(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.EncDecAttention = Attention(c, **kw)
+        self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None, tap: Taps) -> Tensor:
+        y = tap("layer_norm", self.layer_norm(x))
+        return x + self.dropout(tap("EncDecAttention", self.EncDecAttention(y, memory, bias)))
+
+
+class Block(nn.Module):
+    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+
+    def __init__(self, c: Config, decoder: bool, i: int, **kw: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+        layer: list[nn.Module] = [LayerSelfAttention(c, i == 0, **kw)]
+        if decoder:
+            layer.append(LayerCrossAttention(c, **kw))
+        layer.append(LayerFF(c, c.is_sparse(decoder, i), **kw))
+        self.layer = nn.ModuleList(layer)
+
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        memory: KeyValue | None,
+        memory_bias: Tensor | None,
+        past: KeyValue | None,
+        position: int,
+        tap: Taps,
+    ) -> tuple[Tensor, KeyValue, Tensor | None]:
+        """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
+        x, now = self.layer[0](x, bias, past, position, tap.at("layer.0"))
+        if self.decoder:
+            x = self.layer[1](x, memory, memory_bias, tap.at("layer.1"))
+        last = len(self.layer) - 1
+        x, logits = self.layer[last](x, tap.at(f"layer.{last}"))
+        return x, now, logits
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder."""
+
+    def __init__(self, c: Config, decoder: bool, embed_tokens: Embedding, **kw: Any) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.embed_tokens = embed_tokens  # a second name of the model's `shared`
+        layers = c.num_decoder_layers if decoder else c.num_layers
+        self.block: Any = nn.ModuleList(Block(c, decoder, i, **kw) for i in range(layers))
+        self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def keys_values(self, memory: Tensor) -> list[KeyValue]:
+        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        memory: list[KeyValue] | None = None,
+        memory_mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
+        """x (B, T, M) -> the same, the caches, and the logits of each router.
+
+        Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
+        caches hold before it.
+        """
+        tap = tap or Taps(False)
+        T = x.shape[1]
+        keys = T if past is None else past[0].key.shape[1]
+        first = self.block[0].layer[0].SelfAttention
+        bias = first.position_bias(T, keys, position, not self.decoder)
+        allowed = None if mask is None else mask.bool()[:, None, None, :]
+        if self.decoder:
+            causal = causal_mask(T, keys, position, x.device)[None, None]
+            allowed = causal if allowed is None else causal & allowed
+        if allowed is not None:
+            bias = bias + mask_bias(allowed, bias.dtype)
+        memory_bias = (
+            None if memory_mask is None else mask_bias(memory_mask[:, None, None, :], x.dtype)
+        )
+        x = self.dropout(x)
+        caches, routed = [], []
+        for i, block in enumerate(self.block):
+            source = None if memory is None else memory[i]
+            before = None if past is None else past[i]
+            at = tap.at(f"block.{i}")
+            x, now, logits = block(x, bias, source, memory_bias, before, position, at)
+            caches.append(now)
+            if logits is not None:
+                routed.append(logits)
+        return self.dropout(tap("final_layer_norm", self.final_layer_norm(x))), caches, routed
+
+
+class SwitchTransformer(nn.Module):
+    """Encoder, decoder and language-model head over one vocabulary."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.config = c
+        self.shared = Embedding(c.vocab_size, c.d_model, **kw)
+        self.encoder = Stack(c, False, self.shared, **kw)
+        self.decoder = Stack(c, True, self.shared, **kw)
+        self.lm_head = Linear(c.d_model, c.vocab_size, bias=False, **kw)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.shared.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
+
+        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
+        the start token alone. `taps=True` gives (Output, {module path: intermediate}).
+        """
+        tap = Taps(taps)
+        if decoder_input_ids is None:
+            start = self.config.decoder_start_token_id
+            decoder_input_ids = torch.full_like(input_ids[:, :1], start)
+        x, routed = self.encode(input_ids, attention_mask, tap)
+        logits, _, decoder_routed = self.decode(
+            decoder_input_ids,
+            self.decoder.keys_values(x),
+            decoder_attention_mask,
+            attention_mask,
+            tap=tap,
+        )
+        output = Output(
+            logits,
+            *router_losses(routed, x),
+            *router_losses(decoder_routed, x),
+            x,
+            tuple(routed),
+            tuple(decoder_routed),
+        )
+        return tap.result(output)
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, tap: Taps | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """ids (B, S) -> memory (B, S, M), and the logits of each router."""
+        tap = tap or Taps(False)
+        x = tap("shared", self.shared(input_ids))
+        x, _, routed = self.encoder(x, attention_mask, tap=tap.at("encoder"))
+        return x, routed
+
+    def remember(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[KeyValue]:
+        """ids (B, S) -> the memory as each block of the decoder attends to it."""
+        return self.decoder.keys_values(self.encode(input_ids, attention_mask)[0])
+
+    def decode(
+        self,
+        decoder_input_ids: Tensor,
+        memory: list[KeyValue],
+        decoder_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
+        """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
+
+        `memory` is what `remember` gave. `past` holds the keys and values of
+        earlier positions in buffers of fixed length; without it these ids are all there is.
+        """
+        tap = tap or Taps(False)
+        x, caches, routed = self.decoder(
+            self.shared(decoder_input_ids),
+            decoder_attention_mask,
+            memory,
+            attention_mask,
+            past,
+            position,
+            tap.at("decoder"),
+        )
+        if self.config.tie_word_embeddings:
+            x = x * self.config.d_model**-0.5
+        return self.lm_head(x), caches, routed
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        start_token: int | None = None,
+        eos_token: int | None = None,
+        pad_token: int | None = None,
+        attention_mask: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """ids (B, S) -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
+
+        Tokens left out are those of the config. Without `uniforms` each token is the likeliest;
+        with `uniforms` (B, max_new_tokens), numbers in [0, 1), they are drawn by these
+        (`choose_token`), so that both frameworks draw the same. `use_cache=False` decodes all
+        positions anew for every token: experts then fill up as they do in training, whereas one
+        token at a time always finds room.
+        """
+        c = self.config
+        special = (
+            c.decoder_start_token_id if start_token is None else start_token,
+            c.eos_token_id if eos_token is None else eos_token,
+            c.pad_token_id if pad_token is None else pad_token,
+        )
+        options = uniforms, temperature, top_k, use_cache
+        return generate(self, input_ids, attention_mask, max_new_tokens, special, *options)

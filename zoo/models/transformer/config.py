@@ -1,0 +1,75 @@
+"""The Transformer's hyper-parameters, under torch.nn.Transformer's names, and the paper's sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ACTIVATIONS = ("relu", "gelu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of the paper's base model for English and German (table 3)."""
+
+    src_vocab_size: int = 37000
+    tgt_vocab_size: int = 37000
+    d_model: int = 512
+    nhead: int = 8
+    num_encoder_layers: int = 6
+    num_decoder_layers: int = 6
+    dim_feedforward: int = 2048
+    dropout: float = 0.1
+    activation: str = "relu"  # relu or gelu (by erf)
+    layer_norm_eps: float = 1e-5
+    norm_first: bool = False  # False: norms after the residual sums, as in the paper
+    tie_embeddings: bool = True  # one matrix for both embeddings and the generator
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.nhead or self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is odd or no multiple of nhead {self.nhead}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.tie_embeddings and self.src_vocab_size != self.tgt_vocab_size:
+            raise ValueError(
+                f"tie_embeddings needs one vocabulary, not {self.src_vocab_size} source and "
+                f"{self.tgt_vocab_size} target tokens"
+            )
+
+
+BASE = Config()
+
+PRESETS = {
+    "transformer_base": BASE,
+    "transformer_big": replace(BASE, d_model=1024, nhead=16, dim_feedforward=4096, dropout=0.3),
+    "transformer_small": replace(
+        BASE,
+        src_vocab_size=8000,
+        tgt_vocab_size=8000,
+        d_model=256,
+        num_encoder_layers=3,
+        num_decoder_layers=3,
+        dim_feedforward=1024,
+    ),
+}
+
+_TINY = Config(
+    src_vocab_size=61,
+    tgt_vocab_size=61,
+    d_model=32,
+    nhead=4,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dim_feedforward=48,
+)
+TINY = {
+    "tied": _TINY,
+    "two_vocabularies": replace(_TINY, tgt_vocab_size=67, tie_embeddings=False),
+    "norm_first": replace(
+        _TINY,
+        norm_first=True,
+        activation="gelu",
+        tie_embeddings=False,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    ),
+}

@@ -1,0 +1,285 @@
+"""The Transformer in Flax NNX: the twin of model_torch.py, class by class.
+
+B pairs of sequences, S tokens in each source and T in each target, E features, N heads of
+D = E / N, V tokens in the target's vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from zoo.models.transformer.config import Config
+from zoo.nn.attention_flax import KeyValue, MultiheadAttention, causal_mask, mask_bias, write_cache
+from zoo.nn.generation_flax import generate
+from zoo.nn.layers_flax import ACTIVATIONS, LayerNorm
+from zoo.nn.positions_flax import sinusoids
+from zoo.nn.taps import Taps
+
+
+class TransformerEncoderLayer(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.norm_first = c.norm_first
+        self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.linear1 = nnx.Linear(c.d_model, c.dim_feedforward, **kw)
+        self.activation = ACTIVATIONS[c.activation]
+        self.dropout = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+        self.linear2 = nnx.Linear(c.dim_feedforward, c.d_model, **kw)
+        self.norm1 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm2 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.dropout1 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+        self.dropout2 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+
+    def __call__(self, x: Array, bias: Array | None, tap: Taps) -> Array:
+        if self.norm_first:
+            x = x + self._attend(tap("norm1", self.norm1(x)), bias, tap)
+            return x + self._feed_forward(tap("norm2", self.norm2(x)), tap)
+        x = tap("norm1", self.norm1(x + self._attend(x, bias, tap)))
+        return tap("norm2", self.norm2(x + self._feed_forward(x, tap)))
+
+    def _attend(self, x: Array, bias: Array | None, tap: Taps) -> Array:
+        attended = self.self_attn(x, self.self_attn.keys_values(x), bias)
+        return self.dropout1(tap("self_attn", attended))
+
+    def _feed_forward(self, x: Array, tap: Taps) -> Array:
+        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
+        return self.dropout2(tap("linear2", self.linear2(hidden)))
+
+
+class TransformerDecoderLayer(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.norm_first = c.norm_first
+        self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.multihead_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.linear1 = nnx.Linear(c.d_model, c.dim_feedforward, **kw)
+        self.activation = ACTIVATIONS[c.activation]
+        self.dropout = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+        self.linear2 = nnx.Linear(c.dim_feedforward, c.d_model, **kw)
+        self.norm1 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm2 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm3 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.dropout1 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+        self.dropout2 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+        self.dropout3 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+
+    def __call__(
+        self,
+        x: Array,
+        memory: KeyValue,
+        bias: Array,
+        memory_bias: Array | None,
+        past: KeyValue | None,
+        position: ArrayLike,
+        tap: Taps,
+    ) -> tuple[Array, KeyValue]:
+        """x (B, T, E) -> the same, and the cache with the keys and values of these positions."""
+        y = tap("norm1", self.norm1(x)) if self.norm_first else x
+        now = self.self_attn.keys_values(y)
+        if past is not None:
+            now = write_cache(past, now, position)
+        x = x + self.dropout1(tap("self_attn", self.self_attn(y, now, bias)))
+        if self.norm_first:
+            x = x + self._attend(tap("norm2", self.norm2(x)), memory, memory_bias, tap)
+            return x + self._feed_forward(tap("norm3", self.norm3(x)), tap), now
+        x = tap("norm1", self.norm1(x))
+        x = tap("norm2", self.norm2(x + self._attend(x, memory, memory_bias, tap)))
+        return tap("norm3", self.norm3(x + self._feed_forward(x, tap))), now
+
+    def _attend(self, x: Array, memory: KeyValue, bias: Array | None, tap: Taps) -> Array:
+        return self.dropout2(tap("multihead_attn", self.multihead_attn(x, memory, bias)))
+
+    def _feed_forward(self, x: Array, tap: Taps) -> Array:
+        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
+        return self.dropout3(tap("linear2", self.linear2(hidden)))
+
+
+class TransformerEncoder(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        layers = (TransformerEncoderLayer(c, **kw) for _ in range(c.num_encoder_layers))
+        self.layers = nnx.List(layers)
+        self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+
+    def __call__(self, x: Array, bias: Array | None, tap: Taps) -> Array:
+        """x (B, S, E) -> memory (B, S, E)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, bias, tap.at(f"layers.{i}"))
+        return tap("norm", self.norm(x))
+
+
+class TransformerDecoder(nnx.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        layers = (TransformerDecoderLayer(c, **kw) for _ in range(c.num_decoder_layers))
+        self.layers = nnx.List(layers)
+        self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+
+    def keys_values(self, memory: Array) -> list[KeyValue]:
+        """memory (B, S, E) as each layer attends to it: once for a source, not for every token."""
+        return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
+
+    def __call__(
+        self,
+        x: Array,
+        memory: list[KeyValue],
+        memory_bias: Array | None,
+        tgt_key_padding_mask: Array | None,
+        past: list[KeyValue] | None,
+        position: ArrayLike,
+        tap: Taps,
+    ) -> tuple[Array, list[KeyValue]]:
+        """x (B, T, E) -> the same, and the caches.
+
+        With `past`, x stands at `position` and attends to what the caches hold before it.
+        """
+        T = x.shape[1]
+        keys = T if past is None else past[0].key.shape[1]
+        mask = causal_mask(T, keys, position)[None, None]
+        if tgt_key_padding_mask is not None:
+            mask = mask & ~tgt_key_padding_mask.astype(bool)[:, None, None, :]
+        bias = mask_bias(mask, x.dtype)
+        caches = []
+        for i, layer in enumerate(self.layers):
+            before = None if past is None else past[i]
+            at = tap.at(f"layers.{i}")
+            x, now = layer(x, memory[i], bias, memory_bias, before, position, at)
+            caches.append(now)
+        return tap("norm", self.norm(x)), caches
+
+
+class Generator(nnx.Module):
+    """Logits by a matrix of its own, or by the one of the embeddings: NNX has that once."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        param_dtype = kw.get("param_dtype", jnp.float32)
+        initializer = nnx.initializers.lecun_normal()
+        shape = (c.d_model, c.tgt_vocab_size)
+        self.kernel = (
+            None
+            if c.tie_embeddings
+            else nnx.Param(initializer(kw["rngs"].params(), shape, param_dtype))
+        )
+        self.bias = nnx.Param(jnp.zeros(c.tgt_vocab_size, param_dtype))
+        self.dtype = kw.get("dtype")
+
+    def __call__(self, x: Array, words: nnx.Embed) -> Array:
+        """x (B, T, E) -> (B, T, V)."""
+        if self.kernel is None:
+            logits = words.attend(x)
+            return logits + self.bias[...].astype(logits.dtype)
+        arrays = x, self.kernel[...], self.bias[...]
+        x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
+        return x @ kernel + bias
+
+
+class Transformer(nnx.Module):
+    """torch.nn.Transformer, batch first, between embeddings and a generator of logits."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        self.d_model = c.d_model
+        self.src_embedding = nnx.Embed(c.src_vocab_size, c.d_model, **kw)
+        self.tgt_embedding = (
+            None if c.tie_embeddings else nnx.Embed(c.tgt_vocab_size, c.d_model, **kw)
+        )
+        self.encoder = TransformerEncoder(c, **kw)
+        self.decoder = TransformerDecoder(c, **kw)
+        self.generator = Generator(c, **kw)
+        self.dropout = nnx.Dropout(c.dropout, rngs=kw["rngs"])
+
+    def __call__(
+        self,
+        src: Array,
+        tgt: Array,
+        src_key_padding_mask: Array | None = None,
+        tgt_key_padding_mask: Array | None = None,
+        memory_key_padding_mask: Array | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """src (B, S) and tgt (B, T) ids -> logits (B, T, V) of the token after each of tgt.
+
+        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's mask is
+        the source's unless another is given. No token of tgt attends to a later one. `taps=True`
+        gives (logits, {module path: intermediate}).
+        """
+        tap = Taps(taps)
+        if memory_key_padding_mask is None:
+            memory_key_padding_mask = src_key_padding_mask
+        memory = self.remember(src, src_key_padding_mask, tap)
+        logits, _ = self.decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, tap=tap)
+        return tap.result(logits)
+
+    def encode(
+        self, src: Array, src_key_padding_mask: Array | None = None, tap: Taps | None = None
+    ) -> Array:
+        """src (B, S) ids -> memory (B, S, E)."""
+        tap = tap or Taps(False)
+        x = tap("src_embedding", self._embed(self.src_embedding, src, 0, src.shape[1]))
+        return self.encoder(x, _bias(src_key_padding_mask, x.dtype), tap.at("encoder"))
+
+    def remember(
+        self, src: Array, src_key_padding_mask: Array | None = None, tap: Taps | None = None
+    ) -> list[KeyValue]:
+        """src (B, S) ids -> the memory as each layer of the decoder attends to it."""
+        return self.decoder.keys_values(self.encode(src, src_key_padding_mask, tap))
+
+    def decode(
+        self,
+        tgt: Array,
+        memory: list[KeyValue],
+        tgt_key_padding_mask: Array | None = None,
+        memory_key_padding_mask: Array | None = None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Array, list[KeyValue]]:
+        """tgt (B, T) ids, the first at `position` -> logits (B, T, V) and the caches.
+
+        `memory` is what `remember` gave. `past` holds the keys and values of
+        earlier positions in buffers of fixed length; without it tgt is all there is.
+        """
+        tap = tap or Taps(False)
+        words = self.src_embedding if self.tgt_embedding is None else self.tgt_embedding
+        length = tgt.shape[1] if past is None else past[0].key.shape[1]
+        x = tap("tgt_embedding", self._embed(words, tgt, position, length))
+        memory_bias = _bias(memory_key_padding_mask, x.dtype)
+        x, caches = self.decoder(
+            x, memory, memory_bias, tgt_key_padding_mask, past, position, tap.at("decoder")
+        )
+        return self.generator(x, words), caches
+
+    def generate(
+        self,
+        src: Array,
+        max_new_tokens: int,
+        start_token: int,
+        eos_token: int | None = None,
+        pad_token: int = 0,
+        src_key_padding_mask: Array | None = None,
+        uniforms: Array | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        use_cache: bool = True,
+    ) -> Array:
+        """src (B, S) ids -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
+
+        Without `uniforms` each token is the likeliest; with `uniforms` (B, max_new_tokens), numbers
+        in [0, 1), they are drawn by these (`choose_token`), so that both frameworks draw the same.
+        `use_cache=False` decodes all positions anew for every token.
+        """
+        special = start_token, eos_token, pad_token
+        options = uniforms, temperature, top_k, use_cache
+        return generate(self, src, src_key_padding_mask, max_new_tokens, special, *options)
+
+    def _embed(self, words: nnx.Embed, ids: Array, position: ArrayLike, length: int) -> Array:
+        """ids (B, T) at `position` of at most `length` -> (B, T, E)."""
+        x = words(ids) * math.sqrt(self.d_model)
+        at = jnp.arange(ids.shape[1]) + position
+        return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
+
+
+def _bias(padding: Array | None, dtype: DTypeLike) -> Array | None:
+    """(B, S), true for padding -> (B, 1, 1, S) for the logits of attention."""
+    return None if padding is None else mask_bias(~padding.astype(bool)[:, None, None, :], dtype)

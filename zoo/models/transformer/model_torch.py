@@ -1,0 +1,271 @@
+"""The Transformer in PyTorch. Vaswani 2017, https://arxiv.org/abs/1706.03762; names from
+torch.nn.Transformer.
+
+B pairs of sequences, S tokens in each source and T in each target, E features, N heads of
+D = E / N, V tokens in the target's vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.models.transformer.config import Config
+from zoo.nn.attention_torch import KeyValue, MultiheadAttention, causal_mask, mask_bias, write_cache
+from zoo.nn.generation_torch import generate
+from zoo.nn.layers_torch import ACTIVATIONS, Embedding, LayerNorm, Linear
+from zoo.nn.positions_torch import sinusoids
+from zoo.nn.taps import Taps
+
+
+class TransformerEncoderLayer(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.norm_first = c.norm_first
+        self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.linear1 = Linear(c.d_model, c.dim_feedforward, **kw)
+        self.activation = ACTIVATIONS[c.activation]
+        self.dropout = nn.Dropout(c.dropout)
+        self.linear2 = Linear(c.dim_feedforward, c.d_model, **kw)
+        self.norm1 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm2 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.dropout1 = nn.Dropout(c.dropout)
+        self.dropout2 = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor | None, tap: Taps) -> Tensor:
+        if self.norm_first:
+            x = x + self._attend(tap("norm1", self.norm1(x)), bias, tap)
+            return x + self._feed_forward(tap("norm2", self.norm2(x)), tap)
+        x = tap("norm1", self.norm1(x + self._attend(x, bias, tap)))
+        return tap("norm2", self.norm2(x + self._feed_forward(x, tap)))
+
+    def _attend(self, x: Tensor, bias: Tensor | None, tap: Taps) -> Tensor:
+        attended = self.self_attn(x, self.self_attn.keys_values(x), bias)
+        return self.dropout1(tap("self_attn", attended))
+
+    def _feed_forward(self, x: Tensor, tap: Taps) -> Tensor:
+        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
+        return self.dropout2(tap("linear2", self.linear2(hidden)))
+
+
+class TransformerDecoderLayer(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.norm_first = c.norm_first
+        self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.multihead_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
+        self.linear1 = Linear(c.d_model, c.dim_feedforward, **kw)
+        self.activation = ACTIVATIONS[c.activation]
+        self.dropout = nn.Dropout(c.dropout)
+        self.linear2 = Linear(c.dim_feedforward, c.d_model, **kw)
+        self.norm1 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm2 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.norm3 = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+        self.dropout1 = nn.Dropout(c.dropout)
+        self.dropout2 = nn.Dropout(c.dropout)
+        self.dropout3 = nn.Dropout(c.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: KeyValue,
+        bias: Tensor,
+        memory_bias: Tensor | None,
+        past: KeyValue | None,
+        position: int,
+        tap: Taps,
+    ) -> tuple[Tensor, KeyValue]:
+        """x (B, T, E) -> the same, and the cache with the keys and values of these positions."""
+        y = tap("norm1", self.norm1(x)) if self.norm_first else x
+        now = self.self_attn.keys_values(y)
+        if past is not None:
+            now = write_cache(past, now, position)
+        x = x + self.dropout1(tap("self_attn", self.self_attn(y, now, bias)))
+        if self.norm_first:
+            x = x + self._attend(tap("norm2", self.norm2(x)), memory, memory_bias, tap)
+            return x + self._feed_forward(tap("norm3", self.norm3(x)), tap), now
+        x = tap("norm1", self.norm1(x))
+        x = tap("norm2", self.norm2(x + self._attend(x, memory, memory_bias, tap)))
+        return tap("norm3", self.norm3(x + self._feed_forward(x, tap))), now
+
+    def _attend(self, x: Tensor, memory: KeyValue, bias: Tensor | None, tap: Taps) -> Tensor:
+        return self.dropout2(tap("multihead_attn", self.multihead_attn(x, memory, bias)))
+
+    def _feed_forward(self, x: Tensor, tap: Taps) -> Tensor:
+        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
+        return self.dropout3(tap("linear2", self.linear2(hidden)))
+
+
+class TransformerEncoder(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        layers = (TransformerEncoderLayer(c, **kw) for _ in range(c.num_encoder_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+
+    def forward(self, x: Tensor, bias: Tensor | None, tap: Taps) -> Tensor:
+        """x (B, S, E) -> memory (B, S, E)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, bias, tap.at(f"layers.{i}"))
+        return tap("norm", self.norm(x))
+
+
+class TransformerDecoder(nn.Module):
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        layers = (TransformerDecoderLayer(c, **kw) for _ in range(c.num_decoder_layers))
+        self.layers: Any = nn.ModuleList(layers)
+        self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
+
+    def keys_values(self, memory: Tensor) -> list[KeyValue]:
+        """memory (B, S, E) as each layer attends to it: once for a source, not for every token."""
+        return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: list[KeyValue],
+        memory_bias: Tensor | None,
+        tgt_key_padding_mask: Tensor | None,
+        past: list[KeyValue] | None,
+        position: int,
+        tap: Taps,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """x (B, T, E) -> the same, and the caches.
+
+        With `past`, x stands at `position` and attends to what the caches hold before it.
+        """
+        T = x.shape[1]
+        keys = T if past is None else past[0].key.shape[1]
+        mask = causal_mask(T, keys, position, x.device)[None, None]
+        if tgt_key_padding_mask is not None:
+            mask = mask & ~tgt_key_padding_mask.bool()[:, None, None, :]
+        bias = mask_bias(mask, x.dtype)
+        caches = []
+        for i, layer in enumerate(self.layers):
+            before = None if past is None else past[i]
+            at = tap.at(f"layers.{i}")
+            x, now = layer(x, memory[i], bias, memory_bias, before, position, at)
+            caches.append(now)
+        return tap("norm", self.norm(x)), caches
+
+
+class Generator(Linear):
+    """Logits by a matrix of its own, or by the one of the embeddings, which is then this one's."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__(c.d_model, c.tgt_vocab_size, **kw)
+
+
+class Transformer(nn.Module):
+    """torch.nn.Transformer, batch first, between embeddings and a generator of logits."""
+
+    def __init__(self, c: Config, **kw: Any) -> None:
+        super().__init__()
+        self.d_model = c.d_model
+        self.src_embedding = Embedding(c.src_vocab_size, c.d_model, **kw)
+        self.tgt_embedding = Embedding(c.tgt_vocab_size, c.d_model, **kw)
+        self.encoder = TransformerEncoder(c, **kw)
+        self.decoder = TransformerDecoder(c, **kw)
+        self.generator = Generator(c, **kw)
+        self.dropout = nn.Dropout(c.dropout)
+        if c.tie_embeddings:
+            self.tgt_embedding.weight = self.src_embedding.weight
+            self.generator.weight = self.src_embedding.weight
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        taps: bool = False,
+    ) -> Any:
+        """src (B, S) and tgt (B, T) ids -> logits (B, T, V) of the token after each of tgt.
+
+        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's mask is
+        the source's unless another is given. No token of tgt attends to a later one. `taps=True`
+        gives (logits, {module path: intermediate}).
+        """
+        tap = Taps(taps)
+        if memory_key_padding_mask is None:
+            memory_key_padding_mask = src_key_padding_mask
+        memory = self.remember(src, src_key_padding_mask, tap)
+        logits, _ = self.decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, tap=tap)
+        return tap.result(logits)
+
+    def encode(
+        self, src: Tensor, src_key_padding_mask: Tensor | None = None, tap: Taps | None = None
+    ) -> Tensor:
+        """src (B, S) ids -> memory (B, S, E)."""
+        tap = tap or Taps(False)
+        x = tap("src_embedding", self._embed(self.src_embedding, src, 0, src.shape[1]))
+        return self.encoder(x, _bias(src_key_padding_mask, x.dtype), tap.at("encoder"))
+
+    def remember(
+        self, src: Tensor, src_key_padding_mask: Tensor | None = None, tap: Taps | None = None
+    ) -> list[KeyValue]:
+        """src (B, S) ids -> the memory as each layer of the decoder attends to it."""
+        return self.decoder.keys_values(self.encode(src, src_key_padding_mask, tap))
+
+    def decode(
+        self,
+        tgt: Tensor,
+        memory: list[KeyValue],
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
+        tap: Taps | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """tgt (B, T) ids, the first at `position` -> logits (B, T, V) and the caches.
+
+        `memory` is what `remember` gave. `past` holds the keys and values of
+        earlier positions in buffers of fixed length; without it tgt is all there is.
+        """
+        tap = tap or Taps(False)
+        length = tgt.shape[1] if past is None else past[0].key.shape[1]
+        x = tap("tgt_embedding", self._embed(self.tgt_embedding, tgt, position, length))
+        memory_bias = _bias(memory_key_padding_mask, x.dtype)
+        x, caches = self.decoder(
+            x, memory, memory_bias, tgt_key_padding_mask, past, position, tap.at("decoder")
+        )
+        return self.generator(x), caches
+
+    def generate(
+        self,
+        src: Tensor,
+        max_new_tokens: int,
+        start_token: int,
+        eos_token: int | None = None,
+        pad_token: int = 0,
+        src_key_padding_mask: Tensor | None = None,
+        uniforms: Tensor | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        use_cache: bool = True,
+    ) -> Tensor:
+        """src (B, S) ids -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
+
+        Without `uniforms` each token is the likeliest; with `uniforms` (B, max_new_tokens), numbers
+        in [0, 1), they are drawn by these (`choose_token`), so that both frameworks draw the same.
+        `use_cache=False` decodes all positions anew for every token.
+        """
+        special = start_token, eos_token, pad_token
+        options = uniforms, temperature, top_k, use_cache
+        return generate(self, src, src_key_padding_mask, max_new_tokens, special, *options)
+
+    def _embed(self, words: Embedding, ids: Tensor, position: int, length: int) -> Tensor:
+        """ids (B, T) at `position` of at most `length` -> (B, T, E)."""
+        x = words(ids) * math.sqrt(self.d_model)
+        at = torch.arange(ids.shape[1], device=x.device) + position
+        return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
+
+
+def _bias(padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(B, S), true for padding -> (B, 1, 1, S) for the logits of attention."""
+    return None if padding is None else mask_bias(~padding.bool()[:, None, None, :], dtype)
