@@ -239,7 +239,7 @@ def test_sizes_of_a_preset_tell_all_of_it(preset: str) -> None:
     config = MODEL.presets[preset]
     fields = infer(MODEL.layout_of(config).shapes("torch"))
     assert fields is not None
-    assert MODEL.configure(**fields) == replace(config, dropout_prob=Config.dropout_prob)
+    assert MODEL.configure(**fields) == config
 
 
 def test_other_sizes_need_the_layers(tmp_path: Path) -> None:
@@ -337,6 +337,16 @@ def test_an_utterance_ends_at_its_first_stop(framework: str) -> None:
         assert (x[early, expected * r :] == 0).all()
         assert (np.abs(x[early, : expected * r]).max(-1) > 0).all()
     assert np.abs(before[early, : expected * r] - unbroken[1][early, : expected * r]).max() < 1e-6
+
+
+@FRAMEWORKS
+def test_translating_in_training_mode_is_refused(framework: str) -> None:
+    model = build(MODEL, TINY, framework, canonical(MODEL, TINY))
+    model.train()
+    cast: Any = tensors if framework == "torch" else arrays
+    source = cast(MODEL.inputs(TINY))["source"]
+    with pytest.raises(ValueError, match=r"for evaluation: call eval\(\) first"):
+        model.translate(source, 2)
 
 
 @FRAMEWORKS

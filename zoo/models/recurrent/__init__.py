@@ -29,8 +29,8 @@ MODEL = Model(
     layout=layout,
     infer=infer,
     inputs=inputs,
-    torch="zoo.models.recurrent.model_torch:recurrent",
-    flax="zoo.models.recurrent.model_flax:recurrent",
+    torch="zoo.models.recurrent.model_torch:build",
+    flax="zoo.models.recurrent.model_flax:build",
     invisible=(
         (
             r"^(rnn|lstm)\.bias_(ih|hh)_l",

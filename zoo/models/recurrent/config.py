@@ -1,4 +1,4 @@
-"""Hyper-parameters of the recurrent nets, and the sizes that the documents give."""
+"""Hyper-parameters of the recurrent nets, and the published sizes."""
 
 from __future__ import annotations
 

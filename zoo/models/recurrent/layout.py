@@ -1,4 +1,4 @@
-"""Every tensor of the recurrent nets, under the names of the documents' classes."""
+"""Every tensor of the recurrent nets, under the names of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def layout(c: Config) -> Iterator[Entry]:
 def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """The Config fields that names and shapes tell; None where there are tensors of other names.
 
-    Where the sizes are those of one preset, it says the rest.
+    If exactly one preset has these sizes, nonlinearity and batch_first are taken from it.
     """
-    cells = [c for c in GATES if any(re.fullmatch(rf"{c}\.{_LEAF}", n) for n in shapes)]
-    tops = {n.partition(".")[0] for n in shapes} - {"embedding"}
-    if len(cells) != 1 or tops not in ({cells[0], "fc"}, {cells[0], "fc1", "fc2"}):
+    cells = [cell for cell in GATES if any(re.fullmatch(rf"{cell}\.{_LEAF}", n) for n in shapes)]
+    modules = {n.partition(".")[0] for n in shapes} - {"embedding"}
+    if len(cells) != 1 or modules not in ({cells[0], "fc"}, {cells[0], "fc1", "fc2"}):
         return None
     (cell,) = cells
     fields = {
@@ -46,13 +46,14 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "num_layers": count(shapes, rf"^{cell}\.\w+_l(\d+)"),
         "bidirectional": any(n.endswith("_reverse") for n in shapes),
         "vocab_size": dim(shapes, r"^embedding\.weight$", 0),
-        "head": "last" if "fc" in tops else "every",
+        "head": "last" if "fc" in modules else "every",
         "fc_size": dim(shapes, r"^fc1\.(weight|bias)$", 0),
         "output_size": dim(shapes, r"^fc2?\.(weight|bias)$", 0),
     }
+    # What is None is not told, but for vocab_size, where it says that there is no embedding.
     told = {name: value for name, value in fields.items() if value is not None}
     if cell != "rnn":
-        told["nonlinearity"] = "tanh"
+        told["nonlinearity"] = "tanh"  # only an RNN has a choice; do not ask for it
     alike = [
         preset
         for preset in PRESETS.values()

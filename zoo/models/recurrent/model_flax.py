@@ -24,23 +24,26 @@ class _Net(nnx.Module):
     def __init__(self, c: Config, **kw: Any) -> None:
         self.cell = c.cell
         size = c.input_size, c.hidden_size, c.num_layers
-        order = {"batch_first": c.batch_first, "bidirectional": c.bidirectional, **kw}
-        if c.vocab_size is not None:
-            self.embedding = nnx.Embed(c.vocab_size, c.input_size, **kw)
+        options = {"batch_first": c.batch_first, "bidirectional": c.bidirectional, **kw}
+        self.embedding = (
+            nnx.Embed(c.vocab_size, c.input_size, **kw) if c.vocab_size is not None else None
+        )
+        # The attribute is called rnn, lstm or gru because checkpoints have that name.
         if c.cell == "rnn":
-            self.rnn = RNN(*size, nonlinearity=c.nonlinearity, **order)
+            self.rnn = RNN(*size, nonlinearity=c.nonlinearity, **options)
         elif c.cell == "lstm":
-            self.lstm = LSTM(*size, **order)
+            self.lstm = LSTM(*size, **options)
         else:
-            self.gru = GRU(*size, **order)
+            self.gru = GRU(*size, **options)
 
     def run(self, x: Array, lengths: Array | None, tap: Taps) -> tuple[Array, Array]:
         """Outputs of every step, and the final states h of every layer and direction."""
-        if hasattr(self, "embedding"):
+        if self.embedding is not None:
             x = tap("embedding", self.embedding(x))
         net = getattr(self, self.cell)
         outputs, state = net(x, lengths=lengths)
-        return tap(self.cell, outputs), state[0] if self.cell == "lstm" else state
+        h = state[0] if self.cell == "lstm" else state  # an LSTM's state is (h, c)
+        return tap(self.cell, outputs), h
 
 
 class SequenceRegressor(_Net):
@@ -55,7 +58,7 @@ class SequenceRegressor(_Net):
         """Features (T, B, F) or ids (T, B) -> (B, O), with batch_first from (B, T, F) or (B, T).
 
         `lengths` (B,), from 1 to T, are those of sequences that end early; None: all are whole.
-        `taps=True` gives (output, {module path: intermediate}).
+        `taps=True` returns (output, {name: intermediate}); names are module paths.
         """
         tap = Taps(taps)
         _, h = self.run(x, lengths, tap)
@@ -79,7 +82,7 @@ class SequenceTagger(_Net):
         return tap.result(self.fc2(jax.nn.relu(y)))
 
 
-def recurrent(c: Config, **kw: Any) -> nnx.Module:
+def build(c: Config, **kw: Any) -> nnx.Module:
     """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights;
     `rngs` is required, as everywhere in NNX."""
     return SequenceRegressor(c, **kw) if c.head == "last" else SequenceTagger(c, **kw)

@@ -1,4 +1,4 @@
-"""Recurrent nets in PyTorch. Names and shapes are those of the documents' own classes.
+"""Recurrent nets in PyTorch. Names are those of the published checkpoints.
 
 T steps of B sequences, F features of a step, O outputs. Sequences are (T, B, F) in time-major
 order, (B, T, F) where the config says `batch_first`.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, relu
 
 from zoo.models.recurrent.config import Config
 from zoo.nn.layers_torch import Embedding, Linear
@@ -25,23 +24,26 @@ class _Net(nn.Module):
         super().__init__()
         self.cell = c.cell
         size = c.input_size, c.hidden_size, c.num_layers
-        order = {"batch_first": c.batch_first, "bidirectional": c.bidirectional, **kw}
-        if c.vocab_size is not None:
-            self.embedding = Embedding(c.vocab_size, c.input_size, **kw)
+        options = {"batch_first": c.batch_first, "bidirectional": c.bidirectional, **kw}
+        self.embedding = (
+            Embedding(c.vocab_size, c.input_size, **kw) if c.vocab_size is not None else None
+        )
+        # The attribute is called rnn, lstm or gru because checkpoints have that name.
         if c.cell == "rnn":
-            self.rnn = RNN(*size, nonlinearity=c.nonlinearity, **order)
+            self.rnn = RNN(*size, nonlinearity=c.nonlinearity, **options)
         elif c.cell == "lstm":
-            self.lstm = LSTM(*size, **order)
+            self.lstm = LSTM(*size, **options)
         else:
-            self.gru = GRU(*size, **order)
+            self.gru = GRU(*size, **options)
 
     def run(self, x: Tensor, lengths: Tensor | None, tap: Taps) -> tuple[Tensor, Tensor]:
         """Outputs of every step, and the final states h of every layer and direction."""
-        if hasattr(self, "embedding"):
+        if self.embedding is not None:
             x = tap("embedding", self.embedding(x))
         net = getattr(self, self.cell)
         outputs, state = net(x, lengths=lengths)
-        return tap(self.cell, outputs), state[0] if self.cell == "lstm" else state
+        h = state[0] if self.cell == "lstm" else state  # an LSTM's state is (h, c)
+        return tap(self.cell, outputs), h
 
 
 class SequenceRegressor(_Net):
@@ -56,7 +58,7 @@ class SequenceRegressor(_Net):
         """Features (T, B, F) or ids (T, B) -> (B, O), with batch_first from (B, T, F) or (B, T).
 
         `lengths` (B,), from 1 to T, are those of sequences that end early; None: all are whole.
-        `taps=True` gives (output, {module path: intermediate}).
+        `taps=True` returns (output, {name: intermediate}); names are module paths.
         """
         tap = Taps(taps)
         _, h = self.run(x, lengths, tap)
@@ -76,10 +78,10 @@ class SequenceTagger(_Net):
         """As SequenceRegressor takes it -> (T, B, O), with batch_first (B, T, O)."""
         tap = Taps(taps)
         outputs, _ = self.run(x, lengths, tap)
-        y = tap("fc1", self.fc1(F.relu(outputs)))
-        return tap.result(self.fc2(F.relu(y)))
+        y = tap("fc1", self.fc1(relu(outputs)))
+        return tap.result(self.fc2(relu(y)))
 
 
-def recurrent(c: Config, **kw: Any) -> nn.Module:
+def build(c: Config, **kw: Any) -> nn.Module:
     """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights."""
     return SequenceRegressor(c, **kw) if c.head == "last" else SequenceTagger(c, **kw)

@@ -14,7 +14,8 @@ class Config:
 
     block: Literal["basic", "bottleneck"] = "bottleneck"
     layers: tuple[int, ...] = (3, 4, 6, 3)  # blocks in each of the four stages
-    width: int = 64  # channels of the first stage's blocks; each further stage has twice as many
+    # Channels of the stem, and inner ones of the first stage; each further stage has twice as many.
+    width: int = 64
     num_classes: int = 1000
 
     def __post_init__(self) -> None:

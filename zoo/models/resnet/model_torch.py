@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn, relu
 
-from zoo.models.resnet.config import Config
+from zoo.models.resnet.config import EXPANSION, Config
 from zoo.nn.batchnorm_torch import BatchNorm2d
 from zoo.nn.conv_torch import Conv2d
 from zoo.nn.layers_torch import Linear
@@ -17,18 +17,21 @@ from zoo.nn.pool_torch import adaptive_avg_pool2d, flatten, max_pool2d
 from zoo.nn.taps import Taps
 
 
-def make_downsample(n_in: int, n_out: int, stride: int, **kw: Any) -> nn.Sequential | None:
+def make_downsample(n_in: int, n_out: int, stride: int, **kw: Any) -> nn.ModuleList | None:
     """A 1x1 convolution to bring a block's input into its output's shape, if they differ."""
     if stride == 1 and n_in == n_out:
         return None
-    return nn.Sequential(Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw))
+    return nn.ModuleList(
+        [Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw)]
+    )
 
 
-def shortcut(downsample: nn.Sequential | None, x: Tensor, tap: Taps) -> Tensor:
-    """What is added to that which a block computes: its input, in the shape of its output."""
+def shortcut(downsample: nn.ModuleList | None, x: Tensor, tap: Taps) -> Tensor:
+    """The block's input, brought to its output's shape; step by step so that taps see both
+    layers."""
     if downsample is None:
         return x
-    conv, norm = downsample.children()
+    conv, norm = downsample
     return tap("downsample.1", norm(tap("downsample.0", conv(x))))
 
 
@@ -58,15 +61,27 @@ class Bottleneck(nn.Module):
         self.bn1 = BatchNorm2d(inner, **kw)
         self.conv2 = Conv2d(inner, inner, 3, stride, padding=1, bias=False, **kw)
         self.bn2 = BatchNorm2d(inner, **kw)
-        self.conv3 = Conv2d(inner, inner * 4, 1, bias=False, **kw)
-        self.bn3 = BatchNorm2d(inner * 4, **kw)
-        self.downsample = make_downsample(n_in, inner * 4, stride, **kw)
+        n_out = inner * EXPANSION["bottleneck"]
+        self.conv3 = Conv2d(inner, n_out, 1, bias=False, **kw)
+        self.bn3 = BatchNorm2d(n_out, **kw)
+        self.downsample = make_downsample(n_in, n_out, stride, **kw)
 
     def forward(self, x: Tensor, tap: Taps) -> Tensor:
         y = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
         y = relu(tap("bn2", self.bn2(tap("conv2", self.conv2(y)))))
         y = tap("bn3", self.bn3(tap("conv3", self.conv3(y))))
         return relu(y + shortcut(self.downsample, x, tap))
+
+
+def make_layer(c: Config, stage: int, **kw: Any) -> nn.ModuleList:
+    """The blocks of stage 0 to 3. The first block halves the image, except in stage 0, whose input
+    the max-pool has halved."""
+    cls = BasicBlock if c.block == "basic" else Bottleneck
+    inner = c.width * 2**stage
+    n_in = c.width if stage == 0 else inner // 2 * c.expansion
+    blocks = [cls(n_in, inner, 1 if stage == 0 else 2, **kw)]
+    blocks += [cls(inner * c.expansion, inner, 1, **kw) for _ in range(c.layers[stage] - 1)]
+    return nn.ModuleList(blocks)
 
 
 class ResNet(nn.Module):
@@ -76,25 +91,17 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = Conv2d(3, c.width, 7, stride=2, padding=3, bias=False, **kw)
         self.bn1 = BatchNorm2d(c.width, **kw)
-        self.layer1 = self.make_layer(c, 0, **kw)
-        self.layer2 = self.make_layer(c, 1, **kw)
-        self.layer3 = self.make_layer(c, 2, **kw)
-        self.layer4 = self.make_layer(c, 3, **kw)
+        self.layer1 = make_layer(c, 0, **kw)
+        self.layer2 = make_layer(c, 1, **kw)
+        self.layer3 = make_layer(c, 2, **kw)
+        self.layer4 = make_layer(c, 3, **kw)
         self.fc = Linear(c.width * 8 * c.expansion, c.num_classes, **kw)
-
-    def make_layer(self, c: Config, stage: int, **kw: Any) -> nn.ModuleList:
-        """The blocks of one stage. The first halves the image, but in the first stage."""
-        cls = BasicBlock if c.block == "basic" else Bottleneck
-        inner = c.width * 2**stage
-        n_in = c.width if stage == 0 else inner // 2 * c.expansion
-        blocks = [cls(n_in, inner, 1 if stage == 0 else 2, **kw)]
-        blocks += [cls(inner * c.expansion, inner, 1, **kw) for _ in range(c.layers[stage] - 1)]
-        return nn.ModuleList(blocks)
 
     def forward(self, x: Tensor, taps: bool = False) -> Any:
         """(B, 3, H, W) -> logits (B, num_classes).
 
-        `taps=True` adds {module path: what it gives}.
+        `taps=True` returns (output, {name: intermediate}); names are module paths, or torchvision's
+        for the pools.
         """
         tap = Taps(taps)
         x = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))

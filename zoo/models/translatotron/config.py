@@ -70,20 +70,20 @@ class Config:
 
 
 class Output(NamedTuple):
-    """With the target given. B utterances of T frames with F bins, r of them a step."""
+    """With the target given. B utterances of T frames of F bins, r at a time in K = T/r steps."""
 
     frames: Any  # (B, T, F), log-magnitudes
     frames_before: Any  # (B, T, F), before the post-net
-    stop: Any  # (B, T / r), logits: this step is the last
+    stop: Any  # (B, K), logits: this step is the last
     source_logits: Any  # (B, L, source_phonemes), of the next symbol; None if not asked for
-    target_logits: Any  # (B, M, target_phonemes), likewise
+    target_logits: Any  # (B, L, target_phonemes), likewise, of an L of its own
 
 
 class Translation(NamedTuple):
-    """Without a target: frames are zero from where the utterance ends."""
+    """Without a target, K steps long: frames are zero from where the utterance ends."""
 
-    frames: Any  # (B, steps * r, F)
-    frames_before: Any  # (B, steps * r, F), before the post-net
+    frames: Any  # (B, K * r, F)
+    frames_before: Any  # (B, K * r, F), before the post-net
     lengths: Any  # (B,), frames until the end, that of the last step included
 
 

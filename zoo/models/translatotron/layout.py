@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields as fields_of
 from typing import Any
 
 from zoo.layout import (
@@ -77,7 +76,7 @@ def _postnet(c: Config) -> Iterator[Entry]:
 def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     """The Config fields that names and shapes tell; None where this is no Translatotron.
 
-    Where the sizes are those of one preset, the fields that they do not tell are its, too.
+    If exactly one preset has these sizes, all that they do not tell is taken from it.
     """
     modules = {n.partition(".")[0] for n in shapes}
     if not modules >= MODULES or not count(shapes, r"^decoder\.rnn\.cells\.(\d+)\."):
@@ -85,7 +84,7 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     layers = count(shapes, r"^postnet\.(?:convs|norms)\.(\d+)\.")
     frame = dim(shapes, rf"^postnet\.(convs|norms)\.{layers - 1}\.", 0)
     step = dim(shapes, r"^decoder\.frame\.(weight|bias)$", 0)
-    A = r"^decoder\.rnn\.attention"
+    attention = r"^decoder\.rnn\.attention"
     auxiliary = r"^(?:source|target)_decoder"
     sizes = {
         "mel_channels": dim(shapes, r"^encoder\.layers\.0\.weight_ih_", 1),
@@ -94,8 +93,8 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "prenet_size": dim(shapes, r"^decoder\.prenet\.", 0),
         "decoder_layers": count(shapes, r"^decoder\.rnn\.cells\.(\d+)\."),
         "decoder_size": dim(shapes, r"^decoder\.rnn\.cells\..*\.weight_hh$", 1),
-        "attention_size": dim(shapes, rf"{A}\.(query|key|value|out)\.", 0),
-        "attention_heads": dim(shapes, rf"{A}\.score$", 0),
+        "attention_size": dim(shapes, rf"{attention}\.(query|key|value|out)\.", 0),
+        "attention_heads": dim(shapes, rf"{attention}\.score$", 0),
         "frame_size": frame,
         "reduction": step // frame if step and frame else None,
         "postnet_layers": layers,
@@ -108,6 +107,4 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     }
     found = {name: value for name, value in sizes.items() if value is not None}
     same = [p for p in PRESETS.values() if all(getattr(p, k) == v for k, v in found.items())]
-    if len(same) == 1:
-        found |= {f.name: getattr(same[0], f.name) for f in fields_of(Config) if f.name in UNKNOWN}
-    return found
+    return dict(vars(same[0])) if len(same) == 1 else found

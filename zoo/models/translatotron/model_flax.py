@@ -1,7 +1,8 @@
 """Translatotron in Flax NNX: the twin of model_torch.py, class by class.
 
-B utterances of S source frames with C mel channels and T target frames with F bins, of which the
-decoder predicts r at a step; H units in an LSTM, A in an attention; L phonemes.
+B utterances; S source frames of C mel channels; T target frames of F bins, predicted r at a time in
+K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the width
+of the LSTM at hand.
 """
 
 from __future__ import annotations
@@ -30,10 +31,15 @@ class State(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Random numbers of all T steps, drawn beforehand; ones and constants outside of training."""
+    """Factors of all K steps, drawn before the loop: in Flax a scan's body cannot draw.
 
-    update: Array  # (T, layers, 2, B, H) of zoneout: 1 takes the new h or c, 0 keeps the old
-    attention: Array  # (T, B, N, S), the dropout on attention weights
+    Outside of training they are constants, with axes of length 1 that broadcast.
+    """
+
+    # (K, layers, 2, B, H): share of the new h and c that is taken. 1 or 0 in training, 1 - zoneout
+    # outside of it.
+    update: Array
+    attention: Array  # (K, B, N, S): attention dropout. 0 or 1 / (1 - p) in training, 1 outside
 
 
 class Encoder(nnx.Module):
@@ -71,29 +77,42 @@ class PreNet(nnx.Module):
 
 
 class AttentiveLSTM(nnx.Module):
-    """LSTM layers that read an input beside what was attended to last, and whose top asks next.
+    """LSTM layers with attention.
 
-    Zoneout (Krueger 2016): in training h and c stay as they were with this probability, each by
-    itself; otherwise they move by what is expected of that, (1 - zoneout) of the way.
+    At each step the first layer reads [input, last context], and the top layer's h is the query
+    that gives the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps its
+    old value with probability zoneout; in evaluation it moves (1 - zoneout) of the way, which is
+    the mean.
     """
 
     def __init__(
-        self, c: Config, n_in: int, size: int, layers: int, attention: int, heads: int, **kw: Any
+        self,
+        c: Config,
+        *,
+        n_in: int,
+        size: int,
+        layers: int,
+        attention_size: int,
+        heads: int,
+        **kw: Any,
     ) -> None:
         self.size = size
-        self.attention_size = attention
+        self.attention_size = attention_size
         self.keep = 1 - c.zoneout
-        widths = [n_in + attention] + [size] * (layers - 1)
+        widths = [n_in + attention_size] + [size] * (layers - 1)
         self.cells = nnx.List([LSTMCell(n, size, **kw) for n in widths])
-        self.attention = AdditiveAttention(size, 2 * c.encoder_size, attention, heads, **kw)
+        self.attention = AdditiveAttention(
+            query_dim=size, memory_dim=2 * c.encoder_size, size=attention_size, heads=heads, **kw
+        )
         self.zoneout = nnx.Dropout(c.zoneout, rngs=kw["rngs"])
-        self.dropout = nnx.Dropout(c.attention_dropout, rngs=kw["rngs"])
+        self.attention_dropout = nnx.Dropout(c.attention_dropout, rngs=kw["rngs"])
 
     def __call__(self, x: Array, memory: Memory, tap: Taps) -> Array:
-        """All inputs (B, T, n_in) -> [h of the top, context] at every step, (B, T, H + A)."""
+        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A)."""
 
         def body(state: State, at: tuple[Array, Masks]) -> tuple[State, Any]:
-            state, weights = self.step(at[0], state, memory, at[1])
+            x, masks = at
+            state, weights = self.step(x, state, memory, masks)
             return state, (state.cells[-1][0], state.context, weights)
 
         masks = self.masks(x.shape[1], memory)
@@ -122,13 +141,14 @@ class AttentiveLSTM(nnx.Module):
         return State(tuple((zeros, zeros) for _ in self.cells), context)
 
     def masks(self, steps: int, memory: Memory) -> Masks:
-        """Masks of so many steps, of length 1 in every other axis outside of training."""
+        """As Masks says, for K = `steps`."""
         B, S, N, _ = memory.keys.shape
         training = not self.zoneout.deterministic
         batch, size, weights = (B, self.size, (B, N, S)) if training else (1, 1, (1, 1, 1))
         ones = jnp.ones((steps, len(self.cells), 2, batch, size), memory.keys.dtype)
+        # Dropout gives 0 or 1 / keep in training and 1 outside: times keep, 0 or 1, and keep.
         update = self.keep * self.zoneout(ones)
-        return Masks(update, self.dropout(jnp.ones((steps, *weights), memory.keys.dtype)))
+        return Masks(update, self.attention_dropout(jnp.ones((steps, *weights), memory.keys.dtype)))
 
 
 class SpectrogramDecoder(nnx.Module):
@@ -140,29 +160,36 @@ class SpectrogramDecoder(nnx.Module):
         A = c.attention_size
         self.prenet = PreNet(c, **kw)
         self.rnn = AttentiveLSTM(
-            c, c.prenet_size, c.decoder_size, c.decoder_layers, A, c.attention_heads, **kw
+            c,
+            n_in=c.prenet_size,
+            size=c.decoder_size,
+            layers=c.decoder_layers,
+            attention_size=A,
+            heads=c.attention_heads,
+            **kw,
         )
         self.frame = nnx.Linear(c.decoder_size + A, c.reduction * c.frame_size, **kw)
         self.stop = nnx.Linear(c.decoder_size + A, 1, **kw)
 
     def __call__(self, target: Array, memory: Memory, tap: Taps) -> tuple[Array, Array]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, T / r)."""
-        last = target[:, self.reduction - 1 :: self.reduction]  # of every step
-        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0), (0, 0)))
-        x = tap("prenet", self.prenet(before))
+        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K)."""
+        # The last frame of the step before; zeros first.
+        shifted = target[:, self.reduction - 1 : -1 : self.reduction]
+        previous = jnp.pad(shifted, ((0, 0), (1, 0), (0, 0)))
+        x = tap("prenet", self.prenet(previous))
         y = self.rnn(x, memory, tap.at("rnn"))
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0]
 
     def decode(self, memory: Memory, steps: int) -> tuple[Array, Array]:
-        """Every step from the last frame of the one before: frames (B, steps * r, F), stop."""
+        """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
         B, dtype = memory.keys.shape[0], memory.keys.dtype
 
         def body(carry: tuple[State, Array], masks: Masks) -> tuple[Any, Any]:
-            state, last = carry
-            state, _ = self.rnn.step(self.prenet(last), state, memory, masks)
+            state, previous = carry
+            state, _ = self.rnn.step(self.prenet(previous), state, memory, masks)
             y = jnp.concatenate([state.cells[-1][0], state.context], -1)
-            frame = self.frame(y).reshape(B, self.reduction, -1)
-            return (state, frame[:, -1]), (frame, self.stop(y)[:, 0])
+            made = self.frame(y).reshape(B, self.reduction, -1)
+            return (state, made[:, -1]), (made, self.stop(y)[:, 0])
 
         first = self.rnn.start(memory), jnp.zeros((B, self.frame_size), dtype)
         _, (frames, stop) = jax.lax.scan(body, first, self.rnn.masks(steps, memory))
@@ -184,11 +211,10 @@ class PostNet(nnx.Module):
     def __call__(self, frames: Array, tap: Taps) -> Array:
         """frames (B, T, F) -> what to add to them."""
         x = frames
-        last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = tap(f"convs.{i}", conv(x))
             x = tap(f"norms.{i}", norm(x))
-            x = self.dropout(x if i == last else jnp.tanh(x))
+            x = self.dropout(jnp.tanh(x) if i + 1 < len(self.convs) else x)
         return x
 
 
@@ -198,7 +224,9 @@ class PhonemeDecoder(nnx.Module):
     def __init__(self, c: Config, symbols: int, **kw: Any) -> None:
         size = c.auxiliary_size
         self.embedding = nnx.Embed(symbols, size, **kw)
-        self.rnn = AttentiveLSTM(c, size, size, c.auxiliary_layers, size, 1, **kw)
+        self.rnn = AttentiveLSTM(
+            c, n_in=size, size=size, layers=c.auxiliary_layers, attention_size=size, heads=1, **kw
+        )
         self.output = nnx.Linear(2 * size, symbols, **kw)
 
     def __call__(self, phonemes: Array, encoded: Array, mask: Array, tap: Taps) -> Array:
@@ -215,10 +243,9 @@ class Translatotron(nnx.Module):
         self.encoder = Encoder(c, **kw)
         self.decoder = SpectrogramDecoder(c, **kw)
         self.postnet = PostNet(c, **kw)
-        self.source_decoder, self.target_decoder = (
-            PhonemeDecoder(c, n, **kw) if n else None
-            for n in (c.source_phonemes, c.target_phonemes)
-        )
+        n, m = c.source_phonemes, c.target_phonemes
+        self.source_decoder = PhonemeDecoder(c, n, **kw) if n else None
+        self.target_decoder = PhonemeDecoder(c, m, **kw) if m else None
 
     def __call__(
         self,
@@ -233,20 +260,30 @@ class Translatotron(nnx.Module):
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
         whatever starts a sequence; without them their logits are None.
+
+        `taps=True` returns (output, {name: intermediate}); names are module paths, and
+        `attention.weights` for the (B, K, N, S) of each attention.
         """
+        c = self.config
         tap = Taps(taps)
-        self.config.check_frames(target.shape[1])
-        self.config.check_phonemes(source_phonemes is not None, target_phonemes is not None)
+        c.check_frames(target.shape[1])
+        c.check_phonemes(source_phonemes is not None, target_phonemes is not None)
         encoded, mask = self.encode(source, source_lengths, tap)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         target = jnp.asarray(target, encoded[-1].dtype)
-        before, stop = self.decoder(target, memory, tap.at("decoder"))
-        after = before + self.postnet(before, tap.at("postnet"))
-        logits = [
-            None if phonemes is None else decoder(phonemes, encoded[layer - 1], mask, tap.at(name))
-            for name, decoder, phonemes, layer in self.auxiliary(source_phonemes, target_phonemes)
-        ]
-        return tap.result(Output(after, before, stop, *logits))
+        frames_before, stop = self.decoder(target, memory, tap.at("decoder"))
+        frames = frames_before + self.postnet(frames_before, tap.at("postnet"))
+        source_logits = target_logits = None
+        # Encoder layers count from 1.
+        if self.source_decoder is not None and source_phonemes is not None:
+            layer = encoded[c.source_layer - 1]
+            at = tap.at("source_decoder")
+            source_logits = self.source_decoder(source_phonemes, layer, mask, at)
+        if self.target_decoder is not None and target_phonemes is not None:
+            layer = encoded[c.target_layer - 1]
+            at = tap.at("target_decoder")
+            target_logits = self.target_decoder(target_phonemes, layer, mask, at)
+        return tap.result(Output(frames, frames_before, stop, source_logits, target_logits))
 
     def translate(
         self, source: Array, steps: int, source_lengths: Array | None = None
@@ -255,27 +292,24 @@ class Translatotron(nnx.Module):
 
         Always `steps` steps; an utterance ends with the first whose stop logit is positive, and
         the post-net sees zeros after that. One compiled scan; other sizes compile anew.
+
+        In evaluation only. Tacotron 2 keeps the pre-net's dropout on here; then no two runs would
+        be alike. ValueError in training mode, or if `steps` is below 1.
         """
+        if not self.decoder.rnn.zoneout.deterministic:
+            raise ValueError("translate() is for evaluation: call eval() first")
         if steps < 1:
             raise ValueError(f"steps is {steps}, and at least 1")
         return _translate(*nnx.split(self), source, steps, source_lengths)
 
-    def auxiliary(self, source: Any, target: Any) -> list[tuple[str, Any, Any, int]]:
-        """Name, module, phonemes and encoder layer of either phoneme decoder."""
-        c = self.config
-        return [
-            ("source_decoder", self.source_decoder, source, c.source_layer),
-            ("target_decoder", self.target_decoder, target, c.target_layer),
-        ]
-
     def encode(self, source: Array, lengths: Array | None, tap: Taps) -> tuple[list[Array], Array]:
-        """The encoder's layers, and where there are frames: (B, S)."""
+        """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
+        utterance."""
         B, S, _ = source.shape
-        stop = self.decoder.stop
-        source = jnp.asarray(source, stop.dtype or stop.kernel[...].dtype)
-        steps = jnp.arange(S)
-        inside = steps < S if lengths is None else steps < lengths[:, None]
-        mask = jnp.broadcast_to(inside, (B, S))
+        # To a layer's dtype: a float64 spectrogram must not promote a float32 model.
+        layer = self.decoder.stop
+        source = jnp.asarray(source, layer.dtype or layer.kernel[...].dtype)
+        mask = jnp.ones((B, S), bool) if lengths is None else jnp.arange(S) < lengths[:, None]
         return self.encoder(source, lengths, tap.at("encoder")), mask
 
 
@@ -290,11 +324,11 @@ def _translate(
     model = nnx.merge(graph, state)
     encoded, mask = model.encode(source, source_lengths, Taps(False))
     memory = model.decoder.rnn.attention.memory(encoded[-1], mask)
-    frames, stop = model.decoder.decode(memory, steps)
+    made, stop = model.decoder.decode(memory, steps)
     ends = stop > 0
     ended = jnp.where(ends.any(1), ends.argmax(1) + 1, steps)
     lengths = ended * model.config.reduction
-    inside = jnp.arange(frames.shape[1]) < lengths[:, None]
-    before = frames * inside[..., None]
-    after = (before + model.postnet(before, Taps(False))) * inside[..., None]
-    return Translation(after, before, lengths)
+    inside = jnp.arange(made.shape[1]) < lengths[:, None]
+    frames_before = made * inside[..., None]
+    frames = (frames_before + model.postnet(frames_before, Taps(False))) * inside[..., None]
+    return Translation(frames, frames_before, lengths)

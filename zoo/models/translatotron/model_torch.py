@@ -1,7 +1,8 @@
 """Translatotron in PyTorch. Jia 2019, https://arxiv.org/abs/1904.06037.
 
-B utterances of S source frames with C mel channels and T target frames with F bins, of which the
-decoder predicts r at a step; H units in an LSTM, A in an attention; L phonemes.
+B utterances; S source frames of C mel channels; T target frames of F bins, predicted r at a time in
+K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the width
+of the LSTM at hand.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, relu, tanh
+from torch.nn.functional import pad
 
 from zoo.models.translatotron.config import Config, Output, Translation
 from zoo.nn.additive_attention_torch import AdditiveAttention, Memory
@@ -29,10 +30,15 @@ class State(NamedTuple):
 
 
 class Masks(NamedTuple):
-    """Random numbers of all T steps, drawn beforehand; ones and constants outside of training."""
+    """Factors of all K steps, drawn before the loop: in Flax a scan's body cannot draw.
 
-    update: Tensor  # (T, layers, 2, B, H) of zoneout: 1 takes the new h or c, 0 keeps the old
-    attention: Tensor  # (T, B, N, S), the dropout on attention weights
+    Outside of training they are constants, with axes of length 1 that broadcast.
+    """
+
+    # (K, layers, 2, B, H): share of the new h and c that is taken. 1 or 0 in training, 1 - zoneout
+    # outside of it.
+    update: Tensor
+    attention: Tensor  # (K, B, N, S): attention dropout. 0 or 1 / (1 - p) in training, 1 outside
 
 
 class Encoder(nn.Module):
@@ -67,37 +73,50 @@ class PreNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., F) -> (..., prenet_size)."""
-        x = self.dropout(F.relu(self.fc1(x)))
-        return self.dropout(F.relu(self.fc2(x)))
+        x = self.dropout(relu(self.fc1(x)))
+        return self.dropout(relu(self.fc2(x)))
 
 
 class AttentiveLSTM(nn.Module):
-    """LSTM layers that read an input beside what was attended to last, and whose top asks next.
+    """LSTM layers with attention.
 
-    Zoneout (Krueger 2016): in training h and c stay as they were with this probability, each by
-    itself; otherwise they move by what is expected of that, (1 - zoneout) of the way.
+    At each step the first layer reads [input, last context], and the top layer's h is the query
+    that gives the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps its
+    old value with probability zoneout; in evaluation it moves (1 - zoneout) of the way, which is
+    the mean.
     """
 
     def __init__(
-        self, c: Config, n_in: int, size: int, layers: int, attention: int, heads: int, **kw: Any
+        self,
+        c: Config,
+        *,
+        n_in: int,
+        size: int,
+        layers: int,
+        attention_size: int,
+        heads: int,
+        **kw: Any,
     ) -> None:
         super().__init__()
         self.size = size
-        self.attention_size = attention
+        self.attention_size = attention_size
         self.keep = 1 - c.zoneout
-        widths = [n_in + attention] + [size] * (layers - 1)
+        widths = [n_in + attention_size] + [size] * (layers - 1)
         self.cells = nn.ModuleList(LSTMCell(n, size, **kw) for n in widths)
-        self.attention = AdditiveAttention(size, 2 * c.encoder_size, attention, heads, **kw)
+        self.attention = AdditiveAttention(
+            query_dim=size, memory_dim=2 * c.encoder_size, size=attention_size, heads=heads, **kw
+        )
         self.zoneout = nn.Dropout(c.zoneout)
-        self.dropout = nn.Dropout(c.attention_dropout)
+        self.attention_dropout = nn.Dropout(c.attention_dropout)
 
     def forward(self, x: Tensor, memory: Memory, tap: Taps) -> Tensor:
-        """All inputs (B, T, n_in) -> [h of the top, context] at every step, (B, T, H + A)."""
-        masks = self.masks(x.shape[1], memory)
+        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A)."""
+        K = x.shape[1]
+        masks = self.masks(K, memory)
         state = self.start(memory)
         tops, contexts, weights = [], [], []
-        for t in range(x.shape[1]):
-            state, w = self.step(x[:, t], state, memory, Masks(*(m[t] for m in masks)))
+        for k in range(K):
+            state, w = self.step(x[:, k], state, memory, Masks(*(m[k] for m in masks)))
             tops.append(state.cells[-1][0])
             contexts.append(state.context)
             weights.append(w)
@@ -124,12 +143,13 @@ class AttentiveLSTM(nn.Module):
         return State(tuple((zeros, zeros) for _ in self.cells), context)
 
     def masks(self, steps: int, memory: Memory) -> Masks:
-        """Masks of so many steps, of length 1 in every other axis outside of training."""
+        """As Masks says, for K = `steps`."""
         B, S, N, _ = memory.keys.shape
         batch, size, weights = (B, self.size, (B, N, S)) if self.training else (1, 1, (1, 1, 1))
         ones = memory.keys.new_ones(steps, len(self.cells), 2, batch, size)
+        # Dropout gives 0 or 1 / keep in training and 1 outside: times keep, 0 or 1, and keep.
         update = self.keep * self.zoneout(ones)
-        return Masks(update, self.dropout(memory.keys.new_ones(steps, *weights)))
+        return Masks(update, self.attention_dropout(memory.keys.new_ones(steps, *weights)))
 
 
 class SpectrogramDecoder(nn.Module):
@@ -142,34 +162,40 @@ class SpectrogramDecoder(nn.Module):
         A = c.attention_size
         self.prenet = PreNet(c, **kw)
         self.rnn = AttentiveLSTM(
-            c, c.prenet_size, c.decoder_size, c.decoder_layers, A, c.attention_heads, **kw
+            c,
+            n_in=c.prenet_size,
+            size=c.decoder_size,
+            layers=c.decoder_layers,
+            attention_size=A,
+            heads=c.attention_heads,
+            **kw,
         )
         self.frame = Linear(c.decoder_size + A, c.reduction * c.frame_size, **kw)
         self.stop = Linear(c.decoder_size + A, 1, **kw)
 
     def forward(self, target: Tensor, memory: Memory, tap: Taps) -> tuple[Tensor, Tensor]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, T / r)."""
-        last = target[:, self.reduction - 1 :: self.reduction]  # of every step
-        before = F.pad(last[:, :-1], (0, 0, 1, 0))
-        x = tap("prenet", self.prenet(before))
+        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K)."""
+        # The last frame of the step before; zeros first.
+        shifted = target[:, self.reduction - 1 : -1 : self.reduction]
+        previous = pad(shifted, (0, 0, 1, 0))
+        x = tap("prenet", self.prenet(previous))
         y = self.rnn(x, memory, tap.at("rnn"))
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0]
 
     def decode(self, memory: Memory, steps: int) -> tuple[Tensor, Tensor]:
-        """Every step from the last frame of the one before: frames (B, steps * r, F), stop."""
+        """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
         B = memory.keys.shape[0]
         masks = self.rnn.masks(steps, memory)
         state = self.rnn.start(memory)
-        last = memory.keys.new_zeros(B, self.frame_size)
+        previous = memory.keys.new_zeros(B, self.frame_size)
         frames, stops = [], []
-        for t in range(steps):
-            state, _ = self.rnn.step(
-                self.prenet(last), state, memory, Masks(*(m[t] for m in masks))
-            )
+        for k in range(steps):
+            x = self.prenet(previous)
+            state, _ = self.rnn.step(x, state, memory, Masks(*(m[k] for m in masks)))
             y = torch.cat([state.cells[-1][0], state.context], -1)
-            frame = self.frame(y).view(B, self.reduction, -1)
-            last = frame[:, -1]
-            frames.append(frame)
+            made = self.frame(y).view(B, self.reduction, -1)
+            previous = made[:, -1]
+            frames.append(made)
             stops.append(self.stop(y))
         return torch.cat(frames, 1), torch.cat(stops, 1)
 
@@ -189,11 +215,10 @@ class PostNet(nn.Module):
     def forward(self, frames: Tensor, tap: Taps) -> Tensor:
         """frames (B, T, F) -> what to add to them."""
         x = frames.transpose(1, 2)
-        last = len(self.convs) - 1
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = tap(f"convs.{i}", conv(x))
             x = tap(f"norms.{i}", norm(x))
-            x = self.dropout(x if i == last else torch.tanh(x))
+            x = self.dropout(tanh(x) if i + 1 < len(self.convs) else x)
         return x.transpose(1, 2)
 
 
@@ -204,7 +229,9 @@ class PhonemeDecoder(nn.Module):
         super().__init__()
         size = c.auxiliary_size
         self.embedding = Embedding(symbols, size, **kw)
-        self.rnn = AttentiveLSTM(c, size, size, c.auxiliary_layers, size, 1, **kw)
+        self.rnn = AttentiveLSTM(
+            c, n_in=size, size=size, layers=c.auxiliary_layers, attention_size=size, heads=1, **kw
+        )
         self.output = Linear(2 * size, symbols, **kw)
 
     def forward(self, phonemes: Tensor, encoded: Tensor, mask: Tensor, tap: Taps) -> Tensor:
@@ -222,10 +249,9 @@ class Translatotron(nn.Module):
         self.encoder = Encoder(c, **kw)
         self.decoder = SpectrogramDecoder(c, **kw)
         self.postnet = PostNet(c, **kw)
-        self.source_decoder, self.target_decoder = (
-            PhonemeDecoder(c, n, **kw) if n else None
-            for n in (c.source_phonemes, c.target_phonemes)
-        )
+        n, m = c.source_phonemes, c.target_phonemes
+        self.source_decoder = PhonemeDecoder(c, n, **kw) if n else None
+        self.target_decoder = PhonemeDecoder(c, m, **kw) if m else None
 
     def forward(
         self,
@@ -240,20 +266,30 @@ class Translatotron(nn.Module):
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
         whatever starts a sequence; without them their logits are None.
+
+        `taps=True` returns (output, {name: intermediate}); names are module paths, and
+        `attention.weights` for the (B, K, N, S) of each attention.
         """
+        c = self.config
         tap = Taps(taps)
-        self.config.check_frames(target.shape[1])
-        self.config.check_phonemes(source_phonemes is not None, target_phonemes is not None)
+        c.check_frames(target.shape[1])
+        c.check_phonemes(source_phonemes is not None, target_phonemes is not None)
         encoded, mask = self.encode(source, source_lengths, tap)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         target = target.to(encoded[-1].dtype)
-        before, stop = self.decoder(target, memory, tap.at("decoder"))
-        after = before + self.postnet(before, tap.at("postnet"))
-        logits = [
-            None if phonemes is None else decoder(phonemes, encoded[layer - 1], mask, tap.at(name))
-            for name, decoder, phonemes, layer in self.auxiliary(source_phonemes, target_phonemes)
-        ]
-        return tap.result(Output(after, before, stop, *logits))
+        frames_before, stop = self.decoder(target, memory, tap.at("decoder"))
+        frames = frames_before + self.postnet(frames_before, tap.at("postnet"))
+        source_logits = target_logits = None
+        # Encoder layers count from 1.
+        if self.source_decoder is not None and source_phonemes is not None:
+            layer = encoded[c.source_layer - 1]
+            at = tap.at("source_decoder")
+            source_logits = self.source_decoder(source_phonemes, layer, mask, at)
+        if self.target_decoder is not None and target_phonemes is not None:
+            layer = encoded[c.target_layer - 1]
+            at = tap.at("target_decoder")
+            target_logits = self.target_decoder(target_phonemes, layer, mask, at)
+        return tap.result(Output(frames, frames_before, stop, source_logits, target_logits))
 
     @torch.no_grad()
     def translate(
@@ -263,35 +299,36 @@ class Translatotron(nn.Module):
 
         Always `steps` steps; an utterance ends with the first whose stop logit is positive, and
         the post-net sees zeros after that.
+
+        In evaluation only. Tacotron 2 keeps the pre-net's dropout on here; then no two runs would
+        be alike. ValueError in training mode, or if `steps` is below 1.
         """
+        if self.training:
+            raise ValueError("translate() is for evaluation: call eval() first")
         if steps < 1:
             raise ValueError(f"steps is {steps}, and at least 1")
         encoded, mask = self.encode(source, source_lengths, Taps(False))
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
-        frames, stop = self.decoder.decode(memory, steps)
+        made, stop = self.decoder.decode(memory, steps)
         ends = stop > 0
         ended = torch.where(ends.any(1), ends.long().argmax(1) + 1, steps)
         lengths = ended * self.config.reduction
-        inside = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
-        before = frames * inside[..., None]
-        after = (before + self.postnet(before, Taps(False))) * inside[..., None]
-        return Translation(after, before, lengths)
-
-    def auxiliary(self, source: Any, target: Any) -> list[tuple[str, Any, Any, int]]:
-        """Name, module, phonemes and encoder layer of either phoneme decoder."""
-        c = self.config
-        return [
-            ("source_decoder", self.source_decoder, source, c.source_layer),
-            ("target_decoder", self.target_decoder, target, c.target_layer),
-        ]
+        inside = torch.arange(made.shape[1], device=made.device) < lengths[:, None]
+        frames_before = made * inside[..., None]
+        frames = (frames_before + self.postnet(frames_before, Taps(False))) * inside[..., None]
+        return Translation(frames, frames_before, lengths)
 
     def encode(
         self, source: Tensor, lengths: Tensor | None, tap: Taps
     ) -> tuple[list[Tensor], Tensor]:
-        """The encoder's layers, and where there are frames: (B, S)."""
+        """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
+        utterance."""
         B, S, _ = source.shape
-        weight = self.decoder.stop.weight
-        source = source.to(self.decoder.stop.dtype or weight.dtype)
-        steps = torch.arange(S, device=source.device)
-        mask = (steps < S).expand(B, S) if lengths is None else steps < lengths[:, None]
+        # To a layer's dtype: a float64 spectrogram must not promote a float32 model.
+        layer = self.decoder.stop
+        source = source.to(layer.dtype or layer.weight.dtype)
+        if lengths is None:
+            mask = torch.ones(B, S, dtype=torch.bool, device=source.device)
+        else:
+            mask = torch.arange(S, device=source.device) < lengths[:, None]
         return self.encoder(source, lengths, tap.at("encoder")), mask
