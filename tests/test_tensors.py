@@ -120,3 +120,13 @@ def test_foreign_byte_order_and_containers() -> None:
         convert.to_torch({"s": state})
     with pytest.raises(UsageError, match="meta"):
         convert.to_jax(torch.ones(2, device="meta"))
+
+
+def test_all_of_a_loaded_model_is_shared() -> None:
+    """Memory that torch allocated is aligned as JAX wants it."""
+    import zoo
+
+    model = zoo.create("mnist_cnn", framework="torch")
+    state = model.state_dict()
+    arrays = convert.to_jax(state)
+    assert all(arrays[n].unsafe_buffer_pointer() == t.data_ptr() for n, t in state.items())
