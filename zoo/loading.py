@@ -230,7 +230,7 @@ def _check_known(plan: Plan, overrides: Mapping[str, Any]) -> None:
     if unknown := sorted(plan.unknown - overrides.keys()):
         raise UsageError(
             f"the tensors do not tell {', '.join(unknown)}, and nothing beside them does",
-            "name a preset with model=... or give its config.json with config=...",
+            f"give {unknown[0]}=..., a preset with model=..., or a config.json with config=...",
         )
 
 
