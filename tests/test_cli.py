@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -72,6 +73,28 @@ def evil(folder: Path) -> Path:
     return folder / "evil.pt"
 
 
+def evil_pickle(folder: Path) -> Path:
+    return _pickled(folder, 4)
+
+
+def evil_old_pickle(folder: Path) -> Path:
+    return _pickled(folder, 0)
+
+
+def _pickled(folder: Path, protocol: int) -> Path:
+    class Call:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {folder}/PWNED",)
+
+    (folder / "evil.pkl").write_bytes(pickle.dumps(Call(), protocol))
+    return folder / "evil.pkl"
+
+
+def plain_pickle(folder: Path) -> Path:
+    (folder / "plain.pkl").write_bytes(pickle.dumps({"a": [1, 2]}))
+    return folder / "plain.pkl"
+
+
 def truncated(folder: Path) -> Path:
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -116,6 +139,9 @@ BAD = [
     (nothing, 5, "docs holds no checkpoint", "known are"),
     (lfs, 5, "git-lfs pointer", "git lfs pull"),
     (evil, 4, "system", "nothing of it was run"),
+    (evil_pickle, 4, "system", "nothing of it was run"),
+    (evil_old_pickle, 4, "system", "nothing of it was run"),
+    (plain_pickle, 5, "a pickle that torch.save did not write", "state_dict()"),
     (three, 1, "3 differ", "--model or --config"),
     (lambda folder: folder / "gone.pt", 2, "gone.pt does not exist", "give the path"),
 ]

@@ -6,6 +6,7 @@ it makes sense, a Writer (see `zoo.containers.base`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ _KNOWN = (
     "known are safetensors, torch .pt/.pth/.bin, sharded checkpoints by their *.index.json, "
     "Flax msgpack and Orbax directories"
 )
+_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+_OLD_PICKLE = re.compile(rb"[(\]}]*c[\w.]+\n[\w.]+\n")  # protocol 0 that begins with a global
 # What a directory may call its one checkpoint, best first, by the side that wrote it.
 _TORCH_FILES = (
     "model.safetensors.index.json",
@@ -111,6 +114,22 @@ def _is_torch(start: bytes) -> bool:
     return start.startswith(b"PK\x03\x04") or legacy or start[257:262] == b"ustar"
 
 
+def _is_pickle(start: bytes) -> bool:
+    return (start[:1] == b"\x80" and start[1:2] in _PROTOCOLS) or bool(_OLD_PICKLE.match(start))
+
+
+def _open_pickle(path: Path) -> Reader:
+    """No checkpoint, but it is said if loading it would have run something (UnsafeInput)."""
+    from zoo.containers.torch_file.machine import load
+
+    with path.open("rb") as stream:
+        load(stream, str(path))
+    raise CorruptInput(
+        f"{path} is a pickle that torch.save did not write",
+        "load it where it was written, and save its state_dict() with torch.save",
+    )
+
+
 def _is_index(start: bytes) -> bool:
     return start.lstrip()[:1] == b"{"
 
@@ -154,6 +173,7 @@ def _is_text(start: bytes) -> bool:
 _FILES: tuple[tuple[Callable[[bytes], bool], Callable[[Path], Reader]], ...] = (
     (_is_safetensors, _open_safetensors),
     (_is_torch, _open_torch),
+    (_is_pickle, _open_pickle),
     (_is_index, _open_index),
     (_is_msgpack, _open_msgpack),
 )
