@@ -1,15 +1,17 @@
-"""Streams a Plan: read, apply, write, prove, commit. One step of the plan is in memory at a time,
-and one more is being read meanwhile."""
+"""Streams a Plan: read, apply, write, prove, commit. One step of the plan is being written at a
+time, while the next ones are read, moved and hashed."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from zoo.plan import Aside, Plan, Step, carry, refuse_broken_ties
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 _T = TypeVar("_T")
+_WORKERS = 2  # steps under way besides the one being written
 
 
 def run(
@@ -71,15 +74,10 @@ def disk_needed(plan: Plan, target: Target) -> int:
 
 
 def memory_needed(plan: Plan) -> int:
-    """Bytes of tensors held at the peak: one step's source and result, the next step's source."""
-    pairs = zip(plan.steps, (*plan.steps[1:], None), strict=True)
-    return max(
-        (
-            s.nbytes + sum(i.nbytes for i in s.target_infos) + (n.nbytes if n else 0)
-            for s, n in pairs
-        ),
-        default=0,
-    )
+    """Bytes of tensors held at the peak: one step being written, and the next ones under way."""
+    sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
+    at_once = 1 + _WORKERS
+    return max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
 
 
 def sha256(array: np.ndarray) -> str:
@@ -89,15 +87,22 @@ def sha256(array: np.ndarray) -> str:
 
 
 def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
-    """The results of the jobs in order; the next one runs while the caller works on this one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        ahead = pool.submit(jobs[0]) if jobs else None
-        for job in (*jobs[1:], None):
-            assert ahead is not None
-            result = ahead.result()
-            ahead = pool.submit(job) if job else None
-            yield result
-            del result
+    """The results of the jobs in order; the next ones run while the caller works on this one.
+
+    Reading, copying and hashing all release Python's lock, so the workers do run at once.
+    """
+    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="convert") as pool:
+        rest = iter(jobs)
+        ahead = deque(pool.submit(job) for job in itertools.islice(rest, _WORKERS))
+        try:
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(pool.submit(job) for job in itertools.islice(rest, 1))
+                yield result
+                del result
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
@@ -150,18 +155,14 @@ def _write(
         for name, to in written_ties(target, plan, label).items():
             ties.setdefault(to, []).append(name)
     with open_writer(target, place, plan, label) as writer:
-        jobs = [_reading(reader, step) for step in plan.steps]
+        jobs = [_moving(reader, step) for step in plan.steps]
         done = overflow = 0
-        for step, (arrays, hashes) in zip(plan.steps, prefetch(jobs), strict=True):
-            made = apply(step.ops, arrays, step.target_infos[0].dtype)
-            if step.source_infos[0].dtype != step.target_infos[0].dtype:
-                overflow += sum(map(lost, apply(step.ops, arrays), made))
-            for name, array in zip(step.targets, made, strict=True):
+        for step, moved in zip(plan.steps, prefetch(jobs), strict=True):
+            for name, array in zip(step.targets, moved.arrays, strict=True):
                 for each in (name, *ties.get(name, ())):
                     writer.write(each, array)
-            same = all(a is b for a, b in zip(arrays, made, strict=False))
-            out = hashes if same and len(arrays) == len(made) else [sha256(a) for a in made]
-            certificate.tensors.append(_record(step, hashes, out))
+            certificate.tensors.append(_record(step, moved.source_hashes, moved.target_hashes))
+            overflow += moved.overflow
             done += step.nbytes
             progress("convert", done, total)
         _make(plan, writer, certificate)
@@ -190,12 +191,28 @@ def _write_label(target: Target, place: Path, label: Label) -> None:
         write_text(place / target.beside("config.json"), label.to_config_json())
 
 
-def _reading(reader: Reader, step: Step) -> Callable[[], tuple[list[np.ndarray], list[str]]]:
-    def read() -> tuple[list[np.ndarray], list[str]]:
-        arrays = [reader.read(name) for name in step.sources]
-        return arrays, [sha256(a) for a in arrays]
+class _Moved(NamedTuple):
+    """One step's result, and what the certificate says of it."""
 
-    return read
+    arrays: list[np.ndarray]
+    source_hashes: list[str]
+    target_hashes: list[str]
+    overflow: int  # finite values that a cast made infinite or NaN
+
+
+def _moving(reader: Reader, step: Step) -> Callable[[], _Moved]:
+    def move() -> _Moved:
+        arrays = [reader.read(name) for name in step.sources]
+        hashes = [sha256(a) for a in arrays]
+        made = apply(step.ops, arrays, step.target_infos[0].dtype)
+        if len(arrays) == len(made) and all(a is b for a, b in zip(arrays, made, strict=True)):
+            return _Moved(made, hashes, hashes, 0)
+        overflow = 0
+        if step.source_infos[0].dtype != step.target_infos[0].dtype:
+            overflow = sum(map(lost, apply(step.ops, arrays), made))
+        return _Moved(made, hashes, [sha256(a) for a in made], overflow)
+
+    return move
 
 
 def _record(step: Step, sources: list[str], targets: list[str]) -> TensorRecord:
