@@ -20,7 +20,7 @@ from convert.inspection import Inspection
 from convert.proof.report import Report, TensorDifference
 from convert.run import Progress as Callback
 from zoo.containers.errors import printable
-from zoo.identification import matching_presets
+from zoo.identification import dims, title
 from zoo.ops import describe
 from zoo.registry import Found
 
@@ -121,7 +121,7 @@ def plan(prepared: Prepared) -> None:
             " + ".join(s.targets),
             describe(s.ops),
             s.source_infos[0].dtype + (f" -> {s.target_infos[0].dtype}" if _is_cast(s) else ""),
-            " + ".join(_dims(i.shape) for i in s.target_infos),
+            " + ".join(dims(i.shape) for i in s.target_infos),
         )
         for s in p.steps
     ]
@@ -187,7 +187,7 @@ def inspection(found: Inspection, every: bool) -> None:
         (
             n,
             t.dtype,
-            _dims(t.shape),
+            dims(t.shape),
             size(t.nbytes),
             f"= {found.ties[n]}" if n in found.ties else "",
         )
@@ -298,8 +298,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def _title(prepared: Prepared) -> str:
     p = prepared.plan
-    presets = matching_presets(p.model, p.config, p.unknown)
-    return f"{p.model.name} ({' or '.join(presets)})" if presets else p.model.name
+    return title(p.model, p.config, p.unknown)
 
 
 def _kind(prepared: Prepared) -> str:
@@ -309,7 +308,3 @@ def _kind(prepared: Prepared) -> str:
 
 def _is_cast(step: Any) -> bool:
     return bool(step.source_infos[0].dtype != step.target_infos[0].dtype)
-
-
-def _dims(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) if shape else "scalar"

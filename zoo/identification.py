@@ -43,12 +43,12 @@ class Problems:
         Of each kind the first are spelled out, and the rest counted.
         """
         missing = [
-            f"missing: {n} {_dims(s)}{_near(n, self.surplus)}"
+            f"missing: {n} {dims(s)}{_near(n, self.surplus)}"
             for n, s in itertools.islice(self.missing.items(), _SHOWN)
         ]
         surplus = [f"surplus: {n}" for n in self.surplus[:_SHOWN]]
         misshaped = [
-            f"wrong shape: {n} is {_dims(got)}, should be {_dims(want)}"
+            f"wrong shape: {n} is {dims(got)}, should be {dims(want)}"
             for n, (got, want) in itertools.islice(self.misshaped.items(), _SHOWN)
         ]
         counts = len(self.missing), len(self.surplus), len(self.misshaped)
@@ -76,8 +76,7 @@ class Candidate:
 
     def title(self) -> str:
         """The family, and its presets of this size."""
-        presets = matching_presets(self.model, self.config, self.unknown)
-        return f"{self.model.name} ({' or '.join(presets)})" if presets else self.model.name
+        return title(self.model, self.config, self.unknown)
 
 
 @dataclass(frozen=True)
@@ -155,6 +154,12 @@ def mismatch(candidate: Candidate) -> ZooError:
         "else the checkpoint is incomplete",
         candidate.problems.lines(),
     )
+
+
+def title(model: Model, config: Config, unknown: frozenset[str]) -> str:
+    """The family, and its presets of this size: "bert (minilm_l6)"."""
+    presets = matching_presets(model, config, unknown)
+    return f"{model.name} ({' or '.join(presets)})" if presets else model.name
 
 
 def matching_presets(model: Model, config: Config, unknown: frozenset[str]) -> list[str]:
@@ -296,7 +301,8 @@ def _near(name: str, surplus: list[str]) -> str:
     return f" (nearest: {near[0]})" if near else ""
 
 
-def _dims(shape: Shape) -> str:
+def dims(shape: Shape) -> str:
+    """A shape for people: 30522x384."""
     return "x".join(map(str, shape)) if shape else "scalar"
 
 

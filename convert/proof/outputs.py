@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from convert.proof.report import OutputRow
+from convert.proof.report import FLOOR, OutputRow
 from zoo.containers.errors import MissingExtra
 from zoo.loading import build
 from zoo.model import Config, Model
 
 MARGIN = 8.0  # times the noise
-FLOOR = 2.0**-23  # of the scale: float32's own resolution
 EXACT = 1e-10  # of the scale, in float64
 PRECISIONS = ("float32", "float64")
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+FLOOR = 2.0**-23  # of the scale: float32's own resolution
 LEVELS = ("bits", "outputs")
 Level = Literal["bits", "outputs"]
 
@@ -42,7 +43,7 @@ class OutputRow:
     @property
     def ratio(self) -> float:
         """Error as a multiple of what rounding explains; above 8 is different."""
-        floor = max(self.noise, 2.0**-23 * self.scale)
+        floor = max(self.noise, FLOOR * self.scale)
         return self.error / floor if floor else float(self.error > 0)
 
 

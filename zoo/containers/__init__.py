@@ -13,7 +13,6 @@ from pathlib import Path
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UsageError
 
-CONTAINERS = ("safetensors", "torch", "msgpack", "orbax")
 _KNOWN = (
     "known are safetensors, torch .pt/.pth/.bin, sharded checkpoints by their *.index.json, "
     "Flax msgpack and Orbax directories"
