@@ -23,6 +23,7 @@ from support import canonical, write
 from convert import cli as cli_module
 from convert import display
 from convert.cli import cli
+from convert.commands import options
 from zoo.containers.errors import printable
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.label import Label
@@ -360,7 +361,7 @@ def test_sizes(nbytes: int, expected: str) -> None:
     ("text", "expected"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5K", 1500), ("77", 77)]
 )
 def test_shard_sizes(text: str, expected: int) -> None:
-    assert cli_module._Size().convert(text, None, None) == expected
+    assert options.Size().convert(text, None, None) == expected
 
 
 # --- Help ---
@@ -409,5 +410,5 @@ def test_completion(shell: str) -> None:
     result = CliRunner().invoke(cli, ["completion", shell])
     assert result.exit_code == 0
     assert "_ZOOCONVERT_COMPLETE" in result.output
-    found = cli_module._complete_model(None, None, "mini")
+    found = options.complete_model(None, None, "mini")
     assert found == ["minilm_l6"]

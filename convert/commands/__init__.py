@@ -1,0 +1,1 @@
+"""The commands, one module each. Only click is imported before one runs."""

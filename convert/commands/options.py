@@ -1,0 +1,60 @@
+"""Options that several commands share, and how notices are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Size(click.ParamType):
+    """5GB, 500MB, 4096: powers of ten, as disks and hubs count."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        text = str(value).strip().upper().removesuffix("B")
+        factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
+        try:
+            size = int(float(text.rstrip("KMGT")) * factor)
+        except (ValueError, OverflowError):
+            size = 0
+        if size <= 0:
+            self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
+        return size
+
+
+def complete_model(ctx: Any, param: Any, incomplete: str) -> list[str]:
+    from zoo.registry import families, names
+
+    return [n for n in (*names(), *families()) if n.startswith(incomplete)]
+
+
+def model_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    f = click.option(
+        "--config",
+        type=click.Path(),
+        metavar="FILE|PRESET",
+        help="What the tensors do not tell: a config.json, or a preset.",
+    )(f)
+    return click.option(
+        "--model",
+        metavar="NAME",
+        shell_complete=complete_model,
+        help="A family or preset, where the checkpoint does not say.",
+    )(f)
+
+
+def output_options(f: Callable[..., Any]) -> Callable[..., Any]:
+    f = click.option("--debug", is_flag=True, help="Show the traceback of an error.")(f)
+    f = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")(f)
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(f)
+
+
+def notices(notices: list[str], quiet: bool) -> None:
+    from zoo.containers.errors import printable
+
+    if not quiet:
+        for notice in notices:
+            click.echo(f"note: {printable(notice)}", err=True)

@@ -1,0 +1,1 @@
+"""Optimizer states between PyTorch and optax, through one canonical form."""
