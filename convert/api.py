@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.certificate import Certificate
 from convert.commit import check_space, check_target
-from convert.proof.report import LEVELS, Level, OutputRow, Report, TensorDifference
+from convert.proof.report import LEVELS, Level, Report, Row, TensorDifference
 from convert.run import Progress, disk_needed, memory_needed, run
 from convert.targets import Target, by_suffix, choose
 from zoo import hub
@@ -236,7 +236,7 @@ def _contradictions(a: Plan, b: Plan) -> list[str]:
     return [f"{f} {x!r} and {y!r}" for f, x, y in pairs if x != y]
 
 
-def _outputs(a: Side, b: Side) -> list[OutputRow]:
+def _outputs(a: Side, b: Side) -> list[Row]:
     from convert.proof.outputs import compare_outputs
 
     known = next((p for _, p in (a, b) if not p.unknown), None)

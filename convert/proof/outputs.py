@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.proof.report import FLOOR, OutputRow
+from convert.proof.report import FLOOR, Row
 from zoo.containers.errors import MissingExtra
 from zoo.loading import build
 from zoo.model import Config, Model
@@ -29,7 +29,7 @@ def compare_outputs(
     config: Config,
     a: tuple[str, Mapping[str, np.ndarray]],
     b: tuple[str, Mapping[str, np.ndarray]],
-) -> list[OutputRow]:
+) -> list[Row]:
     """One row for each output and tap. `a` and `b` are (framework, canonical tensors)."""
     inputs = model.inputs(config)
     with _frameworks():
@@ -44,7 +44,7 @@ def compare_outputs(
 
 def judge(
     reference: Mapping[str, Arrays], a: Mapping[str, Arrays], b: Mapping[str, Arrays]
-) -> list[OutputRow]:
+) -> list[Row]:
     """The rows for runs of the reference and of both sides, each by its precision."""
     rows = []
     for name, exact in reference["float64"].items():
@@ -53,7 +53,7 @@ def judge(
         error = _gap(a["float32"][name], b["float32"][name])
         error64 = _gap(a["float64"][name], b["float64"][name])
         same = error <= MARGIN * max(noise, FLOOR * scale) and error64 <= EXACT * scale
-        rows.append(OutputRow(name, exact.shape, error, noise, scale, error64, same))
+        rows.append(Row(name, exact.shape, error, noise, scale, error64, same))
     return rows
 
 
