@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convert.api import convert, verify
     from convert.certificate import Certificate
     from convert.inspection import Inspection, inspect
+    from convert.packing import pack
     from convert.proof.report import Report
     from convert.tensors import to_jax, to_torch
 
@@ -27,6 +28,7 @@ _WHERE = {
     "Report": "convert.proof.report",
     "convert": "convert.api",
     "inspect": "convert.inspection",
+    "pack": "convert.packing",
     "to_jax": "convert.tensors",
     "to_torch": "convert.tensors",
     "verify": "convert.api",
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "convert",
     "inspect",
+    "pack",
     "to_jax",
     "to_torch",
     "verify",

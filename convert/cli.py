@@ -17,6 +17,7 @@ import click
 from convert.commands.conversion import flax2torch, torch2flax
 from convert.commands.inspect import inspect
 from convert.commands.models import models
+from convert.commands.pack import pack
 from convert.commands.verify import verify
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -28,7 +29,7 @@ def cli() -> None:
     """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
 
 
-for command in (torch2flax, flax2torch, verify, inspect, models):
+for command in (torch2flax, flax2torch, verify, inspect, models, pack):
     cli.add_command(command)
 
 

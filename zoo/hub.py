@@ -7,7 +7,8 @@
     pkg:module/path/in/it             a file or directory of any installed package
     hf://org/repo[@revision]          a repository on the Hugging Face hub, through its cache
 
-Nothing is imported from the packages that carry weights.
+Nothing is imported from the packages that carry weights. NAME.json beside NAME.safetensors is its
+card (`zoo.card`): data, licence, score.
 """
 
 from __future__ import annotations
