@@ -16,6 +16,7 @@ import click
 
 from convert.commands.conversion import flax2torch, torch2flax
 from convert.commands.inspect import inspect
+from convert.commands.lint import lint
 from convert.commands.models import models
 from convert.commands.pack import pack
 from convert.commands.verify import verify
@@ -29,7 +30,7 @@ def cli() -> None:
     """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
 
 
-for command in (torch2flax, flax2torch, verify, inspect, models, pack):
+for command in (torch2flax, flax2torch, verify, inspect, lint, models, pack):
     cli.add_command(command)
 
 
