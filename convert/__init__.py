@@ -3,6 +3,8 @@
     convert.convert("model.safetensors")               -> Certificate
     convert.verify("model.safetensors", "model.flax")  -> Report
     convert.inspect("model.flax")                      -> Inspection
+    convert.lint("model.safetensors")                  -> Lint
+    convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
     convert.to_jax(tensor_or_tree)                     PyTorch tensors as JAX arrays
     convert.to_torch(array_or_tree)                    and back
 
@@ -15,30 +17,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.api import convert, verify
+    from convert.api import convert
     from convert.certificate import Certificate
     from convert.inspection import Inspection, inspect
+    from convert.linting.findings import Lint
+    from convert.linting.run import lint
+    from convert.optimizer.loading import load_optimizer
     from convert.packing import pack
     from convert.proof.report import Report
     from convert.tensors import to_jax, to_torch
+    from convert.verification import verify
 
 _WHERE = {
     "Certificate": "convert.certificate",
     "Inspection": "convert.inspection",
+    "Lint": "convert.linting.findings",
     "Report": "convert.proof.report",
     "convert": "convert.api",
     "inspect": "convert.inspection",
+    "lint": "convert.linting.run",
+    "load_optimizer": "convert.optimizer.loading",
     "pack": "convert.packing",
     "to_jax": "convert.tensors",
     "to_torch": "convert.tensors",
-    "verify": "convert.api",
+    "verify": "convert.verification",
 }
 __all__ = [
     "Certificate",
     "Inspection",
+    "Lint",
     "Report",
     "convert",
     "inspect",
+    "lint",
+    "load_optimizer",
     "pack",
     "to_jax",
     "to_torch",

@@ -34,7 +34,8 @@ class OptimizerState:
 
     rule: str
     groups: list[Group]
-    slots: dict[str, dict[str, np.ndarray]]  # slot -> canonical name -> values
+    # slot -> canonical name -> values; read from a file, it may be read anew at each look (`lazy`)
+    slots: Mapping[str, Mapping[str, np.ndarray]]
     steps: dict[str, int]  # canonical name -> updates so far
     name: str = ""  # of one among several: "actor"
     notices: list[str] = field(default_factory=list)
@@ -50,6 +51,6 @@ class TrainingState:
     """Everything in a training checkpoint that is not the weights."""
 
     optimizers: list[OptimizerState] = field(default_factory=list)
-    ema: dict[str, np.ndarray] = field(default_factory=dict)  # canonical name -> averaged weight
+    ema: Mapping[str, np.ndarray] = field(default_factory=dict)  # canonical name -> average
     data: Mapping[str, Any] = field(default_factory=dict)  # epoch, step, ...: anything JSON holds
     notices: list[str] = field(default_factory=list)
