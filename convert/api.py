@@ -1,8 +1,7 @@
-"""`convert.convert` and `convert.verify`, for the command line and for whoever writes Python."""
+"""`convert.convert`, for the command line and for whoever writes Python."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -10,25 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.certificate import Certificate
 from convert.commit import check_space, check_target
-from convert.proof.report import LEVELS, Level, Report, Row, TensorDifference
+from convert.optimizer.state import TrainingState
+from convert.optimizer.training import besides
+from convert.proof.report import Level
 from convert.run import Progress, disk_needed, memory_needed, run
 from convert.targets import Target, by_suffix, choose
+from convert.verification import check_level, prover
 from zoo import hub
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
-from zoo.containers.errors import NotEquivalent, UsageError
+from zoo.containers.errors import UsageError
 from zoo.identification import FLAX_TREES
 from zoo.label import read_label
 from zoo.layout import TREES, Tree
 from zoo.loading import FRAMEWORKS, dtype_code, make_request
-from zoo.plan import Plan, make_plan, read_step
+from zoo.plan import Plan, make_plan
 
 Source = str | os.PathLike[str]
-Side = tuple[Reader, Plan]
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Prepared:
     target: Target
     notices: list[str]
     container: str  # the source's
+    training: TrainingState  # what the source holds besides weights
 
     @property
     def memory(self) -> int:
@@ -48,7 +48,7 @@ class Prepared:
     @property
     def disk(self) -> int:
         """Bytes that will be needed on the target's disk at the peak."""
-        return disk_needed(self.plan, self.target)
+        return disk_needed(self.plan, self.target, self.training)
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class _Order:
         to = self.to or by_suffix(None if self.dst is None else Path(self.dst))
         return {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")
 
-    def prepare(self, reader: Reader, force: bool) -> Prepared:
-        """Identify, plan, choose the target, and see that it may be written."""
+    def prepare(self, reader: Reader, force: bool, stack: ExitStack) -> Prepared:
+        """Identify, plan, choose the target, and see that it may be written. Files that belong to
+        the source are opened into `stack`."""
         if self.framework not in (None, *FRAMEWORKS):
             raise UsageError(f"there is no framework {self.framework!r}", "it is 'torch' or 'flax'")
         if self.tree not in FLAX_TREES:
@@ -102,8 +103,11 @@ class _Order:
         )
         target, told = self.target("torch" if made.target_tree == "torch" else "flax")
         check_target(target.path, reader.path, force)
-        check_space(target.path.parent, disk_needed(made, target))
-        return Prepared(made, target, [*made.notices, *told], reader.container)
+        made, training = besides(reader, made, stack)
+        if self.dtype is not None and (training.optimizers or training.ema):
+            told.append("moments and averages keep their dtypes")
+        check_space(target.path.parent, disk_needed(made, target, training))
+        return Prepared(made, target, [*made.notices, *told], reader.container, training)
 
     def target(self, framework: str) -> tuple[Target, list[str]]:
         """Where the result goes, and what to tell about it."""
@@ -136,28 +140,30 @@ def convert(
     orbax or safetensors). `framework` is the target's, "flax" or "torch" (None: the one that `to`
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
     "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `verify` re-reads the
-    result and maps it back, `level="outputs"` also runs both twins. `on_plan` is called once
-    everything is known and nothing is written.
+    result and maps it back; `level` is as in `convert.verify`: above "bits" both twins are run.
+    `on_plan` is called once everything is known and nothing is written.
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.
     """
     check_level(level)
-    if level == "outputs" and (dtype is not None or not verify):
+    if level != "bits" and (dtype is not None or not verify):
         what = "a cast changes" if dtype is not None else "verify=False leaves out"
         raise UsageError(
-            f"level 'outputs' compares with the source, which {what}", "leave out one of the two"
+            f"level {level!r} compares with the source, which {what}", "leave out one of the two"
         )
     order = _Order(src, dst, to, framework, tree, model, config, dtype, max_shard_size)
-    with order.open() as reader:
-        prepared = order.prepare(reader, force)
+    with ExitStack() as stack:
+        reader = stack.enter_context(order.open())
+        prepared = order.prepare(reader, force, stack)
         on_plan(prepared)
         return run(
             reader,
             prepared.plan,
             prepared.target,
+            training=prepared.training,
             force=force,
             verify=verify,
-            prove=_outputs_prover(reader, order) if level == "outputs" else None,
+            prove=prover(reader, make_request(model, config), level) if level != "bits" else None,
             progress=progress,
         )
 
@@ -170,117 +176,5 @@ def plan(
     Reads names and shapes, writes nothing.
     """
     order = _Order(src, dst, to, **kw)
-    with order.open() as reader:
-        return order.prepare(reader, force)
-
-
-def verify(
-    a: Source,
-    b: Source,
-    level: Level = "bits",
-    *,
-    model: str | None = None,
-    config: Source | Mapping[str, Any] | None = None,
-    progress: Progress = lambda stage, done, total: None,
-) -> Report:
-    """Whether two checkpoints, of any containers and frameworks, are the same model.
-
-    "bits": every tensor, mapped to the canonical layout, bit for bit. "outputs": besides, both are
-    run, each in its framework, and every output and intermediate is judged by the rounding noise.
-    Raises ZooError where they cannot be compared; a difference is no error but the verdict.
-    """
-    check_level(level)
-    for source in (a, b):
-        if not isinstance(source, str | os.PathLike):
-            raise UsageError(
-                f"{type(source).__name__} is no checkpoint", "give paths or names of checkpoints"
-            )
-    request = make_request(model, config)
-    report = Report(os.fspath(a), os.fspath(b), level)
     with ExitStack() as stack:
-        sides: list[Side] = []
-        for source, prefer in ((a, "torch"), (b, "flax")):
-            reader = stack.enter_context(open_checkpoint(hub.locate(source), prefer))
-            sides.append((reader, make_plan(reader, read_label(reader), "torch", request=request)))
-        first, second = sides
-        if first[1].model is not second[1].model:
-            names = first[1].model.name, second[1].model.name
-            raise UsageError(f"{a} is {names[0]}, {b} is {names[1]}", "compare two of one model")
-        report.notices = list(dict.fromkeys(n for _, p in sides for n in p.notices))
-        _compare(first, second, report, progress)
-    return report
-
-
-def check_level(level: str) -> None:
-    """UsageError for a level that there is not."""
-    if level not in LEVELS:
-        raise UsageError(f"there is no level {level!r}", f"known are {', '.join(LEVELS)}")
-
-
-def _compare(a: Side, b: Side, report: Report, progress: Progress) -> None:
-    from convert.proof.bits import compare_bits
-
-    compare_bits(a, b, report, progress)
-    configs = _contradictions(a[1], b[1])
-    if report.level == "bits":
-        report.notices += [f"the configs differ: {what}" for what in configs]
-        return
-    report.differences += [TensorDifference("config", what) for what in configs]
-    report.outputs = _outputs(a, b)
-
-
-def _contradictions(a: Plan, b: Plan) -> list[str]:
-    """Fields that both sides state, and state differently."""
-    fields = [f.name for f in dataclasses.fields(a.config) if f.name not in a.unknown | b.unknown]
-    pairs = [(f, getattr(a.config, f), getattr(b.config, f)) for f in fields]
-    return [f"{f} {x!r} and {y!r}" for f, x, y in pairs if x != y]
-
-
-def _outputs(a: Side, b: Side) -> list[Row]:
-    from convert.proof.outputs import compare_outputs
-
-    known = next((p for _, p in (a, b) if not p.unknown), None)
-    if known is None:
-        missing = ", ".join(sorted(a[1].unknown & b[1].unknown))
-        raise UsageError(
-            f"running the model needs {missing}, which the tensors do not tell",
-            "name a preset with --model, or give its config.json with --config",
-        )
-    sides = [("torch" if p.source_tree == "torch" else "flax", _canonical(r, p)) for r, p in (a, b)]
-    return compare_outputs(known.model, known.config, sides[0], sides[1])
-
-
-def _outputs_prover(reader: Reader, order: _Order) -> Callable[[Path], dict[str, object]]:
-    """Runs the source that is being converted, and the result that is not yet committed."""
-
-    def prove(written: Path) -> dict[str, object]:
-        request = make_request(order.model, order.config)
-        report = Report(reader.path.name, written.name, "outputs")
-        with open_checkpoint(written) as result:
-            sides = [
-                (r, make_plan(r, read_label(r), "torch", request=request)) for r in (reader, result)
-            ]
-            _compare(sides[0], sides[1], report, lambda stage, done, total: None)
-        worst = report.worst
-        if report.verdict == "different":
-            bad = next((row.name for row in report.outputs if not row.same), None)
-            raise NotEquivalent(
-                f"the result computes something else, first in {bad or report.differences[0].name}",
-                "nothing was kept; the model's twins differ, please report it",
-            )
-        assert worst is not None
-        found = {"name": worst.name, "error": worst.error, "noise": worst.noise}
-        return {
-            "level": "outputs",
-            "outputs": len(report.outputs),
-            "worst": found | {"ratio": worst.ratio},
-        }
-
-    return prove
-
-
-def _canonical(reader: Reader, p: Plan) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = {}
-    for step in p.steps:
-        values |= dict(zip(step.targets, read_step(reader, step), strict=True))
-    return values
+        return order.prepare(stack.enter_context(order.open()), force, stack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import sys
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 FORMAT = 1  # of the JSON; docs/containers.md describes it
 
@@ -43,6 +46,8 @@ class Certificate:
     config: dict[str, Any]  # null where the checkpoint does not tell
     tensors: list[TensorRecord] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=lambda: {"level": "none"})
+    # What is in optimizer.safetensors, if there is one: see `convert.optimizer.summary`.
+    training: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
@@ -77,6 +82,12 @@ def versions() -> dict[str, str]:
             except PackageNotFoundError:
                 found[package] = "not installed as a package"
     return found
+
+
+def sha256(array: np.ndarray) -> str:
+    """Of the array's bytes in row-major order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
 
 
 def now() -> str:

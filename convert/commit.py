@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from convert.optimizer.storage import NAME
 from zoo.containers import open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
@@ -26,7 +27,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _SUFFIXES = (".safetensors", ".msgpack", ".pt", ".pth", ".bin", ".ckpt")
 # What the directories that we write may hold; one that holds more is not ours to replace whole.
 _OURS = re.compile(
-    r"config\.json|certificate\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"config\.json|certificate\.json|optimizer\.safetensors|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|orbax\.checkpoint"
     r"|manifest\.ocdbt|d|ocdbt\.process_\d+|array_metadatas|pytree|state"
 )
@@ -47,6 +48,11 @@ def check_target(target: Path, source: Path, force: bool) -> None:
         raise UsageError(f"the directory {target.parent} does not exist", "make it first")
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target.parent} cannot be written to", "choose another target: give DST")
+    moments = target.with_name(f"{target.name}.{NAME}")
+    if moments.exists() and not force:
+        raise UsageError(
+            f"{moments} exists already", "replace it with --force, or name another target"
+        )
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     strangers = (
@@ -125,6 +131,8 @@ def commit(place: Path, target: Path, force: bool) -> None:
         check_target(target, place, force)
         for name in names:
             _replace(place / name, target.with_name(name))
+        if (left := f"{target.name}.{NAME}") not in names:
+            target.with_name(left).unlink(missing_ok=True)  # another checkpoint's moments
         fsync_directory(target.parent)
 
 

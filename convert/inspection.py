@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+from convert.optimizer.summary import summary
+from convert.optimizer.training import besides
 from zoo import hub
 from zoo.containers import open_checkpoint
-from zoo.containers.base import TensorInfo
+from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import ZooError
-from zoo.identification import identify_header
-from zoo.label import read_label
-from zoo.peel import NOT_WEIGHTS
+from zoo.identification import Candidate, Request, identify_header
+from zoo.label import Label, read_label
+from zoo.peel import Left
+from zoo.plan import make_plan
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Inspection:
     unknown: list[str]  # config fields that nothing in the checkpoint tells
     tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
     ties: dict[str, str] = field(default_factory=dict)
-    optimizer: list[str] = field(default_factory=list)  # tensors of an optimizer's state
+    training: dict[str, Any] = field(default_factory=dict)  # `convert.optimizer.summary`
     metadata: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
@@ -60,7 +64,7 @@ class Inspection:
                 for n, t in self.tensors.items()
             },
             "ties": self.ties,
-            "optimizer": self.optimizer,
+            "training": self.training,
             "metadata": self.metadata,
             "extras": {k: v if _plain(v) else repr(v) for k, v in self.extras.items()},
             "notices": self.notices,
@@ -68,13 +72,15 @@ class Inspection:
 
 
 def inspect(source: str | os.PathLike[str]) -> Inspection:
-    """Look into a checkpoint of any container. Reads no tensor and imports no framework.
+    """Look into a checkpoint of any container. Reads no weight and imports no framework.
 
     Raises ZooError for what is no checkpoint; one of an unknown model is no error.
     """
     path = hub.locate(source)
-    with open_checkpoint(path) as reader:
+    with ExitStack() as stack:
+        reader = stack.enter_context(open_checkpoint(path))
         label = read_label(reader)
+        training: dict[str, Any] = {}
         models, tree, why_not = [], None, None
         differences: list[str] = []
         unknown: list[str] = []
@@ -86,6 +92,8 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             tree = found[0].tree
             unknown = sorted(found[0].unknown)
             notices += found[0].peeled.notices()
+            told, training = _besides(reader, found[0], stack)
+            notices += told
         except ZooError as e:
             why_not, differences = e.problem, e.details
         return Inspection(
@@ -98,14 +106,23 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             unknown=unknown,
             tree=tree,
             ties=dict(reader.ties),
-            optimizer=[n for n in reader.tensors if n.partition(".")[0] in _OPTIMIZER],
+            training=training,
             metadata=dict(reader.metadata),
             extras=dict(reader.extras),
             notices=notices,
         )
 
 
-_OPTIMIZER = {n for n in NOT_WEIGHTS if n.startswith("opt")}
+def _besides(
+    reader: Reader, candidate: Candidate, stack: ExitStack
+) -> tuple[list[str], dict[str, Any]]:
+    """What to tell of what the checkpoint holds besides its weights, and a summary of it."""
+    request = Request(candidate.model, candidate.config)
+    plan = make_plan(reader, Label(), None, request=request)
+    before = len(plan.told)
+    plan, state = besides(reader, plan, stack)
+    left = Left(plan.left.tensors, (), plan.left.files)
+    return [*plan.told[before:], *left.notices()], summary(state)
 
 
 def _plain(value: Any) -> bool:

@@ -3,7 +3,6 @@ time, while the next ones are read, moved and hashed."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from convert.certificate import Certificate, TensorRecord, now, versions
+from convert.certificate import Certificate, TensorRecord, now, sha256, versions
 from convert.commit import commit, workplace, write_text
+from convert.optimizer import storage
+from convert.optimizer.state import TrainingState
+from convert.optimizer.summary import summary
 from convert.targets import Target, open_writer, written_ties
 from zoo.apply import apply, lost
 from zoo.containers import open_checkpoint
@@ -27,6 +29,7 @@ from zoo.ops import describe
 from zoo.plan import Aside, Plan, Step, carry, refuse_broken_ties
 
 Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+NO_TRAINING = TrainingState()
 _T = TypeVar("_T")
 _WORKERS = 2  # steps under way besides the one being written
 
@@ -40,8 +43,11 @@ def run(
     verify: bool = True,
     prove: Callable[[Path], dict[str, object]] | None = None,
     progress: Progress = lambda stage, done, total: None,
+    training: TrainingState = NO_TRAINING,
 ) -> Certificate:
     """Execute `plan` into `target`, which appears whole and verified or not at all.
+
+    `training` is what goes into the optimizer.safetensors that belongs to it.
 
     `prove`, if given, is called with the path of the finished but not yet committed checkpoint and
     returns what it found, for the certificate; it raises NotEquivalent to stop. Raises ZooError.
@@ -55,6 +61,9 @@ def run(
         if verify:
             ties = written_ties(target, plan, label)
             certificate.verified = _verify(plan, written, ties, label, certificate, progress)
+        if training.optimizers or training.ema or training.data:
+            path = place / target.beside(storage.NAME)
+            certificate.training = _write_training(path, training, verify)
         if prove:
             certificate.verified |= prove(written)
         certificate.versions, certificate.created = versions(), now()
@@ -66,11 +75,24 @@ def run(
     return certificate
 
 
-def disk_needed(plan: Plan, target: Target) -> int:
+def _write_training(path: Path, training: TrainingState, verify: bool) -> dict[str, object]:
+    """Write the optimizer.safetensors, re-read it, and say for the certificate what is in it."""
+    hashes = storage.write(path, training)
+    if verify and (wrong := storage.differences(path, training, hashes)):
+        raise NotEquivalent(
+            f"{path.name} came back different: {'; '.join(wrong[:5])}",
+            "nothing was kept; the disk is at fault, please report it",
+        )
+    level = "bits" if verify else "none"
+    return {"file": path.name, **summary(training), "verified": level, "sha256": hashes}
+
+
+def disk_needed(plan: Plan, target: Target, training: TrainingState = NO_TRAINING) -> int:
     """Bytes that the conversion needs on the target's disk at its peak."""
     size = sum(info.nbytes for info in plan.target_tensors().values())
     spool = 2 if target.to == "pt" else 1  # torch saves from a spool file of the same size
-    return size * spool + (1 << 20)
+    moments = sum(info.nbytes for info in storage.header(training).values())
+    return size * spool + moments + (1 << 20)
 
 
 def memory_needed(plan: Plan) -> int:
@@ -78,12 +100,6 @@ def memory_needed(plan: Plan) -> int:
     sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
     at_once = 1 + _WORKERS
     return max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
-
-
-def sha256(array: np.ndarray) -> str:
-    """Of the array's bytes in row-major order."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
 
 
 def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:

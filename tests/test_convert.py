@@ -22,9 +22,8 @@ from support import Arrays, bits, canonical, every_tiny, write
 
 import convert
 import zoo
-from convert.certificate import Certificate
+from convert.certificate import Certificate, sha256
 from convert.commit import workplace
-from convert.run import sha256
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import NoSpace, NotEquivalent, UsageError, ZooError
 from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter
@@ -498,7 +497,7 @@ def test_configs_that_contradict_are_different(tmp_path: Path) -> None:
     report = convert.verify(src, other / "model.safetensors")
     assert report.verdict == "same"
     assert any("num_attention_heads 4 and 8" in n for n in report.notices)
-    report = convert.verify(src, other / "model.safetensors", "outputs")
+    report = convert.verify(src, other / "model.safetensors", level="outputs")
     assert report.verdict == "different"
 
 
@@ -694,7 +693,7 @@ def test_verify_outputs_of_another_model(tmp_path: Path) -> None:
     arrays["encoder.layer.1.output.dense.weight"] *= np.float32(1.01)
     other = source(tmp_path / "c", arrays)
     convert.convert(other, tmp_path / "d.msgpack")
-    report = convert.verify(src, tmp_path / "d.msgpack", "outputs")
+    report = convert.verify(src, tmp_path / "d.msgpack", level="outputs")
     assert report.verdict == "different"
     bad = [r.name for r in report.outputs if not r.same]
     assert bad[0] == "encoder.layer.1.output"

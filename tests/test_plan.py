@@ -110,6 +110,8 @@ def test_the_views_of_a_small_convnet() -> None:
         (["state_dict.module.fc.w", "best_acc"], ["fc.w"], 1),
         (["state_dict.model.fc.w", "state_dict.criterion.weight"], ["fc.w"], 1),
         (["model.fc.w", "model_ema.fc.w"], ["fc.w"], 1),
+        (["fc.w", "actor_optimizer.state.0.x", "lr_scheduler_g.x", "ema_model.fc.w"], ["fc.w"], 3),
+        (["fc.w", "schema.w", "optimal.w"], ["fc.w", "schema.w", "optimal.w"], 0),
         (
             ["state.params.fc.kernel", "state.opt_state.mu.fc.kernel", "state.step"],
             ["fc.kernel"],

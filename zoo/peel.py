@@ -6,7 +6,8 @@ Only names are looked at. Each level that could hold the model is offered, outer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "state")
@@ -19,6 +20,47 @@ NOT_WEIGHTS = frozenset(
         *("callbacks", "loops", "step", "epoch", "global_step", "ema"),
     ]
 )
+# The same in longer names: `actor_optimizer`, `lr_scheduler_g`, `model_ema`.
+_NO_WEIGHT = re.compile(r"optimizer|(^|_)(optim|opt_state|scheduler|ema|swa)(_|$)", re.IGNORECASE)
+
+
+def is_weight(head: str) -> bool:
+    """Whether weights may lie below a first part of a name."""
+    return head not in NOT_WEIGHTS and not _NO_WEIGHT.search(head)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a checkpoint holds besides the weights."""
+
+    tensors: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()  # plain data: numbers, strings
+    files: tuple[str, ...] = ()  # other files of the same checkpoint
+
+    def without(self, used: Collection[str]) -> Left:
+        """The rest, once these have been taken care of."""
+        tensors, extras, files = (
+            tuple(n for n in names if n not in used)
+            for names in (self.tensors, self.extras, self.files)
+        )
+        return Left(tensors, extras, files)
+
+    def notices(self) -> list[str]:
+        """What a user should be told of it, where nothing is done with it."""
+        told = []
+        if self.tensors:
+            parts = sorted({_head(n) for n in self.tensors})
+            told.append(
+                f"NOT converted: {len(self.tensors)} of the tensors, below "
+                + ", ".join(parts[:5])
+                + (", ..." if len(parts) > 5 else "")
+            )
+        if self.files:
+            told.append(f"not read: {', '.join(self.files)}")
+        if self.extras:
+            names = ", ".join(sorted({_head(n) for n in self.extras}))
+            told.append(f"no tensors, not converted: {names}")
+        return told
 
 
 @dataclass(frozen=True)
@@ -30,18 +72,10 @@ class Peeled:
     set_aside: tuple[str, ...] = ()  # tensors of the file that are no weights
 
     def notices(self) -> list[str]:
-        """What a user should be told of it."""
-        told = []
-        if self.wrappers:
-            told.append(f"taken off the names: {' '.join(f'{w}.' for w in self.wrappers)}")
-        if self.set_aside:
-            parts = sorted({_head(n) for n in self.set_aside})
-            told.append(
-                f"NOT converted: {len(self.set_aside)} of the tensors, below "
-                + ", ".join(parts[:5])
-                + (", ..." if len(parts) > 5 else "")
-            )
-        return told
+        """What a user should be told of the names."""
+        if not self.wrappers:
+            return []
+        return [f"taken off the names: {' '.join(f'{w}.' for w in self.wrappers)}"]
 
 
 def levels(names: Iterable[str], base_prefix: str = "") -> Iterator[Peeled]:
@@ -69,7 +103,7 @@ def _inside(level: Peeled, base: str, seen: Peeled) -> Iterator[Peeled]:
 
 def _without_rng(p: Peeled) -> Peeled:
     """Optimizer states, generators and counters set aside, wherever they stand."""
-    keep = {n: s for n, s in p.names.items() if not NOT_WEIGHTS & {_head(n), *_rng_parts(n)}}
+    keep = {n: s for n, s in p.names.items() if is_weight(_head(n)) and not _rng_parts(n)}
     aside = tuple(s for n, s in p.names.items() if n not in keep)
     return Peeled(keep, p.wrappers, p.set_aside + aside)
 

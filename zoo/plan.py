@@ -21,6 +21,7 @@ from zoo.label import Carried, Label
 from zoo.layout import TREES, Constant, Tree, View, between
 from zoo.model import Config, Model
 from zoo.ops import Ops
+from zoo.peel import Left
 
 _CARRIED_MAX = 1 << 20  # bytes of one tensor that may travel in a label
 
@@ -86,9 +87,15 @@ class Plan:
     aside: tuple[Aside, ...]
     made: tuple[Made, ...]
     ties: Mapping[str, str]  # second names that PyTorch has -> the target tensor they repeat
-    notices: tuple[str, ...]
+    told: tuple[str, ...]  # what a user should know
+    left: Left  # what the file holds besides
     label: Label  # for the target, but for what is only known once tensors have been read
     fresh: tuple[str, ...] = ()  # canonical tensors that the file lacks (only after `transfer`)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should be told."""
+        return (*self.told, *self.left.notices())
 
     def target_tensors(self) -> dict[str, TensorInfo]:
         """The header of the target, ties aside."""
@@ -132,7 +139,7 @@ def make_plan(
         )
     if len(others := sorted({p.model.name for p in plans[1:]} - {first.model.name})) > 0:
         told = f"names and shapes are also those of {', '.join(others)}; the tensors are the same"
-        return dataclasses.replace(first, notices=(*first.notices, told))
+        return dataclasses.replace(first, told=(*first.told, told))
     return first
 
 
@@ -161,8 +168,6 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             info = kept.info if kept else TensorInfo(e.constant.dtype, e.torch[0].shape)
             made.append(Made(name, info, e.constant, kept))
     notices = [*label.notices, *reader.notices, *c.peeled.notices()]
-    if extras := sorted({name.partition(".")[0] for name in reader.extras}):
-        notices.append(f"no tensors, not converted: {', '.join(extras)}")
     if c.unknown:
         notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
     return Plan(
@@ -175,7 +180,8 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
         aside=tuple(aside),
         made=tuple(made),
         ties=ties,
-        notices=tuple(notices),
+        told=tuple(notices),
+        left=Left(c.peeled.set_aside, tuple(reader.extras), tuple(reader.beside)),
         label=dataclasses.replace(
             label,
             model=c.model,
@@ -252,7 +258,7 @@ def transfer(plan: Plan, config: Config) -> Plan:
         config=config,
         steps=tuple(steps),
         fresh=tuple(fresh),
-        notices=(*plan.notices, *told),
+        told=(*plan.told, *told),
         label=dataclasses.replace(plan.label, config=config),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +10,9 @@ import click
 from convert.api import Prepared
 from convert.certificate import Certificate
 from convert.display import size, table
+from convert.optimizer import storage
+from convert.optimizer.summary import line, summary
+from convert.targets import Target
 from zoo.containers.errors import printable
 from zoo.identification import dims, title
 from zoo.ops import describe
@@ -25,6 +29,8 @@ def converted(source: str, prepared: Prepared, certificate: Certificate) -> None
     sizes = size(total) if made == total else f"{size(total)} -> {size(made)}"
     counts = f"{len(p.steps)} tensors{kept}, {sizes}"
     click.echo(f"  {_title(prepared)}, {counts}, {_kind(prepared)}")
+    if certificate.training:
+        click.echo(f"  {printable(line(certificate.training))} -> {_beside(target)}")
     verified = certificate.verified
     if verified["level"] == "none":
         click.echo("  not verified (--no-verify)")
@@ -34,12 +40,17 @@ def converted(source: str, prepared: Prepared, certificate: Certificate) -> None
         "re-read: the bits that were meant" if cast else "re-read and mapped back: every bit equal"
     )
     click.echo(f"  verified: {how}")
-    if verified["level"] == "outputs":
+    if verified["level"] != "bits":
         worst = verified["worst"]
         click.echo(
             f"  verified: {verified['outputs']} outputs and intermediates of both twins, "
             f"at most {worst['ratio']:.2f} times the rounding noise ({printable(worst['name'])})"
         )
+    if "gradients" in verified:
+        click.echo(f"  verified: {verified['gradients']} gradients, within the rounding noise")
+    if "training" in verified:
+        told = ", ".join(f"{steps} steps of {name}" for name, steps in verified["training"].items())
+        click.echo(f"  verified: {told}, within the rounding noise")
 
 
 def converted_data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
@@ -54,6 +65,7 @@ def converted_data(prepared: Prepared, certificate: Certificate) -> dict[str, An
         "config": certificate.config,
         "tensors": len(prepared.plan.steps),
         "bytes": sum(s.nbytes for s in prepared.plan.steps),
+        "training": {k: v for k, v in certificate.training.items() if k != "sha256"},
         "verified": certificate.verified,
         "notices": [*prepared.notices, *certificate.notices[len(prepared.plan.notices) :]],
     }
@@ -78,6 +90,8 @@ def plan(prepared: Prepared) -> None:
     if kept:
         click.echo(f"kept in the label: {', '.join(map(printable, kept))}")
     click.echo(f"{_title(prepared)}, {len(p.steps)} tensors, {_kind(prepared)}")
+    if told := line(summary(prepared.training)):
+        click.echo(f"{printable(told)} -> {_beside(target)}")
     click.echo(f"target {printable(str(target.path))}: not written (--dry-run)")
     reads = sum(s.nbytes for s in p.steps)
     click.echo(
@@ -96,6 +110,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "model": p.model.name,
         "memory": prepared.memory,
         "disk": prepared.disk,
+        "training": summary(prepared.training),
         "steps": [
             {
                 "source": list(s.sources),
@@ -120,6 +135,11 @@ def _title(prepared: Prepared) -> str:
 def _kind(prepared: Prepared) -> str:
     tree = prepared.plan.target_tree
     return prepared.target.to + ("" if tree == "torch" else f", {tree} tree")
+
+
+def _beside(target: Target) -> str:
+    """The name of the optimizer.safetensors that belongs to the target."""
+    return printable(Path(target.beside(storage.NAME)).name)
 
 
 def _is_cast(step: Any) -> bool:

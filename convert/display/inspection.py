@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import click
 
 from convert.display import SHOWN, size, table
 from convert.inspection import Inspection
+from convert.optimizer.summary import line
 from zoo.containers.errors import printable
 from zoo.identification import dims
 
@@ -42,9 +46,31 @@ def inspection(found: Inspection, every: bool) -> None:
     table(header if found.ties else header[:4], [r if found.ties else r[:4] for r in rows])
     if len(shown) < len(found.tensors):
         click.echo(f"... and {len(found.tensors) - len(shown)} more (--all lists them)")
-    if found.optimizer:
-        click.echo(f"holds an optimizer's state: {len(found.optimizer)} tensors")
-    for key, value in {**found.metadata, **found.extras}.items():
+    if found.training:
+        training(found.training)
+    extras = {k: v for k, v in found.extras.items() if "param_groups" not in k.split(".")}
+    for key, value in {**found.metadata, **extras}.items():
         text = printable(str(value))
         cut = len(text) > 100 and not every
         click.echo(f"{printable(key)}: {text[:100] + '...' if cut else text}")
+
+
+def training(told: Mapping[str, Any]) -> None:
+    """What there is besides weights: a line, and a row for each group of parameters."""
+    if summed := line(told):
+        click.echo(printable(summed))
+    rows = [
+        (
+            o["name"] or o["rule"],
+            str(group["parameters"]),
+            ", ".join(
+                f"{key} {value}"
+                for key, value in group.items()
+                if key != "parameters" and value is not None and value is not False
+            ),
+        )
+        for o in told["optimizers"]
+        for group in o["groups"]
+    ]
+    if rows:
+        table(("optimizer", "parameters", "options"), rows)

@@ -19,6 +19,11 @@ _KNOWN = (
 )
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OLD_PICKLE = re.compile(rb"[(\]}]*c[\w.]+\n[\w.]+\n")  # protocol 0 that begins with a global
+# What a training run keeps beside its weights: ours, and that of transformers' Trainer.
+_NO_MODEL = re.compile(
+    r"(.+\.)?optimizer\.safetensors|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
+    r"|training_args\.bin"
+)
 # What a directory may call its one checkpoint, best first, by the side that wrote it.
 _TORCH_FILES = (
     "model.safetensors.index.json",
@@ -61,10 +66,11 @@ def _open_directory(path: Path, prefer: str) -> Reader:
         return OrbaxReader(path)
     sides = (_FLAX_FILES, _TORCH_FILES) if prefer == "flax" else (_TORCH_FILES, _FLAX_FILES)
     for pattern in (*sides[0], *sides[1]):
-        found = sorted(path.glob(pattern))
+        found = _models(path, pattern)
         if len(found) == 1:
             reader = _open_file(found[0])
-            others = sorted({p.name for q in (*sides[0], *sides[1]) for p in path.glob(q)})
+            patterns = (*sides[0], *sides[1])
+            others = sorted({p.name for q in patterns for p in _models(path, q)})
             if len(others) > 1 and not pattern.endswith(".index.json"):
                 reader.notices.append(f"of {', '.join(others[:5])} in {path}, took {found[0].name}")
             return reader
@@ -81,6 +87,11 @@ def _open_directory(path: Path, prefer: str) -> Reader:
         + (f"; it holds {', '.join(inside)}" if inside else ": it is empty"),
         _KNOWN,
     )
+
+
+def _models(folder: Path, pattern: str) -> list[Path]:
+    """The files that match, but for those that a training run keeps beside its weights."""
+    return sorted(p for p in folder.glob(pattern) if not _NO_MODEL.fullmatch(p.name))
 
 
 def _open_file(path: Path) -> Reader:

@@ -54,6 +54,7 @@ class Reader(ABC):
         self.ties: dict[str, str] = {}  # a tensor that is the same storage as an earlier one
         self.metadata: dict[str, str] = {}  # the container's own string metadata
         self.extras: dict[str, Any] = {}  # plain data beside the tensors: numbers, strings
+        self.beside: list[str] = []  # other files of the same checkpoint, not read
         self.notices: list[str] = []  # what a user should be told about the file
 
     @abstractmethod

@@ -23,7 +23,7 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pwrite
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
-from zoo.containers.torch_file.archive import Record, open_zip, read_span
+from zoo.containers.torch_file.archive import POLICY, Record, open_zip, read_span
 from zoo.containers.torch_file.builders import TensorRef
 from zoo.containers.torch_file.legacy import open_legacy
 from zoo.containers.torch_file.names import shown
@@ -38,22 +38,24 @@ class TorchReader(Reader):
     """One `.pt`, `.pth` or `.bin` file, in the zip format or in that of before torch 1.6.
 
     Dicts and lists are flattened with dots; keys that are no strings are written as str() does.
-    Of a stable-baselines3 `.zip` the policy is read, and a notice says so. A pickled module gives
-    what its state_dict() would. Values that only running the file's code could build are dropped,
-    with a notice for each kind. A file that would run what no checkpoint needs raises UnsafeInput.
+    Of a stable-baselines3 `.zip` the file `member` is read, and a notice says so; the others are
+    `beside`. A pickled module gives what its state_dict() would. Values that only running the
+    file's code could build are dropped, with a notice for each kind. A file that would run what no
+    checkpoint needs raises UnsafeInput.
     """
 
     container: ClassVar[str] = "torch"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, member: str = POLICY) -> None:
         super().__init__(path)
         self._what = shown(str(path))
         self._checked: set[str] = set()  # storages whose checksum was found right
         self._fd = os.open(path, os.O_RDONLY)
         try:
-            root, self._records, notices = _open(self._fd, self._what)
+            root, self._records, self.beside = _open(self._fd, self._what, member)
             self._collect(root)
-            self.notices = [*notices, *self.notices]
+            if self.beside:
+                self.notices.insert(0, f"of stable-baselines3: {shown(member)} is read")
         except BaseException:
             self.close()
             raise
@@ -96,15 +98,19 @@ class TorchReader(Reader):
             self._fd = -1
 
 
-def _open(fd: int, what: str) -> tuple[Any, dict[str, Record], list[str]]:
-    """The unpickled object, the records of its storages, and notices."""
+def _open(fd: int, what: str, member: str) -> tuple[Any, dict[str, Record], list[str]]:
+    """The unpickled object, the records of its storages, and the files beside it."""
     start = os.pread(fd, 512, 0)
     if start[257:262] == b"ustar":
         raise UsageError(
             f"{what}: a tar file; torch wrote checkpoints so before version 0.1.10",
             "load it with torch.load and save it again with torch.save",
         )
-    return open_zip(fd, what) if start.startswith(b"PK") else (*open_legacy(fd, what), [])
+    return (
+        open_zip(fd, what, member=member)
+        if start.startswith(b"PK")
+        else (*open_legacy(fd, what), [])
+    )
 
 
 def _last(view: TensorRef) -> int:

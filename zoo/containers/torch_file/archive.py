@@ -27,7 +27,7 @@ from zoo.containers.torch_file.names import shown
 
 _MAX_DIRECTORY = 64 << 20  # bytes: some half a million records
 _PIECE = 4 << 20
-_POLICY = "policy.pth"
+POLICY = "policy.pth"
 _SCRIPT = re.compile(r"[^/]+/(constants\.pkl|code/.*)", re.DOTALL)
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
@@ -43,16 +43,17 @@ class Record:
 
 
 def open_zip(
-    fd: int, what: str, within: Record | None = None
+    fd: int, what: str, within: Record | None = None, member: str = POLICY
 ) -> tuple[Any, dict[str, Record], list[str]]:
-    """The unpickled object of a zip file, the records of its storages by their key, and notices.
+    """The unpickled object of a zip file, the records of its storages by their key, and the files
+    that lie beside it in one of stable-baselines3, of which `member` is read.
 
     `within` is where in `fd` the zip file lies; None: it is all of it.
     """
     whole = Record(0, os.fstat(fd).st_size, None)
     records = _records(fd, what, within or whole)
-    if within is None and _POLICY in records and not any(n.endswith("/data.pkl") for n in records):
-        return _open_policy(fd, what, records)
+    if within is None and POLICY in records and not any(n.endswith("/data.pkl") for n in records):
+        return _open_member(fd, what, records, member)
     roots = [name[: -len("/data.pkl")] for name in records if name.endswith("/data.pkl")]
     roots = [root for root in roots if "/" not in root]
     if len(roots) != 1:
@@ -81,19 +82,20 @@ def open_zip(
     return root, storages, []
 
 
-def _open_policy(
-    fd: int, what: str, records: dict[str, Record]
+def _open_member(
+    fd: int, what: str, records: dict[str, Record], name: str
 ) -> tuple[Any, dict[str, Record], list[str]]:
-    """The policy of a file of stable-baselines3; what lies beside it is not looked at."""
-    policy = records[_POLICY]
-    if pread(fd, min(policy.size, 2), policy.offset, what).tobytes() != b"PK":
+    """One file of stable-baselines3's; what lies beside it is named, not looked at."""
+    member = records.get(name)
+    if member is None:
+        raise UsageError(f"{what}: it holds no {shown(name)}", f"it holds {', '.join(records)}")
+    if pread(fd, min(member.size, 2), member.offset, what).tobytes() != b"PK":
         raise UsageError(
-            f"{what}: its {_POLICY} is not in the zip format that torch writes since 1.6",
-            f"unpack it and give {_POLICY} itself",
+            f"{what}: its {shown(name)} is not in the zip format that torch writes since 1.6",
+            f"unpack it and give {shown(name)} itself",
         )
-    root, storages, _ = open_zip(fd, f"{what}: {_POLICY}", policy)
-    beside = ", ".join(shown(name) for name in records if name != _POLICY)
-    return root, storages, [f"of stable-baselines3: {_POLICY} is read, not {beside}"]
+    root, storages, _ = open_zip(fd, f"{what}: {shown(name)}", member)
+    return root, storages, [other for other in records if other != name]
 
 
 class _Directory(io.RawIOBase):
