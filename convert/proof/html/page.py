@@ -101,7 +101,7 @@ def divergence(found: Divergence | None) -> str:
     return (
         f'<section id="divergence" class="divergence"><h2>First divergence, {where}</h2>'
         f'<p class="layer">{code(found.layer)}</p>'
-        f"<p>{text(found.diagnosis[:1].upper() + found.diagnosis[1:])}</p>"
+        f"<p>{text(found.diagnosis)}</p>"
         f"{definitions(terms)}</section>"
     )
 

@@ -1,0 +1,116 @@
+"""Which array of one side is which of the other, and how its axes lie there.
+
+torch images are (B, C, H, W), Flax's (B, H, W, C); sequences may be (T, B, E) here and (B, T, E)
+there; attention may keep its heads before its steps; axes of length one come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+# From torch's axes to Flax's, and back.
+_MOVES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+    "same": (lambda x: x, lambda x: x),
+    "channels": (lambda x: np.moveaxis(x, 1, -1), lambda x: np.moveaxis(x, -1, 1)),
+    "time": (lambda x: np.swapaxes(x, 0, 1), lambda x: np.swapaxes(x, 0, 1)),
+    "heads": (lambda x: np.swapaxes(x, 1, 2), lambda x: np.swapaxes(x, 1, 2)),
+}
+_LEAST = {"same": 0, "channels": 3, "time": 2, "heads": 4}
+MASKED = -1e4  # what is added to a logit that shall not count is at most this
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The array `torch` of one side is the array `flax` of the other, after `move`."""
+
+    torch: str
+    flax: str
+    move: str
+
+
+def moves(torch: Shape, flax: Shape) -> list[str]:
+    """The ways in which an array of shape `torch` may lie in one of shape `flax`."""
+    fitting = [
+        name
+        for name, (forth, _) in _MOVES.items()
+        if len(torch) >= _LEAST[name] and forth(np.broadcast_to(0, torch)).shape == flax
+    ]
+    if not fitting and [n for n in torch if n != 1] == [n for n in flax if n != 1]:
+        return ["ones"]
+    return fitting
+
+
+def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
+    """torch's array as Flax has it."""
+    return x.reshape(shape) if move == "ones" else _MOVES[move][0](x)
+
+
+def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
+    """Flax's array as torch has it."""
+    return x.reshape(shape) if move == "ones" else _MOVES[move][1](x)
+
+
+def gap(a: np.ndarray, b: np.ndarray) -> float:
+    """max|a - b|; NaN on one side only, or another shape, is infinitely far.
+
+    What is added to masked logits counts the same whatever its size.
+    """
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.size:
+        return 0.0
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    if is_mask_bias(a) or is_mask_bias(b):
+        a, b = np.maximum(a, MASKED), np.maximum(b, MASKED)
+    both = (np.isnan(a) & np.isnan(b)) | (a == b)
+    with np.errstate(invalid="ignore"):
+        found = float(np.where(both, 0.0, np.abs(a - b)).max())
+    return found if np.isfinite(found) else float("inf")
+
+
+def is_mask_bias(x: np.ndarray) -> bool:
+    """Zeros, and numbers that are far below them."""
+    return bool(x.dtype.kind == "f" and ((x == 0) | (x <= MASKED)).all() and (x <= MASKED).any())
+
+
+def best_move(torch: np.ndarray, flax: np.ndarray) -> str:
+    """The move under which the two are closest; shapes allow one at least."""
+    able = moves(torch.shape, flax.shape)
+    if len(able) == 1:
+        return able[0]
+    return min(able, key=lambda m: gap(to_flax(torch, m, flax.shape), flax))
+
+
+def align(torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[Aligned]:
+    """Pairs of arrays, each used once: of one name, else those that are equal, else in order."""
+    free = [n for n in torch if torch[n].size]
+    pairs: dict[str, str] = {}
+
+    def able(t: str, f: str) -> bool:
+        a, b = torch[t], flax[f]
+        kinds = {a.dtype.kind.replace("u", "i"), b.dtype.kind.replace("u", "i")}
+        return len(kinds) == 1 and bool(moves(a.shape, b.shape))
+
+    def equal(t: str, f: str) -> bool:
+        a, b = torch[t], flax[f]
+        scale = float(np.abs(b).max(initial=0.0)) if b.dtype.kind == "f" else 0.0
+        move = best_move(a, b)
+        return gap(to_flax(a, move, b.shape), b) <= 1e-5 * scale
+
+    def named(t: str, f: str) -> bool:
+        return t == f
+
+    for rule in (named, equal, lambda t, f: True):
+        for f in flax:
+            if f in pairs or not flax[f].size:
+                continue
+            found = next((t for t in free if able(t, f) and rule(t, f)), None)
+            if found is not None:
+                pairs[f] = found
+                free.remove(found)
+    return [Aligned(t, f, best_move(torch[t], flax[f])) for f, t in pairs.items()]

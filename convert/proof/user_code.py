@@ -1,0 +1,139 @@
+"""Users' own modules by name: `pkg.mod:Net`, `path/to/file.py:Net`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from zoo.containers.errors import UsageError, printable
+
+_SPEC = re.compile(r"(?P<where>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<name>[A-Za-z_][\w.]*)")
+_EXAMPLE = "write pkg.mod:Net or path/to/file.py:Net"
+
+
+def is_target(text: str) -> bool:
+    """Whether this names something in Python code, and is no checkpoint."""
+    found = _SPEC.fullmatch(text)
+    return found is not None and found["where"] not in ("pkg", "hf") and not os.path.exists(text)
+
+
+def load(text: str, seed: int, say: Callable[[str], None]) -> Any:
+    """The module that `text` names: an instance, or what a class or factory gives without
+    arguments (with `rngs=nnx.Rngs(seed)` where it asks for rngs); (module, variables) for Linen.
+
+    Runs the user's code, and says so before it does. UsageError for what cannot be had.
+    """
+    found = _SPEC.fullmatch(text)
+    if found is None:
+        raise UsageError(f"{text!r} names nothing in Python code", _EXAMPLE)
+    where, name = found["where"], found["name"]
+    say(f"importing {printable(where)} runs its code")
+    value: Any = _import(where)
+    for i, part in enumerate(name.split(".")):
+        if not hasattr(value, part):
+            above = ".".join([where, *name.split(".")[:i]])
+            raise UsageError(f"{above} has no {part}", _near(value, part))
+        value = getattr(value, part)
+    return _made(value, text, seed)
+
+
+def _import(where: str) -> ModuleType:
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if where.endswith(".py"):
+            return _import_file(Path(where))
+        return importlib.import_module(where)
+    except ModuleNotFoundError as e:
+        if e.name and (where == e.name or where.startswith(f"{e.name}.")):
+            raise UsageError(
+                f"there is no module {where}",
+                f"see that it is installed or lies below {here}, or give the path of its file",
+            ) from None
+        raise UsageError(f"{where} imports {e.name}, which is not installed", "install it") from e
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as e:
+        raise _broken(f"importing {where}", e) from e
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", _EXAMPLE)
+    name = "zooconvert_user_" + re.sub(r"\W", "_", str(path.resolve()))
+    if name in sys.modules:
+        return sys.modules[name]
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # so that it finds its neighbours, as when it is run
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _made(value: Any, text: str, seed: int) -> Any:
+    """`value`, or what it gives when it is called."""
+    if not inspect.isclass(value) and not inspect.isroutine(value):
+        return value
+    arguments: dict[str, Any] = {}
+    try:
+        parameters = inspect.signature(value).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    missing = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if "rngs" in parameters:
+        from flax import nnx
+
+        arguments["rngs"] = nnx.Rngs(seed)
+        missing = [n for n in missing if n != "rngs"]
+    if missing:
+        raise UsageError(
+            f"{text} needs {', '.join(missing)}, and is called without arguments",
+            "name a function without arguments that makes the module and loads its weights",
+        )
+    _seed_torch(seed)
+    try:
+        return value(**arguments)
+    except (Exception, SystemExit) as e:
+        raise _broken(f"{text}()", e) from e
+
+
+def _seed_torch(seed: int) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+def _broken(what: str, error: BaseException) -> UsageError:
+    line = " ".join(str(error).split())[:200]
+    return UsageError(
+        f"{what} fails: {type(error).__name__}: {line}",
+        "see that it runs by itself; --debug shows where it fails",
+    )
+
+
+def _near(value: Any, name: str) -> str:
+    from difflib import get_close_matches
+
+    known = [n for n in vars(value) if not n.startswith("_")]
+    near = get_close_matches(name, known, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known[:12])}"
