@@ -26,7 +26,7 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--no-verify", is_flag=True, help="Do not re-read and compare the result."),
         click.option(
             "--level",
-            type=click.Choice(["bits", "outputs"]),
+            type=click.Choice(["bits", "outputs", "gradients", "training"]),
             default="bits",
             show_default=True,
             help="How far to verify the result.",
@@ -112,7 +112,7 @@ def _convert(
     if no_verify and level != "bits":
         raise click.UsageError("--no-verify and --level contradict each other")
     if level != "bits" and options["dtype"] is not None:
-        raise click.UsageError("--level outputs compares with the source, which --dtype changes")
+        raise click.UsageError(f"--level {level} compares with the source, which --dtype changes")
     if dry_run:
         prepared = plan(ckpt, dst, framework=framework, force=force, **options)
         notices(prepared.notices, quiet)
