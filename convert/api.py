@@ -64,6 +64,7 @@ class _Order:
     config: Source | Mapping[str, Any] | None = None
     dtype: str | None = None
     max_shard_size: int | None = None
+    learning_rate: float | None = None
 
     def open(self) -> Reader:
         """The source, of the framework that the target is not of."""
@@ -103,7 +104,7 @@ class _Order:
         )
         target, told = self.target("torch" if made.target_tree == "torch" else "flax")
         check_target(target.path, reader.path, force)
-        made, training = besides(reader, made, stack)
+        made, training = besides(reader, made, stack, self.learning_rate)
         if self.dtype is not None and (training.optimizers or training.ema):
             told.append("moments and averages keep their dtypes")
         check_space(target.path.parent, disk_needed(made, target, training))
@@ -127,6 +128,7 @@ def convert(
     config: Source | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    learning_rate: float | None = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -139,7 +141,8 @@ def convert(
     STEM.safetensors. `to` is "orbax", "msgpack", "safetensors" or "pt" (None: by dst's suffix, else
     orbax or safetensors). `framework` is the target's, "flax" or "torch" (None: the one that `to`
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
-    "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `verify` re-reads the
+    "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
+    of the last update, for a momentum that optax keeps times it. `verify` re-reads the
     result and maps it back; `level` is as in `convert.verify`: above "bits" both twins are run.
     `on_plan` is called once everything is known and nothing is written.
 
@@ -151,7 +154,9 @@ def convert(
         raise UsageError(
             f"level {level!r} compares with the source, which {what}", "leave out one of the two"
         )
-    order = _Order(src, dst, to, framework, tree, model, config, dtype, max_shard_size)
+    order = _Order(
+        *(src, dst, to, framework, tree, model, config, dtype, max_shard_size, learning_rate)
+    )
     with ExitStack() as stack:
         reader = stack.enter_context(order.open())
         prepared = order.prepare(reader, force, stack)

@@ -783,6 +783,28 @@ def flax_checkpoint(form: str, folder: Path) -> tuple[Path, Any]:
     return path, opt_state
 
 
+def test_a_momentum_times_the_rate_needs_the_rate(tmp_path: Path) -> None:
+    import jax
+    import optax
+    from flax import nnx, serialization
+
+    params = nnx.to_pure_dict(nnx.state(flax_module(), nnx.Param))
+    tx = optax.rmsprop(0.25, momentum=0.5, eps_in_sqrt=False)
+    _, opt_state = tx.update(jax.tree.map(lambda p: p + 1, params), tx.init(params), params)
+    path = tmp_path / "run.msgpack"
+    path.write_bytes(serialization.to_bytes({"params": params, "opt_state": opt_state}))
+    told = plan(path).notices
+    assert any("NOT converted" in n and "give learning_rate=" in n for n in told)
+    run = CliRunner().invoke(cli, ["flax2torch", str(path), "--learning-rate", "0.25"])
+    assert run.exit_code == 0, run.output
+    state = only(read_training(tmp_path / "run.safetensors"))
+    traces = moments_of(opt_state, {"trace": "momentum_buffer"})
+    assert traces
+    assert {
+        f"momentum_buffer.{n}": bits(-0.25 * a) for n, a in state.slots["momentum_buffer"].items()
+    } == traces
+
+
 @pytest.mark.parametrize("form", ["to_bytes", "train_state", "standard", "pytree", "items"])
 def test_flax_checkpoints(form: str, tmp_path: Path) -> None:
     path, opt_state = flax_checkpoint(form, tmp_path)

@@ -73,6 +73,12 @@ def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
 @click.argument("dst", required=False, type=click.Path())
 @model_options
 @click.option("--to", type=click.Choice(["safetensors", "pt"]), help="[default: safetensors]")
+@click.option(
+    "--learning-rate",
+    type=float,
+    metavar="RATE",
+    help="That of the last update, where the state of optax.rmsprop is to come along.",
+)
 @_convert_options
 @output_options
 def flax2torch(ckpt: str, dst: str | None, **options: Any) -> None:

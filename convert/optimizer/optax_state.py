@@ -278,7 +278,7 @@ def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> flo
             "rate is not in the tree"
             if rate is None
             else "the rate that scales its momentum is 0",
-            "give learning_rate=..., the rate of the last update; optax.inject_hyperparams would "
+            "give learning_rate=... (--learning-rate), that of the last update; inject_hyperparams would "
             "keep it, convert.optim.rmsprop does not scale",
         )
     return -float(rate)

@@ -117,10 +117,12 @@ def find(
     return found
 
 
-def besides(reader: Reader, plan: Plan, stack: ExitStack) -> tuple[Plan, TrainingState]:
+def besides(
+    reader: Reader, plan: Plan, stack: ExitStack, learning_rate: float | None = None
+) -> tuple[Plan, TrainingState]:
     """What is in an open checkpoint besides its weights; and the plan, whose notices then say what
-    of it was not understood."""
-    found = find(reader, plan.model.layout_of(plan.config), plan, stack)
+    of it was not understood. `learning_rate` is as in `read_training`."""
+    found = find(reader, plan.model.layout_of(plan.config), plan, stack, learning_rate)
     told = [*found.state.notices]
     for e in found.problems:
         details = f" ({'; '.join(e.details)})" if e.details else ""
