@@ -20,7 +20,7 @@ from convert.proof.outputs import FLOOR, MARGIN, compare_outputs, named_outputs,
 from zoo import probe
 from zoo.apply import apply
 from zoo.containers.base import TensorInfo
-from zoo.identification import identify_header
+from zoo.identification import identify_header, only_training
 from zoo.init import initial
 from zoo.label import Label
 from zoo.layout import Layout, View, between
@@ -65,7 +65,7 @@ def test_names_and_shapes_identify_it(model: Model, config: Config, tree: Any) -
     shapes = model.layout_of(config).shapes(tree)
     header = {name: TensorInfo("F32", shape) for name, shape in shapes.items()}
     found = [c for c in identify_header(header, Label()) if c.model is model]
-    told = {k for k in vars(config) if k not in model.unknown and "dropout" not in k}
+    told = {k for k in vars(config) if k not in model.unknown and not only_training(k)}
     assert any(all(getattr(c.config, k) == getattr(config, k) for k in told) for c in found)
 
 

@@ -162,9 +162,15 @@ def title(model: Model, config: Config, unknown: frozenset[str]) -> str:
     return f"{model.name} ({' or '.join(presets)})" if presets else model.name
 
 
+def only_training(field: str) -> bool:
+    """Whether a config field matters to fresh weights or to training alone, by its name: no tensor
+    tells it, and outputs do not depend on it."""
+    return "dropout" in field or field.startswith("initializer")
+
+
 def matching_presets(model: Model, config: Config, unknown: frozenset[str]) -> list[str]:
     """The presets that differ from `config` in nothing that is known of it."""
-    ignored = unknown | model.structure | {f for f in _fields(config) if "dropout" in f}
+    ignored = unknown | model.structure | {f for f in _fields(config) if only_training(f)}
     known = {f: v for f, v in _fields(config).items() if f not in ignored}
     return [
         name
