@@ -1,5 +1,6 @@
-"""Write the generated documents: docs/cli.md from the commands' own help, and the README's table of
-models from docs/measured.json. With --check, say which are stale instead, and exit with 1."""
+"""Write the generated documents: docs/cli.md from the commands' own help, docs/weights.md from the
+cards beside the weights, and the README's table of models from docs/measured.json. With --check,
+say which are stale instead, and exit with 1."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 
 from convert.cli import cli
+from zoo.card import read_card
 from zoo.registry import get, names
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,7 @@ _EXIT_CODES = """\
 | 0 | done |
 | 1 | the conversion failed: tensors do not fit, a file cannot be fetched, a bug |
 | 2 | usage: an unknown model or option, no such file, an existing target |
-| 3 | not equivalent: `verify` found a difference, or a result failed its verification |
+| 3 | not equivalent: `verify` or `lint` found a difference, or a result failed its verification |
 | 4 | unsafe input refused: it would run code, or leave its directory |
 | 5 | corrupt input: truncated, damaged, or no checkpoint at all |
 | 6 | an extra is not installed; the message says which |
@@ -86,12 +88,64 @@ def model_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def weights_page() -> str:
+    """A row for each set of pretrained weights, from its card, and how it is made again."""
+    rows, commands = [], []
+    bundled = sorted((ROOT / "zoo" / "models").glob("*/weights/*.safetensors"))
+    for path in sorted(bundled, key=lambda p: p.name):
+        card = read_card(path)
+        assert card is not None, f"{path} has no card"
+        assert card.score is not None, f"the card of {path} has no score"
+        s = card.score
+        counted = f"{s.correct} of {s.n}" if s.correct is not None else f"n = {s.n}"
+        rows.append(
+            f"| `{card.name}` | {card.summary} | {s.metric} {s.value:.4g} | {s.low:.4g} to "
+            f"{s.high:.4g} | {counted} | {path.stat().st_size / 1000:.0f} kB |"
+        )
+        commands.append(
+            f"| `{card.name}` | `{card.command}` | {card.data} | {s.on} | `{card.sha256[:16]}` |"
+        )
+    total = sum(path.stat().st_size for path in bundled) / 1e6
+    return _WEIGHTS.format(
+        rows="\n".join(rows), commands="\n".join(commands), count=len(rows), total=total
+    )
+
+
+_WEIGHTS = """\
+# Pretrained weights
+
+Written by `scripts/docs.py` from the cards beside the weights. {count} sets of weights,
+{total:.1f} MB together, come with the package: `zoo.load("mnist_cnn.digits", framework="flax")`, or
+`framework="torch"`. `zooconvert models --weights` lists them, and those of installed packages.
+Your own go into a package with `zooconvert pack`.
+
+Each was trained once, with the seed that its command names; the score is that of these weights on
+held-out data, with a 95% confidence interval over those data. Another seed gives another score,
+in reinforcement learning most of all; where settings were chosen by the score, the second table
+says so. `tests/test_weights.py` finds every score again in both frameworks.
+
+| name | task | score | 95% interval | cases | size |
+|---|---|---|---|---|---:|
+{rows}
+
+The weights are under the project's licence, Apache-2.0.
+
+| name | trained by | data | scored on | SHA-256 |
+|---|---|---|---|---|
+{commands}
+"""
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     readme = ROOT / "README.md"
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     text = pattern.sub(lambda _: BEGIN + "\n" + model_table() + "\n" + END, readme.read_text())
-    return {readme: text, ROOT / "docs" / "cli.md": cli_page()}
+    return {
+        readme: text,
+        ROOT / "docs" / "cli.md": cli_page(),
+        ROOT / "docs" / "weights.md": weights_page(),
+    }
 
 
 def main() -> int:

@@ -85,6 +85,20 @@ PRESETS = {
     "bert_large_uncased": LARGE,
     "bert_large_cased": replace(LARGE, vocab_size=28996),
     "minilm_l6": replace(BASE, hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+    "bert_tiny": replace(  # of characters, with its masked-LM head
+        BASE,
+        vocab_size=112,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        head="masked_lm",
+        pooler=False,
+    ),
 }
 
 _TINY = Config(

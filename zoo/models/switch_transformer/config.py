@@ -87,6 +87,20 @@ PRESETS = {
         num_heads=8,
         num_experts=4,
     ),
+    "switch_tiny": replace(  # for generated tasks: sums, brackets
+        BASE,
+        vocab_size=32,
+        d_model=48,
+        d_kv=12,
+        d_ff=96,
+        num_layers=2,
+        num_sparse_encoder_layers=1,
+        num_decoder_layers=2,
+        num_sparse_decoder_layers=1,
+        num_heads=4,
+        num_experts=4,
+        dropout_rate=0.0,
+    ),
 }
 
 _TINY = Config(

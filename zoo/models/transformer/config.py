@@ -50,6 +50,17 @@ PRESETS = {
         num_decoder_layers=3,
         dim_feedforward=1024,
     ),
+    "transformer_tiny": replace(  # for generated tasks: sums, brackets
+        BASE,
+        src_vocab_size=32,
+        tgt_vocab_size=32,
+        d_model=64,
+        nhead=4,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        dim_feedforward=128,
+        dropout=0.0,
+    ),
 }
 
 _TINY = Config(

@@ -1,0 +1,1 @@
+"""Examples: what is on the machine, what is generated, and what a user brings."""
