@@ -5,6 +5,7 @@
     convert.inspect("model.flax")                      -> Inspection
     convert.lint("model.safetensors")                  -> Lint
     convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
+    convert.optim.nadam(2e-3)                          optax transformations by torch's rules
     convert.to_jax(tensor_or_tree)                     PyTorch tensors as JAX arrays
     convert.to_torch(array_or_tree)                    and back
 
@@ -17,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from convert import optim
     from convert.api import convert
     from convert.certificate import Certificate
     from convert.inspection import Inspection, inspect
@@ -51,6 +53,7 @@ __all__ = [
     "inspect",
     "lint",
     "load_optimizer",
+    "optim",
     "pack",
     "to_jax",
     "to_torch",
@@ -59,6 +62,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":  # the module itself
+        return importlib.import_module("convert.optim")
     if name in _WHERE:
         value = getattr(importlib.import_module(_WHERE[name]), name)
         globals()[name] = value

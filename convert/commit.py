@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.optimizer.storage import NAME
+from convert.optimizer.storage import NAME, in_directory, of_directory
 from zoo.containers import open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
@@ -52,6 +52,11 @@ def check_target(target: Path, source: Path, force: bool) -> None:
     if moments.exists() and not force:
         raise UsageError(
             f"{moments} exists already", "replace it with --force, or name another target"
+        )
+    if in_directory(target) and (theirs := of_directory(target.parent)):
+        raise UsageError(
+            f"{theirs} would be taken for the optimizer of {target.name}",
+            f"name another target, or the directory: {target.parent}",
         )
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
@@ -123,16 +128,20 @@ def workplace(target: Path) -> Iterator[Path]:
 def commit(place: Path, target: Path, force: bool) -> None:
     """Put everything in `place` where it belongs: `place/NAME` becomes its sibling NAME.
 
-    The target goes first; what stands beside it (certificate, config) follows. Two commits into one
-    directory take turns, and without `force` the second finds the target there: UsageError.
+    The target goes first; what stands beside it (certificate, config) follows. The old target's
+    moments go before all: a process killed in between leaves none beside weights of another step.
+    Two commits into one directory take turns, and without `force` the second finds the target
+    there: UsageError.
     """
     names = sorted((p.name for p in place.iterdir()), key=lambda n: n != target.name)
     with _locked(target.parent, wait=True):
         check_target(target, place, force)
+        old = target.with_name(f"{target.name}.{NAME}")
+        if old.exists():
+            old.unlink()
+            fsync_directory(target.parent)
         for name in names:
             _replace(place / name, target.with_name(name))
-        if (left := f"{target.name}.{NAME}") not in names:
-            target.with_name(left).unlink(missing_ok=True)  # another checkpoint's moments
         fsync_directory(target.parent)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import zoo
 from convert.certificate import now, versions
 from convert.commit import check_space
 from convert.run import Progress, disk_needed, run
@@ -117,6 +118,12 @@ def _check_names(name: str, version: str) -> None:
         )
     if not _VERSION.fullmatch(version):
         raise UsageError(f"{version!r} is no version", "write one such as 1.0 or 2.1.post1")
+    home = hub.pretrained().get(name)
+    if home is not None and home.is_relative_to(Path(zoo.__file__).parent):
+        raise UsageError(
+            f"{name!r} is the name of weights that come with zooconvert",
+            f"give another tag: {name.partition('.')[0]}.my_data",
+        )
     if "." not in name and (name in registry.names() or name in registry.families()):
         raise UsageError(f"{name!r} is a model's own name", f"add a tag: {name}.my_data")
 

@@ -36,6 +36,7 @@ from convert.optimizer.names import part
 from convert.optimizer.optax_state import from_flat, from_optax
 from convert.optimizer.state import Group
 from convert.optimizer.torch_state import from_torch
+from convert.optimizer.training import read_training
 from zoo.containers.errors import UsageError
 from zoo.registry import families
 
@@ -249,3 +250,24 @@ def test_a_checkpoint_without_an_optimizer(tmp_path: Path) -> None:
     torch.save(module.state_dict(), path)
     with pytest.raises(UsageError, match="holds no optimizer"):
         convert.load_optimizer(path, T.Adam(module.named_parameters(), RATE), module)
+
+
+def test_the_step_of_a_checkpoint_counts_in_torch_too(tmp_path: Path) -> None:
+    """Stock optax.rmsprop counts nothing."""
+    with jax.enable_x64(True):
+        path, _ = flax_file(tmp_path / "a.msgpack", optax.rmsprop(RATE, eps_in_sqrt=False))
+    module = MLP.torch()
+    optimizer = T.RMSprop(module.named_parameters(), RATE)
+    convert.load_optimizer(path, optimizer, module, step=7)
+    assert {int(s["step"]) for s in optimizer.state.values()} == {7}
+
+
+def test_what_no_torch_optimizer_keeps_is_told(tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        path, _ = flax_file(tmp_path / "a.msgpack", optax.chain(optax.adam(RATE), optax.ema(0.9)))
+        plain, _ = flax_file(tmp_path / "b.msgpack", optax.adam(RATE))
+    told = "optimizer: left out, no torch optimizer keeps it: 1.ema"
+    config = vars(MLP.config)
+    assert told in read_training(path, model="mlp", config=config).notices
+    notices = read_training(plain, model="mlp", config=config).notices
+    assert not any("left out" in n for n in notices)

@@ -66,6 +66,18 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], str, str]] = {
         "no dampening, the checkpoint 0.3",
         "convert.optim.sgd with dampening",
     ),
+    "narrow moments": (
+        lambda p: T.Adam(p, RATE),
+        lambda: optax.adam(RATE, mu_dtype="bfloat16"),
+        r"rounds what it keeps to bfloat16 \(mu_dtype\)",
+        "check=False",
+    ),
+    "average of updates": (
+        lambda p: T.Adam(p, RATE),
+        lambda: optax.chain(optax.adam(RATE), optax.ema(0.9)),
+        "at 1: EmaState, which no torch optimizer has",
+        "optax.adam",
+    ),
     "nesterov": (
         lambda p: T.SGD(p, RATE, 0.9),
         lambda: optax.sgd(RATE, 0.9, nesterov=True),
@@ -376,3 +388,15 @@ def test_such_a_tree_is_not_read_either(what: str) -> None:
         twin = MLP.flax()
         with pytest.raises(UsageError, match=problem):
             from_optax(tx().init(params_of(twin)), twin)
+
+
+def test_the_module_is_of_the_optimizer_s_framework() -> None:
+    state = state_of(lambda p: T.Adam(p, RATE))
+    module = MLP.torch()
+    with pytest.raises(UsageError, match="no NNX module"):
+        convert.load_optimizer(state, optax.adam(RATE), module)
+    with jax.enable_x64(True):
+        twin = MLP.flax()
+    for wrong in (None, twin):
+        with pytest.raises(UsageError, match="no torch module"):
+            convert.load_optimizer(state, T.Adam(module.parameters(), RATE), wrong)

@@ -121,15 +121,16 @@ def test_hyper_parameters_are_taken_where_they_are_known() -> None:
     state = state_of(lambda p: T.Adam(p, RATE, (0.8, 0.99), 1e-6))
     module = MLP.torch()
     other = T.Adam(module.named_parameters(), 0.5, amsgrad=False)
-    assert notices_of(lambda: fill_torch(state, other, module)) == []
+    (told,) = notices_of(lambda: fill_torch(state, other, module))
+    assert "betas (0.9, 0.999) to (0.8, 0.99), eps 1e-08 to 1e-06, lr 0.5 to 0.001" in told
     group = other.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (RATE, (0.8, 0.99), 1e-6)
     unknown = replace(state, groups=[Group(state.params, {"lr": 0.25})])
     other = T.Adam(module.named_parameters(), 0.5)
     told = notices_of(lambda: fill_torch(unknown, other, module))
     assert other.param_groups[0]["lr"] == 0.25
-    assert len(told) == 1
-    assert "which are the optimizer's own: amsgrad, betas, eps, weight_decay" in told[0]
+    assert len(told) == 2
+    assert "which are the optimizer's own: amsgrad, betas, eps, weight_decay" in told[1]
 
 
 def test_groups_that_are_divided_otherwise_keep_their_options() -> None:
@@ -139,7 +140,7 @@ def test_groups_that_are_divided_otherwise_keep_their_options() -> None:
     told = notices_of(lambda: fill_torch(state, other, module))
     assert "1 groups, the state 2 others" in told[0]
     assert other.param_groups[0]["lr"] == 0.5
-    same = T.AdamW(decay_groups(list(module.named_parameters())), 0.5)
+    same = T.AdamW(decay_groups(list(module.named_parameters())), RATE)
     assert notices_of(lambda: fill_torch(state, same, module)) == []
     assert [g["weight_decay"] for g in same.param_groups] == [0.1, 0.0]
     assert state_bits(from_torch(same, model=module)) == state_bits(state)

@@ -132,6 +132,7 @@ def test_a_flax_checkpoint_and_a_cast(tmp_path: Path, checkpoint: Path) -> None:
         ("../x", {}, "cannot be the name"),
         ("mnist_cnn", {}, "model's own name"),
         ("convnet", {}, "model's own name"),
+        ("mnist_cnn.digits", {}, "weights that come with"),
         ("mnist_cnn.mine", {}, "call it cifar_net.mine"),
         ("our_net", {"version": "one"}, "no version"),
         ("our_net", {"card": {"licence": "MIT"}}, "a card has no licence"),

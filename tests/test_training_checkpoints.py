@@ -21,6 +21,7 @@ from torch import nn
 
 import convert
 import zoo
+from convert import commit
 from convert.api import plan
 from convert.cli import cli
 from convert.optimizer import storage
@@ -987,6 +988,14 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
         storage.read(rewritten(optimizers=[{**good["optimizers"][0], "slots": ["exp_avg"]}]))
     with pytest.raises(CorruptInput, match="which is in no group"):
         storage.read(rewritten(optimizers=[{**good["optimizers"][0], "groups": []}]))
+    with pytest.raises(CorruptInput, match="SGD does not keep exp_avg"):
+        storage.read(rewritten(optimizers=[{**good["optimizers"][0], "rule": "SGD"}]))
+    twice = good["optimizers"][0]["groups"] * 2
+    with pytest.raises(CorruptInput, match="stands twice"):
+        storage.read(rewritten(optimizers=[{**good["optimizers"][0], "groups": twice}]))
+    for steps in (-1, {"fc1.weight": "5"}, {"fc7.weight": 5}):
+        with pytest.raises(CorruptInput, match="no counts"):
+            storage.read(rewritten(optimizers=[{**good["optimizers"][0], "steps": steps}]))
     with pytest.raises(CorruptInput, match="cannot be understood"):
         storage.read(write(SafetensorsWriter, tmp_path / "none", tensors))
 
@@ -1106,6 +1115,57 @@ def test_moments_of_what_was_replaced_do_not_stay(checkpoint: Path, tmp_path: Pa
     convert.convert(plain, dst, force=True)
     assert not beside.exists()
     assert not read_training(dst).optimizers
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_killed_between_its_renames_moments_stay_beside_no_other_weights(
+    checkpoint: Path, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after SIGKILL: what was renamed so far is there, and nothing else happens."""
+    dst = tmp_path / "b.msgpack"
+    convert.convert(checkpoint, dst)
+    net = module()
+    optimizer = adamw(net)
+    steps(net, [optimizer], 5)
+    save(tmp_path / "later.pt", model=net.state_dict(), optimizer=optimizer.state_dict())
+    rename, left = commit._replace, [done]
+
+    def killed(new: Path, old: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(new, old)
+
+    monkeypatch.setattr(commit, "_replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(tmp_path / "later.pt", dst, force=True)
+    assert not read_training(dst).optimizers
+    monkeypatch.undo()
+    convert.convert(tmp_path / "later.pt", dst, force=True)
+    assert set(only(read_training(dst)).steps.values()) == {5}
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "optimizer.pt"])
+def test_weights_are_not_put_beside_the_optimizer_of_a_directory(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / name).write_bytes(b"of other weights")
+    for force in (False, True):
+        with pytest.raises(UsageError, match=f"{name} would be taken for the optimizer of model"):
+            convert.convert(checkpoint, home / "model.safetensors", force=force)
+    convert.convert(checkpoint, home / "other.safetensors")
+
+
+@pytest.mark.parametrize("step", [float("nan"), -3.0, 1.5, float("inf")])
+def test_a_step_that_counts_nothing_is_told(tmp_path: Path, step: float) -> None:
+    net, optimizer = trained()
+    state = optimizer.state_dict()
+    state["state"][2]["step"] = torch.tensor(step)
+    path = save(tmp_path / "a.pt", model=net.state_dict(), optimizer=state)
+    with pytest.raises(CorruptInput, match="step of parameter 2 counts no updates"):
+        read_training(path)
 
 
 def test_a_cast_leaves_moments_as_they_are(checkpoint: Path, tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from torch import nn
 
 import convert
 from convert.cli import cli
+from convert.display.report import report as show
 from convert.proof import numerics
 from convert.proof.numerics import MARGIN, Noise, full_precision, gap, judge, statistics
-from convert.proof.report import FLOOR, Report
+from convert.proof.report import FLOOR, Divergence, Report, TensorDifference
 from convert.proof.twins import twin
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
@@ -503,6 +504,8 @@ X = np.ones((2, 3), np.float32)
         (Two, One, {"x": object()}, "input x is a object"),
         (Two, One, X, "gives 2 outputs, the Flax one 1"),
         (nn.Identity, lambda: One(2), X, r"shape \(2, 3\) in torch and \(2, 2\)"),
+        (nn.Identity, One, X[:0], "no output that could be compared"),
+        (RaisesTorch, Raises, X, "the torch module fails: RuntimeError: no luck"),
         (nn.Identity, Raises, X, "the Flax module fails: RuntimeError: no luck"),
         (RaisesTorch, One, X, "the torch module fails: RuntimeError: no luck"),
     ],
@@ -530,8 +533,130 @@ def test_pairs_and_layouts_that_do_not_fit() -> None:
     assert (report.verdict, report.compared) == ("same", 1)
     with pytest.raises(UsageError, match="for checkpoints"):
         convert.verify(*given, model="bert")
+    with pytest.raises(UsageError, match="no parameter to train"):
+        convert.verify(nn.Identity(), One(), X, "training")
     with pytest.raises(UsageError, match="by a gradient"):
         convert.verify(nn.Identity(), One(), np.arange(3), "gradients")
+
+
+class TwoOutputs(nn.Module):
+    """Outputs by name, of two shapes, and one that is no array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"z": self.fc(x), "a": x.sum(1, keepdim=True), "task": "test"}
+
+
+class TwoOutputsNnx(nnx.Module):
+    def __init__(self, of: nn.Linear, factor: float) -> None:
+        self.fc: Any = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        self.fc.kernel[...] = jnp.asarray(of.weight.detach().numpy().T)
+        self.fc.bias[...] = jnp.asarray(of.bias.detach().numpy())
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return {"a": factor_sum(x, self.factor), "z": self.fc(x), "task": "test"}
+
+
+def factor_sum(x: Any, factor: float) -> Any:
+    return factor * x.sum(1)
+
+
+def test_outputs_by_name_in_another_order() -> None:
+    ours = TwoOutputs()
+    report = convert.verify(ours, TwoOutputsNnx(ours.fc, 1.0), X, "gradients")
+    assert report.verdict == "same", bad(report)
+    assert {"output.z", "output.a"} <= {r.name for r in report.outputs}
+    report = convert.verify(ours, TwoOutputsNnx(ours.fc, 2.0), X)
+    assert [n for n in bad(report) if n.startswith("output")] == ["output.a"]
+
+
+class Reader(nn.Module):
+    """Torch's LSTM has two biases; what reads it is named like a layer of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y, (h, _) = self.lstm(x)
+        return y, h[0]
+
+
+class RNN(Reader):
+    pass
+
+
+class ReaderNnx(nnx.Module):
+    """One bias, which is the sum in float32; the cell has generators of its own."""
+
+    def __init__(self, lstm: Any, bias: Any) -> None:
+        self.cell: Any = nnx.OptimizedLSTMCell(3, 4, rngs=nnx.Rngs(0))
+        self.rnn = nnx.RNN(self.cell, return_carry=True)
+        self.cell.dense_i.kernel[...] = jnp.asarray(lstm.weight_ih_l0.detach().numpy().T)
+        self.cell.dense_h.kernel[...] = jnp.asarray(lstm.weight_hh_l0.detach().numpy().T)
+        self.cell.dense_h.bias[...] = jnp.asarray(bias.detach().numpy())
+
+    def __call__(self, x: Any) -> Any:
+        (_, h), y = self.rnn(x)
+        return y, h
+
+
+def test_two_biases_added_up_in_float32_are_the_same() -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((2, 5, 3))
+    ours: Any = RNN()
+    ih, hh = (nn.init.normal_(b) for b in (ours.lstm.bias_ih_l0, ours.lstm.bias_hh_l0))
+    report = convert.verify(ours, ReaderNnx(ours.lstm, ih + hh), x, "gradients")
+    assert report.verdict == "same", bad(report)
+    assert any("combined in float32" in notice for notice in report.notices)
+    assert max(row.error64 for row in report.outputs) > 1e-10, "else nothing was allowed for"
+    report = convert.verify(ours, ReaderNnx(ours.lstm, ih + hh + 1e-5), x)
+    assert report.verdict == "different"
+    assert report.first_divergence is not None
+    report = convert.verify(ours, ReaderNnx(ours.lstm, hh), x)
+    assert report.first_divergence is not None
+    assert "raises" not in report.first_divergence.diagnosis
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.drop(x)
+
+
+class DroppingNnx(nnx.Module):
+    def __init__(self) -> None:
+        self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: Any) -> Any:
+        return self.drop(x, deterministic=False)
+
+
+class DroppingLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x: Any) -> Any:
+        return linen.Dropout(0.5, name="drop")(x, deterministic=False)
+
+
+@pytest.mark.parametrize("make", [DroppingNnx, lambda: (DroppingLinen(), {})], ids=["nnx", "linen"])
+def test_dropout_left_on_is_named(make: Callable[[], Any]) -> None:
+    report = convert.verify(Dropping(), make(), np.ones((8, 8), np.float32))
+    assert report.first_divergence is not None
+    assert (report.first_divergence.layer, report.first_divergence.cause) == ("drop", "dropout")
+
+
+def test_what_torch_itself_makes_nan_is_said() -> None:
+    report = convert.verify(nn.Identity(), One(), np.full((2, 3), np.nan, np.float32))
+    assert report.verdict == "different"
+    assert report.first_divergence is not None
+    assert "torch's own output" in report.first_divergence.diagnosis
 
 
 # --- The command line ---
@@ -561,6 +686,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "user_broken.py").write_text("import nowhere_at_all")
     np.savez(tmp_path / "x.npz", x=images())
     np.save(tmp_path / "x.npy", images())
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "x.npz").read_bytes()[:100])
     monkeypatch.chdir(tmp_path)
     path = list(sys.path)
     yield tmp_path
@@ -577,7 +703,7 @@ def test_users_modules_on_the_command_line(folder: Path) -> None:
     ran = run("user_nets:torch_net", "user_nets:linen_net", "--inputs", "x.npz")
     assert ran.exit_code == 0, ran.output
     assert ran.stdout.startswith("same: user_nets:torch_net and user_nets:linen_net")
-    assert "note: importing user_nets runs its code" in ran.stderr
+    assert ran.stderr.count("note: importing user_nets runs its code") == 1
     assert "user code prints" not in ran.stdout
     ran = run("user_nets.py:nnx_net", "user_nets.py:module", "--inputs", "x.npy", "--json")
     assert ran.exit_code == 0, ran.output
@@ -624,6 +750,8 @@ def test_a_failure_is_one_screen_and_exit_code_3(folder: Path) -> None:
             ["user_nets:module", "user_nets:nnx_net", "--inputs", "x.npz", "--pair", "a"],
             "is no pair",
         ),
+        (["user_nets:module", "user_nets", "--inputs", "x.npz"], "a module is user_nets:NAME"),
+        (["user_nets:module", "user_nets:nnx_net", "--inputs", "cut.npz"], "no plain arrays"),
         (["a.pt", "b.pt", "--pair", "a=b"], "are for modules"),
         (["a.pt", "b.pt", "--report", "x.txt"], "no suffix"),
         (["a.pt", "b.pt", "--report", "no/x.html"], "no does not exist"),
@@ -654,6 +782,16 @@ def test_reports_are_refused_before_work_begins(pair: tuple[Path, Path], tmp_pat
         ran = run(*map(str, pair), "--report", str(tmp_path / name))
         assert isinstance(ran.exception, UsageError)
         assert said in str(ran.exception)
+
+
+def test_the_summary_names_the_layer_first(capsys: pytest.CaptureFixture[str]) -> None:
+    found = Divergence("up", "gelu", "gelu", "mend it", between=("up", "down"), flax_layer="rise")
+    wrong = TensorDifference("up.weight", "1 of 4 elements", 1, 0.5, 0.1, (0, 0))
+    report = Report("a", "b", "bits", differences=[wrong], first_divergence=found)
+    show(report)
+    printed = capsys.readouterr().out
+    assert "first to differ: up (rise in Flax), between up and down" in printed
+    assert "1 difference\n" in printed
 
 
 def test_a_page_is_written(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def load(
         plan = make_plan(reader, read_label(reader), tree, request=request, dtype=code)
         _check_known(plan, overrides)
         plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
-        for notice in plan.notices:
+        for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
         values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))

@@ -45,6 +45,11 @@ class Left:
         )
         return Left(tensors, extras, files)
 
+    def unused(self) -> list[str]:
+        """What whoever loads the model should be told of it: not that a training left its state."""
+        names = [n for n in self.tensors if is_weight(_head(n))]
+        return Left(tuple(names)).notices() if names else []
+
     def notices(self) -> list[str]:
         """What a user should be told of it, where nothing is done with it."""
         told = []

@@ -134,10 +134,10 @@ def _compare(
     targets = [is_target(text) for text in (a, b)]
     if any(targets) and not all(targets):
         module, other = (a, b) if targets[0] else (b, a)
-        raise UsageError(
-            f"{module} is a module and {other} a checkpoint",
-            f"name a function that loads {other} into a module, such as zoo.load does",
-        )
+        advice = f"name a function that loads {other} into a module, such as zoo.load does"
+        if not Path(other).exists():
+            advice += f"; a module is {other}:NAME"
+        raise UsageError(f"{module} is a module and {other} a checkpoint", advice)
     options |= {"optimizers": optimizers or tuple(_OPTIMIZERS), "level": level}
     if inputs_file is not None:
         options["inputs"] = read_inputs(Path(inputs_file))
@@ -154,8 +154,12 @@ def _compare(
         options["flax_inputs"] = read_inputs(Path(flax_inputs))
     options["layers"] = _pairs(pairs)
 
+    said: set[str] = set()
+
     def say(text: str) -> None:
-        click.echo(f"note: {text}", err=True)
+        if text not in said:
+            click.echo(f"note: {text}", err=True)
+        said.add(text)
 
     # What the user's code prints is no result of ours.
     with contextlib.redirect_stdout(sys.stderr):

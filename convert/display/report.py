@@ -24,7 +24,8 @@ def report(found: Report, file: str | None = None) -> None:
     if not found.differences:
         click.echo(f"  bits: {total}, all equal")
     else:
-        click.echo(f"  bits: {total} compared, {len(found.differences)} differences")
+        count = len(found.differences)
+        click.echo(f"  bits: {total} compared, {count} difference{'s' * (count != 1)}")
     if found.outputs:
         _level("outputs", found.outputs, "outputs and intermediates in float32 and float64")
     if found.gradients:
@@ -40,11 +41,11 @@ def report(found: Report, file: str | None = None) -> None:
 
 def _divergence(d: Divergence) -> None:
     where = printable(d.layer) or "the whole"
-    if d.between is not None:
-        where = " and ".join(printable(name) or "the start" for name in d.between)
-        where = f"between {where}"
     if d.flax_layer and d.flax_layer != d.layer:
         where += f" ({printable(d.flax_layer)} in Flax)"
+    if d.between is not None:
+        ends = " and ".join(printable(name) or "the start" for name in d.between)
+        where += f", between {ends}"
     title = {"forward": "", "backward": ", backward", "training": ", training"}[d.direction]
     click.echo(f"  first to differ{title}: {where}")
     for line in _wrapped(d.diagnosis):

@@ -83,4 +83,7 @@ def read(
             + (f" and {len(unread) - 3} more" if len(unread) > 3 else ""),
             f"known are {', '.join(rules())}",
         )
+    for state in states:
+        if state.rule == "Adam":
+            state.notices.append("optax does not say whose it is: read as Adam's, which is AdamW's")
     return states

@@ -209,7 +209,13 @@ def _steps(reader: Reader, raw: _Raw, names: Mapping[str, str]) -> dict[str, int
         stored = raw.state.get(key, {}).get("step")
         value = raw.numbers.get(key, {}).get("step") if stored is None else reader.read(stored)
         if value is not None:
-            steps[name] = int(np.asarray(value).item())
+            count = np.asarray(value, np.float64)
+            if count.size != 1 or not count.item() >= 0 or not count.item().is_integer():
+                raise CorruptInput(
+                    f"{raw.root or reader.path}: the step of parameter {key} counts no updates",
+                    "save the optimizer's state_dict() again",
+                )
+            steps[name] = int(count.item())
     return steps
 
 

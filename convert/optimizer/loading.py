@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from convert.optimizer.state import OptimizerState, TrainingState
+from convert.optimizer.rules import rules
+from convert.optimizer.state import UNCOUNTED, OptimizerState, TrainingState
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
 from zoo.layout import Layout
 
@@ -46,7 +48,7 @@ def load_optimizer(
     what was found and what to give.
     """
     if hasattr(target, "param_groups") and hasattr(target, "load_state_dict"):
-        return _fill_torch(source, target, model, layout, learning_rate, name)
+        return _fill_torch(source, target, model, layout, learning_rate, name, step)
     return _fill_flax(source, target, model, layout, learning_rate, check, name, step)
 
 
@@ -57,17 +59,33 @@ def _fill_torch(
     layout: Layout | None,
     learning_rate: float | None,
     name: str | None,
+    step: int | None,
 ) -> Any:
     from convert.optimizer.names import layout_of, torch_names
     from convert.optimizer.torch_state import fill_torch
+
+    if not hasattr(model, "named_parameters"):
+        raise UsageError(
+            f"{type(model).__name__} is no torch module, the optimizer is torch's",
+            "give the module that the optimizer was made from",
+        )
 
     def own() -> Layout:
         return layout_of(model, {n: tuple(t.shape) for n, t in model.state_dict().items()}, "torch")
 
     names = torch_names(model)
     trained = [names.get(id(p), "") for group in target.param_groups for p in group["params"]]
-    state, _ = _state(source, layout, own, learning_rate, name, trained)
-    return fill_torch(state, target, model)
+    state, at = _state(source, layout, own, learning_rate, name, trained)
+    return fill_torch(_counted(state, at if step is None else step), target, model)
+
+
+def _counted(state: OptimizerState, step: int | None) -> OptimizerState:
+    """With `step` as its count, where it should have one and has none."""
+    moments = [n for n in state.params if any(n in values for values in state.slots.values())]
+    if step is None or state.steps or not moments or not rules()[state.rule].counts:
+        return state
+    notices = [n for n in state.notices if n != UNCOUNTED]
+    return replace(state, steps=dict.fromkeys(moments, step), notices=notices)
 
 
 def _fill_flax(
@@ -89,6 +107,11 @@ def _fill_flax(
     from convert.optimizer.optax_leaves import fill_variables, flatten
     from convert.optimizer.optax_state import module_shapes
 
+    if not isinstance(model, nnx.Module):
+        raise UsageError(
+            f"{type(model).__name__} is no NNX module, the optimizer is optax's",
+            "give the NNX module whose parameters it trains",
+        )
     whole = isinstance(target, nnx.Optimizer)
     if not whole and not (hasattr(target, "init") and hasattr(target, "update")):
         raise UsageError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.optimizer import behaviour
@@ -56,7 +56,7 @@ def fill_optax(
     _check_params(content, found, shapes, notices)
     _check_slots(content, found)
     trial = make_trial(content, found, tx, params, names, notices) if check else None
-    verdict = behaviour.check(trial) if trial else behaviour.Verdict()
+    verdict = _check(trial, found, leaves, params) if trial else behaviour.Verdict()
     if trial:
         behaviour.tell_rates(trial, verdict)
     notices += verdict.notices
@@ -67,6 +67,25 @@ def fill_optax(
     for notice in dict.fromkeys(notices):
         warnings.warn(notice, LoadNotice, stacklevel=3)
     return jax.tree.unflatten(structure, filled)
+
+
+def _check(
+    trial: behaviour.Trial, tree: Tree, leaves: Sequence[Any], params: Any
+) -> behaviour.Verdict:
+    """Whether it follows torch's rule; a refusal names the states that no rule of torch's has."""
+    try:
+        return behaviour.check(trial)
+    except UsageError as e:
+        more = [
+            f"at {place}: {cls}, which no torch optimizer has"
+            for place, cls in tree.unknown.items()
+        ]
+        own = {str(p.dtype) for p in flatten(params)[1]}
+        narrow = {str(x.dtype) for x in leaves} & {"bfloat16", "float16"} - own
+        more += [f"it rounds what it keeps to {', '.join(sorted(narrow))} (mu_dtype)"] * bool(
+            narrow
+        )
+        raise UsageError(e.problem, e.advice, [*e.details, *more]) from None
 
 
 def check_tree(tree: Tree) -> None:

@@ -13,7 +13,7 @@ from convert.optimizer.names import canonical_of, flax_shapes, layout_of, some, 
 from convert.optimizer.optax_fill import check_tree
 from convert.optimizer.optax_leaves import flatten
 from convert.optimizer.rules import Rule, rules
-from convert.optimizer.state import Group, OptimizerState
+from convert.optimizer.state import UNCOUNTED, Group, OptimizerState
 from convert.optimizer.tree import COUNTS, Holding, Tree, ancestors, classes_of, read_tree
 from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import code_of
@@ -151,7 +151,7 @@ def _read(
                 flat, tree, places, params, names, state, values, scalars, learning_rate, step
             )
         if rules()[rule].counts and not state.steps:
-            state.notices.append("the checkpoint does not count its updates")
+            state.notices.append(UNCOUNTED)
         state.slots = {
             s: scalars[s] if s in scalars else to_canonical(values[s], layout, tree_name)
             for s in rules()[rule].slots
@@ -278,8 +278,8 @@ def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> flo
             "rate is not in the tree"
             if rate is None
             else "the rate that scales its momentum is 0",
-            "give learning_rate=... (--learning-rate), that of the last update; inject_hyperparams would "
-            "keep it, convert.optim.rmsprop does not scale",
+            "give learning_rate=... (--learning-rate), that of the last update; inject_hyperparams "
+            "would keep it, convert.optim.rmsprop does not scale",
         )
     return -float(rate)
 
@@ -339,5 +339,8 @@ def _tell_waiting(flat: Flat, tree: Tree, state: OptimizerState) -> None:
         state.notices.append(
             "gradients that MultiSteps had gathered for the next update are left out"
         )
-    if tree.unknown:
-        state.notices.append(f"left out: {some(sorted(tree.unknown.values()))}")
+    strangers = set(tree.unknown.values())
+    if isinstance(flat, Lazy):  # all of it is the optimizer's, and no class is known
+        strangers |= {f"{s.place}.{s.field}".lstrip(".") for s in tree.strangers()}
+    if strangers:
+        state.notices.append(f"left out, no torch optimizer keeps it: {some(sorted(strangers))}")

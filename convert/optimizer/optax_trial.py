@@ -88,6 +88,21 @@ def _like(params: Any, values: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
+def _disturbed(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
+    """With other than fresh values where torch keeps nothing (an average of the updates): what
+    depends on them follows no rule of torch's."""
+    import jax.numpy as jnp
+
+    return [
+        jnp.ones_like(leaf)
+        if s.param is not None
+        and s.place in tree.unknown
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        else leaf
+        for s, leaf in zip(tree.spots, leaves, strict=True)
+    ]
+
+
 def _update(
     tx: Any,
     update: Callable[..., Any],
@@ -112,7 +127,8 @@ def _update(
             steps={p: n + later for p, n in content.steps.items()},
             step=None if content.step is None else content.step + later,
         )
-        filled = jax.tree.unflatten(structure, fill_leaves(tree, leaves, stepped, scale, []))
+        made = fill_leaves(tree, leaves, stepped, scale, [])
+        filled = jax.tree.unflatten(structure, _disturbed(tree, made))
         calls = 0
         while calls < MOST_STEPS:
             updates, filled = update(gradients, filled, weights)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+UNCOUNTED = "the checkpoint does not count its updates"
+
 
 @dataclass
 class Group:

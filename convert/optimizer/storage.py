@@ -25,6 +25,7 @@ from zoo.containers.safetensors_file import SafetensorsReader, SafetensorsWriter
 VERSION = 1
 NAME = "optimizer.safetensors"
 _AGAIN = "it is damaged or was written by another version: convert the checkpoint again"
+TRAINER = ("optimizer.pt", "optimizer.bin")  # what transformers' Trainer calls it, in a directory
 # What the weights beside it may be called, in a directory.
 _WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
@@ -46,6 +47,12 @@ def beside(checkpoint: Path) -> Path | None:
 def in_directory(checkpoint: Path) -> bool:
     """Whether a file has the name that it has in a directory which is the checkpoint as a whole."""
     return checkpoint.name in _WEIGHTS
+
+
+def of_directory(directory: Path) -> Path | None:
+    """The file in a directory that holds the optimizer of the checkpoint which the directory is."""
+    places = (directory / name for name in (NAME, *TRAINER))
+    return next((place for place in places if place.is_file()), None)
 
 
 def tensors(state: TrainingState) -> Iterator[tuple[str, Mapping[str, np.ndarray], str]]:
@@ -178,12 +185,18 @@ def _optimizer(reader: Reader, data: Mapping[str, Any], several: bool) -> Optimi
         raise ValueError(f"the optimizer {data['rule']!r} is not known")
     front = f"{data['name']}/" if several else ""
     slots = {slot: _below(reader, f"{front}{slot}.") for slot in data["slots"]}
+    if strange := slots.keys() - set(rules()[data["rule"]].slots):
+        raise ValueError(f"{data['rule']} does not keep {min(strange)}")
     params = [name for group in groups for name in group.params]
-    steps = data["steps"]
-    counts = dict.fromkeys(params, steps) if isinstance(steps, int) else dict(steps)
+    if len(set(params)) < len(params):
+        raise ValueError("a parameter stands twice in its groups")
     lost = {n for arrays in slots.values() for n in arrays} - set(params)
     if lost:
         raise ValueError(f"moments of {min(lost)}, which is in no group")
+    steps = data["steps"]
+    counts = dict.fromkeys(params, steps) if isinstance(steps, int) else dict(steps)
+    if counts.keys() - set(params) or not all(type(n) is int and n >= 0 for n in counts.values()):
+        raise ValueError("its steps are no counts of its parameters' updates")
     return OptimizerState(data["rule"], groups, slots, counts, data["name"])
 
 

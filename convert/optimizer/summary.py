@@ -46,7 +46,8 @@ def line(told: Mapping[str, Any]) -> str:
     if told["data"]:
         counters = [f"{name} {value}" for name, value in told["counters"].items()]
         if more := len(told["data"]) - len(counters):
-            counters.append(f"{more} more values" if counters else f"{more} values")
+            what = "value" if more == 1 else "values"
+            counters.append(f"{more} more {what}" if counters else f"{more} {what}")
         parts.append(f"training data: {', '.join(counters)}")
     return "; ".join(parts)
 

@@ -220,14 +220,19 @@ def _merge(
             )
             return own, [told]
         theirs = [first] * len(own)
-    merged, unknown = [], set()
+    merged, unknown, changed = [], set(), set()
     for mine, options in zip(own, theirs, strict=True):
         known = {k: v for k, v in (options or {}).items() if v is not None and k not in _RUNTIME}
         if "amsgrad" in mine:  # Adam or AdamW: which of the two is the optimizer's own
             known.pop("decoupled_weight_decay", None)
         unknown |= mine.keys() - known.keys() - _RUNTIME - {"maximize", "decoupled_weight_decay"}
+        changed |= {f"{k} {mine[k]} to {v}" for k, v in known.items() if k in mine and mine[k] != v}
         merged.append({**mine, **known})
     notices = []
+    if changed:
+        notices.append(
+            "set as the checkpoint has it, as load_state_dict does: " + ", ".join(sorted(changed))
+        )
     if unknown:
         notices.append(
             "the checkpoint does not tell these hyper-parameters, which are the optimizer's own: "

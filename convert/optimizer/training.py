@@ -30,7 +30,6 @@ from zoo.loading import make_request
 from zoo.plan import Plan, make_plan
 
 _TRAINER_STATE = "trainer_state.json"
-_TRAINER_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")
 _TRAINER_REST = ("rng_state*.pth", "training_args.bin", "scaler.pt")
 _MEMBER = "optimizer.pth"  # what stable-baselines3's optimizers are called, after a name
 
@@ -249,7 +248,7 @@ def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: Exi
     folder = reader.path.parent
     if not storage.in_directory(reader.path) or found.state.optimizers:
         return
-    for name in _TRAINER_OPTIMIZERS:
+    for name in storage.TRAINER:
         if (folder / name).is_file():
             try:
                 inner = stack.enter_context(open_checkpoint(folder / name))

@@ -88,6 +88,12 @@ class Tree:
         """Which slots the tree keeps for a parameter."""
         return {slot for h in self.holdings_of(param) for slot in h.fields.values()}
 
+    def strangers(self) -> list[Spot]:
+        """What is kept of a parameter, in a state that is not known."""
+        places = {h.place for h in self.holdings} | self.refused.keys() | self.unknown.keys()
+        spots = (s for s in self.spots if s.param is not None and not s.hyper)
+        return [s for s in spots if s.place not in places and s.field not in _PASSING]
+
     def behind_the_rate(self) -> bool:
         """Whether momentum is kept behind the learning rate, and so times it.
 

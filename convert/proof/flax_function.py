@@ -45,7 +45,7 @@ class NnxFunction(FlaxFunction):
             self._graph,
             _filled(self._params, params),
             _filled(self._statistics, statistics),
-            self._rest,
+            _renewed(self._rest),
         )
         if self.training:
             for _, part in nnx.iter_graph(module):
@@ -58,9 +58,16 @@ class NnxFunction(FlaxFunction):
 class LinenFunction(FlaxFunction):
     """A linen module and its variables."""
 
-    def __init__(self, module: Any, variables: Mapping[str, Any], training: bool = False) -> None:
+    def __init__(
+        self,
+        module: Any,
+        variables: Mapping[str, Any],
+        training: bool = False,
+        rngs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.training = training
         self._module = module
+        self._rngs = rngs
         flat = {c: _flat_dict(v) for c, v in variables.items()}
         self.params = flat.pop("params", {})
         self.statistics = flat.pop("batch_stats", {})
@@ -73,7 +80,11 @@ class LinenFunction(FlaxFunction):
         variables = {c: _nested(v) for c, v in every.items() if v}
         with batch_statistics() if self.training else contextlib.nullcontext():
             output, moved = self._module.apply(
-                variables, *args, mutable=["batch_stats", "intermediates"], **kwargs
+                variables,
+                *args,
+                rngs=self._rngs,
+                mutable=["batch_stats", "intermediates"],
+                **kwargs,
             )
         after = _flat_dict(moved.get("batch_stats", {}))
         return output, {**statistics, **after}
@@ -125,6 +136,19 @@ def _flat(state: Any) -> Values:
     from flax import nnx
 
     return {".".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
+
+
+def _renewed(state: Any) -> Any:
+    """Generators and the like as variables of the trace in which they are used: a cell of an
+    nnx.RNN and a dropout that is left on draw from theirs, which moves them."""
+    from flax import nnx
+
+    return nnx.from_flat_state(
+        {
+            path: v.replace(v.get_value()) if isinstance(v, nnx.Variable) else v
+            for path, v in nnx.to_flat_state(state)
+        }
+    )
 
 
 def _filled(state: Any, values: Values) -> Any:

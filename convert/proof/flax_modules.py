@@ -39,13 +39,31 @@ def as_flax(given: Any, variables: Mapping[str, Any] | None) -> Any | None:
                 f"wrap them: {{'params': variables}}; they have {', '.join(map(str, variables))}",
             )
         module = given.unbind()[0] if given.scope is not None else given
-        return module.bind(variables)
+        return _with_dropout(module.bind(variables))
     if given.scope is None:
         raise UsageError(
             f"{type(given).__name__} is a linen module without variables",
             "give (module, variables), or module.bind(variables)",
         )
-    return given
+    return _with_dropout(given)
+
+
+def _with_dropout(module: Any) -> Any:
+    """The bound linen module with a generator for dropout: one that is left on is then found and
+    named, where it would only raise."""
+    import jax
+
+    rngs = linen_rngs(module)
+    if "dropout" in rngs:
+        return module
+    bare, variables = module.unbind()
+    rngs["dropout"] = jax.random.key(0)
+    return bare.bind(variables, rngs=rngs, mutable=module.scope.mutable)
+
+
+def linen_rngs(module: Any) -> dict[str, Any]:
+    """The generators of a bound linen module."""
+    return {name: rng.as_jax_rng() for name, rng in module.scope.rngs.items()}
 
 
 def function(module: Any, precision: str, training: bool = False) -> FlaxFunction:
@@ -56,7 +74,7 @@ def function(module: Any, precision: str, training: bool = False) -> FlaxFunctio
     if isinstance(module, nnx.Module):
         return NnxFunction(_cast_nnx(module, precision), training)
     bare, variables = module.unbind()
-    return LinenFunction(bare, _cast(variables, precision), training)
+    return LinenFunction(bare, _cast(variables, precision), training, linen_rngs(module))
 
 
 def params_and_statistics(module: Any) -> dict[str, np.ndarray]:
@@ -97,11 +115,14 @@ def narrow_operation(module: Any, call: Any, precision: str = "float64") -> str 
     """
     import jax
 
+    from convert.proof.numerics import named_outputs
+
     made = function(module, precision)
     args, kwargs = call
 
     def forward(params: Any, statistics: Any) -> Any:
-        return made(params, statistics, args, kwargs)
+        output, after = made(params, statistics, args, kwargs)
+        return named_outputs(output), after
 
     return _narrow(jax.make_jaxpr(forward)(made.params, made.statistics).jaxpr)
 

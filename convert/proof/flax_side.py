@@ -73,7 +73,7 @@ class FlaxSide(Side):
             else:
                 loss, gradients = 0.0, None
                 output, taps = jax.device_get(self._forward(precision))
-        outputs = {k: self._back(k, v) for k, v in {**taps, **self._named(output)}.items()}
+        outputs = {k: self._back(k, v) for k, v in {**taps, **output}.items()}
         if gradients is None:
             return Run(outputs)
         named = self.to_torch(gradients[0])
@@ -140,12 +140,13 @@ class FlaxSide(Side):
         return {k: v for k, v in params.items() if k not in self.frozen}
 
     def _call(self, function: FlaxFunction, params: Values, statistics: Values, given: Any) -> Any:
+        """Outputs by name (jit hands dicts back in another order), taps, statistics."""
         args, kwargs = with_leaves(self.call, given)
         if not self.taps:
             output, after = function(params, statistics, args, kwargs)
-            return output, {}, after
+            return self._named(output), {}, after
         (output, taps), after = function(params, statistics, args, {**kwargs, "taps": True})
-        return output, taps, after
+        return self._named(output), taps, after
 
     def _forward(self, precision: str) -> tuple[Any, Any]:
         import jax
@@ -185,12 +186,12 @@ class FlaxSide(Side):
             self._compiled[key] = function, compiled
         return self._compiled[key]
 
-    def _scalar(self, output: Any) -> Any:
+    def _scalar(self, outputs: Mapping[str, Any]) -> Any:
         """The loss: torch_side.scalar's."""
         import jax.numpy as jnp
 
         total: Any = 0.0
-        for name, x in self._named(output).items():
+        for name, x in outputs.items():
             if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating):
                 shape = self.axes.from_flax(name, np.empty(x.shape)).shape
                 weights = self.axes.to_flax(name, loss_weights(name, shape, self.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ def read_inputs(path: Path) -> Any:
     """The arrays of an .npz, by name, or positional where they have none (arr_0, ...); or of an
     .npy. Never unpickles. UsageError for anything else."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        with found:
-            arrays = {name: found[name] for name in found.files}
+        with path.open("rb") as file:  # which numpy leaves open where it is no whole zip
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            with found:
+                arrays = {name: found[name] for name in found.files}
     except FileNotFoundError:
         raise UsageError(
             f"there is no file {path}", "save it with numpy.savez(FILE, x=...)"
         ) from None
-    except (OSError, ValueError, EOFError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UsageError(
             f"{path} holds no plain arrays: {str(e).partition(chr(10))[0]}",
             "save the inputs with numpy.savez(FILE, x=...), without objects",

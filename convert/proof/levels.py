@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from convert.proof.outputs import compare_runs
 from convert.proof.pair import Pair
 from convert.proof.report import Divergence, Report, Row
@@ -57,14 +59,50 @@ def locate(report: Report, pair: Callable[[], Pair]) -> None:
     ]
     bad = [mode for mode, rows in levels if any(row.judged and not row.same for row in rows)]
     where = bad[0] if bad else None
-    if where is not None:
+    if where == "forward":
+        report.first_divergence = _not_finite(report.outputs)
+    if where is not None and report.first_divergence is None:
         try:
             report.first_divergence = _first(pair(), where)
         except Exception as e:  # the verdict stands without it
             text = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             report.notices.append(f"where they part could not be told: {text}")
     if report.first_divergence is None:
-        report.first_divergence = weights_differ(report)
+        report.first_divergence = weights_differ(report) or _first_row(levels)
+
+
+def _not_finite(rows: list[Row]) -> Divergence | None:
+    """The first value that torch itself makes NaN, or larger than float32 holds: nothing can be
+    the same as that, and no layer of Flax's is at fault."""
+    first = next((row for row in rows if row.judged and not row.same), None)
+    if first is None or np.isfinite(first.noise):
+        return None
+    return Divergence(
+        first.name,
+        f"torch's own {first.name} has values that are not numbers (NaN), or beyond float32",
+        "not_finite",
+        "give inputs and weights with which the torch module gives finite numbers",
+        error=first.error,
+    )
+
+
+def _first_row(levels: list[tuple[Mode, list[Row]]]) -> Divergence | None:
+    """The first row that differs, where no layer by itself does."""
+    for mode, rows in levels:
+        for row in rows:
+            if row.judged and not row.same:
+                what = {"forward": "", "backward": "the gradient of ", "training": "in training "}
+                return Divergence(
+                    row.name,
+                    f"{what[mode]}{row.name} differs, and no single layer is seen to make it so",
+                    "unknown",
+                    "compare the two, line by line",
+                    mode,
+                    error=row.error,
+                    noise=row.noise,
+                    scale=row.scale,
+                )
+    return None
 
 
 def _first(pair: Pair, mode: Mode) -> Divergence | None:

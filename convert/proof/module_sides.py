@@ -53,6 +53,7 @@ class ModuleTorchSide(TorchSide):
     def shaken(self, i: int) -> ModuleTorchSide:
         made = ModuleTorchSide(self.module, self.call, seed=self.seed, moved=i)
         made.aligned, made.precisions = self.aligned, self.precisions
+        made.combined = self.combined
         return made
 
     def trace(self, precision: str) -> Trace:

@@ -159,7 +159,7 @@ class Noise:
 def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:
     """Every array of an output under a dotted name: NamedTuples and dataclasses by field, mappings
     by key, tuples by index."""
-    if output is None:
+    if output is None or isinstance(output, str):
         return {}
     if hasattr(output, "_asdict"):
         parts: Any = output._asdict().items()

@@ -51,17 +51,23 @@ def compare_runs(
     def rerun(precision: str, i: int) -> Run:
         return reference.shaken(i).run(precision, backward=backward)
 
-    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: rerun(p, i).outputs)
+    combined = bool(reference.combined)
+    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: rerun(p, i).outputs, combined)
     if not backward:
         return rows, []
     return rows, judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
 
 
 def judge_outputs(
-    reference: Runs, a: Runs, b: Runs, rerun: Callable[[str, int], Arrays]
+    reference: Runs,
+    a: Runs,
+    b: Runs,
+    rerun: Callable[[str, int], Arrays],
+    combined: bool = False,
 ) -> list[Row]:
-    """The rows in the reference's order of execution."""
-    noise = Noise(exact(reference).outputs, rerun)
+    """The rows in the reference's order of execution. `combined`: float64 has a noise too, as
+    parameters may have been combined in float32."""
+    noise = Noise(exact(reference).outputs, rerun, exact64=combined)
     rows = []
     for name in exact(reference).outputs:
         of_a, of_b, of_reference = (_pair(side, name) for side in (a, b, reference))

@@ -48,11 +48,16 @@ class TorchSide(Side):
         self.forward = forward
         self.seed = seed
         self.moved = moved
+        # Parameters that the other side may hold combined, and so rounded to float32 once more (an
+        # LSTM's two biases as their sum): noise in float64 moves them by units of float32.
+        self.combined: frozenset[str] = frozenset()
         self.names = argument_names(module.forward, call)
 
     def shaken(self, i: int) -> TorchSide:
         """The same with other rounding."""
-        return TorchSide(self.module, self.call, self.forward, seed=self.seed, moved=i)
+        made = TorchSide(self.module, self.call, self.forward, seed=self.seed, moved=i)
+        made.combined = self.combined
+        return made
 
     def run(self, precision: str, *, backward: bool) -> Run:
         import torch
@@ -82,6 +87,11 @@ class TorchSide(Side):
             given, _ = self._inputs(module, precision, False)
             args, kwargs = with_leaves(self.call, given)
             parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            if not parameters:
+                raise UsageError(
+                    "the torch module has no parameter to train",
+                    "compare without training: level 'gradients'",
+                )
             stepper = optimizer.torch(list(parameters.values()))
             losses: list[float] = []
             gradients: list[Arrays] = []
@@ -113,8 +123,10 @@ class TorchSide(Side):
         if self.moved is not None:
             generator = torch.Generator().manual_seed(self.moved)
             with torch.no_grad():
-                for t in [*module.parameters(), *module.buffers()]:
-                    t.copy_(_moved(t.detach(), generator))
+                for name, t in [*module.named_parameters(), *module.named_buffers()]:
+                    rough = name in self.combined and t.is_floating_point()
+                    x = t.detach().float() if rough else t.detach()
+                    t.copy_(_moved(x, generator))
         return module
 
     def _inputs(

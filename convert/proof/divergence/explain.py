@@ -191,6 +191,12 @@ class Explainer:
         targets = [given]
         if given.shape != event.rough.shape and given.ndim >= 3:
             targets.append(np.moveaxis(given, -1, 1))
+        if event.raw is not None and event.rough.ndim >= 4:
+            # As many channels as rows and columns: a wrong value does not tell how its axes lie.
+            for move in moves(event.rough.shape, event.raw.shape):
+                other = to_torch(event.raw, move, event.rough.shape).astype(np.float64)
+                if not any(np.array_equal(other, t, equal_nan=True) for t in targets):
+                    targets.append(other)
         scale = max(j.scale, float(np.abs(given[np.isfinite(given)]).max(initial=0.0)))
         tolerance = max(
             j.tolerance, 8 * FLOOR * scale if self.reference.precision == "float32" else 0

@@ -56,7 +56,7 @@ def _run(modules: Sequence[Any], x: np.ndarray, changes: dict[int, Function]) ->
             else:
                 with torch.no_grad():
                     x = module(torch.from_numpy(np.array(x))).numpy()
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, TypeError, AttributeError):  # such as a layer's tuple
             return None
     return x
 

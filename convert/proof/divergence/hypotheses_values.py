@@ -259,7 +259,9 @@ def wiring(case: Case) -> Finding | None:
                         "residual", f"Flax leaves {other} out of the sum", f"add {other}"
                     )
             return Finding(
-                "wiring", f"Flax takes {name} here, torch does not", "pass what torch does"
+                "wiring",
+                f"Flax takes {name} as it is here, torch does not",
+                "see what torch's code makes of it, or takes instead: a sum, an activation",
             )
     same = [(n, x) for n, x in past[:16] if x.shape == case.right.shape]
     for (n, x), (m, y) in itertools.permutations(same, 2):

@@ -52,9 +52,14 @@ def flax_kind(module: Any) -> str:
 def _kind(cls: type, table: dict[str, str]) -> str:
     for base in cls.__mro__:
         for kind, names in table.items():
-            if re.fullmatch(names, base.__name__):
+            if re.fullmatch(names, base.__name__) and not _own_recurrent(base, kind, table):
                 return kind
     return "other"
+
+
+def _own_recurrent(cls: type, kind: str, table: dict[str, str]) -> bool:
+    """A whole model of somebody's that is called RNN: torch's own layer has another form."""
+    return table is _TORCH and kind == "recurrent" and not cls.__module__.startswith("torch.")
 
 
 def compatible(torch: str, flax: str) -> bool:

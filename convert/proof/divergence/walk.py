@@ -41,6 +41,7 @@ class Event:
     message: str = ""  # of what was raised
     again: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None  # Flax's, other inputs
     past: list[str] = field(default_factory=list)  # torch names of paired calls that have ended
+    raw: np.ndarray | None = None  # Flax's value with its own axes
 
 
 class Stop(Exception):
@@ -49,6 +50,10 @@ class Stop(Exception):
     def __init__(self, found: Any) -> None:
         super().__init__()
         self.found = found
+
+
+class Failed(Stop):
+    """`explain` itself failed, which is no fault of the module that runs around it."""
 
 
 class Forward:
@@ -77,6 +82,8 @@ class Forward:
         with precise(self.side.precision):
             try:
                 _, self.values_after = self.side.run(call, self._around)
+            except Failed as failed:
+                raise failed.found from failed
             except Stop as stop:
                 return stop.found
         return None
@@ -199,6 +206,7 @@ class Forward:
         empty = np.zeros(0)
         rough = getattr(call, side).get(key, empty)
         exact = getattr(self.reference.exact_call(call), side).get(key, empty)
+        raw = given
         if given is None:
             given = np.zeros(0)
         elif aligned is not None:
@@ -207,7 +215,7 @@ class Forward:
         around = self.stack[-1] if self.stack else None
         return Event(
             where, pair, call, key, judged, rough, exact, given, module, {}, around,
-            past=list(self.past),
+            past=list(self.past), raw=raw,
         )  # fmt: skip
 
     def _aligned(
@@ -217,7 +225,10 @@ class Forward:
             self.aligned[pair.flax, call.index, where, a.flax] = pair, a, given
 
     def _tell(self, event: Event) -> None:
-        found = self.explain(event)
+        try:
+            found = self.explain(event)
+        except Exception as e:
+            raise Failed(e) from e
         if found is not None:
             raise Stop(found)
 
