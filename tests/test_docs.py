@@ -62,6 +62,10 @@ def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors["extra.weight"] = torch.zeros(2)
     tensors["pooler.dense.weight"] = torch.zeros(384, 383)
     save_file(tensors, place / "broken.safetensors")
+    tensors = load_file(place / "model.safetensors")
+    query = "encoder.layer.2.attention.self.query.weight"
+    tensors[query] = tensors[query].T.contiguous()
+    save_file(tensors, place / "untransposed.safetensors")
     return place
 
 
@@ -92,7 +96,7 @@ def test_the_tour_prints_what_the_readme_says(folder: Path) -> None:
 
 def test_the_readme_s_python_runs(folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 5
     code = "\n".join(blocks)
     if not (folder / "model.flax").exists():
         subprocess.run(
