@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -225,3 +227,8 @@ def test_what_cannot_be_is_refused() -> None:
     params = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, tx.init(params))
+
+
+def test_it_is_at_hand_after_import_convert() -> None:
+    code = "import convert; convert.optim.nadam(1e-3)"
+    subprocess.run([sys.executable, "-c", code], check=True)
