@@ -47,8 +47,8 @@ class Left:
 
     def unused(self) -> list[str]:
         """What whoever loads the model should be told of it: not that a training left its state."""
-        names = [n for n in self.tensors if is_weight(_head(n))]
-        return Left(tuple(names)).notices() if names else []
+        names = tuple(n for n in self.tensors if is_weight(_head(n)))
+        return Left(names, (), self.files).notices()
 
     def notices(self) -> list[str]:
         """What a user should be told of it, where nothing is done with it."""
