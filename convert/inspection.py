@@ -120,7 +120,7 @@ def _besides(
     request = Request(candidate.model, candidate.config)
     plan = make_plan(reader, Label(), None, request=request)
     before = len(plan.told)
-    plan, state = besides(reader, plan, stack)
+    plan, state = besides(reader, plan, stack, damaged=True)
     left = Left(plan.left.tensors, (), plan.left.files)
     return [*plan.told[before:], *left.notices()], summary(state)
 

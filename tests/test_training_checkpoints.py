@@ -1004,10 +1004,15 @@ def test_a_file_of_another_model_beside_the_weights_is_told(tmp_path: Path) -> N
     write(SafetensorsWriter, tmp_path / "a.safetensors", canonical(MLP, SMALL))
     state = example()
     state.optimizers[0].groups = [Group(("fc7.weight",))]
-    storage.write(tmp_path / "a.safetensors.optimizer.safetensors", dataclasses.replace(state))
-    made = convert.convert(tmp_path / "a.safetensors")
-    assert any("is in no group" in n for n in made.notices)
-    assert not made.training
+    path = tmp_path / "a.safetensors.optimizer.safetensors"
+    storage.write(path, dataclasses.replace(state))
+    with pytest.raises(CorruptInput, match="is in no group"):
+        convert.convert(tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.flax").exists()
+    looked = convert.inspect(tmp_path / "a.safetensors")
+    assert any("is in no group" in n for n in looked.notices)
+    path.unlink()
+    assert not convert.convert(tmp_path / "a.safetensors").training
 
 
 # --- Inside convert ---

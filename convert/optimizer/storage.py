@@ -24,7 +24,7 @@ from zoo.containers.safetensors_file import SafetensorsReader, SafetensorsWriter
 
 VERSION = 1
 NAME = "optimizer.safetensors"
-_AGAIN = "it is damaged or was written by another version: convert the checkpoint again"
+_AGAIN = "convert the checkpoint again, or move the file away to go on without it"
 TRAINER = ("optimizer.pt", "optimizer.bin")  # what transformers' Trainer calls it, in a directory
 # What the weights beside it may be called, in a directory.
 _WEIGHTS = (

@@ -117,13 +117,20 @@ def find(
 
 
 def besides(
-    reader: Reader, plan: Plan, stack: ExitStack, learning_rate: float | None = None
+    reader: Reader,
+    plan: Plan,
+    stack: ExitStack,
+    learning_rate: float | None = None,
+    damaged: bool = False,
 ) -> tuple[Plan, TrainingState]:
     """What is in an open checkpoint besides its weights; and the plan, whose notices then say what
-    of it was not understood. `learning_rate` is as in `read_training`."""
+    of it was not understood. `learning_rate` is as in `read_training`. What is damaged is an error,
+    or with `damaged` a notice too."""
     found = find(reader, plan.model.layout_of(plan.config), plan, stack, learning_rate)
     told = [*found.state.notices]
     for e in found.problems:
+        if isinstance(e, CorruptInput) and not damaged:
+            raise e
         details = f" ({'; '.join(e.details)})" if e.details else ""
         told.append(f"NOT converted: {e.problem}{details}. To have it converted: {e.advice}")
     left = plan.left.without(found.used)
