@@ -35,8 +35,9 @@ _HEAD = """\
 # Training across the border
 
 Written by `scripts/resume.py`, the last measured result. Each case trains 100 steps in PyTorch, and
-again with the checkpoint of step 50 (weights, optimizer, step) taken up by the other framework.
-Data, order and initial weights follow from one description ([scripts/train](../scripts/train)).
+again with the checkpoint of step 50 (weights, optimizer, step) converted by `convert.convert` and
+taken up by the other framework. Data, order and initial weights follow from one description
+([scripts/train](../scripts/train)).
 
 float64: the largest relative gap of any step's loss to PyTorch's own curve; the same means at most
 1e-9. float32: the same gap, and as a share of what is allowed: at each step 8 times the widest gap

@@ -85,8 +85,7 @@ def check(path: Path, job: Job) -> int:
     """The step at which a checkpoint was written. UsageError where it is of another run."""
     if not path.exists():
         raise UsageError(f"{path} does not exist", "give a checkpoint of scripts/train")
-    with open_checkpoint(path) as reader:
-        extras = dict(reader.extras)
+    extras = _facts(path, job)
     wrong = [
         f"{name} is {extras[name]!r} there, {wanted!r} here"
         for name, wanted in (("task", job.task.name), ("seed", job.seed))
@@ -102,6 +101,18 @@ def check(path: Path, job: Job) -> int:
     if step >= job.steps:
         raise UsageError(f"{path} has done {step} steps of {job.steps}", "give more --steps")
     return step
+
+
+def _facts(path: Path, job: Job) -> dict[str, Any]:
+    """The plain data in a checkpoint, or beside its weights once it has been converted."""
+    with open_checkpoint(path) as reader:
+        extras = dict(reader.extras)
+    if "step" in extras:
+        return extras
+    from convert.optimizer.training import read_training
+
+    config = dataclasses.asdict(job.config)
+    return extras | dict(read_training(path, model=job.model.name, config=config).data)
 
 
 def write(path: Path, save: Callable[[BinaryIO], Any], job: Job) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import convert
 from training import checkpoints
 from training.description import make_job
 from training.games import GAMES, agent, noise, recorded, settle
@@ -34,14 +35,20 @@ def curve(
 ) -> np.ndarray:
     """Losses (steps, K) of the task `name`: K is 1, for SAC 2 (critics, actor).
 
-    Each leg trains to its step and writes a checkpoint, from which the next one goes on. Games
-    learn from recorded transitions of a random policy, so that every step is comparable.
+    Each leg trains to its step and writes a checkpoint, which is converted to the framework of the
+    next leg, and that one goes on from there. Games learn from recorded transitions of a random
+    policy, so that every step is comparable.
     `settings` are those of `description.make_job` and of `games.settle`. The checkpoints stay in
     `folder`, if one is given.
     """
     with tempfile.TemporaryDirectory() as scratch:
         place, found, checkpoint = Path(folder or scratch), [], None
         for i, (framework, stop) in enumerate(legs):
+            if checkpoint is not None:
+                suffix = ".flax" if framework == "flax" else ".safetensors"
+                converted = place / f"{i}{suffix}"
+                convert.convert(checkpoint, converted)
+                checkpoint = converted
             told = {**settings, "steps": steps, "dtype": dtype, "seed": seed}
             leg = _game if name in GAMES else _supervised
             losses, checkpoint = leg(
