@@ -9,7 +9,6 @@ import functools
 import os
 import signal
 import sys
-import traceback
 from typing import Any, NoReturn
 
 import click
@@ -68,6 +67,8 @@ def main() -> NoReturn:
         sys.exit(141)
     except Exception as e:
         if debug:
+            import traceback
+
             traceback.print_exc()
         _report(e)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -93,6 +91,9 @@ def verify(
       zooconvert verify nets:TorchNet nets:FlaxNet --inputs inputs.npz
       zooconvert verify port.py:torch_net port.py:flax_net --inputs x.npy --pair fc=head
     """
+    import shlex
+    from pathlib import Path
+
     from convert import display
     from convert.display.report import report as show
     from convert.proof.files import check_report, write_report
@@ -126,6 +127,8 @@ def _compare(
     optimizers: tuple[str, ...],
     **options: Any,
 ) -> Any:
+    from pathlib import Path
+
     from convert.proof.inputs import read_inputs
     from convert.proof.user_code import is_target, load
     from convert.verification import verify as run
