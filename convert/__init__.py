@@ -20,25 +20,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from convert import optim
     from convert.api import convert
-    from convert.certificate import Certificate
+    from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
-    from convert.optimizer.loading import load_optimizer
     from convert.packing import pack
-    from convert.proof.report import Report
     from convert.tensors import to_jax, to_torch
+    from convert.training_state.into_live import load_optimizer
     from convert.verification import verify
+    from zoo.checkpoint.certificate import Certificate
 
 _WHERE = {
-    "Certificate": "convert.certificate",
+    "Certificate": "zoo.checkpoint.certificate",
     "Inspection": "convert.inspection",
     "Lint": "convert.linting.findings",
-    "Report": "convert.proof.report",
+    "Report": "convert.compare.report",
     "convert": "convert.api",
     "inspect": "convert.inspection",
     "lint": "convert.linting.run",
-    "load_optimizer": "convert.optimizer.loading",
+    "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
     "to_jax": "convert.tensors",
     "to_torch": "convert.tensors",

@@ -1,6 +1,6 @@
 """`python -m convert`: the command line."""
 
-from convert.cli import main
+from convert.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.certificate import Certificate
-from convert.commit import check_space, check_target
-from convert.optimizer.state import TrainingState
-from convert.optimizer.training import besides
-from convert.proof.report import Level
-from convert.run import Progress, disk_needed, memory_needed, run
-from convert.targets import Target, by_suffix, choose
+from convert.compare.report import Level
+from convert.engine.commit import check_space, check_target
+from convert.engine.execute import Progress, disk_needed, memory_needed, run
+from convert.engine.targets import Target, by_suffix, choose
+from convert.training_state.besides import besides
+from convert.training_state.state import TrainingState
 from convert.verification import check_level, prover
 from zoo import hub
+from zoo.checkpoint.certificate import Certificate
+from zoo.checkpoint.identification import FLAX_TREES
+from zoo.checkpoint.label import read_label
+from zoo.checkpoint.plan import Plan, make_plan
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
-from zoo.identification import FLAX_TREES
-from zoo.label import read_label
 from zoo.layout import TREES, Tree
 from zoo.loading import FRAMEWORKS, dtype_code, make_request
-from zoo.plan import Plan, make_plan
 
 Source = str | os.PathLike[str]
 

@@ -7,16 +7,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from convert.optimizer.summary import summary
-from convert.optimizer.training import besides
+from convert.training_state.besides import besides
+from convert.training_state.summary import summary
 from zoo import hub
+from zoo.checkpoint.identification import Candidate, Request, identify_header
+from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.peel import Left
+from zoo.checkpoint.plan import make_plan
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import ZooError
-from zoo.identification import Candidate, Request, identify_header
-from zoo.label import Label, read_label
-from zoo.peel import Left
-from zoo.plan import make_plan
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Inspection:
     unknown: list[str]  # config fields that nothing in the checkpoint tells
     tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
     ties: dict[str, str] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)  # `convert.optimizer.summary`
+    training: dict[str, Any] = field(default_factory=dict)  # `convert.training_state.summary`
     metadata: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)

@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import zoo
-from convert.certificate import now, versions
-from convert.commit import check_space
-from convert.run import Progress, disk_needed, run
-from convert.targets import Target
+from convert.engine.commit import check_space
+from convert.engine.execute import Progress, disk_needed, run
+from convert.engine.targets import Target
 from zoo import hub, registry
 from zoo.card import Card
+from zoo.checkpoint.certificate import now, versions
+from zoo.checkpoint.identification import title
+from zoo.checkpoint.label import read_label
+from zoo.checkpoint.plan import Plan, make_plan
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import UsageError
-from zoo.identification import title
-from zoo.label import read_label
 from zoo.layout import TREES
 from zoo.loading import dtype_code, make_request
-from zoo.plan import Plan, make_plan
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*(\.[a-z0-9][a-z0-9_]*)?")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?")  # PEP 440

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.certificate import now, versions
-from convert.optimizer.comparison import compare_training
-from convert.optimizer.training import besides
-from convert.proof.report import LEVELS, Level, Report
-from convert.run import Progress
+from convert.compare.report import LEVELS, Level, Report
+from convert.engine.execute import Progress
+from convert.training_state.besides import besides
+from convert.training_state.comparison import compare_training
 from zoo import hub
+from zoo.checkpoint.certificate import now, versions
+from zoo.checkpoint.identification import Request
+from zoo.checkpoint.label import read_label
+from zoo.checkpoint.plan import Plan, make_plan
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import NotEquivalent, UsageError
-from zoo.identification import Request
-from zoo.label import read_label
 from zoo.loading import make_request
-from zoo.plan import Plan, make_plan
 
 Source = str | os.PathLike[str]
 OPTIMIZERS = ("SGD", "momentum", "Adam", "AdamW")
@@ -104,7 +104,7 @@ def verify(
         request = make_request(model, config)
         report = _checkpoints(a, b, level or "bits", request, inputs, options, progress)
     else:
-        from convert.proof.modules import Hints, compare_modules
+        from convert.compare.modules import Hints, compare_modules
 
         if model is not None or config is not None:
             raise UsageError(
@@ -134,7 +134,7 @@ def _checkpoints(
     options: Options,
     progress: Progress,
 ) -> Report:
-    from convert.proof.checkpoints import certificate_beside, compare_checkpoints
+    from convert.compare.checkpoints import certificate_beside, compare_checkpoints
 
     report = Report(os.fspath(a), os.fspath(b), level)
     with ExitStack() as stack:
@@ -161,7 +161,7 @@ def prover(reader: Reader, request: Request, level: Level) -> Callable[[Path], d
     """Compares the source that is being converted with the result that is not yet committed."""
 
     def prove(written: Path) -> dict[str, object]:
-        from convert.proof.checkpoints import compare_checkpoints
+        from convert.compare.checkpoints import compare_checkpoints
 
         report = Report(reader.path.name, written.name, level)
         with open_checkpoint(written) as result:

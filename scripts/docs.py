@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from convert.cli import cli
+from convert.cli.main import cli
 from zoo.card import read_card
 from zoo.registry import get, names
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 HEAD = """# Planted faults
 
 What `zooconvert verify` says of {count} models in each of which one thing is wrong, planted by
-`tests/faults.py`, found by `convert.proof.divergence.first_divergence` and written here by
+`tests/faults.py`, found by `convert.diagnose.first_divergence` and written here by
 `scripts/faults.py`. {layers} of {count} are found in the right layer, {causes} of {count} have the
 right diagnosis; they are of {families} families.
 
@@ -31,7 +31,7 @@ def main() -> None:
     """Run them all; takes a minute or two."""
     from faults import FAULTS
 
-    from convert.proof.divergence import first_divergence
+    from convert.diagnose import first_divergence
 
     table: list[dict[str, Any]] = []
     for fault in FAULTS:

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "measured.json"
 
 def measure(name: str) -> dict[str, object]:
     """The worst output or intermediate of one preset, and where it was measured."""
-    from convert.proof.outputs import compare_outputs
+    from convert.compare.outputs import compare_outputs
     from zoo import probe
     from zoo.registry import get
 

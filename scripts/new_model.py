@@ -72,7 +72,7 @@ import numpy as np
 from zoo.layout import Entry, linear
 from zoo.model import dim
 from zoo.models.{name}.config import Config
-from zoo.ops import Shape
+from zoo.layout.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

@@ -26,9 +26,9 @@ def checkpoint(folder: Path, name: str, seed: int) -> tuple[Path, Path, dict[str
     """A torch and a Flax checkpoint of one seed's weights, and one seed's inputs."""
     import convert
     from zoo import probe
+    from zoo.checkpoint.label import Label
     from zoo.containers.base import TensorInfo
     from zoo.containers.safetensors_file import SafetensorsWriter
-    from zoo.label import Label
     from zoo.registry import families
 
     model = families()[name]
@@ -59,7 +59,7 @@ def measure(name: str) -> dict[str, object]:
     import jax
 
     import convert
-    from convert.proof.numerics import AGAIN, AGAIN64
+    from convert.judge.noise import AGAIN, AGAIN64
 
     verdicts: dict[str, str] = {}
     worst: dict[str, float] = {}

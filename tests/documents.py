@@ -14,7 +14,7 @@ from torch import nn
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN
+from convert.compare.outputs import EXACT, FLOOR, MARGIN
 from zoo import probe
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from torch import Tensor, nn
 
-from convert.proof.pair import Call, Pair
+from convert.matching.pair import Call, Pair
 from zoo import probe
 
 

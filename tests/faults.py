@@ -47,7 +47,7 @@ from fault_plants import (
     wavenet_unit,
 )
 
-from convert.proof.pair import Pair
+from convert.matching.pair import Pair
 
 
 @dataclass(frozen=True)

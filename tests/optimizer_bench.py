@@ -16,8 +16,8 @@ from support import Arrays, bits, canonical
 from test_models import scalar, to_canonical
 
 from convert import optim
-from convert.optimizer.state import OptimizerState
-from convert.optimizer.torch_state import from_torch
+from convert.training_state.state import OptimizerState
+from convert.training_state.torch_state import from_torch
 from zoo.layout import Layout
 from zoo.loading import LoadNotice, build
 from zoo.registry import families
@@ -216,7 +216,7 @@ def by_kind(params: Any) -> Any:
 
 
 def flat_names(tree: Any, prefix: str = "") -> Arrays:
-    from convert.optimizer.optax_leaves import flatten
+    from convert.training_state.optax_leaves import flatten
 
     names, leaves, _ = flatten(tree)
     return {prefix + n: np.asarray(a) for n, a in zip(names, leaves, strict=True)}

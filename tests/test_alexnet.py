@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from support import canonical
 
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
 from zoo import probe
 from zoo.loading import build
 from zoo.models.alexnet import MODEL

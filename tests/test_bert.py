@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from support import Arrays, canonical
 
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
 from zoo import probe
 from zoo.loading import build
 from zoo.models.bert import MODEL

@@ -20,13 +20,13 @@ import torch
 from click.testing import CliRunner
 from support import canonical, write
 
-from convert import cli as cli_module
-from convert import display
-from convert.cli import cli
-from convert.commands import options
+from convert.cli import main as cli_module
+from convert.cli import options
+from convert.cli import output as display
+from convert.cli.main import cli
+from zoo.checkpoint.label import Label
 from zoo.containers.errors import printable
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.models.bert import MODEL
 
 CONFIG = MODEL.tiny["encoder"]
@@ -250,9 +250,9 @@ def test_different_is_exit_code_3(folder: Path, run: Callable[..., Ran]) -> None
 
 def test_interrupted_is_exit_code_130(folder: Path) -> None:
     slow = (
-        "import time, convert.run as r; real = r.sha256\n"
+        "import time, convert.engine.execute as r; real = r.sha256\n"
         "r.sha256 = lambda a: (print('at work', flush=True), time.sleep(0.2), real(a))[2]\n"
-        "from convert.cli import main; main()"
+        "from convert.cli.main import main; main()"
     )
     for signum in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(

@@ -22,13 +22,13 @@ from support import Arrays, bits, canonical, every_tiny, write
 
 import convert
 import zoo
-from convert.certificate import Certificate, sha256
-from convert.commit import workplace
+from convert.engine.commit import workplace
+from zoo.checkpoint.certificate import Certificate, sha256
+from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import NoSpace, NotEquivalent, UsageError, ZooError
 from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.model import Config, Model
 from zoo.models.bert import MODEL
 
@@ -196,7 +196,7 @@ def test_a_train_state(tmp_path: Path) -> None:
     """What `flax.serialization.to_bytes(TrainState)` holds: weights below params, then Adam."""
     from flax import serialization
 
-    from zoo.apply import apply
+    from zoo.checkpoint.apply import apply
     from zoo.layout import between
 
     layout = MODEL.layout_of(CONFIG)

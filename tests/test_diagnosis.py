@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from faults import FAULTS, Fault
 
-from convert.proof.divergence import diagnose_tensor, first_divergence
+from convert.diagnose import diagnose_tensor, first_divergence
 from zoo import probe
 
 ROOT = Path(__file__).parents[1]

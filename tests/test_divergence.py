@@ -17,11 +17,11 @@ from flax import nnx
 from support import every_family
 from torch import nn
 
-from convert.proof.divergence import first_divergence, match_layers, match_parameters
-from convert.proof.divergence.capture import trace_flax, trace_torch
-from convert.proof.pair import Call, Pair
+from convert.diagnose import first_divergence, match_layers, match_parameters
+from convert.matching.pair import Call, Pair
+from convert.runtime.trace import trace_flax, trace_torch
 from zoo import probe
-from zoo.apply import apply
+from zoo.checkpoint.apply import apply
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
 

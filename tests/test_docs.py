@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo.models
-from convert.cli import cli
+from convert.cli.main import cli
 from zoo.registry import families
 
 ROOT = Path(__file__).parents[1]

@@ -12,9 +12,9 @@ from support import canonical, write
 
 import zoo
 from zoo import hub
+from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.models.bert import MODEL
 
 

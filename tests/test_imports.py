@@ -15,7 +15,7 @@ HEAVY = ("torch", "jax", "jaxlib", "flax", "optax", "orbax", "tensorstore", "onn
 RUN = """
 import sys
 sys.argv = ["zooconvert", *sys.argv[1:]]
-from convert.cli import main
+from convert.cli.main import main
 try:
     main()
 except SystemExit as e:
@@ -93,11 +93,11 @@ def test_frameworks_are_imported_at_the_top_only_where_they_belong() -> None:
     for path in [*modules("zoo"), *modules("convert")]:
         heavy = below(imports_of(path), *HEAVY)
         framework = path.stem.rpartition("_")[2]
-        if (framework == "torch" and path.stem in ("model_torch", "loading_torch")) or (
+        if (framework == "torch" and path.stem in ("model_torch", "into_torch")) or (
             "nn" in path.parts and framework == "torch"
         ):
             assert not below(heavy, "jax", "flax"), f"{path} imports both"
-        elif path.stem in ("model_flax", "loading_flax") or (
+        elif path.stem in ("model_flax", "into_flax") or (
             "nn" in path.parts and framework == "flax"
         ):
             assert not below(heavy, "torch"), f"{path} imports both"

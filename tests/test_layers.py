@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from convert.proof.outputs import FLOOR, MARGIN
+from convert.compare.outputs import FLOOR, MARGIN
 from zoo import probe
 from zoo.nn import attention_flax, attention_torch, layers_flax, layers_torch
 

@@ -16,15 +16,15 @@ from click.testing import CliRunner
 from support import Arrays, canonical, every_tiny, write
 
 import convert
-from convert.cli import cli
+from convert.cli.main import cli
 from convert.linting.findings import IDS, Finding, Lint, braced, ranged
+from zoo.checkpoint.label import Label
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
+from zoo.layout.ops import Reorder
 from zoo.model import Config, Model
 from zoo.models.bert import MODEL as BERT
 from zoo.models.convnet import MODEL as CONVNET
-from zoo.ops import Reorder
 from zoo.registry import families
 
 DOCS = Path(__file__).parents[1] / "docs" / "lint.md"
@@ -501,7 +501,7 @@ def test_errors(tmp_path: Path) -> None:
 
 def test_no_framework_is_imported(bert: Path) -> None:
     code = (
-        "import sys; from convert.cli import cli\n"
+        "import sys; from convert.cli.main import cli\n"
         f"cli(['lint', {str(bert)!r}, {str(bert)!r}], standalone_mode=False)\n"
         "assert not {'torch', 'jax', 'flax'} & set(sys.modules)"
     )

@@ -89,7 +89,7 @@ def test_fresh_models_are_the_same(preset: str) -> None:
 def test_the_command_needs_the_file_name_alone(tmp_path: Path) -> None:
     module = filled(DOCUMENTS["binary_mlp"]())
     torch.save(module.state_dict(), tmp_path / "binary.pt")
-    command = [sys.executable, "-c", "from convert.cli import main; main()"]
+    command = [sys.executable, "-c", "from convert.cli.main import main; main()"]
     done = subprocess.run(
         [*command, "torch2flax", "binary.pt", "--json"],
         cwd=tmp_path,

@@ -16,15 +16,15 @@ import torch
 from flax import nnx
 from support import Arrays, canonical, every_config, every_tiny
 
-from convert.proof.outputs import FLOOR, MARGIN, compare_outputs, named_outputs, run
+from convert.compare.outputs import FLOOR, MARGIN, compare_outputs, named_outputs, run
 from zoo import probe
-from zoo.apply import apply
+from zoo.checkpoint.apply import apply
+from zoo.checkpoint.identification import identify_header, only_training
+from zoo.checkpoint.label import Label
 from zoo.containers.base import TensorInfo
-from zoo.identification import identify_header, only_training
-from zoo.init import initial
-from zoo.label import Label
 from zoo.layout import Layout, View, between
 from zoo.loading import build
+from zoo.loading.fresh import initial
 from zoo.model import Config, Model
 from zoo.registry import families
 

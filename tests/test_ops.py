@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import bits
 
-from zoo.apply import apply, cast, contiguous
-from zoo.ops import (
+from zoo.checkpoint.apply import apply, cast, contiguous
+from zoo.layout.ops import (
     OPS,
     Concat,
     Divide,

@@ -37,9 +37,9 @@ from support import Arrays, bits, every_family
 from test_models import scalar, to_canonical
 
 import convert
-from convert.optimizer.optax_state import from_flat, from_optax
-from convert.optimizer.state import Group, OptimizerState
-from convert.optimizer.torch_state import from_torch
+from convert.training_state.optax_state import from_flat, from_optax
+from convert.training_state.state import Group, OptimizerState
+from convert.training_state.torch_state import from_torch
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
 

@@ -32,11 +32,11 @@ from support import Arrays
 
 import convert
 import zoo
-from convert.optimizer.names import part
-from convert.optimizer.optax_state import from_flat, from_optax
-from convert.optimizer.state import Group
-from convert.optimizer.torch_state import from_torch
-from convert.optimizer.training import read_training
+from convert.training_state.besides import read_training
+from convert.training_state.canonical_names import part
+from convert.training_state.optax_state import from_flat, from_optax
+from convert.training_state.state import Group
+from convert.training_state.torch_state import from_torch
 from zoo.containers.errors import UsageError
 from zoo.registry import families
 

@@ -25,8 +25,8 @@ from optimizer_bench import (
 
 import convert
 from convert import optim
-from convert.optimizer.optax_state import from_optax
-from convert.optimizer.torch_state import fill_torch, from_torch
+from convert.training_state.optax_state import from_optax
+from convert.training_state.torch_state import fill_torch, from_torch
 from zoo.containers.errors import UsageError
 from zoo.loading import build
 

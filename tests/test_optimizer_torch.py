@@ -29,11 +29,12 @@ from optimizer_bench import (
 from support import every_family
 
 import convert
-from convert.optimizer import reference, rules
-from convert.optimizer.names import layout_of, part
-from convert.optimizer.optax_state import from_optax, module_shapes
-from convert.optimizer.state import Group, OptimizerState
-from convert.optimizer.torch_state import fill_torch, from_torch
+from convert.training_state import rules
+from convert.training_state import torch_rules as reference
+from convert.training_state.canonical_names import layout_of, part
+from convert.training_state.optax_state import from_optax, module_shapes
+from convert.training_state.state import Group, OptimizerState
+from convert.training_state.torch_state import fill_torch, from_torch
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout
 from zoo.model import Config, Model

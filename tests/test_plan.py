@@ -12,18 +12,18 @@ import torch
 from support import canonical, write
 
 import zoo
+from zoo.checkpoint.identification import identify_header
+from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.peel import levels
+from zoo.checkpoint.plan import make_plan
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.identification import identify_header
-from zoo.label import Label, read_label
 from zoo.layout import Constant, Entry, Layout, Tensor, batchnorm, constant, conv, linear, tie
+from zoo.layout.ops import Permute
 from zoo.loading import make_request
 from zoo.models.bert import MODEL
-from zoo.ops import Permute
-from zoo.peel import levels
-from zoo.plan import make_plan
 
 CONFIG = MODEL.tiny["encoder"]
 

@@ -20,12 +20,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN
+from convert.compare.outputs import EXACT, FLOOR, MARGIN
 from zoo import probe
 from zoo.containers.errors import UsageError
-from zoo.init import torch_default
 from zoo.layout import Layout, recurrent_cell
 from zoo.loading import build
+from zoo.loading.fresh import torch_default
 from zoo.models.recurrent import MODEL
 from zoo.models.recurrent.config import Config
 from zoo.nn import recurrent_flax, recurrent_torch

@@ -21,8 +21,8 @@ import pytest
 from support import canonical, write
 
 import convert
-from convert.proof.html import render
-from convert.proof.report import (
+from convert.compare.html import render
+from convert.compare.report import (
     FLOOR,
     Divergence,
     Report,
@@ -31,8 +31,8 @@ from convert.proof.report import (
     TensorDifference,
     Training,
 )
+from zoo.checkpoint.label import Label
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.models.mlp import MODEL
 
 UGLY = 'layer.<script>alert("x")</script>.\u202eevil\x1b[31m.</script>&amp;'
@@ -262,7 +262,7 @@ def test_nothing_is_referred_to_outside_of_the_page() -> None:
 
 def test_signs_have_contrast() -> None:
     """At least 4.5 to 1 (WCAG AA) for all text on either ground, light and dark."""
-    style = (files("convert.proof.html") / "style.css").read_text()
+    style = (files("convert.compare.html") / "style.css").read_text()
     pairs = dict(re.findall(r"--(\w+): light-dark\((#\w+, #\w+)\)", style))
     for i in (0, 1):
         colours = {k: luminance(v.split(", ")[i]) for k, v in pairs.items()}

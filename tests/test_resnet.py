@@ -19,11 +19,11 @@ from torch import nn
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
 from zoo import probe
 from zoo.containers.errors import UsageError
-from zoo.init import initial
 from zoo.loading import build
+from zoo.loading.fresh import initial
 from zoo.models.resnet import MODEL
 from zoo.models.resnet.layout import infer
 from zoo.nn import batchnorm_flax, batchnorm_torch

@@ -21,7 +21,7 @@ from torch.distributions import Normal
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
 from zoo import probe
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError

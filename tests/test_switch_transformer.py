@@ -20,7 +20,7 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
 from zoo import probe
 from zoo.loading import build
 from zoo.models.switch_transformer import MODEL

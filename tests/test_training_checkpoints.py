@@ -21,13 +21,13 @@ from torch import nn
 
 import convert
 import zoo
-from convert import commit
 from convert.api import plan
-from convert.cli import cli
-from convert.optimizer import storage
-from convert.optimizer.pairing import Parameters
-from convert.optimizer.state import Group, OptimizerState, TrainingState
-from convert.optimizer.training import read_training
+from convert.cli.main import cli
+from convert.engine import commit
+from convert.training_state import storage
+from convert.training_state.besides import read_training
+from convert.training_state.ownership import Parameters
+from convert.training_state.state import Group, OptimizerState, TrainingState
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.loading import build
@@ -568,7 +568,7 @@ def trainer_directory(folder: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
     """As Trainer._save_checkpoint writes one; its own function makes the two groups."""
     from transformers import BertConfig, BertForSequenceClassification, Trainer
 
-    config = json.loads(zoo.label.Label(BERT, CLASSIFIER).to_config_json())
+    config = json.loads(zoo.checkpoint.label.Label(BERT, CLASSIFIER).to_config_json())
     net = BertForSequenceClassification(BertConfig(**{**config, "zoo": None}))
     with torch.no_grad():
         weights = canonical(BERT, CLASSIFIER)
@@ -1193,7 +1193,7 @@ def test_a_checkpoint_of_weights_alone_stays_so(tmp_path: Path) -> None:
 
 def test_no_framework_is_imported(checkpoint: Path) -> None:
     code = (
-        "import sys; from convert.optimizer.training import read_training as r; "
+        "import sys; from convert.training_state.besides import read_training as r; "
         f"print(r({str(checkpoint)!r}).optimizers[0].rule, "
         "sorted(m for m in ('torch', 'jax', 'flax', 'optax') if m in sys.modules))"
     )

@@ -19,7 +19,7 @@ from support import Arrays, canonical
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
 from zoo.loading import build
 from zoo.models.transformer import MODEL
 from zoo.models.transformer.config import Config

@@ -18,7 +18,7 @@ from torch import nn
 
 import convert
 import zoo
-from convert.proof.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
+from convert.compare.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
 from zoo import probe
 from zoo.containers.errors import UsageError
 from zoo.loading import build

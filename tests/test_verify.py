@@ -23,15 +23,15 @@ from support import canonical, write
 from torch import nn
 
 import convert
-from convert.cli import cli
-from convert.display.report import report as show
-from convert.proof import numerics
-from convert.proof.numerics import MARGIN, Noise, full_precision, gap, judge, statistics
-from convert.proof.report import FLOOR, Divergence, Report, TensorDifference
-from convert.proof.twins import twin
+from convert.cli.main import cli
+from convert.cli.show_report import report as show
+from convert.compare.report import FLOOR, Divergence, Report, TensorDifference
+from convert.compare.twins import twin
+from convert.judge import noise as numerics
+from convert.judge.noise import MARGIN, Noise, full_precision, gap, judge, statistics
+from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.registry import families
 
 BERT, CONVNET = (families()[n] for n in ("bert", "convnet"))

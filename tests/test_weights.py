@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from training import published
 
 import zoo
-from convert.cli import cli
+from convert.cli.main import cli
 from zoo import hub
 from zoo.card import Card, read_card
 from zoo.containers.errors import UsageError

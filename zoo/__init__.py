@@ -15,8 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zoo.checkpoint.identification import Identity, identify
     from zoo.containers.errors import ZooError
-    from zoo.identification import Identity, identify
     from zoo.loading import LoadNotice, create, load
     from zoo.model import Model
     from zoo.registry import get, names
@@ -27,8 +27,8 @@ _WHERE = {
     "create": "zoo.loading",
     "load": "zoo.loading",
     "Model": "zoo.model",
-    "Identity": "zoo.identification",
-    "identify": "zoo.identification",
+    "Identity": "zoo.checkpoint.identification",
+    "identify": "zoo.checkpoint.identification",
     "get": "zoo.registry",
     "names": "zoo.registry",
 }

@@ -17,7 +17,7 @@ import numpy as np
 
 from zoo.containers.errors import UsageError
 from zoo.layout import Entry, Layout
-from zoo.ops import Shape
+from zoo.layout.ops import Shape
 
 Config = Any  # a frozen dataclass of the family
 
@@ -41,7 +41,7 @@ class Model:
     inputs: Callable[[Config], dict[str, np.ndarray]]
     torch: str
     flax: str
-    # Fresh values of a canonical tensor; None: as torch's own layers start (`zoo.init`).
+    # Fresh values of a canonical tensor; None: as torch's own layers start (`zoo.loading.fresh`).
     init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = None
     # Patterns of inputs, outputs and taps with channels: axis 1 in PyTorch, the last in Flax.
     images: tuple[str, ...] = ()

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from convert.linting.findings import Finding, braced, ranged
 from convert.linting.subject import Layer, Subject
-from zoo.identification import dims
-from zoo.ops import Shape
+from zoo.checkpoint.identification import dims
+from zoo.layout.ops import Shape
 
 _VERIFY = "run `zooconvert verify A B --level outputs`: only outputs can show it"
 DENSE = ("linear", "linear_in_out", "attention", "gate")

@@ -8,8 +8,8 @@ from typing import Any
 
 from convert.linting.ambiguous import ambiguous
 from convert.linting.findings import SEVERITIES, Finding, Lint
+from convert.linting.hyperparameters import parameters
 from convert.linting.pairs import contradictions
-from convert.linting.parameters import parameters
 from convert.linting.subject import read
 from zoo.loading import make_request
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
+from zoo.checkpoint.identification import Candidate, Request, identify_header
+from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.peel import NOT_WEIGHTS, levels
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, ZooError
-from zoo.identification import Candidate, Request, identify_header
-from zoo.label import Label, read_label
 from zoo.layout import canonical_guess
-from zoo.ops import Reorder, Shape
-from zoo.peel import NOT_WEIGHTS, levels
+from zoo.layout.ops import Reorder, Shape
 
 _EMBEDDING = re.compile(
     r"(^|[._])(\w*embed\w*|emb|\w*_emb|wte|wpe|lookup|relative_attention_bias)(\.|_\d+|$)", re.I

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from convert.linting.ambiguous import DENSE
 from convert.linting.findings import Finding, Severity
-from convert.linting.rule import UNKNOWN, count, finding, severity, short, value
 from convert.linting.subject import Subject
+from convert.linting.values import UNKNOWN, count, finding, severity, short, value
 
 _HEADS = (
     *("num_attention_heads", "num_heads", "nhead", "n_head", "n_heads", "encoder_attention_heads"),

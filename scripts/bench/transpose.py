@@ -1,4 +1,4 @@
-"""zoo.apply's blocked copy against NumPy's, on transposed arrays; prints GB/s and the ratio."""
+"""zoo.checkpoint.apply's blocked copy against NumPy's, on transposed arrays; prints GB/s and the ratio."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from zoo.apply import contiguous
+from zoo.checkpoint.apply import contiguous
 
 CASES = [
     ((8192, 8192), (1, 0), np.float32),

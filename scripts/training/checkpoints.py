@@ -18,13 +18,13 @@ import numpy as np
 
 import zoo
 from training.description import Job
-from zoo.apply import apply
+from zoo.checkpoint.apply import apply
+from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo, fsync_directory
 from zoo.containers.dtypes import code_of
 from zoo.containers.errors import UsageError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.label import Label
 from zoo.layout import between
 
 SUFFIX = {"torch": ".pt", "flax": ".msgpack"}
@@ -109,7 +109,7 @@ def _facts(path: Path, job: Job) -> dict[str, Any]:
         extras = dict(reader.extras)
     if "step" in extras:
         return extras
-    from convert.optimizer.training import read_training
+    from convert.training_state.besides import read_training
 
     config = dataclasses.asdict(job.config)
     return extras | dict(read_training(path, model=job.model.name, config=config).data)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, conv, flat_linear, linear
+from zoo.layout.ops import Shape
 from zoo.model import dim
 from zoo.models.alexnet.config import Config
-from zoo.ops import Shape
 
 CONVS = {0: 11, 3: 5, 6: 3, 8: 3, 10: 3}  # place in `features` -> kernel
 POOLED = (6, 6)  # what the adaptive pool gives, whatever the image

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from zoo.layout import Constant, Entry, constant, embedding, linear, norm, param, tie
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.bert.config import Config
-from zoo.ops import Shape
 
 PREFIX = "bert."  # before the encoder's tensors once there is a head
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, conv, flat_linear, linear
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.convnet.config import PRESETS, Config
-from zoo.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from zoo.layout import Entry, linear, param
+from zoo.layout.ops import Shape
 from zoo.model import dim
 from zoo.models.custom_layer.config import Config
-from zoo.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, conv, linear
+from zoo.layout.ops import Shape
 from zoo.model import dim
 from zoo.models.dqn.config import CONVOLUTIONS, Config
-from zoo.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from zoo.layout import Entry, linear
+from zoo.layout.ops import Shape
 from zoo.model import count
 from zoo.models.mlp.config import PRESETS, Config
-from zoo.ops import Shape
 
 _NAMES: dict[Literal["fc", "sequential"], str] = {
     "fc": r"^fc([1-9]\d*)\.(?:weight|bias)$",

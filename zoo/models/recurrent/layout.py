@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, embedding, linear, recurrent
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.recurrent.config import GATES, PRESETS, Config
-from zoo.ops import Shape
 
 UNKNOWN = frozenset({"nonlinearity", "batch_first"})  # names and shapes do not tell these
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from zoo.layout import Entry, batchnorm, conv, linear
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.resnet.config import Config
-from zoo.ops import Shape
 
 _NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 _NAMES = re.compile(

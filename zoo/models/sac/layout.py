@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, linear
+from zoo.layout.ops import Shape
 from zoo.model import dim
 from zoo.models.sac.config import Config
-from zoo.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from zoo.layout import Entry, Tensor, embedding, linear, norm, tie
+from zoo.layout.ops import Permute, Shape, Stack
 from zoo.model import count, dim
 from zoo.models.switch_transformer.config import PRESETS, Config
-from zoo.ops import Permute, Shape, Stack
 
 ROOTS = frozenset({"shared", "encoder", "decoder", "lm_head"})
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from zoo.layout import Entry, attention, embedding, linear, norm, param, tie
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.transformer.config import PRESETS, Config
-from zoo.ops import Shape
 
 ROOTS = frozenset({"src_embedding", "tgt_embedding", "encoder", "decoder", "generator"})
 

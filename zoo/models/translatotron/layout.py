@@ -15,9 +15,9 @@ from zoo.layout import (
     recurrent,
     recurrent_cell,
 )
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.translatotron.config import PRESETS, Config
-from zoo.ops import Shape
 
 GATES = 4  # of an LSTM
 MODULES = {"encoder", "decoder", "postnet"}

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from zoo.layout import Entry, conv, linear
+from zoo.layout.ops import Shape
 from zoo.model import count, dim
 from zoo.models.wavenet.config import PRESETS, Config
-from zoo.ops import Shape
 
 MODULES = {"input", "layers", "output1", "output2"}
 

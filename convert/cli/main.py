@@ -1,0 +1,112 @@
+"""The command line: arguments in, `convert`'s functions called, results out.
+
+Results go to stdout, everything else to stderr. Only click is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from convert.cli.conversion import flax2torch, torch2flax
+from convert.cli.inspect import inspect
+from convert.cli.lint import lint
+from convert.cli.models import models
+from convert.cli.pack import pack
+from convert.cli.verify import verify
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="zooconvert", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
+
+
+for command in (torch2flax, flax2torch, verify, inspect, lint, models, pack):
+    cli.add_command(command)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for a shell.
+
+    \b
+    Examples:
+      eval "$(zooconvert completion bash)"    # in ~/.bashrc
+    """
+    from click.shell_completion import get_completion_class
+
+    cls = get_completion_class(shell)
+    assert cls is not None
+    click.echo(cls(cli, {}, "zooconvert", "_ZOOCONVERT_COMPLETE").source())
+
+
+def main() -> NoReturn:
+    """The console script. Every way out is an exit code of DESIGN: 0, 1, 2, 3, 4, 5, 6, 7, 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    debug = "--debug" in sys.argv
+    try:
+        code = cli.main(prog_name="zooconvert", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was left behind", None, 130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as e:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        _report(e)
+
+
+def _report(e: Exception) -> NoReturn:
+    import errno
+
+    from zoo.containers.errors import ZooError
+
+    if isinstance(e, ZooError):
+        _fail(e.problem, e.advice, e.exit_code, e.details)
+    if isinstance(e, MemoryError):
+        _fail("there is not enough memory", "close something, or use a larger machine", 1)
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+        _fail(f"the disk is full: {e.filename or ''}", "make room and run it again", 7)
+    if isinstance(e, OSError):
+        _fail(
+            f"{e.filename or 'input'}: {e.strerror or e}", "see that it exists and is readable", 2
+        )
+    _fail(
+        f"{type(e).__name__}: {e}", "this is a bug: please report it with the output of --debug", 1
+    )
+
+
+def _fail(
+    problem: str, advice: str | None, code: int, details: list[str] | None = None
+) -> NoReturn:
+    from zoo.containers.errors import printable
+
+    color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    paint = functools.partial(click.style, bold=True) if color else lambda text, **_: text
+    click.echo(f"{paint('error:', fg='red')} {printable(problem)}", err=True, color=color)
+    for detail in details or ():
+        click.echo(f"  {detail}", err=True)
+    if advice:
+        click.echo(f"{paint('try:', fg='green')} {printable(advice)}", err=True, color=color)
+    sys.exit(code)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,76 @@
+"""What `inspect` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from convert.cli.output import SHOWN, size, table
+from convert.inspection import Inspection
+from convert.training_state.summary import line
+from zoo.checkpoint.identification import dims
+from zoo.containers.errors import printable
+
+
+def inspection(found: Inspection, every: bool) -> None:
+    """Model, totals, then a table of tensors."""
+    what = " or ".join(found.models) or f"unknown model ({found.why_not})"
+    if found.unknown:
+        what += f"; not told: {', '.join(found.unknown)}"
+    click.echo(f"{printable(found.path)}: {printable(what)}")
+    spelled = f", {found.tree} names" if found.tree else ""
+    click.echo(
+        f"{found.container}{spelled}, {len(found.tensors)} tensors, "
+        f"{found.values:,} values, {size(found.nbytes)}"
+    )
+    for difference in found.differences:
+        click.echo(f"  {difference}")
+    for notice in found.notices:
+        click.echo(f"note: {printable(notice)}", err=True)
+    shown = list(found.tensors.items())
+    if not every:
+        shown = shown[:SHOWN]
+    rows = [
+        (
+            n,
+            t.dtype,
+            dims(t.shape),
+            size(t.nbytes),
+            f"= {found.ties[n]}" if n in found.ties else "",
+        )
+        for n, t in shown
+    ]
+    header = ("name", "dtype", "shape", "size", "tied")
+    table(header if found.ties else header[:4], [r if found.ties else r[:4] for r in rows])
+    if len(shown) < len(found.tensors):
+        click.echo(f"... and {len(found.tensors) - len(shown)} more (--all lists them)")
+    if found.training:
+        training(found.training)
+    extras = {k: v for k, v in found.extras.items() if "param_groups" not in k.split(".")}
+    for key, value in {**found.metadata, **extras}.items():
+        text = printable(str(value))
+        cut = len(text) > 100 and not every
+        click.echo(f"{printable(key)}: {text[:100] + '...' if cut else text}")
+
+
+def training(told: Mapping[str, Any]) -> None:
+    """What there is besides weights: a line, and a row for each group of parameters."""
+    if summed := line(told):
+        click.echo(printable(summed))
+    rows = [
+        (
+            o["name"] or o["rule"],
+            str(group["parameters"]),
+            ", ".join(
+                f"{key} {value}"
+                for key, value in group.items()
+                if key != "parameters" and value is not None and value is not False
+            ),
+        )
+        for o in told["optimizers"]
+        for group in o["groups"]
+    ]
+    if rows:
+        table(("optimizer", "parameters", "options"), rows)

@@ -1,0 +1,178 @@
+"""`zooconvert verify`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import click
+
+from convert.cli.options import model_options, notices, output_options
+
+_OPTIMIZERS = ["SGD", "momentum", "Adam", "AdamW"]
+
+
+@click.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option(
+    "--level",
+    type=click.Choice(["bits", "outputs", "gradients", "training"]),
+    help="How far to compare, each including those before.  "
+    "[default: bits for checkpoints, outputs for modules]",
+)
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="Write a page (.html) or data (.json) of everything that was compared.",
+)
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="What to run both on: an .npz or .npy file, with PyTorch's axes.",
+)
+@click.option(
+    "--flax-inputs",
+    type=click.Path(),
+    metavar="FILE",
+    help="What the Flax module takes, where it takes something else.",
+)
+@click.option(
+    "--pair",
+    "pairs",
+    multiple=True,
+    metavar="TORCH=FLAX",
+    help="Two layers that are each other's, where names do not tell.",
+)
+@click.option(
+    "--optimizer",
+    "optimizers",
+    multiple=True,
+    type=click.Choice(_OPTIMIZERS),
+    help="For level training, any number of times.  [default: all four]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Optimizer steps for level training.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the loss, and of modules made here."
+)
+@model_options
+@output_options
+def verify(
+    a: str,
+    b: str,
+    report_file: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **options: Any,
+) -> None:
+    """Say whether A and B are the same model. Exit code 3 if they are not.
+
+    A and B are checkpoints of the zoo's models, each of either framework and of any container. Or
+    they are modules of your own, one of PyTorch and one of Flax (NNX or Linen): pkg.mod:NAME or
+    path/to/file.py:NAME, where NAME is a module, or a class or function that gives one without
+    arguments; for Linen it gives (module, variables). Importing them runs their code.
+
+    \b
+    Examples:
+      zooconvert verify model.safetensors model.flax
+      zooconvert verify model.safetensors model.flax --level training --report report.html
+      zooconvert verify nets:TorchNet nets:FlaxNet --inputs inputs.npz
+      zooconvert verify port.py:torch_net port.py:flax_net --inputs x.npy --pair fc=head
+    """
+    import shlex
+    from pathlib import Path
+
+    from convert.cli import output as display
+    from convert.cli.show_report import report as show
+    from convert.compare.report_file import check_report, write_report
+
+    if report_file is not None:
+        check_report(Path(report_file))
+    with display.progress(quiet) as bar:
+        report = _compare(a, b, bar, quiet, **options)
+    report.command = shlex.join(["zooconvert", *sys.argv[1:]])
+    notices(report.notices, quiet)
+    if report_file is not None:
+        write_report(report, Path(report_file))
+    if as_json:
+        click.echo(report.to_json())
+    elif not quiet:
+        show(report, report_file)
+    if report.verdict == "different":
+        sys.exit(3)
+
+
+def _compare(
+    a: str,
+    b: str,
+    bar: Any,
+    quiet: bool,
+    *,
+    level: Any,
+    inputs_file: str | None,
+    flax_inputs: str | None,
+    pairs: tuple[str, ...],
+    optimizers: tuple[str, ...],
+    **options: Any,
+) -> Any:
+    from pathlib import Path
+
+    from convert.runtime.inputs import read_inputs
+    from convert.runtime.user_code import is_target, load
+    from convert.verification import verify as run
+    from zoo.containers.errors import UsageError
+
+    targets = [is_target(text) for text in (a, b)]
+    if any(targets) and not all(targets):
+        module, other = (a, b) if targets[0] else (b, a)
+        advice = f"name a function that loads {other} into a module, such as zoo.load does"
+        if not Path(other).exists():
+            advice += f"; a module is {other}:NAME"
+        raise UsageError(f"{module} is a module and {other} a checkpoint", advice)
+    options |= {"optimizers": optimizers or tuple(_OPTIMIZERS), "level": level}
+    if inputs_file is not None:
+        options["inputs"] = read_inputs(Path(inputs_file))
+    if not any(targets):
+        if flax_inputs or pairs:
+            raise UsageError("--flax-inputs and --pair are for modules", "leave them out")
+        return run(a, b, progress=bar, **options)
+    if inputs_file is None:
+        raise UsageError(
+            "two modules need inputs to be run on",
+            "save them with numpy.savez('inputs.npz', x=...) and give --inputs inputs.npz",
+        )
+    if flax_inputs is not None:
+        options["flax_inputs"] = read_inputs(Path(flax_inputs))
+    options["layers"] = _pairs(pairs)
+
+    said: set[str] = set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            click.echo(f"note: {text}", err=True)
+        said.add(text)
+
+    # What the user's code prints is no result of ours.
+    with contextlib.redirect_stdout(sys.stderr):
+        modules = [load(text, options["seed"], say) for text in (a, b)]
+        return run(modules[0], modules[1], titles=(a, b), **options)
+
+
+def _pairs(pairs: tuple[str, ...]) -> dict[str, str]:
+    from zoo.containers.errors import UsageError
+
+    if wrong := [p for p in pairs if not all(p.partition("="))]:
+        raise UsageError(f"--pair {wrong[0]} is no pair", "write --pair torch.name=flax.path")
+    return {p.partition("=")[0]: p.partition("=")[2] for p in pairs}

@@ -1,0 +1,219 @@
+"""Two checkpoints of the zoo's models, compared as far as a level asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convert.compare.levels import weights_differ
+from convert.compare.report import Report, TensorDifference
+from convert.compare.weights import compare_bits
+from convert.engine.execute import Progress
+from convert.matching.pair import Pair
+from zoo.checkpoint.identification import title
+from zoo.checkpoint.plan import Plan, read_step
+from zoo.containers.base import Reader
+from zoo.containers.errors import UsageError
+from zoo.model import Config, Model
+
+if TYPE_CHECKING:
+    from convert.verification import Options
+
+Opened = tuple[Reader, Plan]
+_DIAGNOSED = 8  # tensors that differ
+_CERTIFICATE_MAX = 64 << 20  # bytes
+
+
+def compare_checkpoints(
+    a: Opened,
+    b: Opened,
+    report: Report,
+    inputs: Any,
+    options: Options,
+    progress: Progress = lambda stage, done, total: None,
+) -> None:
+    """Fill `report`. Both plans lead to the torch tree."""
+    known = next((p for _, p in (a, b) if not p.unknown), None)
+    titled = known or a[1]
+    report.model = title(titled.model, titled.config, titled.unknown)
+    report.config = dataclasses.asdict(titled.config) | dict.fromkeys(
+        sorted(a[1].unknown & b[1].unknown)
+    )
+    if report.level != "bits" and known is None:
+        missing = ", ".join(sorted(a[1].unknown & b[1].unknown))
+        raise UsageError(
+            f"running the model needs {missing}, which the tensors do not tell",
+            "name a preset with --model, or give its config.json with --config",
+        )
+    compare_bits(a, b, report, progress)
+    _diagnose(report, a, b)
+    configs = _contradictions(a[1], b[1])
+    if report.level == "bits":
+        report.notices += [f"the configs differ: {what}" for what in configs]
+        report.first_divergence = weights_differ(report)
+        return
+    report.differences += [TensorDifference("config", what) for what in configs]
+    assert known is not None
+    sides = [
+        _Weights(
+            "torch" if plan.source_tree == "torch" else "flax",
+            known.config if plan.unknown else plan.config,
+            _canonical(reader, plan),
+        )
+        for reader, plan in (a, b)
+    ]
+    _run(known.model, sides[0], sides[1], report, inputs, options)
+
+
+def _diagnose(report: Report, a: Opened, b: Opened) -> None:
+    """Say of the first tensors that differ what would make them fit."""
+    from convert.diagnose.weights import diagnose_tensor
+
+    differing = [d for d in report.differences if d.count][:_DIAGNOSED]
+    if not differing:
+        return
+    ours, theirs = _Tensors(a), _Tensors(b)
+    for d in differing:
+        if d.name in ours and d.name in theirs:
+            others = _OfShape(ours, d.name)
+            why = diagnose_tensor(d.name, ours[d.name], theirs[d.name], others, ours.kinds[d.name])
+            made = dataclasses.replace(d, diagnosis=why)
+            report.differences[report.differences.index(d)] = made
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one side by canonical name (without a head's prefix), read when asked for."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._reader, plan = opened
+        prefix = plan.model.base_prefix
+        self._steps = {n.removeprefix(prefix): s for s in plan.steps for n in s.names}
+        self._names = {n.removeprefix(prefix): n for s in plan.steps for n in s.names}
+        self.shapes = {
+            n.removeprefix(prefix): i.shape
+            for s in plan.steps
+            for n, i in zip(s.names, s.target_infos, strict=True)
+        }
+        self.kinds = {name: step.kind for name, step in self._steps.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        step = self._steps[name]
+        return read_step(self._reader, step)[step.names.index(self._names[name])]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+class _OfShape(Mapping[str, np.ndarray]):
+    """The other tensors of one shape."""
+
+    def __init__(self, tensors: _Tensors, name: str) -> None:
+        shape = tensors.shapes[name]
+        self._tensors = tensors
+        self._names = [n for n, s in tensors.shapes.items() if s == shape and n != name]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    framework: str
+    config: Config
+    canonical: Mapping[str, np.ndarray]
+
+
+def _run(
+    model: Model, a: _Weights, b: _Weights, report: Report, inputs: Any, options: Options
+) -> None:
+    from convert.compare.levels import compare_sides
+    from convert.compare.sides import Side
+    from convert.compare.torch_side import TorchSide
+    from convert.compare.twins import twin, twin_pair
+    from convert.judge.noise import full_precision
+
+    given = _inputs(model, a.config, inputs)
+
+    def side(framework: str, of: _Weights) -> Side:
+        made = framework, of.canonical
+        return twin(model, of.config, *made, inputs=given, seed=options.seed)
+
+    def pair() -> Pair:
+        return twin_pair(model, (a.config, a.canonical), (b.config, b.canonical), given)
+
+    with full_precision():
+        of_a, of_b = side(a.framework, a), side(b.framework, b)
+        reference = next((s for s in (of_a, of_b) if isinstance(s, TorchSide)), None)
+        reference = reference or side("torch", a)  # type: ignore[assignment]
+        assert reference is not None
+        compare_sides(reference, of_a, of_b, report, options, pair)
+
+
+def _canonical(reader: Reader, plan: Plan) -> dict[str, np.ndarray]:
+    values: dict[str, np.ndarray] = {}
+    for step in plan.steps:
+        values |= dict(zip(step.targets, read_step(reader, step), strict=True))
+    return values
+
+
+def _inputs(model: Model, config: Config, given: Any) -> dict[str, np.ndarray]:
+    """The model's sample inputs, or the user's own; UsageError where those do not fit."""
+    sample = model.inputs(config)
+    if given is None:
+        return sample
+    from convert.runtime.inputs import as_call
+
+    call = as_call(given)
+    named = dict(zip(sample, call.args, strict=False)) | dict(call.kwargs)
+    wrong = [name for name in named if name not in sample]
+    if wrong or len(call.args) > len(sample):
+        raise UsageError(
+            f"{model.name} has no input {', '.join(wrong) or len(sample) + 1}",
+            f"it takes {', '.join(sample)}",
+        )
+    ranks = [
+        f"{name} has shape {np.shape(x)}, and {sample[name].ndim} axes are wanted"
+        for name, x in named.items()
+        if np.ndim(x) != sample[name].ndim
+    ]
+    if ranks:
+        shapes = ", ".join(f"{n} as {tuple(x.shape)}" for n, x in sample.items())
+        raise UsageError("the inputs do not fit", f"samples are: {shapes}", ranks)
+    return named
+
+
+def _contradictions(a: Plan, b: Plan) -> list[str]:
+    """Fields that both sides state, and state differently."""
+    fields = [f.name for f in dataclasses.fields(a.config) if f.name not in a.unknown | b.unknown]
+    pairs = [(f, getattr(a.config, f), getattr(b.config, f)) for f in fields]
+    return [f"{f} {x!r} and {y!r}" for f, x, y in pairs if x != y]
+
+
+def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
+    """The first certificate that lies beside one of these checkpoints and is one of ours."""
+    for path in paths:
+        for file in (path / "certificate.json", path.with_name(f"{path.name}.certificate.json")):
+            try:
+                if file.stat().st_size > _CERTIFICATE_MAX:
+                    continue
+                data = json.loads(file.read_text())
+            except (OSError, ValueError, RecursionError):
+                continue
+            if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
+                return data
+    return None

@@ -1,0 +1,165 @@
+"""The levels above `bits`, for two sides of any origin, and where the two part if they differ."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from convert.compare.outputs import compare_runs
+from convert.compare.report import Divergence, Report, Row
+from convert.compare.sides import Side
+from convert.compare.steps import compare_training
+from convert.compare.torch_side import TorchSide, norms
+from convert.matching.pair import Pair
+
+if TYPE_CHECKING:
+    from convert.verification import Options
+
+DIVIDED = "the outputs agree: the two layers only end at different places"
+Mode = Literal["forward", "backward", "training"]
+
+
+def compare_sides(
+    reference: TorchSide,
+    a: Side,
+    b: Side,
+    report: Report,
+    options: Options,
+    pair: Callable[[], Pair],
+) -> None:
+    """Fill `report` as far as its level asks for. To be called inside `full_precision`."""
+    backward = report.level in ("gradients", "training")
+    rows, report.gradients = compare_runs(reference, a, b, backward=backward)
+    report.outputs = _outputs_decide(rows)
+    name_layers(report, reference)
+    if report.level == "training":
+        report.training = compare_training(reference, a, b, options.optimizers, options.steps)
+    locate(report, pair)
+
+
+def _outputs_decide(rows: list[Row]) -> list[Row]:
+    """Where every output is the same, intermediates that are not were only paired wrongly: the
+    layers of users' modules may end at different places."""
+    made = [r for r in rows if r.name == "output" or r.name.startswith("output.")]
+    if not made or not all(r.same for r in made):
+        return rows
+    return [r if r.same else dataclasses.replace(r, judged=False, note=DIVIDED) for r in rows]
+
+
+def locate(report: Report, pair: Callable[[], Pair]) -> None:
+    """Say where the two part first, if they do."""
+    levels: list[tuple[Mode, list[Row]]] = [
+        ("forward", report.outputs),
+        ("backward", report.gradients),
+        ("training", [row for t in report.training for row in t.rows]),
+    ]
+    bad = [mode for mode, rows in levels if any(row.judged and not row.same for row in rows)]
+    where = bad[0] if bad else None
+    if where == "forward":
+        report.first_divergence = _not_finite(report.outputs)
+    if where is not None and report.first_divergence is None:
+        try:
+            report.first_divergence = _first(pair(), where)
+        except Exception as e:  # the verdict stands without it
+            text = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            report.notices.append(f"where they part could not be told: {text}")
+    if report.first_divergence is None:
+        report.first_divergence = weights_differ(report) or _first_row(levels)
+
+
+def _not_finite(rows: list[Row]) -> Divergence | None:
+    """The first value that torch itself makes NaN, or larger than float32 holds: nothing can be
+    the same as that, and no layer of Flax's is at fault."""
+    first = next((row for row in rows if row.judged and not row.same), None)
+    if first is None or np.isfinite(first.noise):
+        return None
+    return Divergence(
+        first.name,
+        f"torch's own {first.name} has values that are not numbers (NaN), or beyond float32",
+        "not_finite",
+        "give inputs and weights with which the torch module gives finite numbers",
+        error=first.error,
+    )
+
+
+def _first_row(levels: list[tuple[Mode, list[Row]]]) -> Divergence | None:
+    """The first row that differs, where no layer by itself does."""
+    for mode, rows in levels:
+        for row in rows:
+            if row.judged and not row.same:
+                what = {"forward": "", "backward": "the gradient of ", "training": "in training "}
+                return Divergence(
+                    row.name,
+                    f"{what[mode]}{row.name} differs, and no single layer is seen to make it so",
+                    "unknown",
+                    "compare the two, line by line",
+                    mode,
+                    error=row.error,
+                    noise=row.noise,
+                    scale=row.scale,
+                )
+    return None
+
+
+def _first(pair: Pair, mode: Mode) -> Divergence | None:
+    from convert.diagnose.find import first_divergence
+
+    if mode != "training":
+        return first_divergence(pair, mode=mode)
+    from flax import nnx
+
+    from convert.runtime.flax_function import batch_statistics
+
+    torch, flax = copy.deepcopy(pair.torch), pair.flax
+    for part in norms(torch):
+        part.train()
+    if isinstance(flax, nnx.Module):
+        flax = nnx.clone(flax)
+        for _, module in nnx.iter_modules(flax):
+            if isinstance(module, nnx.BatchNorm):
+                module.use_running_average = False
+    else:
+        bare, variables = flax.unbind()
+        flax = bare.bind(variables, mutable=["batch_stats"])
+    with batch_statistics():
+        return first_divergence(dataclasses.replace(pair, torch=torch, flax=flax), mode=mode)
+
+
+def weights_differ(report: Report) -> Divergence | None:
+    """The layer of the first tensor that differs, where no run says more."""
+    found = next((d for d in report.differences if d.name != "config"), None)
+    if found is None:
+        return None
+    diagnosis = (
+        f"{found.name} differs in {found.why}" if found.count else f"{found.name}: {found.why}"
+    )
+    if found.diagnosis:
+        diagnosis += f"; {found.diagnosis}"
+    return Divergence(
+        found.name.rpartition(".")[0],
+        diagnosis,
+        "weights",
+        "see whether the two are of one training run, and the tensor's place in the layout",
+        tensor=found.name,
+        error=found.max_error or 0.0,
+    )
+
+
+def name_layers(report: Report, reference: TorchSide) -> None:
+    """The type of the layer that made each row, where the row is named after a layer."""
+    types = {n: type(m).__name__ for n, m in reference.module.named_modules() if n}
+
+    def layer(name: str) -> str:
+        while name and name not in types:
+            name = name.rpartition(".")[0]
+        return types.get(name, "")
+
+    def named(rows: list[Row], of: Callable[[str], str]) -> list[Row]:
+        return [dataclasses.replace(row, layer=row.layer or of(row.name)) for row in rows]
+
+    report.outputs = named(report.outputs, lambda name: types.get(name, ""))
+    report.gradients = named(report.gradients, layer)

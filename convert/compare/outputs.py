@@ -1,0 +1,110 @@
+"""Outputs and intermediates of two models, judged by what rounding explains.
+
+The reference is the PyTorch side with the weights of A, run in float32 and in float64; the gap
+between the two is the noise. Nothing is compared with a tolerance that somebody chose.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from convert.compare.gradients import judge_gradients
+from convert.compare.report import FLOOR, Row
+from convert.compare.sides import Run, Side, exact
+from convert.compare.torch_side import TorchSide
+from convert.compare.twins import twin
+from convert.judge.noise import (
+    EXACT,
+    MARGIN,
+    Arrays,
+    Noise,
+    full_precision,
+    judge,
+    named_outputs,
+)
+from zoo.model import Config, Model
+
+__all__ = ["EXACT", "FLOOR", "MARGIN", "compare_outputs", "compare_runs", "named_outputs", "run"]
+
+Runs = Mapping[str, Run]  # by precision; without float64 where the module cannot be run in it
+
+
+def compare_runs(
+    reference: TorchSide, a: Side, b: Side, *, backward: bool
+) -> tuple[list[Row], list[Row]]:
+    """Rows for outputs and intermediates, and for gradients if they are wanted.
+
+    `reference` is `a` where that is of PyTorch. To be called inside `full_precision`.
+    """
+
+    def every(side: Side) -> Runs:
+        return {p: side.run(p, backward=backward) for p in side.precisions}
+
+    of_reference = every(reference)
+    of_a = of_reference if a is reference else every(a)
+    of_b = every(b)
+
+    @functools.cache
+    def rerun(precision: str, i: int) -> Run:
+        return reference.shaken(i).run(precision, backward=backward)
+
+    combined = bool(reference.combined)
+    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: rerun(p, i).outputs, combined)
+    if not backward:
+        return rows, []
+    return rows, judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
+
+
+def judge_outputs(
+    reference: Runs,
+    a: Runs,
+    b: Runs,
+    rerun: Callable[[str, int], Arrays],
+    combined: bool = False,
+) -> list[Row]:
+    """The rows in the reference's order of execution. `combined`: float64 has a noise too, as
+    parameters may have been combined in float32."""
+    noise = Noise(exact(reference).outputs, rerun, exact64=combined)
+    rows = []
+    for name in exact(reference).outputs:
+        of_a, of_b, of_reference = (_pair(side, name) for side in (a, b, reference))
+        rows.append(noise.again(judge(name, of_a, of_b, of_reference)))
+    return rows
+
+
+def _pair(runs: Runs, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    missing = np.zeros((0,))
+    rough = runs["float32"].outputs.get(name, missing)
+    return rough, runs["float64"].outputs.get(name, missing) if "float64" in runs else None
+
+
+def compare_outputs(
+    model: Model,
+    config: Config,
+    a: tuple[str, Mapping[str, np.ndarray]],
+    b: tuple[str, Mapping[str, np.ndarray]],
+) -> list[Row]:
+    """One row for each output and tap of two twins. `a`, `b` are (framework, canonical tensors)."""
+    with full_precision():
+        side_a = twin(model, config, *a)
+        reference = side_a if isinstance(side_a, TorchSide) else twin(model, config, "torch", a[1])
+        assert isinstance(reference, TorchSide)
+        return compare_runs(reference, side_a, twin(model, config, *b), backward=False)[0]
+
+
+def run(
+    model: Model,
+    config: Config,
+    framework: str,
+    canonical: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    precision: str,
+) -> Arrays:
+    """Outputs and taps of one twin in eval mode, run in `precision`; all given as float64."""
+    with full_precision():
+        found = twin(model, config, framework, canonical, inputs=inputs)
+        outputs = found.run(precision, backward=False).outputs
+    return {k: v.astype(np.float64) for k, v in outputs.items()}

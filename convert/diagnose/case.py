@@ -1,0 +1,126 @@
+"""A value that is wrong, and what a hypothesis needs to say why."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from convert.matching.alignment import gap
+from convert.runtime.capture_torch import again
+from convert.runtime.trace import Recorded
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause that fits."""
+
+    cause: str  # a word for machines
+    diagnosis: str  # a sentence with the values that fit
+    advice: str  # what to try
+    tensor: str | None = None  # the parameter at fault
+
+
+@dataclass
+class Case:
+    """All arrays are float64 with torch's axes.
+
+    `targets` is what Flax gave, in each way in which its axes may lie. A hypothesis gives a
+    prediction of it; only one that `fits` within the rounding is a finding.
+    """
+
+    targets: list[np.ndarray]
+    right: np.ndarray  # what torch gives
+    tolerance: float
+    kind: str = "other"
+    module: Any = None  # torch's layer, in float64
+    call: Recorded | None = None  # of torch's layer
+    key: str = ""  # which of its outputs
+    flax: Mapping[str, Any] = field(default_factory=dict)  # the Flax layer's settings
+    # Values of torch that came before: calls' outputs and inputs, the nearest first.
+    past: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    masks: list[tuple[str, np.ndarray]] = field(default_factory=list)
+    # What Flax's layer gives for other inputs, by torch's names.
+    rerun: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None
+
+    def fits(self, prediction: np.ndarray | None) -> bool:
+        """Whether Flax gave this."""
+        return prediction is not None and any(
+            t.shape == prediction.shape and gap(prediction, t) <= self.tolerance
+            for t in self.targets
+        )
+
+    def is_right(self, prediction: np.ndarray | None) -> bool:
+        """Whether torch gave this."""
+        return prediction is not None and gap(prediction, self.right) <= self.tolerance
+
+    @property
+    def target(self) -> np.ndarray:
+        """What Flax gave, in the likeliest way."""
+        return self.targets[0]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both values have one shape."""
+        return self.target.shape == self.right.shape
+
+    def input(self, i: int = 0) -> np.ndarray | None:
+        """The layer's i-th floating-point input."""
+        if self.call is None:
+            return None
+        floats = [v for v in self.call.inputs.values() if v.dtype.kind == "f"]
+        return floats[i].astype(np.float64) if i < len(floats) else None
+
+    def variant(
+        self, attributes: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None
+    ) -> np.ndarray | None:
+        """What torch's layer would give with other settings or parameters; None if it cannot."""
+        if self.module is None or self.call is None:
+            return None
+        try:
+            made = again(changed(self.module, attributes or {}, tensors or {}), self.call)
+        except Exception:  # a setting that the layer cannot run with is no explanation
+            return None
+        return made.get(self.key)
+
+
+def changed(module: Any, attributes: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
+    """A copy of a torch module with other attributes and tensors, sharing all the rest."""
+    import torch
+
+    made = copy.copy(module)
+    for store in ("_parameters", "_buffers"):
+        vars(made)[store] = dict(vars(module)[store])
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    for name, value in tensors.items():
+        store = "_buffers" if name in made._buffers else "_parameters"
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        vars(made)[store][name] = value
+    if "_flat_weights" in vars(module):
+        made._flat_weights = [getattr(made, n) for n in made._flat_weights_names]
+    return made
+
+
+def tensors_of(module: Any) -> dict[str, np.ndarray]:
+    """A torch module's own parameters and buffers, float64."""
+    own = {**dict(module.named_parameters(recurse=False))}
+    own |= dict(module.named_buffers(recurse=False))
+    return {n: t.detach().double().numpy() for n, t in own.items() if t.is_floating_point()}
+
+
+def first_fit(
+    case: Case, candidates: Iterable[tuple[np.ndarray | None, Finding]]
+) -> Finding | None:
+    """The first finding whose prediction is what Flax gave."""
+    for prediction, finding in candidates:
+        if case.fits(prediction):
+            return finding
+    return None
+
+
+Candidates = Iterator[tuple[np.ndarray | None, Finding]]

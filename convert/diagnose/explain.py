@@ -1,0 +1,324 @@
+"""From the first value that is wrong to the layer at fault and the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.compare.report import FLOOR, Divergence
+from convert.diagnose.case import Case, Finding
+from convert.diagnose.hypotheses_attention import attention
+from convert.diagnose.hypotheses_chain import replay
+from convert.diagnose.hypotheses_layers import (
+    convolution,
+    embedding,
+    linear,
+    transposed_convolution,
+)
+from convert.diagnose.hypotheses_norm import norm
+from convert.diagnose.hypotheses_pool import pooling
+from convert.diagnose.hypotheses_recurrent import recurrent
+from convert.diagnose.hypotheses_values import RULES, values
+from convert.diagnose.matched import Matched
+from convert.diagnose.reference import Reference
+from convert.diagnose.walk import Event
+from convert.matching.alignment import align, best_move, moves, to_flax, to_torch
+from convert.matching.kinds import flax_kind, torch_kind
+from convert.matching.layers import Pairing
+from convert.matching.pair import LayerPair
+from convert.runtime.capture_flax import Side, attributes
+from convert.runtime.trace import Recorded
+
+Rule = Callable[[Case], Finding | None]
+_RULES: dict[str, Rule] = {
+    "linear": linear, "embedding": embedding, "norm": norm, "batchnorm": norm,
+    "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
+    "conv_transpose": transposed_convolution, "recurrent": recurrent, "attention": attention,
+}  # fmt: skip
+_NEAREST = 24  # values before the fault that a hypothesis may start from
+# Which of torch's own layers, if Flax has none for it, answers for a cause.
+_ANSWERS = {"gelu": "activation", "activation": "activation", "pooling": "pool",
+            "flatten": "flatten", "dropout": "dropout", "softmax_axis": "activation"}  # fmt: skip
+
+
+class Explainer:
+    """Makes a Divergence of an event. `sure`: only of one whose cause is found."""
+
+    def __init__(
+        self, reference: Reference, side: Side, pairing: Pairing, matched: Matched, sure: bool
+    ) -> None:
+        self.reference, self.side, self.pairing = reference, side, pairing
+        self.matched, self.sure = matched, sure
+        self.paired = pairing.of_torch()
+
+    def __call__(self, event: Event) -> Divergence | None:
+        """The divergence, or None where it cannot be told from rounding inside the layer."""
+        within = event.where in ("output", "raises") and not self._children(event.pair)
+        found = self._layer(event) if within else self._between(event)
+        if found.cause == "unknown" and self.sure:
+            return None
+        return found
+
+    # --- A layer's own fault ---
+
+    def _layer(self, event: Event) -> Divergence:
+        name = event.pair.torch
+        finding = self.matched.of_layer(name, event.pair.flax)
+        if finding is None and event.where != "raises":
+            case = self._case(event, self._inputs(event))
+            rule = _RULES.get(self._kind(name))
+            finding = (rule(case) if rule else None) or self._general(case, event)
+        elif finding is None:
+            finding = self._raised(event)
+        return self._divergence(event, name or self._last(event), finding, None)
+
+    def _general(self, case: Case, event: Event) -> Finding | None:
+        case.past += self._nearest(event, inside=event.pair.torch)
+        return self._low_precision(case) or attention(case) or pooling(case) or values(case)
+
+    def _low_precision(self, case: Case) -> Finding | None:
+        """Parameters or inputs rounded to 16 bits, and computed with in more."""
+        import torch
+
+        if case.module is None or case.call is None:
+            return None
+        own = {n: p.detach() for n, p in case.module.named_parameters(recurse=False)}
+        for dtype in (torch.bfloat16, torch.float16):
+            made = case.variant(tensors={n: p.to(dtype).double() for n, p in own.items()})
+            if own and case.fits(made):
+                word = str(dtype).removeprefix("torch.")
+                return Finding("dtype", f"Flax's parameters are rounded to {word}",
+                               f"take {word} out of the Flax layer")  # fmt: skip
+        return None
+
+    def _raised(self, event: Event) -> Finding:
+        return Finding("raises", f"Flax's layer raises {event.message} for torch's inputs",
+                       "compare its sizes and settings with torch's")  # fmt: skip
+
+    # --- The code between layers ---
+
+    def _between(self, event: Event) -> Divergence:
+        container = event.around if event.where == "input" else event.pair
+        name = container.torch if container is not None else ""
+        finding = self.matched.unverified(name, event.past, self.paired)
+        if finding is not None and finding.tensor is not None:
+            owner = self.matched.owner(finding.tensor)
+            return self._divergence(event, owner, finding, None)
+        if event.where == "raises":
+            layer = name or self._last(event)
+            return self._divergence(event, layer, self._raised(event), self._neighbours(event))
+        case = self._case(event, [])
+        case.module = self.reference.modules[name]
+        if (chained := replay(self.reference, event, self._skipped(event), case)) is not None:
+            layer, finding = chained
+            return self._divergence(event, layer, finding, self._neighbours(event))
+        case.call = self._open_call(name, event) or event.call
+        case.past += self._nearest(event, inside=name)
+        case.flax = attributes(self.side.modules[container.flax]) if container else {}
+        finding = (
+            values(case, RULES[:4])
+            or self._ordered(event)
+            or pooling(case)
+            or attention(case)
+            or values(case, RULES[4:])
+        )
+        layer = self._unpaired(event, finding) or name
+        if not layer:
+            layer = event.pair.torch if event.where == "input" else self._last(event)
+        return self._divergence(event, layer, finding, self._neighbours(event))
+
+    def _ordered(self, event: Event) -> Finding | None:
+        """Flax calls a normalisation before the layer whose result torch normalises, or after."""
+        if event.where != "input":
+            return None
+        name = event.around.torch if event.around else ""
+        inside = [c.name for c in self.reference.trace.calls if self._under(c.name, name)]
+        position = inside.index(event.pair.torch) if event.pair.torch in inside else 0
+        before = [n for n in inside[:position] if n in self.paired and n not in event.past
+                  and self._kind(n) != "other"]  # fmt: skip
+        if not before or not {"norm", "batchnorm"} & {
+            self._kind(event.pair.torch),
+            self._kind(before[-1]),
+        }:
+            return None
+        return Finding(
+            "norm_order",
+            f"Flax calls {event.pair.torch} before {before[0]}, torch after it "
+            "(norm first against norm last)",
+            "normalise where torch does: norm_first on one side only",
+        )
+
+    def _unpaired(self, event: Event, finding: Finding | None) -> str | None:
+        """torch's own layer without a counterpart that ran just before the value went wrong."""
+        between = [c.name for c in self._skipped(event)]
+        wanted = _ANSWERS.get(finding.cause) if finding else None
+        named = [n for n in between if self._kind(n) == wanted]
+        return next(iter((*named, *between)), None)
+
+    def _open_call(self, name: str, event: Event) -> Recorded | None:
+        """The call of a container in which the event happens."""
+        at = event.call.order
+        return next(
+            (c for c in self.reference.trace.calls if c.name == name and c.order <= at <= c.end),
+            None,
+        )
+
+    def _skipped(self, event: Event) -> list[Recorded]:
+        """Calls of torch's own layers without a counterpart, since the last paired one ended."""
+        end = event.call.order if event.where == "input" else event.call.end
+        start = max(
+            (
+                c.end
+                for c in self.reference.trace.calls
+                if c.name in self.paired and 0 < c.end < end
+            ),
+            default=0,
+        )
+        return [
+            c
+            for c in self.reference.trace.calls
+            if start < c.order < end and c.end <= end and c.name not in self.paired
+            and self._kind(c.name) != "other"
+        ]  # fmt: skip
+
+    # --- What a hypothesis gets ---
+
+    def _case(self, event: Event, past: list[tuple[str, np.ndarray]]) -> Case:
+        j = event.judged
+        given = event.given.astype(np.float64)
+        targets = [given]
+        if given.shape != event.rough.shape and given.ndim >= 3:
+            targets.append(np.moveaxis(given, -1, 1))
+        if event.raw is not None and event.rough.ndim >= 4:
+            # As many channels as rows and columns: a wrong value does not tell how its axes lie.
+            for move in moves(event.rough.shape, event.raw.shape):
+                other = to_torch(event.raw, move, event.rough.shape).astype(np.float64)
+                if not any(np.array_equal(other, t, equal_nan=True) for t in targets):
+                    targets.append(other)
+        scale = max(j.scale, float(np.abs(given[np.isfinite(given)]).max(initial=0.0)))
+        tolerance = max(
+            j.tolerance, 8 * FLOOR * scale if self.reference.precision == "float32" else 0
+        )
+        if np.isfinite(j.error):
+            tolerance = min(tolerance, j.error / 3)
+        module = self.reference.modules[event.pair.torch] if event.where == "output" else None
+        case = Case(
+            targets, event.exact.astype(np.float64), tolerance, self._kind(event.pair.torch),
+            module, event.call, event.key, past=past, masks=self._masks(event),
+        )  # fmt: skip
+        if event.where == "output":
+            case.flax = attributes(event.flax_module)
+            case.rerun = self._rerun(event)
+        return case
+
+    def _rerun(self, event: Event) -> Any:
+        pairs = align(event.call.inputs, event.flax_inputs)
+        if event.again is None or event.given.shape != event.rough.shape:
+            return None
+
+        def rerun(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+            new = {
+                a.flax: to_flax(inputs[a.torch], a.move, event.flax_inputs[a.flax].shape)
+                for a in pairs
+                if a.torch in inputs
+            }
+            made = event.again(new)  # type: ignore[misc]
+            if not moves(event.rough.shape, made.shape):
+                return made.astype(np.float64)
+            move = best_move(event.rough, made)
+            return to_torch(made, move, event.rough.shape).astype(np.float64)
+
+        return rerun
+
+    def _inputs(self, event: Event) -> list[tuple[str, np.ndarray]]:
+        return [(f"its input {k}", v.astype(np.float64)) for k, v in event.call.inputs.items()
+                if v.dtype.kind == "f"]  # fmt: skip
+
+    def _nearest(self, event: Event, inside: str) -> list[tuple[str, np.ndarray]]:
+        """Values of torch before the fault, the latest first; containers' inputs after them."""
+        end = event.call.order if event.where == "input" else event.call.end
+        found: list[tuple[str, np.ndarray]] = []
+        done = [c for c in self.reference.trace.calls if 0 < c.end < end]
+        for c in sorted(done, key=lambda c: -c.end)[:_NEAREST]:
+            found += [(f"{c.name} {k}".strip(), v) for k, v in c.outputs.items()]
+        open_calls = [c for c in self.reference.trace.calls if c.order <= end <= c.end]
+        for c in reversed(open_calls):
+            if event.where == "input" and c is event.call:
+                continue
+            found += [(f"the input {k} of {c.name or 'the model'}", v) for k, v in c.inputs.items()]
+        return [(n, v.astype(np.float64)) for n, v in found if v.dtype.kind == "f"]
+
+    def _masks(self, event: Event) -> list[tuple[str, np.ndarray]]:
+        end = event.call.order if event.where == "input" else event.call.end
+        found = {}
+        for c in self.reference.trace.calls:
+            if c.order <= end <= c.end or c is event.call:
+                for k, v in c.inputs.items():
+                    binary = v.dtype.kind in "biu" and set(np.unique(v)) <= {0, 1}
+                    if 1 < v.ndim <= 4 and (binary or (v.dtype.kind == "f" and (v <= -1e4).any())):
+                        found[k] = v
+        return list(found.items())
+
+    # --- Names ---
+
+    def _kind(self, name: str) -> str:
+        module = self.reference.modules[name]
+        kind = torch_kind(module)
+        if kind == "other" and name in self.paired:  # one's own class over a known one
+            kind = flax_kind(self.side.modules.get(self.paired[name].flax))
+            kind = kind if kind in ("norm", "embedding", "attention") else "other"
+            named = [b.__name__ for b in type(module).__mro__]
+            kind = "norm" if any(n.endswith("Norm") for n in named) else kind
+        return kind
+
+    def _children(self, pair: LayerPair) -> list[str]:
+        return [n for n in self.paired if n != pair.torch and self._under(n, pair.torch)
+                and n in self.reference.order]  # fmt: skip
+
+    @staticmethod
+    def _under(name: str, parent: str) -> bool:
+        return not parent or name.startswith(f"{parent}.")
+
+    def _last(self, event: Event) -> str:
+        return event.past[-1] if event.past else event.pair.torch
+
+    def _neighbours(self, event: Event) -> tuple[str, str] | None:
+        name = (
+            (event.around.torch if event.around else "")
+            if event.where == "input"
+            else event.pair.torch
+        )
+        inside = [n for n in event.past if self._under(n, name)]
+        before = self._outermost(inside[-1], name) if inside else "the input"
+        after = event.pair.torch if event.where == "input" else "the output"
+        return before, after
+
+    def _outermost(self, name: str, inside: str) -> str:
+        """The paired module directly inside `inside` that holds `name`."""
+        holding = [n for n in self.paired if n and self._under(n, inside) and n != inside
+                   and (name == n or self._under(name, n))]  # fmt: skip
+        return min(holding, key=len, default=name)
+
+    def _divergence(
+        self, event: Event, layer: str, finding: Finding | None, between: tuple[str, str] | None
+    ) -> Divergence:
+        j = event.judged
+        pair = self.paired.get(layer)
+        if finding is None:
+            finding = self._unknown(event, between)
+        return Divergence(
+            layer, finding.diagnosis, finding.cause, finding.advice, "forward",
+            pair.flax if pair else None, between, finding.tensor, j.error, j.noise, j.scale,
+        )  # fmt: skip
+
+    def _unknown(self, event: Event, between: tuple[str, str] | None) -> Finding:
+        if event.given.shape != event.rough.shape:
+            what = f"torch has the shape {event.rough.shape} here, Flax {event.given.shape}"
+            return Finding("shape", what, "compare sizes, strides and padding")
+        if between is None:
+            what = "its parameters are right and its inputs are torch's own, yet it gives something else"  # noqa: E501
+        else:
+            what = f"the code between {between[0]} and {between[1]} computes something else"
+        return Finding("unknown", f"{what}; no known cause fits", "compare the two, line by line")

@@ -1,0 +1,60 @@
+"""The first place at which two modules part."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from convert.compare.report import Divergence
+from convert.diagnose.backward import first_backward
+from convert.diagnose.explain import Explainer
+from convert.diagnose.matched import Matched
+from convert.diagnose.reference import Reference
+from convert.diagnose.statistics import running_statistics
+from convert.diagnose.walk import Forward
+from convert.matching.layers import Pairing, pair_traces
+from convert.matching.pair import Match, Pair
+from convert.matching.parameters import parameters
+from convert.runtime.capture_flax import Side, record
+
+Mode = Literal["forward", "backward", "training"]
+
+
+def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
+    """The first place at which the two modules part, and why; None where they do not.
+
+    Flax runs with torch's own values put in at every paired layer, so that no error is carried on:
+    each value is judged by the rounding noise of its own step, in float32, and where nothing is
+    found there, in float64 for the causes that can be named (an epsilon too small to show).
+    "backward" then does the same with cotangents: gradients of each layer's inputs and parameters.
+    "training" looks at running statistics besides; put both modules in train mode for it.
+
+    Both modules are run as they are, in copies: modes, states and generators stay. UsageError where
+    `pair.layers` names what there is not, or where the Flax module is not bound.
+    """
+    reference = Reference(pair.torch, pair.call, "float32")
+    side = Side(pair.flax, "float32")
+    trace = record(side, pair.flax_call)
+    pairing = pair_traces(pair, reference.trace, side, trace)
+    reference.step(pairing.of_torch())
+    matches = pair.matches
+    if matches is None:
+        matches = tuple(parameters(pair, pairing, side)[0])
+    matched = Matched(pair.torch, side, matches)
+    walk = Forward(reference, side, pairing, Explainer(reference, side, pairing, matched, False))
+    found: Divergence | None = walk.run(pair.flax_call)
+    if found is None and mode == "forward" and not reference.random:
+        found = _in_float64(pair, pairing, matches)
+    if found is None and mode == "training":
+        found = running_statistics(reference, walk, matched)
+    if found is None and mode != "forward":
+        found = first_backward(pair, reference, side, walk, matched)
+    return found
+
+
+def _in_float64(pair: Pair, pairing: Pairing, matches: tuple[Match, ...]) -> Divergence | None:
+    """What float32's rounding hides, if it can be named."""
+    exact, wide = Reference(pair.torch, pair.call, "float64"), Side(pair.flax, "float64")
+    exact.step(pairing.of_torch())
+    explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, matches), sure=True)
+    found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)
+    return found

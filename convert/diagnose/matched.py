@@ -1,0 +1,126 @@
+"""Parameters of one side beside those of the other: which of them are at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from convert.diagnose.case import Finding
+from convert.diagnose.weights import explain_tensor
+from convert.matching.kinds import torch_kind
+from convert.matching.pair import Match
+from convert.runtime.arrays import to_numpy
+from convert.runtime.capture_flax import Side
+from zoo.layout.ops import inverse, run, run_shapes
+
+
+class Matched:
+    """The values of both sides, compared in Flax's layout."""
+
+    def __init__(self, module: Any, side: Side, matches: Sequence[Match]) -> None:
+        self.modules = dict(module.named_modules())
+        state: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
+        state |= dict(module.named_buffers(remove_duplicate=False))
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            self.names.setdefault(id(tensor), []).append(name)
+        self.ids = {name: id(tensor) for name, tensor in state.items()}
+        self.torch = {n: to_numpy(t) for n, t in state.items()}
+        self.flax = {n: to_numpy(v) for n, v in side.values.items()}
+        self.matches = [
+            m
+            for m in matches
+            if all(n in self.torch for n in m.torch) and all(n in self.flax for n in m.flax)
+        ]
+        self._wrong: list[tuple[Match, Finding]] | None = None
+
+    def expected(self, match: Match) -> list[np.ndarray]:
+        """What Flax should hold."""
+        return run(match.ops, [self.torch[n] for n in match.torch])
+
+    def of_layer(self, name: str, path: str) -> Finding | None:
+        """What is wrong with a layer's own parameters."""
+        for match, finding in self.wrong():
+            below = f"{path}."
+            if self._owner(match) == name or any(f.startswith(below) for f in match.flax if path):
+                return finding
+        return None
+
+    def unverified(
+        self, container: str, past: Collection[str], paired: Collection[str]
+    ) -> Finding | None:
+        """What is wrong with parameters inside a container that no layer's own call will show.
+
+        `past` are the layers that were seen to be right, `paired` those that are looked at.
+        """
+        for match, finding in self.wrong():
+            owner = self._owner(match)
+            inside = not container or owner == container or owner.startswith(f"{container}.")
+            plain = torch_kind(self.modules[owner]) not in ("other", "attention")
+            if inside and owner not in past and not (plain and owner in paired):
+                return finding
+        return None
+
+    def owner(self, tensor: str) -> str:
+        """The torch module that holds a tensor, by the tensor's name."""
+        return next(
+            (self._owner(m) for m, f in self.wrong() if f.tensor == tensor),
+            tensor.rpartition(".")[0],
+        )
+
+    def _owner(self, match: Match) -> str:
+        return match.torch[0].rpartition(".")[0]
+
+    def wrong(self) -> list[tuple[Match, Finding]]:
+        """Every match whose values differ, and why, in torch's order."""
+        if self._wrong is None:
+            order = {n: i for i, n in enumerate(self.torch)}
+            found = list(self._compare())
+            self._wrong = sorted(found, key=lambda item: order[item[0].torch[0]])
+        return self._wrong
+
+    def _compare(self) -> Iterator[tuple[Match, Finding]]:
+        for match in self.matches:
+            for name, right in zip(match.flax, self.expected(match), strict=True):
+                held = self.flax[name]
+                if right.shape == held.shape and np.array_equal(
+                    right.astype(held.dtype), held, equal_nan=True
+                ):
+                    continue
+                yield match, self._finding(match, name, right, held)
+
+    def _finding(self, match: Match, name: str, right: np.ndarray, held: np.ndarray) -> Finding:
+        title = match.torch[0]
+        if len(match.torch) > 1:
+            title = f"{title} (and {len(match.torch) - 1} more that are joined with it)"
+        if len(match.flax) > 1:
+            title = f"{title} (Flax's {name})"
+        ties = [n for t in match.torch for n in self.names[self.ids[t]] if n != t]
+        found = explain_tensor(title, right, held, self._others(match, right, name), match.kind)
+        if ties and (found is None or found.cause == "default"):
+            what = f"torch ties {match.torch[0]} to {ties[0]}; Flax's {name} holds other values"
+            return Finding("tied", what, f"share the tensor of {ties[0]}", match.torch[0])
+        if found is None:
+            count = int((right != held).sum()) if right.shape == held.shape else held.size
+            what = f"{title}: {count} of {held.size} values of Flax's {name} are not torch's"
+            return Finding("values", what, "load it anew", match.torch[0])
+        return Finding(found.cause, found.diagnosis, found.advice, match.torch[0])
+
+    def _others(self, match: Match, right: np.ndarray, name: str) -> dict[str, np.ndarray]:
+        """All other tensors of torch as Flax lays them out."""
+        found = {}
+        for other in self.matches:
+            for path, values in zip(other.flax, self.expected(other), strict=True):
+                if path != name:
+                    several = len(other.flax) > 1
+                    title = f"{other.torch[0]} ({path})" if several else other.torch[0]
+                    found[title] = values
+        return found
+
+    def to_torch(self, match: Match, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Flax's values of a match, as torch lays them out."""
+        shapes = [self.torch[n].shape for n in match.torch]
+        assert run_shapes(match.ops, shapes) == [v.shape for v in values]
+        return run(inverse(match.ops, shapes), values)

@@ -1,0 +1,1 @@
+"""A conversion as a whole: prepared, executed, read back, put in its place in one step."""

@@ -1,0 +1,138 @@
+"""Which container a conversion writes, where, and what it puts beside it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from zoo.checkpoint.label import Label
+from zoo.checkpoint.plan import Plan
+from zoo.containers.base import TensorInfo, Writer
+from zoo.containers.errors import MissingExtra, UsageError
+
+TO = ("orbax", "msgpack", "safetensors", "pt")
+_SUFFIX = {"orbax": "", "msgpack": ".msgpack", "safetensors": ".safetensors", "pt": ".pt"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a conversion goes. `is_directory`: the checkpoint is one, with its files inside."""
+
+    path: Path
+    to: str
+    is_directory: bool
+    max_shard_size: int | None = None
+
+    def beside(self, name: str) -> str:
+        """Where a file that belongs to the checkpoint goes, relative to the target's parent."""
+        return f"{self.path.name}/{name}" if self.is_directory else f"{self.path.name}.{name}"
+
+
+def choose(
+    source: Path, dst: Path | None, to: str | None, framework: str, max_shard_size: int | None
+) -> tuple[Target, list[str]]:
+    """The target for what the user asked, and what to tell about it.
+
+    Without `to`, the suffix of `dst` decides, else orbax (msgpack where it is not installed) for
+    flax and safetensors for torch. Without `dst`, the target lies beside the source.
+    """
+    told: list[str] = []
+    if max_shard_size is not None and max_shard_size <= 0:
+        raise UsageError(f"a shard of {max_shard_size} bytes", "give a size such as 5GB")
+    if dst is not None and dst.name in ("", ".."):
+        dst = dst.resolve()
+    if to is not None and by_suffix(dst) not in (None, to):
+        raise UsageError(f"{dst} has the suffix of {by_suffix(dst)}, and to is {to}", "change one")
+    if to is None:
+        to = by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
+        if to == "orbax" and dst is None and importlib.util.find_spec("tensorstore") is None:
+            to = "msgpack"
+            told.append("writing msgpack: Orbax needs the 'orbax' extra, which is not installed")
+    if to not in TO:
+        raise UsageError(f"there is no container {to!r}", f"known are {', '.join(TO)}")
+    if framework == "torch" and to in ("orbax", "msgpack"):
+        raise UsageError(f"{to} is no container of PyTorch's", "it is safetensors or pt")
+    if framework == "flax" and to == "pt":
+        raise UsageError("pt is no container of Flax's", "it is orbax, msgpack or safetensors")
+    if max_shard_size is not None and to != "safetensors":
+        raise UsageError("only safetensors is written in shards", "add --to safetensors")
+    if to == "orbax" and importlib.util.find_spec("tensorstore") is None:
+        raise MissingExtra("writing Orbax", "orbax")
+    if to == "pt" and importlib.util.find_spec("torch") is None:
+        raise MissingExtra("writing a .pt file", "torch")
+    if dst is None:
+        dst = _default(source, to, framework, max_shard_size is not None)
+    directory = (
+        to == "orbax"
+        or max_shard_size is not None
+        or dst.is_dir()
+        or (to == "safetensors" and dst.suffix == "")
+    )
+    if directory and to in ("msgpack", "pt"):
+        dst, directory = dst / f"{source.stem}{_SUFFIX[to]}", False
+    return Target(dst, to, directory, max_shard_size), told
+
+
+def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer:
+    """The Writer for `target`, at work in the directory `place`."""
+    path = place / target.path.name
+    header = plan.target_tensors()
+    ties = written_ties(target, plan, label)
+    if target.to == "safetensors":
+        header |= {name: header[to] for name, to in ties.items()}
+        metadata = {"format": "pt" if plan.target_tree == "torch" else "flax"} | label.to_metadata()
+        return _safetensors(target, path, header, metadata)
+    if target.to == "orbax":
+        from zoo.containers.orbax_dir import OrbaxWriter
+
+        return OrbaxWriter(path, header, label.to_metadata())
+    if target.to == "msgpack":
+        from zoo.containers.flax_msgpack import MsgpackWriter
+
+        return MsgpackWriter(path, header, {})
+    from zoo.containers.torch_file import TorchWriter
+
+    return TorchWriter(path, header, {}, ties)
+
+
+def written_ties(target: Target, plan: Plan, label: Label) -> dict[str, str]:
+    """Second names that are written too: all in a .pt file, where they share the storage; in
+    safetensors, which would hold them twice, only those that the source spelled out."""
+    if target.to == "pt":
+        return dict(plan.ties)
+    return {name: to for name, to in plan.ties.items() if name in label.ties}
+
+
+def _safetensors(
+    target: Target, path: Path, header: dict[str, TensorInfo], metadata: dict[str, str]
+) -> Writer:
+    if target.is_directory:
+        from zoo.containers.sharded import ShardedSafetensorsWriter
+
+        return ShardedSafetensorsWriter(path, header, metadata, target.max_shard_size or 1 << 62)
+    from zoo.containers.safetensors_file import SafetensorsWriter
+
+    return SafetensorsWriter(path, header, metadata)
+
+
+def by_suffix(dst: Path | None) -> str | None:
+    """The container that a target's name asks for, if it does."""
+    suffix = dst.suffix if dst else ""
+    if suffix in (".pth", ".bin"):
+        return "pt"
+    return next((to for to, s in _SUFFIX.items() if s and s == suffix), None)
+
+
+def _default(source: Path, to: str, framework: str, sharded: bool) -> Path:
+    if source.name in ("", ".."):
+        source = source.resolve()
+    if source.is_dir() or not source.exists():
+        stem = source.name.removesuffix(".flax")
+    else:
+        stem = Path(source.name.removesuffix(".index.json")).stem
+    if framework == "flax":
+        name = f"{stem}.flax" + ("" if to == "orbax" or sharded else _SUFFIX[to])
+    else:
+        name = stem.removesuffix(".flax") + ("" if sharded else _SUFFIX[to])
+    return source.with_name(name)

@@ -1,0 +1,274 @@
+"""Which layer of a torch module is which of a Flax module.
+
+The user's own pairs win. Then equal names, then kind, sizes of parameters and order of execution,
+aligned like two sequences; containers are those that hold the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from convert.matching.alignment import moves
+from convert.matching.kinds import compatible, flax_kind, normal, torch_kind
+from convert.matching.pair import LayerPair, Pair
+from convert.runtime.capture_flax import Side, record
+from convert.runtime.capture_torch import trace_torch
+from convert.runtime.trace import Trace
+from zoo.containers.errors import UsageError
+
+_ZOO_KINDS = {"linear", "conv1d", "conv2d", "embedding", "norm", "batchnorm", "recurrent"}
+
+
+@dataclass
+class Layer:
+    """A submodule that was called, on either side."""
+
+    name: str
+    kind: str
+    sizes: tuple[int, ...]  # numbers of elements of its own parameters with two axes or more
+    order: int
+    parents: tuple[str, ...]  # the calls around its first call, from outside
+    shape: tuple[int, ...]  # of what its first call gives
+
+
+@dataclass
+class Pairing:
+    """The pairs, in torch's order of execution, and what has no counterpart."""
+
+    layers: list[LayerPair]
+    torch_unpaired: list[str]
+    flax_unpaired: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def of_flax(self) -> dict[str, LayerPair]:
+        """Flax path -> pair."""
+        return {p.flax: p for p in self.layers}
+
+    def of_torch(self) -> dict[str, LayerPair]:
+        """torch name -> pair."""
+        return {p.torch: p for p in self.layers}
+
+
+def match_layers(pair: Pair) -> list[LayerPair]:
+    """The pairs of layers of `pair`, in torch's order of execution. Both modules are run once.
+
+    UsageError where a pair that the user gives names a layer that there is not.
+    """
+    return match(pair).layers
+
+
+def match(pair: Pair) -> Pairing:
+    """As `match_layers`, with what stays unpaired on either side."""
+    torch_trace = trace_torch(pair.torch, pair.call)
+    side = Side(pair.flax, "float32")
+    flax_trace = record(side, pair.flax_call)
+    return pair_traces(pair, torch_trace, side, flax_trace)
+
+
+def pair_traces(pair: Pair, torch_trace: Trace, side: Side, flax_trace: Trace) -> Pairing:
+    """As `match`, from runs that were made before."""
+    ours = torch_layers(pair.torch, torch_trace)
+    theirs = flax_layers(side, flax_trace)
+    found: dict[str, tuple[str, str]] = {"": ("", "name")} if "" in theirs and "" in ours else {}
+    _given(pair, ours, theirs, found)
+    _by_name(side, ours, theirs, found)
+    _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
+    _containers(ours, theirs, found)
+    _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
+    modules = dict(pair.torch.named_modules())
+    layers = []
+    for name, layer in ours.items():
+        if name in found:
+            kind = layer.kind if layer.kind in _ZOO_KINDS else type(modules[name]).__name__
+            layers.append(LayerPair(name, found[name][0], kind, found[name][1]))
+    used = {f for f, _ in found.values()}
+    return Pairing(
+        layers,
+        [n for n in ours if n not in found],
+        [n for n in theirs if n not in used],
+        [*torch_trace.notes, *flax_trace.notes],
+    )
+
+
+def torch_layers(module: Any, trace: Trace) -> dict[str, Layer]:
+    """The submodules that were called, in the order of their first call."""
+    modules = dict(module.named_modules())
+    return {
+        name: Layer(
+            name,
+            torch_kind(modules[name]),
+            _sizes(p.shape for p in modules[name].parameters(recurse=False)),
+            *rest,
+        )
+        for name, *rest in _first_calls(trace)
+    }
+
+
+def flax_layers(side: Side, trace: Trace) -> dict[str, Layer]:
+    """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
+    return {
+        name: Layer(
+            name,
+            flax_kind(side.modules[name]),
+            _sizes(
+                np.shape(v) for n, v in side.values.items() if not name or n.startswith(name + ".")
+            ),
+            *rest,
+        )
+        for name, *rest in _first_calls(trace)
+    }
+
+
+def _first_calls(trace: Trace) -> list[Any]:
+    """(name, order, calls around it, shape of its first output) of each submodule's first call."""
+    by_order = {c.order: c for c in trace.calls}
+    found: dict[str, tuple[Any, ...]] = {}
+    for call in trace.calls:
+        if call.name in found:
+            continue
+        around: list[str] = []
+        parent = call.parent
+        while parent is not None:
+            around.append(by_order[parent].name)
+            parent = by_order[parent].parent
+        shape = next((x.shape for x in call.outputs.values()), ())
+        found[call.name] = call.order, tuple(reversed(around)), shape
+    return [(name, *rest) for name, rest in found.items()]
+
+
+def _sizes(shapes: Any) -> tuple[int, ...]:
+    return tuple(sorted(int(np.prod(s)) for s in shapes if len(s) > 1))
+
+
+def _given(
+    pair: Pair, ours: dict[str, Layer], theirs: dict[str, Layer], found: dict[str, tuple[str, str]]
+) -> None:
+    wrong = [f"torch calls no {t!r}" for t in pair.layers if t not in ours]
+    wrong += [f"Flax calls no {f!r}" for f in pair.layers.values() if f not in theirs]
+    if wrong:
+        raise UsageError(
+            f"layers that were given as pairs: {'; '.join(wrong)}",
+            "give dotted paths of submodules that the forward pass calls",
+        )
+    for t, f in pair.layers.items():
+        found[t] = f, "given"
+
+
+def _by_name(
+    side: Side,
+    ours: dict[str, Layer],
+    theirs: dict[str, Layer],
+    found: dict[str, tuple[str, str]],
+) -> None:
+    used = {f for f, _ in found.values()}
+    by_name: dict[str, str] = {}
+    for f in theirs:
+        if f not in used:
+            by_name.setdefault(normal(_without_sequential(side, f)), f)
+    for t, layer in ours.items():
+        other = by_name.get(normal(t))
+        if t not in found and other is not None and _same_sort(layer, theirs[other]):
+            found[t] = other, "name"
+            del by_name[normal(t)]
+
+
+def _without_sequential(side: Side, path: str) -> str:
+    """nn.Sequential's children are `net.0` in torch, `net.layers.0` or `net.layers_0` in Flax."""
+    parts, made = path.split("."), []
+    for i, part in enumerate(parts):
+        parent = side.modules.get(".".join(parts[:i]))
+        if type(parent).__name__ == "Sequential":
+            if part == "layers":
+                continue
+            part = part.removeprefix("layers_")
+        made.append(part)
+    return ".".join(made)
+
+
+def _same_sort(ours: Layer, theirs: Layer) -> bool:
+    if ours.kind == "other" or theirs.kind == "other":
+        return True  # one's own class may stand for any: the name says it
+    same_kind = compatible(ours.kind, theirs.kind)
+    return same_kind and _same_sizes(ours, theirs)
+
+
+def _same_sizes(ours: Layer, theirs: Layer) -> bool:
+    if ours.kind in ("attention", "recurrent"):  # fused on one side, apart on the other
+        return sum(ours.sizes) <= sum(theirs.sizes)
+    return ours.sizes == theirs.sizes
+
+
+def _by_order(
+    ours: dict[str, Layer],
+    theirs: dict[str, Layer],
+    found: dict[str, tuple[str, str]],
+    may: Callable[[Layer, Layer], bool],
+) -> None:
+    """Leaves that are left, aligned in their order; a pair must be of one kind and size.
+
+    The score prefers equal last names, so that `norm1` meets `norm1` where either would do.
+    """
+    used = {f for f, _ in found.values()}
+    a = [x for n, x in ours.items() if n not in found and x.kind != "other"]
+    b = [x for n, x in theirs.items() if n not in used and x.kind != "other"]
+    best = np.zeros((len(a) + 1, len(b) + 1))
+    for i in range(len(a) - 1, -1, -1):
+        for j in range(len(b) - 1, -1, -1):
+            score = _score(a[i], b[j], may)
+            best[i, j] = max(best[i + 1, j], best[i, j + 1], score + best[i + 1, j + 1])
+    i = j = 0
+    while i < len(a) and j < len(b):
+        score = _score(a[i], b[j], may)
+        if score > 0 and best[i, j] == score + best[i + 1, j + 1]:
+            found[a[i].name] = b[j].name, "order"
+            i, j = i + 1, j + 1
+        elif best[i, j] == best[i + 1, j]:
+            i += 1
+        else:
+            j += 1
+
+
+def _within(layer: Layer, found: dict[str, tuple[str, str]]) -> str | None:
+    """The innermost paired module around a torch layer, as Flax calls it."""
+    return next((found[p][0] for p in reversed(layer.parents) if p in found), None)
+
+
+def _around(layer: Layer, found: dict[str, tuple[str, str]]) -> str | None:
+    """The innermost paired module around a Flax layer."""
+    paired = {f for f, _ in found.values()}
+    return next((p for p in reversed(layer.parents) if p in paired), None)
+
+
+def _score(ours: Layer, theirs: Layer, may: Callable[[Layer, Layer], bool]) -> float:
+    if not (compatible(ours.kind, theirs.kind) and _same_sizes(ours, theirs) and may(ours, theirs)):
+        return -1.0
+    if not ours.sizes and not moves(ours.shape, theirs.shape):
+        return -1.0
+    last = [normal(x.name).rpartition(".")[2] for x in (ours, theirs)]
+    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1])
+
+
+def _containers(
+    ours: dict[str, Layer], theirs: dict[str, Layer], found: dict[str, tuple[str, str]]
+) -> None:
+    """Modules of one's own that hold the same paired layers, the innermost first."""
+    used = {f for f, _ in found.values()}
+    back = {f: t for t, (f, _) in found.items()}
+    held: dict[frozenset[str], list[str]] = {}
+    for f, layer in theirs.items():
+        inside = frozenset(back[n] for n, x in theirs.items() if f in x.parents and n in back)
+        if f not in used and layer.kind == "other" and inside:
+            held.setdefault(inside, []).append(f)
+    for t, layer in reversed(ours.items()):
+        inside = frozenset(n for n, x in ours.items() if t in x.parents and n in found)
+        leaves = frozenset(n for n in inside if found[n][1] != "container")
+        if t in found or layer.kind != "other" or not leaves:
+            continue
+        if candidates := held.get(leaves):
+            found[t] = candidates.pop(), "container"
+    for t, (f, why) in list(found.items()):
+        found[t] = f, "order" if why == "container" else why

@@ -1,0 +1,231 @@
+"""Which parameter of a torch module is which of a Flax module, layer by layer, with the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.matching.kinds import normal, torch_kind
+from convert.matching.layers import Pairing, match
+from convert.matching.pair import LayerPair, Match, Pair
+from convert.runtime.capture_flax import Side
+from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+Found = Iterator[Match]
+_LEAVES = {
+    "weight": ("kernel", "embedding", "scale", "weight"),
+    "bias": ("bias",),
+    "running_mean": ("mean",),
+    "running_var": ("var",),
+}
+# Flax's cells name a linear layer for each gate; torch stacks them in this order.
+_GATES = {
+    "LSTM": (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
+    "GRU": (("ir", "iz", "in"), ("hr", "hz", "hn")),
+    "RNN": (("i",), ("h",)),
+}
+
+
+def match_parameters(pair: Pair) -> tuple[list[Match], list[str], list[str]]:
+    """The matches, and the names on either side that none has. Both modules are run once.
+
+    `pair.matches`, where given, are taken as they are. The two biases of a torch recurrent layer
+    have no match where Flax's cell has one: their sum is no op.
+    """
+    side = Side(pair.flax, "float32")
+    if pair.matches is not None:
+        return list(pair.matches), *unmatched(pair.torch, side, pair.matches)
+    return parameters(pair, match(pair), side)
+
+
+def parameters(
+    pair: Pair, pairing: Pairing, side: Side
+) -> tuple[list[Match], list[str], list[str]]:
+    """As `match_parameters`, from layers that are paired already."""
+    modules = dict(pair.torch.named_modules())
+    flax = {n: tuple(np.shape(v)) for n, v in side.values.items()}
+    found: list[Match] = []
+    taken: set[str] = set()
+    uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, pairing, side)]
+    for layer in [*pairing.layers, *uncalled]:
+        for m in _of_layer(layer, modules[layer.torch], side, flax):
+            if not taken & set(m.flax):
+                found.append(m)
+                taken |= set(m.flax)
+    found += _bare(pair.torch, found, flax, taken)
+    return found, *unmatched(pair.torch, side, found)
+
+
+def _uncalled(modules: Mapping[str, Any], pairing: Pairing, side: Side) -> list[tuple[str, str]]:
+    """Layers of equal names that no recorded call paired: inside a scan, or not called at all."""
+    flax = {normal(n.rpartition(".")[0]): n.rpartition(".")[0] for n in side.values}
+    paired = pairing.of_torch()
+    return [(n, flax[normal(n)]) for n in modules if n not in paired and normal(n) in flax]
+
+
+def unmatched(module: Any, side: Side, matches: Any) -> tuple[list[str], list[str]]:
+    """Names of torch's state (ties count once) and of Flax's values that no match has."""
+    ours, theirs = ({n for m in matches for n in getattr(m, s)} for s in ("torch", "flax"))
+    state = _state(module)
+    alias = {id(t): n for n, t in state.items() if n in ours}
+    skip = ("num_batches_tracked",)
+    left = [
+        n for n, t in state.items() if n not in ours and id(t) not in alias and not n.endswith(skip)
+    ]
+    return left, [n for n in side.values if n not in theirs]
+
+
+def _state(module: Any) -> dict[str, Any]:
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
+
+
+def _of_layer(layer: LayerPair, module: Any, side: Side, flax: Shapes) -> list[Match]:
+    kind = torch_kind(module)
+    own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    own |= {n: tuple(b.shape) for n, b in module.named_buffers(recurse=False)}
+    prefix = f"{layer.flax}." if layer.flax else ""
+    below = {n.removeprefix(prefix): s for n, s in flax.items() if n.startswith(prefix)}
+    matchers: dict[str, Callable[..., Found]] = {"attention": _attention, "recurrent": _recurrent}
+    matcher: Callable[..., Found] = matchers.get(kind, _plain)
+    made = matcher(module, kind, own, below, side.modules.get(layer.flax))
+    before = f"{layer.torch}." if layer.torch else ""
+    return [
+        Match(tuple(before + n for n in m.torch), tuple(prefix + n for n in m.flax), m.ops, m.kind)
+        for m in made
+    ]
+
+
+def _plain(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Found:
+    for leaf, shape in own.items():
+        for other in (*_LEAVES.get(leaf, ()), leaf):
+            if other not in below:
+                continue
+            ops = _weight_ops(module, kind, shape, below[other], flax) if leaf == "weight" else ()
+            if ops is not None and run_shapes(ops, [shape]) == [below[other]]:
+                yield Match((leaf,), (other,), ops, _word(kind))
+                break
+
+
+def _word(kind: str) -> str:
+    return "param" if kind == "other" else kind
+
+
+def _weight_ops(module: Any, kind: str, shape: Any, target: Any, flax: Any) -> Ops | None:
+    """From torch's weight to Flax's kernel of this shape; None if it is none of it."""
+    n = len(shape)
+    if kind == "linear":
+        flat: tuple[Op, ...] = () if type(module).__name__ == "Conv1D" else (Permute((1, 0)),)
+        rows, columns = run_shapes(flat, [shape])[0]
+        return _features(flat, rows, columns, target)
+    if kind.startswith("conv") and kind != "conv_transpose":
+        return (Permute((*range(2, n), 1, 0)),)
+    if kind == "conv_transpose":
+        if getattr(flax, "transpose_kernel", False):
+            return (Permute((*range(2, n), 1, 0)),)
+        return (Permute((*range(2, n), 0, 1)), Flip(tuple(range(n - 2))))
+    return ()
+
+
+def _features(flat: Ops, rows: int, columns: int, target: tuple[int, ...]) -> Ops | None:
+    """(in, out) into a kernel with several axes of features, as DenseGeneral has them."""
+    ops = flat
+    for k in range(1, len(target)):
+        if int(np.prod(target[:k])) == rows and int(np.prod(target[k:])) == columns:
+            if len(target) - k > 1:
+                ops = (*ops, Split(1, _axes(len(target) - k), target[k:]))
+            if k > 1:
+                ops = (*ops, Split(0, _axes(k), target[:k]))
+            return ops
+    return None
+
+
+def _axes(n: int) -> tuple[str, ...]:
+    return ("heads", "head_dim") if n == 2 else tuple(f"axis{i}" for i in range(n))
+
+
+def _attention(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Found:
+    """nn.MultiheadAttention: fused or separate projections <-> query, key, value, out."""
+    E = module.embed_dim if hasattr(module, "embed_dim") else own["in_proj_weight"][1]
+    three = ("query", "key", "value")
+    targets = tuple(f"{p}.kernel" for p in three)
+    if "in_proj_weight" in own and all(t in below for t in targets):
+        rest = _features((), E, E, below["query.kernel"])
+        if rest is not None:
+            ops: Ops = (Divide(0, (E, E, E)), Permute((1, 0)), *rest)
+            yield Match(("in_proj_weight",), targets, ops, "linear")
+    for p, leaf in zip(three, ("q_proj_weight", "k_proj_weight", "v_proj_weight"), strict=True):
+        if own.get(leaf) and f"{p}.kernel" in below:
+            rows, columns = own[leaf][1], own[leaf][0]
+            rest = _features((Permute((1, 0)),), rows, columns, below[f"{p}.kernel"])
+            if rest is not None:
+                yield Match((leaf,), (f"{p}.kernel",), rest, "linear")
+    biases = tuple(f"{p}.bias" for p in three)
+    if "in_proj_bias" in own and all(b in below for b in biases):
+        shape = below["query.bias"]
+        split = (Split(0, _axes(len(shape)), shape),) if len(shape) > 1 else ()
+        yield Match(("in_proj_bias",), biases, (Divide(0, (E, E, E)), *split), "linear")
+    for name in ("out", "out_proj"):
+        if (kernel := below.get(f"{name}.kernel")) is not None:
+            rest = _features((Permute((1, 0)),), E, E, kernel)
+            if rest is not None:
+                yield Match(("out_proj.weight",), (f"{name}.kernel",), rest, "linear")
+            if f"{name}.bias" in below:
+                yield Match(("out_proj.bias",), (f"{name}.bias",), (), "linear")
+
+
+def _recurrent(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Found:
+    """One layer and direction of nn.LSTM, nn.GRU or nn.RNN <-> a cell, its gates apart or fused."""
+    same = [n for n in own if below.get(n) == own[n]]
+    if same:
+        yield from (Match((n,), (n,), (), "recurrent") for n in same)
+        return
+    word = next((k for k in _GATES if k in type(module).__name__.upper()), "RNN")
+    suffixes = {n.removeprefix("weight_ih") for n in own if n.startswith("weight_ih")}
+    if len(suffixes) != 1:
+        return
+    (suffix,) = suffixes
+    sides = zip(("weight_ih", "weight_hh"), _GATES[word], ("dense_i", "dense_h"), strict=True)
+    for leaf, gates, fused in sides:
+        rows, columns = own[leaf + suffix]
+        each = (rows // len(gates),) * len(gates)
+        targets = tuple(_ending(below, f"{g}.kernel", f"{g}_.kernel") for g in gates)
+        whole = _ending(below, f"{fused}.kernel")
+        if all(targets):
+            divide: Ops = (Divide(0, each),) if len(gates) > 1 else ()
+            ops: Ops = (*divide, Permute((1, 0)))
+            yield Match((leaf + suffix,), tuple(map(str, targets)), ops, "recurrent")
+        elif whole and below[whole] == (columns, rows):
+            yield Match((leaf + suffix,), (whole,), (Permute((1, 0)),), "recurrent")
+
+
+def _ending(below: Shapes, *ends: str) -> str | None:
+    return next((n for n in below for e in ends if n == e or n.endswith(f".{e}")), None)
+
+
+def _bare(module: Any, found: list[Match], flax: Shapes, taken: set[str]) -> list[Match]:
+    """What no layer's call covers, by name and shape: parameters of layers never called, and
+    bare ones (`cls_token`)."""
+    state = _state(module)
+    done = {id(state[n]) for m in found for n in m.torch if n in state}
+    free = {normal(n): n for n in flax if n not in taken}
+    made = []
+    for name, value in state.items():
+        if id(value) in done:
+            continue
+        stem, _, leaf = name.rpartition(".")
+        for other in (leaf, *_LEAVES.get(leaf, ())):
+            target = free.get(normal(f"{stem}.{other}" if stem else other))
+            if target is None or flax[target] != tuple(value.shape):
+                continue
+            if len(value.shape) == 2 and other == "kernel":
+                continue  # a matrix that may want transposing: nothing says which
+            made.append(Match((name,), (target,), (), "param"))
+            done.add(id(value))
+            del free[normal(target)]
+            break
+    return made

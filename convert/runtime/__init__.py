@@ -1,0 +1,1 @@
+"""A module of either framework as we handle it: taken apart, cast, run, its calls seen."""

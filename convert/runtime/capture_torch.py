@@ -1,0 +1,206 @@
+"""Runs of a torch module with every call of every submodule seen, and replaced where asked."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.matching.pair import Call
+from convert.runtime.arrays import leaves, replaced, to_numpy
+from convert.runtime.trace import (
+    Recorded,
+    Recorder,
+    Trace,
+    array_arguments,
+    with_arguments,
+)
+
+# (name, module, args, kwargs) -> args, kwargs; (name, module, output) -> output
+Enter = Callable[
+    [str, Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]
+]
+Leave = Callable[[str, Any, Any], Any]
+
+
+def trace_torch(module: Any, call: Call, precision: str = "float32") -> Trace:
+    """Every call of every submodule of a torch.nn.Module, run once in `precision`.
+
+    The run is that of a copy: mode, hooks, buffers and generators of `module` stay as they are.
+    """
+    return record(replica(module, precision), call, precision)
+
+
+def replica(module: Any, precision: str) -> Any:
+    """A copy of the module whose floating-point tensors are of `precision`."""
+    import torch
+
+    made = copy.deepcopy(module).to(getattr(torch, precision))
+    for part in made.modules():  # the zoo's layers say what they compute in
+        if isinstance(getattr(part, "dtype", None), torch.dtype) and "dtype" in vars(part):
+            part.dtype = getattr(torch, precision)
+    return made
+
+
+def record(module: Any, call: Call, precision: str) -> Trace:
+    """As `trace_torch`, of the module itself."""
+    recorder = Recorder()
+
+    def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = array_arguments(part.forward, args, kwargs)
+        entry = recorder.enter(name, type(part).__name__, _numpy(given))
+        entry.arguments = copied(args), copied(kwargs)
+        return args, kwargs
+
+    def leave(name: str, part: Any, output: Any) -> Any:
+        recorder.leave(_numpy(leaves(output)))
+        return output
+
+    recorder.trace.output = run(module, call, precision, enter, leave)
+    return recorder.trace
+
+
+def record_forced(
+    module: Any,
+    call: Call,
+    precision: str,
+    trace: Trace,
+    names: Collection[str],
+    seed: int = 0,
+) -> Trace:
+    """A run in which each call of `names` gets the inputs that `trace` recorded, and gives its
+    outputs on.
+
+    So each recorded value is one step away from `trace`, and the difference is that step's noise.
+    """
+    recorder = Recorder()
+    known = trace.by_key()
+
+    def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = array_arguments(part.forward, args, kwargs)
+        entry = recorder.enter(name, type(part).__name__, _numpy(given))
+        values = _like(given, known[entry.key].inputs) if name in names else {}
+        return with_arguments(part.forward, args, kwargs, values)
+
+    def leave(name: str, part: Any, output: Any) -> Any:
+        made = leaves(output)
+        entry = recorder.leave(_numpy(made))
+        values = _like(made, known[entry.key].outputs) if name in names else {}
+        return replaced(output, values)
+
+    recorder.trace.output = run(module, call, precision, enter, leave, seed)
+    return recorder.trace
+
+
+def run(module: Any, call: Call, precision: str, enter: Enter, leave: Leave, seed: int = 0) -> Any:
+    """The output of the call, with `enter` and `leave` around every submodule's."""
+    import torch
+
+    args, kwargs = arguments(call, precision)
+    with (
+        plain_path(),
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        hooked(module, enter, leave),
+    ):
+        torch.manual_seed(seed)
+        return module(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def hooked(module: Any, enter: Enter, leave: Leave) -> Iterator[None]:
+    """Hooks on every submodule, removed afterwards."""
+    handles = []
+
+    def hook(name: str, part: Any) -> None:
+        def before(m: Any, args: Any, kwargs: Any) -> Any:
+            return enter(name, m, args, kwargs)
+
+        def after(m: Any, args: Any, output: Any) -> Any:
+            return leave(name, m, output)
+
+        handles.append(part.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(part.register_forward_hook(after))
+
+    try:
+        for name, part in module.named_modules():
+            hook(name, part)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def plain_path() -> Iterator[None]:
+    """Without torch's fused encoder layers, which pass by their submodules, and without TF32."""
+    import torch
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def arguments(call: Call, precision: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments as tensors, floating-point ones in `precision`."""
+    import torch
+
+    def tensors(tree: Any) -> Any:
+        found = leaves(tree)
+        return replaced(tree, {k: _tensor(torch, x, precision) for k, x in found.items()})
+
+    return tuple(tensors(a) for a in call.args), {k: tensors(v) for k, v in call.kwargs.items()}
+
+
+def _tensor(torch: Any, x: Any, precision: str) -> Any:
+    made = x.detach().clone() if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
+    return made.to(getattr(torch, precision)) if made.is_floating_point() else made
+
+
+def _numpy(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {k: to_numpy(v) for k, v in values.items()}
+
+
+def _like(given: Mapping[str, Any], wanted: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The recorded values as tensors of the dtype and device of those given."""
+    import torch
+
+    return {
+        k: torch.from_numpy(np.array(wanted[k])).to(v.device, v.dtype)
+        for k, v in given.items()
+        if k in wanted and tuple(v.shape) == wanted[k].shape
+    }
+
+
+def copied(tree: Any, precision: str | None = None) -> Any:
+    """The tree with copies of its tensors, floating-point ones in `precision` if given."""
+    import torch
+
+    def clone(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        x = x.detach().clone()
+        return x.to(getattr(torch, precision)) if precision and x.is_floating_point() else x
+
+    return replaced(tree, {k: clone(v) for k, v in leaves(tree).items()})
+
+
+def again(module: Any, call: Recorded, precision: str = "float64") -> dict[str, np.ndarray]:
+    """What a submodule gives for a recorded call's inputs."""
+    import torch
+
+    args, kwargs = (copied(part, precision) for part in call.arguments)
+    with plain_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return _numpy(leaves(module(*args, **kwargs)))

@@ -1,0 +1,59 @@
+"""What has to be said of an optimizer so that its states can be moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stock:
+    """How a transformation that is not ours keeps slots: `fields` of its state -> torch's slot.
+
+    `counts` says whether the same state has a field `count`; by both it is recognised, and in a
+    live tree by the name of its class too, where `cls` says one.
+    """
+
+    fields: Mapping[str, str]
+    counts: bool
+    cls: str = ""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One torch optimizer.
+
+    `slots` may be kept (some only with certain options), `needs` are those that always are once it
+    has stepped. `marks` are options that no other optimizer here has: a torch state_dict does not
+    say its class; where that does not do, `fits(options, slots)` decides. `update` is the rule in
+    NumPy (see `convert.training_state.torch_rules` for the form), `options` what it must be told.
+    A plugin gives one under the entry point group `zooconvert.optimizers`.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    marks: frozenset[str]
+    counts: bool = True  # keeps the number of steps
+    needs: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()  # slots that are one number for a parameter
+    options: tuple[str, ...] = ()
+    update: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+    stock: tuple[Stock, ...] = ()
+    # What `optax.inject_hyperparams` calls a hyper-parameter -> torch's option, "betas.0" within.
+    hyperparams: Mapping[str, str] = field(default_factory=dict)
+    transformation: str = ""  # the optax transformation that follows this rule
+    fits: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
+
+    def kept(self, options: Mapping[str, Any]) -> set[str]:
+        """The slots that torch keeps for a parameter that has stepped under these options."""
+        optional = {
+            "momentum_buffer": options.get("momentum"),
+            "grad_avg": options.get("centered"),
+            "max_exp_avg_sq": options.get("amsgrad"),
+        }
+        return {s for s in self.slots if optional.get(s, True) or s in self.needs}
+
+    def knows(self, options: Mapping[str, Any]) -> bool:
+        """Whether these options tell all that the rule must be told."""
+        return all(options.get(name) is not None for name in self.options)

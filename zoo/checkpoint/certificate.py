@@ -1,0 +1,95 @@
+"""What was converted, from what, with which hashes, and what was verified: the proof that stays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1  # of the JSON; docs/containers.md describes it
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of the target, or of the source where the target has no place for it."""
+
+    names: list[str]  # canonical
+    source: list[str]
+    target: list[str]
+    op: str  # "copy", "permute(1,0)", "carried", "tied", "made"
+    dtype: str  # code in the source
+    target_dtype: str
+    source_sha256: list[str]  # of each tensor's bytes, row-major
+    target_sha256: list[str]
+
+
+@dataclass
+class Certificate:
+    """A finished conversion."""
+
+    source: str
+    source_container: str
+    source_tree: str
+    target: str
+    target_container: str
+    target_tree: str
+    model: str
+    layout: str
+    config: dict[str, Any]  # null where the checkpoint does not tell
+    tensors: list[TensorRecord] = field(default_factory=list)
+    verified: dict[str, Any] = field(default_factory=lambda: {"level": "none"})
+    # What is in optimizer.safetensors, if there is one: see `convert.training_state.summary`.
+    training: dict[str, Any] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    format: int = FORMAT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that were compared."""
+        return int(self.verified.get("bytes", 0))
+
+    def to_json(self) -> str:
+        """The text of certificate.json."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Certificate:
+        """The certificate in a file; ValueError if it is none of this format."""
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{path} is no certificate of format {FORMAT}")
+        data["tensors"] = [TensorRecord(**t) for t in data["tensors"]]
+        return cls(**data)
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python, and every framework that took part (was imported)."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("zooconvert", "numpy", "torch", "jax", "flax", "tensorstore"):
+        if package == "zooconvert" or package in sys.modules:
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = "not installed as a package"
+    return found
+
+
+def sha256(array: np.ndarray) -> str:
+    """Of the array's bytes in row-major order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

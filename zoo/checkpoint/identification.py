@@ -1,0 +1,316 @@
+"""Which model a header is of, and of which configuration: from names and shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.peel import Peeled, levels
+from zoo.containers import open_checkpoint
+from zoo.containers.base import TensorInfo
+from zoo.containers.errors import CorruptInput, UsageError, ZooError
+from zoo.layout import TREES, Tree, canonical_guess
+from zoo.layout.ops import Shape
+from zoo.model import Config, Model, override
+from zoo.registry import families
+
+FLAX_TREES: tuple[Tree, ...] = ("nnx", "linen", "linen-compact")
+_AUTOMATIC = re.compile(r"\.[A-Z][A-Za-z0-9]*_\d+\.")  # what @nn.compact calls its modules
+_SHOWN = 10  # problems of one kind that an error spells out
+
+
+@dataclass
+class Problems:
+    """How a header differs from a layout."""
+
+    missing: dict[str, Shape] = field(default_factory=dict)
+    surplus: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # found, expected
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.surplus) + len(self.misshaped)
+
+    def lines(self) -> list[str]:
+        """One line a problem, with the nearest name where a name may be misspelt.
+
+        Of each kind the first are spelled out, and the rest counted.
+        """
+        missing = [
+            f"missing: {n} {dims(s)}{_near(n, self.surplus)}"
+            for n, s in itertools.islice(self.missing.items(), _SHOWN)
+        ]
+        surplus = [f"surplus: {n}" for n in self.surplus[:_SHOWN]]
+        misshaped = [
+            f"wrong shape: {n} is {dims(got)}, should be {dims(want)}"
+            for n, (got, want) in itertools.islice(self.misshaped.items(), _SHOWN)
+        ]
+        counts = len(self.missing), len(self.surplus), len(self.misshaped)
+        lines: list[str] = []
+        for kind, n in zip((missing, surplus, misshaped), counts, strict=True):
+            lines += kind
+            if n > len(kind):
+                lines.append(f"{kind[0].partition(':')[0]}: ... and {n - len(kind)} more")
+        return lines
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One reading of a header: this model, this config, spelled as this tree, at this level."""
+
+    model: Model
+    config: Config
+    unknown: frozenset[str]  # config fields that nothing stated
+    tree: Tree
+    peeled: Peeled
+    names: Mapping[str, str]  # the tree's name -> the file's name
+    stated_by: str  # where the config was read, "" if it was inferred
+    problems: Problems
+    fit: float  # tensors that pair, as a fraction of all on either side
+
+    def title(self) -> str:
+        """The family, and its presets of this size."""
+        return title(self.model, self.config, self.unknown)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user said of the model: nothing, a family, or a config of it."""
+
+    model: Model | None = None
+    config: Config | None = None
+
+
+UNSTATED = Request()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint is. Fields of `config` in `unknown` are defaults that nothing stated."""
+
+    model: Model
+    config: Config
+    unknown: frozenset[str]
+    presets: list[str]  # those of the same size
+    tree: Tree
+
+
+def identify(source: str | os.PathLike[str]) -> list[Identity]:
+    """What the checkpoint at `source` is: one Identity for each model that fits every tensor.
+
+    Reads names and shapes only. Raises ZooError, listing all differences, if none fits.
+    """
+    from zoo.hub import locate
+
+    with open_checkpoint(locate(source)) as reader:
+        found = identify_header(reader.tensors, read_label(reader))
+    return [
+        Identity(
+            c.model, c.config, c.unknown, matching_presets(c.model, c.config, c.unknown), c.tree
+        )
+        for c in found
+    ]
+
+
+def identify_header(
+    tensors: Mapping[str, TensorInfo],
+    label: Label,
+    request: Request = UNSTATED,
+    trees: Iterable[Tree] = TREES,
+) -> list[Candidate]:
+    """Every reading that fits without a problem; ZooError listing all problems if there is none."""
+    wanted = tuple(trees)
+    found = list(_readings(tensors, label, request, wanted))
+    if perfect := [c for c in found if not c.problems]:
+        depth = min(len(c.peeled.wrappers) for c in perfect)
+        return [c for c in perfect if len(c.peeled.wrappers) == depth]
+    others = tuple(t for t in TREES if t not in wanted)
+    if any(not c.problems for c in _readings(tensors, label, request, others)):
+        side, other = ("PyTorch", "torch2flax") if "torch" in others else ("Flax", "flax2torch")
+        raise UsageError(
+            f"it is a {side} checkpoint already: its names are {side}'s",
+            f"convert it the other way (zooconvert {other}), or copy it",
+        )
+    best = max(found, key=lambda c: c.fit, default=None)
+    if best is None or (best.fit < 0.5 and request.model is None and label.model is None):
+        raise _unknown_model(tensors)
+    raise mismatch(best)
+
+
+def mismatch(candidate: Candidate) -> ZooError:
+    """The error that lists everything in which the header differs from its nearest model."""
+    count = len(candidate.problems)
+    return ZooError(
+        f"the tensors are not those of {candidate.title()}: {count} "
+        f"{'differs' if count == 1 else 'differ'}"
+        + (f" (sizes from {candidate.stated_by})" if candidate.stated_by else ""),
+        "if it is another model or size, name it with --model or --config; "
+        "else the checkpoint is incomplete",
+        candidate.problems.lines(),
+    )
+
+
+def title(model: Model, config: Config, unknown: frozenset[str]) -> str:
+    """The family, and its presets of this size: "bert (minilm_l6)"."""
+    presets = matching_presets(model, config, unknown)
+    return f"{model.name} ({' or '.join(presets)})" if presets else model.name
+
+
+def only_training(field: str) -> bool:
+    """Whether a config field matters to fresh weights or to training alone, by its name: no tensor
+    tells it, and outputs do not depend on it."""
+    return "dropout" in field or field.startswith("initializer")
+
+
+def matching_presets(model: Model, config: Config, unknown: frozenset[str]) -> list[str]:
+    """The presets that differ from `config` in nothing that is known of it."""
+    ignored = unknown | model.structure | {f for f in _fields(config) if only_training(f)}
+    known = {f: v for f, v in _fields(config).items() if f not in ignored}
+    return [
+        name
+        for name, preset in model.presets.items()
+        if all(getattr(preset, f) == v for f, v in known.items())
+    ]
+
+
+def _readings(
+    tensors: Mapping[str, TensorInfo], label: Label, request: Request, trees: tuple[Tree, ...]
+) -> Iterator[Candidate]:
+    only = request.model or label.model
+    stated_by = label.source if request.config is None and label.config is not None else ""
+    for model in [only] if only else families().values():
+        for peeled in levels(tensors, model.base_prefix):
+            shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
+            for tree in trees:
+                for config, unknown, spelled in _configs(model, shapes, tree, label, request):
+                    yield _reading(model, config, unknown, tree, peeled, spelled, shapes, stated_by)
+
+
+def _configs(
+    model: Model, shapes: Mapping[str, Shape], tree: Tree, label: Label, request: Request
+) -> Iterator[tuple[Config, frozenset[str], dict[str, str]]]:
+    """Configs under which `shapes` may be a `model`, and today's spelling -> name at this level."""
+    stated = request.config if request.config is not None else label.config
+    unstated = label.unknown if request.config is None else frozenset()
+    if stated is not None and label.model is not model and request.config is None:
+        stated = None
+    spelled = {model.respell(n): n for n in shapes}
+    if len(spelled) != len(shapes):  # both spellings of one tensor: keep them apart, one is surplus
+        spelled = {n: n for n in shapes}
+    if tree == "linen-compact":
+        # Automatic names say nothing about sizes: only stated configs and presets can be tried.
+        if not any(n.startswith(("params.", "batch_stats.")) for n in spelled):
+            spelled = {f"params.{n}": s for n, s in spelled.items()}  # saved without collections
+        if stated is not None:
+            yield stated, unstated, spelled
+        elif any(_AUTOMATIC.search(n) for n in spelled):
+            for config in model.presets.values():
+                told = model.infer(model.layout_of(config).shapes("torch")) or {}
+                yield config, model.unknown - told.keys(), spelled
+        return
+    inner = {n: shapes[s] for n, s in spelled.items()}
+    if tree == "linen":
+        inner = {n.partition(".")[2]: s for n, s in inner.items()}
+    fields = model.infer(inner if tree == "torch" else canonical_guess(inner))
+    if stated is not None:
+        for config, untold in _as_the_names_say(model, stated, fields or {}):
+            yield config, unstated | untold, spelled
+    elif fields is not None:
+        try:
+            config = model.configure(**{**model.placeholders, **fields})
+            yield config, model.unknown - fields.keys(), spelled
+        except UsageError:  # sizes that no config can have: not this model
+            return
+
+
+def _as_the_names_say(
+    model: Model, stated: Config, fields: Mapping[str, Any]
+) -> Iterator[tuple[Config, frozenset[str]]]:
+    """The stated config, then with one field of structure as the names tell it, then with all.
+
+    Names may not tell everything: a token classifier that kept its pooler has those of a sequence
+    classifier. What was stated goes first; where names contradict it and yet do not tell, the
+    second part says which fields are then unknown.
+    """
+    told = {k: v for k, v in fields.items() if k in model.structure and getattr(stated, k) != v}
+    guess = {k: v for k, v in model.placeholders.items() if k in model.structure - fields.keys()}
+    changes: list[dict[str, Any]] = [{k: v} for k, v in told.items()]
+    changes += [told] if len(told) > 1 else []
+    changes += [told | guess] if fields and guess else []
+    yield stated, frozenset()
+    for change in changes:
+        try:
+            yield override(stated, change), frozenset(change.keys() & guess.keys() - told.keys())
+        except UsageError:  # no such model: what was stated will be held against the tensors
+            continue
+
+
+def _reading(
+    model: Model,
+    config: Config,
+    unknown: frozenset[str],
+    tree: Tree,
+    peeled: Peeled,
+    spelled: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+    stated_by: str,
+) -> Candidate:
+    required: dict[str, Shape] = {}
+    optional: dict[str, Shape] = {}
+    for view in model.layout_of(config).view(tree):
+        e = view.entry
+        group = required if e.constant is None and e.tied_to is None else optional
+        group.update({t.name: t.shape for t in view.tensors})
+    problems = Problems()
+    for name, want in (required | optional).items():
+        if name in spelled:
+            got = shapes[spelled[name]]
+            if got != want:
+                problems.misshaped[name] = (got, want)
+        elif name in required:
+            problems.missing[name] = want
+    problems.surplus = [n for n in spelled if n not in required and n not in optional]
+    paired = len(required) - len(problems.missing) - len(problems.misshaped)
+    return Candidate(
+        model,
+        config,
+        unknown,
+        tree,
+        peeled,
+        {n: peeled.names[s] for n, s in spelled.items()},
+        stated_by,
+        problems,
+        paired / max(1, len(required) + len(problems.surplus)),
+    )
+
+
+def _unknown_model(tensors: Mapping[str, TensorInfo]) -> ZooError:
+    if not tensors:
+        return CorruptInput(
+            "the checkpoint holds no tensors", "give a checkpoint that holds a model's weights"
+        )
+    some = ", ".join(list(tensors)[:3])
+    return ZooError(
+        f"no model in the zoo has these {len(tensors)} tensors ({some}, ...)",
+        "`zooconvert models` lists what it has; a plugin can add one, see docs/adding-a-model.md",
+    )
+
+
+def _near(name: str, surplus: list[str]) -> str:
+    near = get_close_matches(name, surplus, 1, 0.8)
+    return f" (nearest: {near[0]})" if near else ""
+
+
+def dims(shape: Shape) -> str:
+    """A shape for people: 30522x384."""
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}

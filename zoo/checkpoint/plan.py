@@ -1,0 +1,319 @@
+"""header x layout -> Plan: what is read from where, moved how, and written under which name.
+
+One planner for loading, conversion and verification. Nothing is read before the whole header has
+been paired; what does not pair is reported all at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from zoo.checkpoint.apply import apply
+from zoo.checkpoint.identification import UNSTATED, Candidate, Request, identify_header
+from zoo.checkpoint.label import Carried, Label
+from zoo.checkpoint.peel import Left
+from zoo.containers import dtypes
+from zoo.containers.base import Reader, TensorInfo
+from zoo.containers.errors import UsageError, ZooError
+from zoo.layout import TREES, Constant, Tree, View, between
+from zoo.layout.ops import Ops
+from zoo.model import Config, Model
+
+_CARRIED_MAX = 1 << 20  # bytes of one tensor that may travel in a label
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One entry: the file's tensors, the target's, and the ops between them."""
+
+    names: tuple[str, ...]  # canonical
+    kind: str
+    sources: tuple[str, ...]  # names in the file
+    targets: tuple[str, ...]  # names in the target tree
+    source_infos: tuple[TensorInfo, ...]
+    target_infos: tuple[TensorInfo, ...]
+    ops: Ops
+    back: Ops
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return sum(i.nbytes for i in self.source_infos)
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A constant or tied tensor that the file spells out: read and checked, not moved."""
+
+    name: str  # canonical
+    source: str  # name in the file
+    info: TensorInfo
+    constant: Constant | None
+    tied_to: str | None  # the file's tensor that must hold the same bits
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that the target has and the file does not: a constant, or one that was carried."""
+
+    name: str
+    info: TensorInfo
+    constant: Constant | None
+    carried: Carried | None
+
+    def value(self) -> np.ndarray:
+        """Its values."""
+        kept = self.carried.value() if self.carried else None
+        if kept is not None:
+            return kept
+        assert self.constant is not None
+        return constant_value(self.constant, self.info)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a conversion or a load will do, before it does it."""
+
+    model: Model
+    config: Config
+    unknown: frozenset[str]
+    source_tree: Tree
+    target_tree: Tree
+    steps: tuple[Step, ...]
+    aside: tuple[Aside, ...]
+    made: tuple[Made, ...]
+    ties: Mapping[str, str]  # second names that PyTorch has -> the target tensor they repeat
+    told: tuple[str, ...]  # what a user should know
+    left: Left  # what the file holds besides
+    label: Label  # for the target, but for what is only known once tensors have been read
+    fresh: tuple[str, ...] = ()  # canonical tensors that the file lacks (only after `transfer`)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What a user should be told."""
+        return (*self.told, *self.left.notices())
+
+    def target_tensors(self) -> dict[str, TensorInfo]:
+        """The header of the target, ties aside."""
+        header = {
+            name: info
+            for step in self.steps
+            for name, info in zip(step.targets, step.target_infos, strict=True)
+        }
+        return header | {m.name: m.info for m in self.made}
+
+
+def make_plan(
+    reader: Reader,
+    label: Label,
+    target: Tree | None,
+    *,
+    request: Request = UNSTATED,
+    sources: Iterable[Tree] = TREES,
+    dtype: str | None = None,
+) -> Plan:
+    """Pair every tensor of the file with the layout of the model that it is.
+
+    `target` None means the side that it is not. `sources` are the trees that the file may be
+    spelled as; `dtype` a dtype code for floating-point tensors. Raises ZooError listing everything
+    that is missing, surplus or of the wrong shape.
+    """
+    if label.problem is not None and request.config is None:
+        raise label.problem
+    try:
+        found = identify_header(reader.tensors, label, request, sources)
+    except ZooError as e:
+        raise type(e)(f"{reader.path}: {e.problem}", e.advice, e.details) from None
+    target = target or ("nnx" if found[0].tree == "torch" else "torch")
+    plans = [_plan(c, reader, label, target, dtype) for c in found]
+    first = plans[0]
+    if any(p.steps != first.steps for p in plans[1:]):
+        titles = sorted({c.title() for c in found})
+        raise UsageError(
+            f"the tensors fit {len(titles)} models that differ: {', '.join(titles)}",
+            "say which with --model",
+        )
+    if len(others := sorted({p.model.name for p in plans[1:]} - {first.model.name})) > 0:
+        told = f"names and shapes are also those of {', '.join(others)}; the tensors are the same"
+        return dataclasses.replace(first, told=(*first.told, told))
+    return first
+
+
+def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str | None) -> Plan:
+    layout = c.model.layout_of(c.config)
+    steps: list[Step] = []
+    aside: list[Aside] = []
+    made: list[Made] = []
+    ties: dict[str, str] = {}
+    spelled = set(label.ties)
+    for source, view in zip(layout.view(c.tree), layout.view(target), strict=True):
+        e, name = source.entry, source.entry.torch[0].name
+        held = c.names.get(name) if c.tree == "torch" else None
+        if e.tied_to is not None:
+            if held is not None:
+                aside.append(Aside(name, held, reader.tensors[held], None, c.names[e.tied_to]))
+                spelled.add(name)
+            if target == "torch":
+                ties[name] = e.tied_to
+        elif e.constant is None or (held is not None and target == "torch"):
+            steps.append(_step(source, view, c.names, reader.tensors, dtype))
+        elif held is not None:
+            aside.append(Aside(name, held, reader.tensors[held], e.constant, None))
+        elif target == "torch" and (e.constant.in_state_dict or name in label.carried):
+            kept = label.carried.get(name)
+            info = kept.info if kept else TensorInfo(e.constant.dtype, e.torch[0].shape)
+            made.append(Made(name, info, e.constant, kept))
+    notices = [*label.notices, *reader.notices, *c.peeled.notices()]
+    if c.unknown:
+        notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
+    return Plan(
+        model=c.model,
+        config=c.config,
+        unknown=c.unknown,
+        source_tree=c.tree,
+        target_tree=target,
+        steps=tuple(steps),
+        aside=tuple(aside),
+        made=tuple(made),
+        ties=ties,
+        told=tuple(notices),
+        left=Left(c.peeled.set_aside, tuple(reader.extras), tuple(reader.beside)),
+        label=dataclasses.replace(
+            label,
+            model=c.model,
+            config=c.config,
+            unknown=c.unknown,
+            carried={} if target == "torch" else label.carried,
+            ties=tuple(sorted(spelled)),
+            notices=(),
+        ),
+    )
+
+
+def _step(
+    source: View,
+    view: View,
+    names: Mapping[str, str],
+    tensors: Mapping[str, TensorInfo],
+    dtype: str | None,
+) -> Step:
+    held = tuple(names[t.name] for t in source.tensors)
+    infos = tuple(tensors[n] for n in held)
+    codes = {i.dtype for i in infos}
+    if dtype is not None:
+        codes = {dtype if dtypes.is_float(code) else code for code in codes}
+    if len(codes) > 1:
+        raise ZooError(
+            f"{', '.join(held)} become one tensor but have the dtypes {', '.join(sorted(codes))}",
+            "give --dtype to bring them to one",
+        )
+    (code,) = codes
+    ops, back = between(source, view)
+    return Step(
+        names=tuple(t.name for t in source.entry.torch),
+        kind=source.entry.kind,
+        sources=held,
+        targets=tuple(t.name for t in view.tensors),
+        source_infos=infos,
+        target_infos=tuple(TensorInfo(code, t.shape) for t in view.tensors),
+        ops=ops,
+        back=back,
+    )
+
+
+def transfer(plan: Plan, config: Config) -> Plan:
+    """The plan for another config of the family: what fits is kept, the rest starts afresh.
+
+    Tensors of the same canonical name (with or without the prefix that a head brings) and shape
+    are read as before. `fresh` of the result names those that the file cannot give; a notice says
+    what is new and what goes unused.
+    """
+    model = plan.model
+    by_name = {step.names: step for step in plan.steps}
+    steps: list[Step] = []
+    fresh: list[str] = []
+    for view in model.layout_of(config).view(plan.target_tree):
+        if view.entry.tied_to is not None:
+            continue
+        names = tuple(t.name for t in view.entry.torch)
+        found = next(
+            (by_name[alias] for alias in _aliases(names, model.base_prefix) if alias in by_name),
+            None,
+        )
+        if found and [i.shape for i in found.target_infos] == [t.shape for t in view.tensors]:
+            targets = tuple(t.name for t in view.tensors)
+            steps.append(dataclasses.replace(found, names=names, targets=targets))
+        elif view.entry.constant is None:
+            fresh += names
+    read = {s for step in steps for s in step.sources}
+    unused = [s for step in plan.steps for s in step.sources if s not in read]
+    told = [f"new, not from the checkpoint: {', '.join(fresh)}"] if fresh else []
+    told += [f"in the checkpoint, not used: {', '.join(unused)}"] if unused else []
+    return dataclasses.replace(
+        plan,
+        config=config,
+        steps=tuple(steps),
+        fresh=tuple(fresh),
+        told=(*plan.told, *told),
+        label=dataclasses.replace(plan.label, config=config),
+    )
+
+
+def _aliases(names: tuple[str, ...], prefix: str) -> list[tuple[str, ...]]:
+    return [
+        names,
+        tuple(n.removeprefix(prefix) for n in names),
+        tuple(prefix + n for n in names),
+    ]
+
+
+def read_step(reader: Reader, step: Step) -> list[np.ndarray]:
+    """The step's target tensors, read, moved and cast."""
+    code = step.target_infos[0].dtype if step.target_infos else None
+    return apply(step.ops, [reader.read(name) for name in step.sources], code)
+
+
+def check_ties(reader: Reader, plan: Plan) -> list[str]:
+    """The tied tensors that the file spells out with other bits than those they repeat."""
+    return [
+        a.name
+        for a in plan.aside
+        if a.tied_to is not None
+        and reader.read(a.source).tobytes() != reader.read(a.tied_to).tobytes()
+    ]
+
+
+def refuse_broken_ties(reader: Reader, plan: Plan) -> None:
+    """ZooError if what the model has once stands twice in the file, with different values."""
+    if broken := check_ties(reader, plan):
+        of = {a.name: a for a in plan.aside}
+        raise ZooError(
+            f"{broken[0]} and {of[broken[0]].tied_to} are tied, but hold different values",
+            f"{plan.model.name} has them once: make them equal, or remove one",
+        )
+
+
+def constant_value(constant: Constant, info: TensorInfo) -> np.ndarray:
+    """The values that the layout states for a one-sided tensor."""
+    kind = dtypes.NUMPY[info.dtype]
+    if constant.fill == "zeros":
+        return np.zeros(info.shape, kind)
+    return np.broadcast_to(np.arange(info.shape[-1]).astype(kind), info.shape).copy()
+
+
+def carry(aside: Aside, value: np.ndarray) -> Carried:
+    """What a label must keep so that the one-sided tensor returns bit for bit."""
+    assert aside.constant is not None
+    if value.tobytes() == constant_value(aside.constant, aside.info).tobytes():
+        return Carried(aside.info)
+    if aside.info.nbytes > _CARRIED_MAX:
+        raise ZooError(
+            f"{aside.source} is a constant in PyTorch, and not the one expected "
+            f"({aside.constant.fill}); its {aside.info.nbytes} bytes are too many to carry along",
+            "remove it from the checkpoint if nothing depends on it",
+        )
+    return Carried(aside.info, value.tobytes())

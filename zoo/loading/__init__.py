@@ -1,0 +1,239 @@
+"""A ready module from a name or a checkpoint, in either framework."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo import hub, registry
+from zoo.checkpoint.apply import apply
+from zoo.checkpoint.identification import Request
+from zoo.checkpoint.label import read_config_file, read_label
+from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties, transfer
+from zoo.containers import dtypes, open_checkpoint
+from zoo.containers.base import Reader
+from zoo.containers.errors import MissingExtra, UsageError
+from zoo.layout import Tree
+from zoo.loading.fresh import initial
+from zoo.model import Config, Model, override
+
+FRAMEWORKS = ("torch", "flax")
+
+
+class LoadNotice(UserWarning):
+    """Something about a checkpoint that whoever loads it should know."""
+
+
+def create(
+    name: str,
+    framework: str,
+    seed: int = 0,
+    dtype: Any = None,
+    param_dtype: Any = "float32",
+    **overrides: Any,
+) -> Any:
+    """A fresh model of preset `name`, in eval mode; one seed gives both frameworks one model.
+
+    `dtype` is that of the computation (None: that of the parameters), `param_dtype` that of the
+    parameters, both by NumPy's names ("bfloat16"); `overrides` change fields of the config.
+    """
+    found = registry.get(name)
+    if found.weights is not None:
+        raise UsageError(
+            f"{name!r} names weights, and `create` makes fresh ones",
+            f"load it, or create {name.partition('.')[0]!r}",
+        )
+    if found.config is None:
+        raise UsageError(
+            f"{name!r} is a family", f"name one of its presets: {', '.join(found.model.presets)}"
+        )
+    config = override(found.config, overrides)
+    layout = found.model.layout_of(config)
+    wanted = [
+        t.name for e in layout.entries if e.constant is None and e.tied_to is None for t in e.torch
+    ]
+    values = initial(found.model, config, wanted, seed)
+    return build(found.model, config, framework, values, dtype, param_dtype, seed)
+
+
+def load(
+    source: str | os.PathLike[str],
+    framework: str,
+    model: str | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Any:
+    """The model in a checkpoint of any container and either framework, in eval mode.
+
+    `source` is whatever `zoo.hub` understands. `model` names a family or preset, `config` a
+    config.json, a preset or the fields themselves, where the checkpoint does not say what it is.
+    `param_dtype` None keeps the stored dtypes. `overrides` change fields of the config: what then
+    no longer fits starts afresh from `seed`, and a LoadNotice names it.
+
+    Raises ZooError (see `zoo.containers.errors`) with everything that does not fit, in one message.
+    """
+    _framework(framework)
+    request = make_request(model, config)
+    with open_checkpoint(hub.locate(source), prefer=framework) as reader:
+        code = None if param_dtype is None else dtype_code(param_dtype)
+        tree: Tree = "torch" if framework == "torch" else "nnx"
+        plan = make_plan(reader, read_label(reader), tree, request=request, dtype=code)
+        _check_known(plan, overrides)
+        plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
+        for notice in (*plan.told, *plan.left.unused()):
+            warnings.warn(notice, LoadNotice, stacklevel=2)
+        refuse_broken_ties(reader, plan)
+        values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))
+        return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
+
+
+def make_request(
+    model: str | None, config: str | os.PathLike[str] | Mapping[str, Any] | None
+) -> Request:
+    """What the user said of the model, looked up. Raises UsageError for names that nothing has."""
+    found = registry.get(model) if model else None
+    family = found.model if found else None
+    stated: Config | None = found.config if found else None
+    if isinstance(config, Mapping):
+        if family is None:
+            raise UsageError(
+                "the fields of a config do not say of which model", "name it: model=..."
+            )
+        stated = override(stated or family.config(), config)
+    elif config is not None:
+        path = Path(config)
+        if path.is_file():
+            label = read_config_file(path)
+            if label.model is None:
+                raise UsageError(
+                    f"{path} does not describe a model of the zoo", "`zooconvert models` lists them"
+                )
+            named, stated = label.model, label.config
+        else:
+            try:
+                preset = registry.get(os.fspath(config))
+            except UsageError as e:
+                raise UsageError(
+                    f"the config {config} is neither a file here nor a preset", e.advice
+                ) from None
+            named, stated = preset.model, preset.config or stated
+        if family is not None and named.name != family.name:
+            raise UsageError(
+                f"{config} is a config of {named.name}, not of {family.name}", "name the same twice"
+            )
+        family = named
+    return Request(family, stated)
+
+
+def build(
+    model: Model,
+    config: Config,
+    framework: str,
+    canonical: Mapping[str, np.ndarray],
+    dtype: Any = None,
+    param_dtype: Any = None,
+    seed: int = 0,
+) -> Any:
+    """A module from canonical tensors (those that are neither tied nor constant)."""
+    _framework(framework)
+    code = None if param_dtype is None else dtype_code(param_dtype)
+    values: dict[str, np.ndarray] = {}
+    for view in model.layout_of(config).view("torch" if framework == "torch" else "nnx"):
+        e = view.entry
+        if e.constant is None and e.tied_to is None:
+            made = apply(view.ops, [canonical[t.name] for t in e.torch], code)
+            values |= {t.name: a for t, a in zip(view.tensors, made, strict=True)}
+    return build_from_tree(model, config, framework, values.items(), dtype, seed)
+
+
+def build_from_tree(
+    model: Model,
+    config: Config,
+    framework: str,
+    values: Iterable[tuple[str, np.ndarray]],
+    dtype: Any = None,
+    seed: int = 0,
+) -> Any:
+    """A module in eval mode from the tensors of its framework's tree, which it takes over one by
+    one: no more than one is held twice. UsageError for dtypes in which no layer computes."""
+    entries = model.layout_of(config).entries
+    weights = {t.name for e in entries if e.constant is None for t in (*e.torch, *e.flax)}
+
+    def checked() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in values:
+            code = dtypes.code_of(array.dtype)
+            if name in weights and (code.startswith("F8") or not dtypes.is_float(code)):
+                raise UsageError(
+                    f"{name} is stored as {code}, in which no layer computes",
+                    "give param_dtype, such as 'bfloat16'; it casts floating-point weights",
+                )
+            yield name, array
+
+    compute = None if dtype is None else dtypes.NAME[dtype_code(dtype)]
+    try:
+        if framework == "torch":
+            from zoo.loading import into_torch as loading_torch
+
+            return loading_torch.build(model, config, checked(), compute)
+        from zoo.loading import into_flax as loading_flax
+
+        return loading_flax.build(model, config, checked(), compute, seed)
+    except ModuleNotFoundError as e:
+        if e.name and e.name.partition(".")[0] in ("torch", "jax", "jaxlib", "flax"):
+            raise MissingExtra(f"loading into {framework}", framework) from None
+        raise
+
+
+def dtype_code(dtype: Any) -> str:
+    """The code of a floating-point dtype that is named ("bfloat16", "BF16") or given as NumPy's,
+    JAX's or torch's own. UsageError for any other, and for F8_E8M0, which has no sign."""
+    inner = getattr(dtype, "dtype", dtype)  # jnp.bfloat16 is no dtype but has one
+    name = inner if isinstance(inner, str) else getattr(inner, "name", None) or str(inner)
+    code = dtypes.FROM_NAME.get(name.removeprefix("torch."), name.upper())
+    if code not in dtypes.NUMPY or not dtypes.is_float(code) or code == "F8_E8M0":
+        floats = [dtypes.NAME[c] for c in dtypes.NUMPY if dtypes.is_float(c) and c != "F8_E8M0"]
+        raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
+    return code
+
+
+def _read(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
+    """The target's tensors, each read when it is asked for."""
+    for step in plan.steps:
+        yield from zip(step.targets, read_step(reader, step), strict=True)
+    for made in plan.made:
+        yield made.name, made.value()
+
+
+def _fresh(plan: Plan, seed: int, code: str | None) -> Iterator[tuple[str, np.ndarray]]:
+    """What the checkpoint lacks, in the dtype that was asked for or that it mostly has."""
+    if not plan.fresh:
+        return
+    stored = [i.dtype for s in plan.steps for i in s.target_infos if dtypes.is_float(i.dtype)]
+    values = initial(plan.model, plan.config, plan.fresh, seed)
+    for view in plan.model.layout_of(plan.config).view(plan.target_tree):
+        names = [t.name for t in view.entry.torch]
+        if names[0] in values:
+            made = apply(view.ops, [values[n] for n in names], code or (stored or ["F32"])[0])
+            yield from zip((t.name for t in view.tensors), made, strict=True)
+
+
+def _check_known(plan: Plan, overrides: Mapping[str, Any]) -> None:
+    if unknown := sorted(plan.unknown - overrides.keys()):
+        raise UsageError(
+            f"the tensors do not tell {', '.join(unknown)}, and nothing beside them does",
+            f"give {unknown[0]}=..., a preset with model=..., or a config.json with config=...",
+        )
+
+
+def _framework(name: str) -> None:
+    if name not in FRAMEWORKS:
+        raise UsageError(f"there is no framework {name!r}", "it is 'torch' or 'flax'")

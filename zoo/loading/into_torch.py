@@ -1,0 +1,56 @@
+"""NumPy arrays into a torch module, one after the other and without a change of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from zoo.checkpoint.plan import constant_value
+from zoo.containers import dtypes
+from zoo.containers.base import TensorInfo
+from zoo.model import Config, Model
+
+
+def build(
+    model: Model, config: Config, values: Iterable[tuple[str, np.ndarray]], dtype: str | None
+) -> torch.nn.Module:
+    """The torch twin holding `values` (names of its state_dict, ties left out), in eval mode.
+
+    In torch's own memory, not NumPy's: it is aligned, so that JAX can share it, and may outlive the
+    interpreter's last breath.
+    """
+    compute = None if dtype is None else getattr(torch, dtype)
+    with torch.device("meta"):
+        module: torch.nn.Module = model.definition("torch")(config, dtype=compute)
+    layout = model.layout_of(config)
+    names = layout.shapes("torch")
+    state = {name: tensor(array).clone() for name, array in values if name in names}
+    for entry in layout.entries:
+        name = entry.torch[0].name
+        if entry.tied_to is not None:
+            state[name] = state[entry.tied_to]
+        elif entry.constant is not None and entry.constant.in_state_dict and name not in state:
+            info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
+            state[name] = tensor(constant_value(entry.constant, info))
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in state and not isinstance(state[name], torch.nn.Parameter):
+            state[name] = torch.nn.Parameter(state[name], parameter.requires_grad)
+    for entry in layout.entries:  # one Parameter object under both names, as the definition has it
+        if entry.tied_to is not None:
+            state[entry.torch[0].name] = state[entry.tied_to]
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval()
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """The array as a torch tensor on the same memory; BF16 and FP8 by a view of their bits."""
+    name = dtypes.NAME[dtypes.code_of(array.dtype)]
+    if not array.flags.writeable:
+        array = array.copy()
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        bits = torch.from_numpy(array.view(f"u{array.itemsize}"))
+        return bits.view(getattr(torch, name))
