@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.compare.report import Level
+from convert.compare.settings import Level, check_level
 from convert.engine.commit import check_space, check_target
-from convert.engine.execute import Progress, disk_needed, memory_needed, run
+from convert.engine.execute import disk_needed, memory_needed, run
 from convert.engine.targets import Target, by_suffix, choose
 from convert.training_state.besides import besides
 from convert.training_state.state import TrainingState
-from convert.verification import check_level, prover
+from convert.verification import prover
 from zoo import hub
 from zoo.checkpoint.certificate import Certificate
 from zoo.checkpoint.identification import FLAX_TREES
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.progress import Progress
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zoo
 from convert.engine.commit import check_space
-from convert.engine.execute import Progress, disk_needed, run
+from convert.engine.execute import disk_needed, run
 from convert.engine.targets import Target
 from zoo import hub, registry
 from zoo.card import Card
@@ -30,6 +30,7 @@ from zoo.checkpoint.certificate import now, versions
 from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.progress import Progress
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES

@@ -6,12 +6,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.compare.report import LEVELS, Level, Report
-from convert.engine.execute import Progress
+from convert.compare.report import Report
+from convert.compare.settings import OPTIMIZERS, STEPS, Level, Settings, check_level
 from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
@@ -19,32 +18,13 @@ from zoo.checkpoint.certificate import now, versions
 from zoo.checkpoint.identification import Request
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.progress import Progress
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.loading import make_request
 
 Source = str | os.PathLike[str]
-OPTIMIZERS = ("SGD", "momentum", "Adam", "AdamW")
-STEPS = 5
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the levels above `bits` are run."""
-
-    optimizers: tuple[str, ...] = OPTIMIZERS
-    steps: int = STEPS
-    seed: int = 0  # of the loss's weights
-
-    def check(self) -> None:
-        """UsageError for what there is not."""
-        if wrong := [o for o in self.optimizers if o not in OPTIMIZERS]:
-            raise UsageError(
-                f"there is no optimizer {wrong[0]!r}", f"known are {', '.join(OPTIMIZERS)}"
-            )
-        if self.steps < 1:
-            raise UsageError(f"{self.steps} steps train nothing", "give 1 or more")
 
 
 def verify(
@@ -88,8 +68,7 @@ def verify(
     Neither model is changed. Raises ZooError where they cannot be compared; a difference is no
     error but the verdict.
     """
-    options = Options(tuple(dict.fromkeys(optimizers)), steps, seed)
-    options.check()
+    options = Settings(tuple(dict.fromkeys(optimizers)), steps, seed)
     if isinstance(inputs, str):
         raise UsageError(f"inputs is the text {inputs!r}", f"write level={inputs!r}")
     if level is not None:
@@ -119,19 +98,13 @@ def verify(
     return report
 
 
-def check_level(level: str) -> None:
-    """UsageError for a level that there is not."""
-    if level not in LEVELS:
-        raise UsageError(f"there is no level {level!r}", f"known are {', '.join(LEVELS)}")
-
-
 def _checkpoints(
     a: Source,
     b: Source,
     level: Level,
     request: Request,
     inputs: Any,
-    options: Options,
+    options: Settings,
     progress: Progress,
 ) -> Report:
     from convert.compare.checkpoints import certificate_beside, compare_checkpoints
@@ -168,7 +141,7 @@ def prover(reader: Reader, request: Request, level: Level) -> Callable[[Path], d
             sides = [
                 (r, make_plan(r, read_label(r), "torch", request=request)) for r in (reader, result)
             ]
-            compare_checkpoints(sides[0], sides[1], report, None, Options())
+            compare_checkpoints(sides[0], sides[1], report, None, Settings())
         if report.verdict == "different":
             bad = next((row.name for row in report.rows if row.judged and not row.same), None)
             raise NotEquivalent(

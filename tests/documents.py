@@ -14,7 +14,8 @@ from torch import nn
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array
 from torch import Tensor, nn
 
-from convert.matching.pair import Call, Pair
+from convert.matching.pair import Pair
+from convert.runtime.call import Call
 from zoo import probe
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array
 from support import canonical
 
-from convert.matching.pair import Call, Pair
+from convert.matching.pair import Pair
+from convert.runtime.call import Call
 from zoo.loading import build
 from zoo.models.bert.model_flax import BertModel
 from zoo.nn.attention_flax import dot_product_attention

@@ -15,7 +15,9 @@ from safetensors.numpy import load_file
 from support import canonical
 
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import run
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.loading import build
 from zoo.models.alexnet import MODEL

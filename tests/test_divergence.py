@@ -18,7 +18,8 @@ from support import every_family
 from torch import nn
 
 from convert.diagnose import first_divergence, match_layers, match_parameters
-from convert.matching.pair import Call, Pair
+from convert.matching.pair import Pair
+from convert.runtime.call import Call
 from convert.runtime.trace import trace_flax, trace_torch
 from zoo import probe
 from zoo.checkpoint.apply import apply

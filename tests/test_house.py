@@ -120,7 +120,9 @@ def test_no_import_points_up() -> None:
 
 
 def test_rooms_of_one_floor_do_not_import_each_other_both_ways() -> None:
-    room = {m: next(r for r in FLOORS[floor(m)] if m == r or m.startswith(f"{r}.")) for m in house()}
+    room = {
+        m: next(r for r in FLOORS[floor(m)] if m == r or m.startswith(f"{r}.")) for m in house()
+    }
     rooms: dict[str, set[str]] = {}
     for module, others in house().items():
         rooms.setdefault(room[module], set()).update(room[o] for o in others)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from convert.compare.outputs import FLOOR, MARGIN
+from convert.judge.noise import MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.nn import attention_flax, attention_torch, layers_flax, layers_torch
 

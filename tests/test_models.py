@@ -16,7 +16,9 @@ import torch
 from flax import nnx
 from support import Arrays, canonical, every_config, every_tiny
 
-from convert.compare.outputs import FLOOR, MARGIN, compare_outputs, named_outputs, run
+from convert.compare.outputs import compare_outputs, run
+from convert.judge.noise import MARGIN, named_outputs
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.identification import identify_header, only_training

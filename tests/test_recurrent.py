@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout, recurrent_cell

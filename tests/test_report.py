@@ -22,15 +22,10 @@ from support import canonical, write
 
 import convert
 from convert.compare.html import render
-from convert.compare.report import (
-    FLOOR,
-    Divergence,
-    Report,
-    Row,
-    Statistics,
-    TensorDifference,
-    Training,
-)
+from convert.compare.report import Report, Training
+from convert.diagnose.divergence import Divergence
+from convert.judge.bits import TensorDifference
+from convert.judge.rows import FLOOR, Row, Statistics
 from zoo.checkpoint.label import Label
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.models.mlp import MODEL

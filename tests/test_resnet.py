@@ -19,7 +19,9 @@ from torch import nn
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import run
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.containers.errors import UsageError
 from zoo.loading import build

@@ -21,7 +21,9 @@ from torch.distributions import Normal
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import run
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError

@@ -20,7 +20,9 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN, named_outputs, run
+from convert.compare.outputs import run
+from convert.judge.noise import EXACT, MARGIN, named_outputs
+from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.loading import build
 from zoo.models.switch_transformer import MODEL

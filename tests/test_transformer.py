@@ -19,7 +19,9 @@ from support import Arrays, canonical
 
 import convert
 import zoo
-from convert.compare.outputs import EXACT, FLOOR, MARGIN, run
+from convert.compare.outputs import run
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from zoo.loading import build
 from zoo.models.transformer import MODEL
 from zoo.models.transformer.config import Config

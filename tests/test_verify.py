@@ -25,10 +25,13 @@ from torch import nn
 import convert
 from convert.cli.main import cli
 from convert.cli.show_report import report as show
-from convert.compare.report import FLOOR, Divergence, Report, TensorDifference
+from convert.compare.report import Report
 from convert.compare.twins import twin
+from convert.diagnose.divergence import Divergence
 from convert.judge import noise as numerics
+from convert.judge.bits import TensorDifference
 from convert.judge.noise import MARGIN, Noise, full_precision, gap, judge, statistics
+from convert.judge.rows import FLOOR
 from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from convert.engine.execute import Progress as Callback
+from zoo.checkpoint.progress import Progress as Callback
 from zoo.containers.errors import printable
 
 SHOWN = 40  # rows of a long list

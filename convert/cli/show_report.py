@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import click
 
 from convert.cli.output import size, table
-from convert.compare.report import Divergence, Report, Row, TensorDifference
+from convert.compare.report import Report
+from convert.diagnose.divergence import Divergence
+from convert.judge.bits import TensorDifference
+from convert.judge.rows import Row
 from zoo.containers.errors import printable
 
 _GROUP = 3  # differences for one reason that are still listed one by one

@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from convert.cli.options import model_options, notices, output_options
-
-_OPTIMIZERS = ["SGD", "momentum", "Adam", "AdamW"]
+from convert.compare.settings import OPTIMIZERS
 
 
 @click.command()
@@ -53,7 +52,7 @@ _OPTIMIZERS = ["SGD", "momentum", "Adam", "AdamW"]
     "--optimizer",
     "optimizers",
     multiple=True,
-    type=click.Choice(_OPTIMIZERS),
+    type=click.Choice(OPTIMIZERS),
     help="For level training, any number of times.  [default: all four]",
 )
 @click.option(
@@ -141,7 +140,7 @@ def _compare(
         if not Path(other).exists():
             advice += f"; a module is {other}:NAME"
         raise UsageError(f"{module} is a module and {other} a checkpoint", advice)
-    options |= {"optimizers": optimizers or tuple(_OPTIMIZERS), "level": level}
+    options |= {"optimizers": optimizers or tuple(OPTIMIZERS), "level": level}
     if inputs_file is not None:
         options["inputs"] = read_inputs(Path(inputs_file))
     if not any(targets):

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert.compare.levels import weights_differ
-from convert.compare.report import Report, TensorDifference
+from convert.compare.report import Report
 from convert.compare.weights import compare_bits
-from convert.engine.execute import Progress
+from convert.judge.bits import TensorDifference
 from convert.matching.pair import Pair
 from zoo.checkpoint.identification import title
 from zoo.checkpoint.plan import Plan, read_step
+from zoo.checkpoint.progress import Progress
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
 
 if TYPE_CHECKING:
-    from convert.verification import Options
+    from convert.compare.settings import Settings
 
 Opened = tuple[Reader, Plan]
 _DIAGNOSED = 8  # tensors that differ
@@ -35,7 +36,7 @@ def compare_checkpoints(
     b: Opened,
     report: Report,
     inputs: Any,
-    options: Options,
+    options: Settings,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
     """Fill `report`. Both plans lead to the torch tree."""
@@ -139,7 +140,7 @@ class _Weights:
 
 
 def _run(
-    model: Model, a: _Weights, b: _Weights, report: Report, inputs: Any, options: Options
+    model: Model, a: _Weights, b: _Weights, report: Report, inputs: Any, options: Settings
 ) -> None:
     from convert.compare.levels import compare_sides
     from convert.compare.sides import Side

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convert.compare.sides import Optimizer, Run, Side, Trained, cast, leaves, with_leaves
+from convert.compare.sides import Optimizer, Run, Side, Trained
 from convert.judge.noise import Arrays, loss_weights, named_outputs, precision_of
-from convert.matching.pair import Call, Match
+from convert.matching.pair import Match
+from convert.runtime.call import Call, cast, leaves, with_leaves
 from convert.runtime.flax_function import FlaxFunction, Values
 from zoo.layout.ops import inverse
 from zoo.layout.ops import run as apply_ops

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from convert.compare.report import FLOOR, Row
 from convert.compare.sides import Run, exact
 from convert.judge.noise import Arrays, Noise, judge, largest
+from convert.judge.rows import FLOOR, Row
 
 NO_GRADIENT = "no true gradient: in float32 it is nothing but rounding"
 _Two = tuple[np.ndarray, np.ndarray | None]

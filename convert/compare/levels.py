@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from convert.compare.outputs import compare_runs
-from convert.compare.report import Divergence, Report, Row
+from convert.compare.report import Report
 from convert.compare.sides import Side
 from convert.compare.steps import compare_training
 from convert.compare.torch_side import TorchSide, norms
+from convert.diagnose.divergence import Divergence
+from convert.judge.rows import Row
 from convert.matching.pair import Pair
 
 if TYPE_CHECKING:
-    from convert.verification import Options
+    from convert.compare.settings import Settings
 
 DIVIDED = "the outputs agree: the two layers only end at different places"
 Mode = Literal["forward", "backward", "training"]
@@ -28,7 +30,7 @@ def compare_sides(
     a: Side,
     b: Side,
     report: Report,
-    options: Options,
+    options: Settings,
     pair: Callable[[], Pair],
 ) -> None:
     """Fill `report` as far as its level asks for. To be called inside `full_precision`."""

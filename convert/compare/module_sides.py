@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from convert.compare.flax_side import FlaxSide
-from convert.compare.sides import Run, cast, leaves, with_leaves
+from convert.compare.sides import Run
 from convert.compare.torch_side import TorchSide, to_numpy
 from convert.judge.noise import Arrays, named_outputs, precision_of
 from convert.matching import alignment
-from convert.matching.pair import Call, LayerPair
+from convert.matching.pair import LayerPair
+from convert.runtime.call import Call, cast, leaves, with_leaves
 from convert.runtime.flax_function import FlaxFunction
 from convert.runtime.flax_modules import function, widened
 from convert.runtime.trace import Trace

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.compare.report import Report, TensorDifference
-from convert.compare.weights import compare
-from convert.matching.pair import Call, LayerPair, Match, Pair
+from convert.compare.report import Report
+from convert.judge.bits import TensorDifference, compare
+from convert.matching.pair import LayerPair, Match, Pair
+from convert.runtime.call import Call
 from convert.runtime.fitting import failed, fit_axes, fit_call, input_names
 from zoo.checkpoint.apply import apply
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
@@ -19,8 +20,8 @@ from zoo.layout.ops import inverse, run_shapes
 
 if TYPE_CHECKING:
     from convert.compare.module_sides import ModuleFlaxSide, ModuleTorchSide
+    from convert.compare.settings import Settings
     from convert.runtime.trace import Trace
-    from convert.verification import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def compare_modules(
     inputs: tuple[Any, Any],
     level: str,
     hints: Hints,
-    options: Options,
+    options: Settings,
 ) -> Report:
     """The report for one module of torch and one of Flax, in either order. `inputs` are those of
     either, Flax's None where they are torch's."""
@@ -142,7 +143,7 @@ class Case:
                     f"not compared one by one, for want of a counterpart in {title}'s other: {told}"
                 )
 
-    def run(self, options: Options) -> None:
+    def run(self, options: Settings) -> None:
         """The levels above bits."""
         from convert.compare.levels import compare_sides
 
@@ -256,8 +257,8 @@ def _calls(
     """Both calls, and in `report` what had to be fitted."""
     import jax
 
-    from convert.compare.sides import cast, leaves, with_leaves
     from convert.judge.noise import named_outputs, precision_of
+    from convert.runtime.call import cast, leaves, with_leaves
     from convert.runtime.flax_modules import function, widened
     from convert.runtime.inputs import as_call
 
@@ -352,8 +353,8 @@ def _outputs(
 
 
 def _input_moves(torch: Mapping[str, str], flax: Mapping[str, str], pair: Pair) -> dict[str, Any]:
-    from convert.compare.sides import leaves
     from convert.matching import alignment
+    from convert.runtime.call import leaves
 
     ours = {torch[path]: x for path, x in leaves(pair.call).items()}
     theirs = leaves(pair.flax_call)

@@ -12,22 +12,17 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from convert.compare.gradients import judge_gradients
-from convert.compare.report import FLOOR, Row
 from convert.compare.sides import Run, Side, exact
 from convert.compare.torch_side import TorchSide
 from convert.compare.twins import twin
 from convert.judge.noise import (
-    EXACT,
-    MARGIN,
     Arrays,
     Noise,
     full_precision,
     judge,
-    named_outputs,
 )
+from convert.judge.rows import Row
 from zoo.model import Config, Model
-
-__all__ = ["EXACT", "FLOOR", "MARGIN", "compare_outputs", "compare_runs", "named_outputs", "run"]
 
 Runs = Mapping[str, Run]  # by precision; without float64 where the module cannot be run in it
 

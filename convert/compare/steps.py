@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from convert.compare.gradients import NO_GRADIENT
-from convert.compare.report import Row, Training
+from convert.compare.report import Training
+from convert.compare.settings import OPTIMIZERS
 from convert.compare.sides import Optimizer, Side, Trained, exact
 from convert.compare.torch_side import TorchSide
 from convert.judge.noise import Arrays, Noise, gap, judge
+from convert.judge.rows import Row
 from zoo.containers.errors import MissingExtra, UsageError
 
-STEPS = 5
 RATE = 1e-3
-OPTIMIZERS = ("SGD", "momentum", "Adam", "AdamW")
 _DECAY = 0.01
 
 Runs = Mapping[str, Trained]  # by precision

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.sides import Optimizer, Run, Side, Trained, argument_names, leaves, with_leaves
+from convert.compare.sides import Optimizer, Run, Side, Trained
 from convert.judge.noise import Arrays, loss_weights, named_outputs, precision_of
-from convert.matching.pair import Call
+from convert.runtime.call import Call, argument_names, leaves, with_leaves
 from zoo.containers.errors import UsageError
 
 # module, args, kwargs -> output, and intermediates by name

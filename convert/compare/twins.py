@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from convert.compare.flax_side import FlaxSide
-from convert.compare.sides import Side, cast
+from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide, with_taps
-from convert.matching.pair import Call, Match, Pair
+from convert.matching.pair import Match, Pair
+from convert.runtime.call import Call, cast
 from convert.runtime.flax_function import NnxFunction
 from zoo.layout import Layout
 from zoo.loading import build

@@ -7,10 +7,10 @@ from functools import partial
 
 import numpy as np
 
-from convert.compare.report import Report, TensorDifference
-from convert.engine.execute import Progress
+from convert.compare.report import Report
+from convert.judge.bits import TensorDifference, compare
 from zoo.checkpoint.plan import Made, Plan, check_ties, read_step
-from zoo.containers import dtypes
+from zoo.checkpoint.progress import Progress
 from zoo.containers.base import Reader, TensorInfo
 
 _Values = Callable[[], list[np.ndarray]]
@@ -40,31 +40,6 @@ def compare_bits(
             report.compared += 1
             report.nbytes += x.nbytes
         progress("bits", report.nbytes, total)
-
-
-def compare(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference | None:
-    """How the bits of two tensors differ, if they do. NaN equals itself, and -0 is not 0."""
-    if a.shape != b.shape:
-        return TensorDifference(name, f"shapes {a.shape} and {b.shape}")
-    if a.dtype != b.dtype:
-        codes = dtypes.code_of(a.dtype), dtypes.code_of(b.dtype)
-        return TensorDifference(name, f"dtypes {codes[0]} and {codes[1]}")
-    x, y = (np.ascontiguousarray(t).reshape(-1).view(f"u{t.itemsize}") for t in (a, b))
-    differ = np.flatnonzero(x != y)
-    if not differ.size:
-        return None
-    left, right = (t.reshape(-1)[differ] for t in (a, b))
-    with np.errstate(invalid="ignore", over="ignore"):
-        wide = np.complex128 if a.dtype.kind == "c" else np.float64
-        errors = np.abs(left.astype(wide) - right.astype(wide))
-    return TensorDifference(
-        name,
-        f"{differ.size} of {a.size} elements",
-        int(differ.size),
-        float(errors.max()),
-        float(errors.sum() / a.size),
-        tuple(int(i) for i in np.unravel_index(int(differ[0]), a.shape)),
-    )
 
 
 def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:

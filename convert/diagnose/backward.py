@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.report import Divergence
 from convert.diagnose.backward_torch import Cotangents, backward
+from convert.diagnose.divergence import Divergence
 from convert.diagnose.hypotheses_gradient import gradient
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Judged, Reference

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.pair import Call
 from convert.runtime.arrays import is_float, leaves, replaced, to_numpy
+from convert.runtime.call import Call
 from convert.runtime.capture_torch import arguments, hooked, plain_path
 from convert.runtime.trace import Trace, array_arguments, with_arguments
 

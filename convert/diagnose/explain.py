@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.report import FLOOR, Divergence
 from convert.diagnose.case import Case, Finding
+from convert.diagnose.divergence import Divergence
 from convert.diagnose.hypotheses_attention import attention
 from convert.diagnose.hypotheses_chain import replay
 from convert.diagnose.hypotheses_layers import (
@@ -24,6 +24,7 @@ from convert.diagnose.hypotheses_values import RULES, values
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.walk import Event
+from convert.judge.rows import FLOOR
 from convert.matching.alignment import align, best_move, moves, to_flax, to_torch
 from convert.matching.kinds import flax_kind, torch_kind
 from convert.matching.layers import Pairing

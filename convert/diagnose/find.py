@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from convert.compare.report import Divergence
 from convert.diagnose.backward import first_backward
+from convert.diagnose.divergence import Divergence
 from convert.diagnose.explain import Explainer
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference

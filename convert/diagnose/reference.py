@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.report import FLOOR
 from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import FLOOR
 from convert.matching.alignment import MASKED, gap, is_mask_bias
-from convert.matching.pair import Call
+from convert.runtime.call import Call
 from convert.runtime.capture_torch import record, record_forced, replica
 from convert.runtime.trace import Recorded
 

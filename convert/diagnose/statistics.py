@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.compare.report import Divergence
 from convert.diagnose.case import Candidates, Case, Finding, first_fit
+from convert.diagnose.divergence import Divergence
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.walk import Forward

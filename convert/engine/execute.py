@@ -23,12 +23,12 @@ from zoo.checkpoint.apply import apply, lost
 from zoo.checkpoint.certificate import Certificate, TensorRecord, now, sha256, versions
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
+from zoo.checkpoint.progress import Progress
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync_directory
 from zoo.containers.errors import NotEquivalent
 from zoo.layout.ops import describe
 
-Progress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
 NO_TRAINING = TrainingState()
 _T = TypeVar("_T")
 _WORKERS = 2  # steps under way besides the one being written

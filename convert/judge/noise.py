@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.report import FLOOR, Row, Statistics
+from convert.judge.rows import FLOOR, Row, Statistics
 from zoo import probe
 from zoo.containers.errors import MissingExtra
 

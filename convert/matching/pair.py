@@ -9,15 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from convert.runtime.call import Call
 from zoo.layout.ops import Ops
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of a forward pass, as NumPy arrays or plain values."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

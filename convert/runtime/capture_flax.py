@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.pair import Call
 from convert.runtime.arrays import is_float, leaves, replaced, to_numpy
+from convert.runtime.call import Call
 from convert.runtime.trace import Recorder, Trace, array_arguments
 
 # (path, module, call of the original, args, kwargs) -> output

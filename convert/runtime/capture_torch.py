@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.pair import Call
 from convert.runtime.arrays import leaves, replaced, to_numpy
+from convert.runtime.call import Call
 from convert.runtime.trace import (
     Recorded,
     Recorder,

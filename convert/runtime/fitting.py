@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.sides import leaves, with_leaves
-from convert.matching.pair import Call
+from convert.runtime.call import Call, leaves, with_leaves
 from zoo.containers.errors import UsageError
 
 # What a module without dropout and with running statistics is called with, where it must be told.

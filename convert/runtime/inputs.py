@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.pair import Call
+from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from convert.compare.report import Report, TensorDifference
-from convert.compare.weights import compare
+from convert.compare.report import Report
+from convert.judge.bits import TensorDifference, compare
 from convert.training_state.data import listed
 from convert.training_state.state import OptimizerState, TrainingState
 from convert.training_state.summary import line, summary

@@ -9,8 +9,10 @@ from typing import Any
 from convert.compare.html.plots import depth, histogram, losses
 from convert.compare.html.tables import differences_table, rows_table
 from convert.compare.html.text import code, definitions, name, number, size, some, text, times
-from convert.compare.outputs import EXACT, MARGIN
-from convert.compare.report import Divergence, Report, Row, Training
+from convert.compare.report import Report, Training
+from convert.diagnose.divergence import Divergence
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import Row
 
 
 def summary(report: Report) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from convert.compare.html.text import decade, number, some, text, times
-from convert.compare.outputs import MARGIN
-from convert.compare.report import FLOOR, Row, Training
+from convert.compare.report import Training
+from convert.judge.noise import MARGIN
+from convert.judge.rows import FLOOR, Row
 
 POINTS = 500  # a plot shows no more: of every so many neighbours the farthest from its noise
 Curve = Sequence[tuple[float, float]]

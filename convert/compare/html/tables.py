@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from convert.compare.html.plots import small_histogram
 from convert.compare.html.text import definitions, name, number, plain, shape, some, text, times
-from convert.compare.outputs import EXACT, MARGIN
-from convert.compare.report import Row, TensorDifference
+from convert.judge.bits import TensorDifference
+from convert.judge.noise import EXACT, MARGIN
+from convert.judge.rows import Row
 
 STATISTICS = 1000  # rows of a table that carry them; in a longer one, the farthest from their noise
 LOWEST = 0.01  # the bar's left end, as a multiple of the noise
