@@ -20,7 +20,8 @@ from torch import nn
 from convert.diagnose import first_divergence, match_layers, match_parameters
 from convert.matching.pair import Pair
 from convert.runtime.call import Call
-from convert.runtime.trace import trace_flax, trace_torch
+from convert.runtime.flax_calls import trace_flax
+from convert.runtime.torch_calls import trace_torch
 from zoo import probe
 from zoo.checkpoint.apply import apply
 from zoo.containers.errors import UsageError

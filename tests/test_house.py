@@ -1,4 +1,4 @@
-"""The plan of the house (docs/architecture.md): floors, no arrow upwards, no circle, one name each."""
+"""The plan of the house (docs/architecture.md): floors, no import upwards, no circle."""
 
 from __future__ import annotations
 

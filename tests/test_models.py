@@ -17,8 +17,9 @@ from flax import nnx
 from support import Arrays, canonical, every_config, every_tiny
 
 from convert.compare.outputs import compare_outputs, run
-from convert.judge.noise import MARGIN, named_outputs
+from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.identification import identify_header, only_training

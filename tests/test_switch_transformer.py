@@ -21,8 +21,9 @@ from transformers.models.switch_transformers import modeling_switch_transformers
 import convert
 import zoo
 from convert.compare.outputs import run
-from convert.judge.noise import EXACT, MARGIN, named_outputs
+from convert.judge.noise import EXACT, MARGIN
 from convert.judge.rows import FLOOR
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.loading import build
 from zoo.models.switch_transformer import MODEL

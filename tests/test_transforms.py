@@ -14,7 +14,7 @@ from support import canonical, every_family
 from test_models import scalar, to_canonical
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from convert.judge.noise import named_outputs
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.loading import build
 from zoo.model import Config, Model

@@ -19,8 +19,9 @@ from torch import nn
 import convert
 import zoo
 from convert.compare.outputs import run
-from convert.judge.noise import EXACT, MARGIN, named_outputs
+from convert.judge.noise import EXACT, MARGIN
 from convert.judge.rows import FLOOR
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.containers.errors import UsageError
 from zoo.loading import build

@@ -30,8 +30,9 @@ from convert.compare.twins import twin
 from convert.diagnose.divergence import Divergence
 from convert.judge import noise as numerics
 from convert.judge.bits import TensorDifference
-from convert.judge.noise import MARGIN, Noise, full_precision, gap, judge, statistics
+from convert.judge.noise import MARGIN, Noise, gap, judge, statistics
 from convert.judge.rows import FLOOR
+from convert.runtime.precision import full_precision
 from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter

@@ -146,7 +146,7 @@ def _run(
     from convert.compare.sides import Side
     from convert.compare.torch_side import TorchSide
     from convert.compare.twins import twin, twin_pair
-    from convert.judge.noise import full_precision
+    from convert.runtime.precision import full_precision
 
     given = _inputs(model, a.config, inputs)
 

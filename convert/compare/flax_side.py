@@ -2,87 +2,78 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from convert.compare.sides import Optimizer, Run, Side, Trained
-from convert.judge.noise import Arrays, loss_weights, named_outputs, precision_of
+from convert.compare.sides import Axes, Optimizer, Run, Side, Trained, loss_weights
+from convert.judge.noise import Arrays
 from convert.matching.pair import Match
-from convert.runtime.call import Call, cast, leaves, with_leaves
-from convert.runtime.flax_function import FlaxFunction, Values
+from convert.runtime.arrays import named_outputs, to_numpy
+from convert.runtime.call import Call
+from convert.runtime.flax_calls import watch
+from convert.runtime.flax_module import FlaxModule, Values, flax_module, narrow_operation
+from convert.runtime.precision import precision_of
+from convert.runtime.trace import Place
 from zoo.layout.ops import inverse
 from zoo.layout.ops import run as apply_ops
 
-# (precision, training) -> the module as a function, its parameters in that precision
-Make = Callable[[str, bool], FlaxFunction]
-
-
-class Axes(Protocol):
-    """How outputs lie on the two sides."""
-
-    @abstractmethod
-    def to_flax(self, name: str, array: np.ndarray) -> np.ndarray:
-        """An array with torch's axes in Flax's order."""
-
-    @abstractmethod
-    def from_flax(self, name: str, array: np.ndarray) -> np.ndarray:
-        """The inverse."""
-
 
 class FlaxSide(Side):
-    """`call` has Flax's axes and leaves that are named as torch's are by `inputs` (path of a leaf
-    -> name). `shapes` are those of torch's tensors, to which `matches` lead back."""
+    """`call` has Flax's axes and arrays that are named as torch's are by `inputs` (path of an array
+    -> name). `shapes` are those of torch's tensors, to which `matches` lead back. `outputs` are
+    torch's names of the outputs, in Flax's order; None where both have the same names."""
 
     framework = "flax"
 
     def __init__(
         self,
-        make: Make,
+        module: Any,
         call: Call,
         axes: Axes,
         matches: tuple[Match, ...],
         shapes: Mapping[str, tuple[int, ...]],
         inputs: Mapping[str, str],
         *,
-        taps: bool = False,
+        outputs: tuple[str, ...] | None = None,
+        watched: Mapping[Place, str] | None = None,
         seed: int = 0,
         frozen: frozenset[str] = frozenset(),
     ) -> None:
-        self.make = make
-        self.frozen = frozen  # parameters that are not trained
+        self.module = module
         self.call = call
         self.axes = axes
         self.matches = matches
         self.shapes = shapes
         self.inputs = inputs
-        self.taps = taps
+        self.outputs = outputs
+        self.watched = watched
         self.seed = seed
-        self._compiled: dict[tuple[str, bool], tuple[FlaxFunction, Any]] = {}
+        self.frozen = frozen  # parameters that are not trained
+        self._compiled: dict[tuple[str, bool], tuple[FlaxModule, Any]] = {}
 
     def run(self, precision: str, *, backward: bool) -> Run:
         import jax
 
         with precision_of(precision):
-            if backward:
-                function, compiled = self._gradients(precision, False)
-                params = self._trained(function.params)
-                found = compiled(params, function.statistics, *self._given(precision))
-                (loss, (output, taps, _)), gradients = jax.device_get(found)
-            else:
-                loss, gradients = 0.0, None
-                output, taps = jax.device_get(self._forward(precision))
-        outputs = {k: self._back(k, v) for k, v in {**taps, **output}.items()}
-        if gradients is None:
-            return Run(outputs)
-        named = self.to_torch(gradients[0])
+            given, floats = self._given(precision)
+            if not backward:
+                module = flax_module(self.module, precision)
+                forward = jax.jit(
+                    lambda values, arrays: self._call(module, values, arrays, watching=True)[:2]
+                )
+                output, seen = jax.device_get(forward(module.values, given | floats))
+                return Run(self._back(output), self._back(self.named(seen)))
+            module, compiled = self._gradients(precision, False)
+            found = compiled(self._trained(module), module.statistics, given, floats)
+            (loss, (output, seen, _)), (of_params, of_inputs) = jax.device_get(found)
+        gradients = self.to_torch(of_params)
         for path, name in self.inputs.items():
-            if path in gradients[1]:
-                g = np.asarray(gradients[1][path])
-                named[f"in.{name}"] = self.axes.from_flax(name, g)
-        return Run(outputs, float(loss), named)
+            if path in of_inputs:
+                x = np.asarray(of_inputs[path])
+                gradients[f"in.{name}"] = self.axes.from_flax(name, x)
+        return Run(self._back(output), self._back(self.named(seen)), float(loss), gradients)
 
     def train(self, precision: str, optimizer: Optimizer, steps: int) -> Trained:
         import jax
@@ -90,9 +81,9 @@ class FlaxSide(Side):
         from jax.flatten_util import ravel_pytree
 
         with precision_of(precision):
-            function, compiled = self._gradients(precision, True)
+            module, compiled = self._gradients(precision, True)
             given, floats = self._given(precision)
-            params, statistics = self._trained(function.params), function.statistics
+            params, statistics = self._trained(module), module.statistics
             # Optimizers work element by element: on one long vector they compile at once.
             vector, unravel = ravel_pytree(params)
             ravel = jax.jit(lambda tree: ravel_pytree(tree)[0])
@@ -121,6 +112,9 @@ class FlaxSide(Side):
                 losses, self.to_torch(jax.device_get({**params, **statistics})), gradients
             )
 
+    def narrow_operation(self) -> str | None:
+        return narrow_operation(flax_module(self.module, "float64"), self.call)
+
     def to_torch(self, values: Mapping[str, Any]) -> Arrays:
         """Torch's tensors for those of `values` that have a counterpart."""
         found: Arrays = {}
@@ -133,58 +127,43 @@ class FlaxSide(Side):
 
     def _given(self, precision: str) -> tuple[Values, Values]:
         """Inputs that are not differentiated, and those that are."""
-        arrays = cast(leaves(self.call), precision)
+        arrays = self.call.cast(precision).arrays()
         floats = {k: v for k, v in arrays.items() if np.issubdtype(v.dtype, np.floating)}
         return {k: v for k, v in arrays.items() if k not in floats}, floats
 
-    def _trained(self, params: Values) -> Values:
-        return {k: v for k, v in params.items() if k not in self.frozen}
+    def _trained(self, module: FlaxModule) -> Values:
+        return {k: v for k, v in module.params.items() if k not in self.frozen}
 
-    def _call(self, function: FlaxFunction, params: Values, statistics: Values, given: Any) -> Any:
-        """Outputs by name (jit hands dicts back in another order), taps, statistics."""
-        args, kwargs = with_leaves(self.call, given)
-        if not self.taps:
-            output, after = function(params, statistics, args, kwargs)
-            return self._named(output), {}, after
-        (output, taps), after = function(params, statistics, args, {**kwargs, "taps": True})
-        return self._named(output), taps, after
+    def _call(self, module: FlaxModule, values: Values, given: Any, watching: bool) -> Any:
+        """Outputs by name (jit hands dicts back in another order), intermediates, statistics."""
+        args, kwargs = self.call.replaced(given)
+        seen: dict[Place, Any] = {}
+        output, after = module(values, args, kwargs, watch(seen) if watching else None)
+        seen = {p: x for p, x in seen.items() if self.watched is None or p in self.watched}
+        return self._named(output), seen, {n: after[n] for n in module.statistics}
 
-    def _forward(self, precision: str) -> tuple[Any, Any]:
-        import jax
-
-        function = self.make(precision, False)
-
-        @jax.jit
-        def forward(params: Values, statistics: Values, given: Values, floats: Values) -> Any:
-            return self._call(function, params, statistics, given | floats)[:2]
-
-        found: tuple[Any, Any] = forward(
-            function.params, function.statistics, *self._given(precision)
-        )
-        return found
-
-    def _gradients(self, precision: str, training: bool) -> tuple[FlaxFunction, Any]:
-        """(params, statistics, inputs) -> ((loss, (output, taps, statistics)), gradients)."""
+    def _gradients(self, precision: str, training: bool) -> tuple[FlaxModule, Any]:
+        """(params, statistics, inputs) -> ((loss, (output, seen, statistics)), gradients)."""
         import jax
 
         key = precision, training
         if key not in self._compiled:
-            function = self.make(precision, training)
-            if training and not function.statistics:
+            module = flax_module(self.module, precision, training)
+            if training and not module.statistics:
                 self._compiled[key] = self._gradients(precision, False)
                 return self._compiled[key]
 
             def loss_of(params: Values, floats: Values, statistics: Values, given: Values) -> Any:
-                every = {**function.params, **params}
-                output, taps, after = self._call(function, every, statistics, given | floats)
-                return self._scalar(output), (output, taps, after)
+                values = {**statistics, **params}
+                output, *rest = self._call(module, values, given | floats, watching=not training)
+                return self._scalar(output), (output, *rest)
 
             @jax.jit
             def compiled(params: Values, statistics: Values, given: Values, floats: Values) -> Any:
                 both = jax.value_and_grad(loss_of, (0, 1), has_aux=True)
                 return both(params, floats, statistics, given)
 
-            self._compiled[key] = function, compiled
+            self._compiled[key] = module, compiled
         return self._compiled[key]
 
     def _scalar(self, outputs: Mapping[str, Any]) -> Any:
@@ -202,10 +181,11 @@ class FlaxSide(Side):
 
     def _named(self, output: Any) -> dict[str, Any]:
         """Outputs under torch's names."""
-        return named_outputs(output)
+        named = named_outputs(output)
+        if self.outputs is None:
+            return named
+        return dict(zip(self.outputs, named.values(), strict=True))
 
-    def _back(self, name: str, x: Any) -> np.ndarray:
-        array = np.asarray(x)
-        if array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float8")):
-            array = array.astype(np.float32)
-        return self.axes.from_flax(name, array)
+    def _back(self, named: Mapping[str, Any]) -> Arrays:
+        """The same with the axes that torch has."""
+        return {k: self.axes.from_flax(k, to_numpy(x)) for k, x in named.items()}

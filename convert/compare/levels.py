@@ -13,10 +13,11 @@ from convert.compare.outputs import compare_runs
 from convert.compare.report import Report
 from convert.compare.sides import Side
 from convert.compare.steps import compare_training
-from convert.compare.torch_side import TorchSide, norms
+from convert.compare.torch_side import TorchSide
 from convert.diagnose.divergence import Divergence
 from convert.judge.rows import Row
 from convert.matching.pair import Pair
+from convert.runtime.torch_module import norms
 
 if TYPE_CHECKING:
     from convert.compare.settings import Settings
@@ -112,23 +113,10 @@ def _first(pair: Pair, mode: Mode) -> Divergence | None:
 
     if mode != "training":
         return first_divergence(pair, mode=mode)
-    from flax import nnx
-
-    from convert.runtime.flax_function import batch_statistics
-
-    torch, flax = copy.deepcopy(pair.torch), pair.flax
+    torch = copy.deepcopy(pair.torch)
     for part in norms(torch):
         part.train()
-    if isinstance(flax, nnx.Module):
-        flax = nnx.clone(flax)
-        for _, module in nnx.iter_modules(flax):
-            if isinstance(module, nnx.BatchNorm):
-                module.use_running_average = False
-    else:
-        bare, variables = flax.unbind()
-        flax = bare.bind(variables, mutable=["batch_stats"])
-    with batch_statistics():
-        return first_divergence(dataclasses.replace(pair, torch=torch, flax=flax), mode=mode)
+    return first_divergence(dataclasses.replace(pair, torch=torch), mode=mode)
 
 
 def weights_differ(report: Report) -> Divergence | None:

@@ -15,13 +15,9 @@ from convert.compare.gradients import judge_gradients
 from convert.compare.sides import Run, Side, exact
 from convert.compare.torch_side import TorchSide
 from convert.compare.twins import twin
-from convert.judge.noise import (
-    Arrays,
-    Noise,
-    full_precision,
-    judge,
-)
+from convert.judge.noise import Arrays, Noise, judge
 from convert.judge.rows import Row
+from convert.runtime.precision import full_precision
 from zoo.model import Config, Model
 
 Runs = Mapping[str, Run]  # by precision; without float64 where the module cannot be run in it
@@ -47,7 +43,7 @@ def compare_runs(
         return reference.shaken(i).run(precision, backward=backward)
 
     combined = bool(reference.combined)
-    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: rerun(p, i).outputs, combined)
+    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: everything(rerun(p, i)), combined)
     if not backward:
         return rows, []
     return rows, judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
@@ -62,18 +58,30 @@ def judge_outputs(
 ) -> list[Row]:
     """The rows in the reference's order of execution. `combined`: float64 has a noise too, as
     parameters may have been combined in float32."""
-    noise = Noise(exact(reference).outputs, rerun, exact64=combined)
+    noise = Noise(everything(exact(reference)), rerun, exact64=combined)
     rows = []
-    for name in exact(reference).outputs:
+    for name in _common(reference, a, b):
         of_a, of_b, of_reference = (_pair(side, name) for side in (a, b, reference))
         rows.append(noise.again(judge(name, of_a, of_b, of_reference)))
     return rows
 
 
+def everything(run: Run) -> Arrays:
+    """Intermediates in the order of execution, then outputs."""
+    return {**run.intermediates, **run.outputs}
+
+
+def _common(reference: Runs, *others: Runs) -> list[str]:
+    """Every output of the reference, after the intermediates that all sides have."""
+    runs = [run for side in others for run in side.values()]
+    met = [n for n in exact(reference).intermediates if all(n in r.intermediates for r in runs)]
+    return [*met, *exact(reference).outputs]
+
+
 def _pair(runs: Runs, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     missing = np.zeros((0,))
-    rough = runs["float32"].outputs.get(name, missing)
-    return rough, runs["float64"].outputs.get(name, missing) if "float64" in runs else None
+    rough = everything(runs["float32"]).get(name, missing)
+    return rough, everything(runs["float64"]).get(name, missing) if "float64" in runs else None
 
 
 def compare_outputs(
@@ -82,7 +90,8 @@ def compare_outputs(
     a: tuple[str, Mapping[str, np.ndarray]],
     b: tuple[str, Mapping[str, np.ndarray]],
 ) -> list[Row]:
-    """One row for each output and tap of two twins. `a`, `b` are (framework, canonical tensors)."""
+    """One row for each output and each common intermediate of two twins. `a` and `b` are
+    (framework, canonical tensors)."""
     with full_precision():
         side_a = twin(model, config, *a)
         reference = side_a if isinstance(side_a, TorchSide) else twin(model, config, "torch", a[1])
@@ -98,8 +107,8 @@ def run(
     inputs: Mapping[str, np.ndarray],
     precision: str,
 ) -> Arrays:
-    """Outputs and taps of one twin in eval mode, run in `precision`; all given as float64."""
+    """Outputs and intermediates of one twin in eval mode, run in `precision`, as float64."""
     with full_precision():
         found = twin(model, config, framework, canonical, inputs=inputs)
-        outputs = found.run(precision, backward=False).outputs
+        outputs = everything(found.run(precision, backward=False))
     return {k: v.astype(np.float64) for k, v in outputs.items()}

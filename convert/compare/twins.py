@@ -8,11 +8,9 @@ import numpy as np
 
 from convert.compare.flax_side import FlaxSide
 from convert.compare.sides import Side
-from convert.compare.torch_side import TorchSide, with_taps
-from convert.matching.pair import Match, Pair
-from convert.runtime.call import Call, cast
-from convert.runtime.flax_function import NnxFunction
-from zoo.layout import Layout
+from convert.compare.torch_side import TorchSide
+from convert.matching.pair import Pair, layout_matches
+from convert.runtime.call import Call
 from zoo.loading import build
 from zoo.model import Config, Model
 
@@ -26,38 +24,20 @@ def twin(
     inputs: Mapping[str, np.ndarray] | None = None,
     seed: int = 0,
 ) -> Side:
-    """The twin of one framework with these weights, its taps on."""
+    """The twin of one framework with these weights; `inputs` have torch's axes."""
     given = model.inputs(config) if inputs is None else inputs
+    module = build(model, config, framework, canonical, param_dtype="float32")
     if framework == "torch":
-        module = build(model, config, "torch", canonical, param_dtype="float32")
-        return TorchSide(module, Call(kwargs=given), with_taps, seed=seed)
-
-    def make(precision: str, training: bool) -> NnxFunction:
-        return NnxFunction(build(model, config, "flax", canonical, param_dtype=precision), training)
-
+        return TorchSide(module, Call(kwargs=given), seed=seed)
+    layout = model.layout_of(config)
     return FlaxSide(
-        make,
+        module,
         Call(kwargs={k: model.to_flax(k, v) for k, v in given.items()}),
         model,
-        layout_matches(model.layout_of(config)),
-        model.layout_of(config).shapes("torch"),
+        layout_matches(layout),
+        layout.shapes("torch"),
         {name: name for name in given},
-        taps=True,
         seed=seed,
-    )
-
-
-def layout_matches(layout: Layout) -> tuple[Match, ...]:
-    """The pairs that the layout states."""
-    return tuple(
-        Match(
-            tuple(t.name for t in view.entry.torch),
-            tuple(t.name for t in view.tensors),
-            view.ops,
-            view.entry.kind,
-        )
-        for view in layout.view("nnx")
-        if view.tensors
     )
 
 
@@ -68,11 +48,10 @@ def twin_pair(
     inputs: Mapping[str, np.ndarray],
 ) -> Pair:
     """Both twins as modules, each with its config and weights, for finding where they part."""
-    narrow = cast(inputs, "float32")
     return Pair(
         build(model, torch[0], "torch", torch[1], param_dtype="float32"),
         build(model, flax[0], "flax", flax[1], param_dtype="float32"),
-        Call(kwargs=narrow),
-        Call(kwargs={k: model.to_flax(k, v) for k, v in narrow.items()}),
+        Call(kwargs=inputs).cast("float32"),
+        Call(kwargs={k: model.to_flax(k, v) for k, v in inputs.items()}).cast("float32"),
         matches=layout_matches(model.layout_of(torch[0])),
     )

@@ -22,8 +22,8 @@ from convert.diagnose.walk import Forward
 from convert.matching.alignment import Aligned, to_flax, to_torch
 from convert.matching.pair import LayerPair, Pair
 from convert.runtime.arrays import leaves, replaced, to_numpy
-from convert.runtime.capture_flax import Side, precise
-from convert.runtime.capture_torch import replica
+from convert.runtime.flax_module import FlaxModule
+from convert.runtime.torch_module import replica
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo import probe
 
@@ -41,7 +41,7 @@ class Wrong:
 
 
 def first_backward(
-    pair: Pair, reference: Reference, side: Side, walk: Forward, matched: Matched
+    pair: Pair, reference: Reference, side: FlaxModule, walk: Forward, matched: Matched
 ) -> Divergence | None:
     """The first gradient, against the order of execution, that parts from torch's.
 
@@ -69,7 +69,12 @@ def first_backward(
 
 
 def _flax(
-    pair: Pair, reference: Reference, side: Side, walk: Forward, rough: Cotangents, matched: Matched
+    pair: Pair,
+    reference: Reference,
+    side: FlaxModule,
+    walk: Forward,
+    rough: Cotangents,
+    matched: Matched,
 ) -> Cotangents:
     """Flax's pass, its cotangents and gradients as torch lays them out."""
     import jax
@@ -79,12 +84,13 @@ def _flax(
     floats = {n: v for n, v in side.values.items() if jnp.issubdtype(v.dtype, jnp.floating)}
     rest = {n: v for n, v in side.values.items() if n not in floats}
 
-    with precise(side.precision):
+    with side.precise():
+        args, kwargs = side.arguments(pair.flax_call)
         probes = {p: jnp.zeros(given.shape, given.dtype) for p, (_, _, given) in places.items()}
 
         def loss(values: Any, probes: Any) -> Any:
             run = _Gated(reference, walk, rough, probes)
-            output, _ = side.run(pair.flax_call, run.around, {**values, **rest})
+            output, _ = side({**values, **rest}, args, kwargs, run.around)
             made = leaves(output)
             return sum((v.sum() for k, v in made.items() if ("", 0, "out", k) in places), 0.0)
 

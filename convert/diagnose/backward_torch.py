@@ -10,7 +10,8 @@ import numpy as np
 
 from convert.runtime.arrays import is_float, leaves, replaced, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.capture_torch import arguments, hooked, plain_path
+from convert.runtime.precision import torch_as_written
+from convert.runtime.torch_calls import arguments, hooked
 from convert.runtime.trace import Trace, array_arguments, with_arguments
 
 # (name of the submodule, index of its call, "in" or "out", name of the array)
@@ -91,7 +92,7 @@ def backward(
     for x in leaves((args, kwargs)).values():
         x.requires_grad_(is_float(x))
     with (
-        plain_path(), torch.enable_grad(), torch.random.fork_rng(devices=[]),
+        torch_as_written(), torch.enable_grad(), torch.random.fork_rng(devices=[]),
         hooked(module, enter, leave),
     ):  # fmt: skip
         torch.manual_seed(0)

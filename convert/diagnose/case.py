@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.matching.alignment import gap
-from convert.runtime.capture_torch import again
+from convert.runtime.torch_calls import again
 from convert.runtime.trace import Recorded
 
 

@@ -29,7 +29,8 @@ from convert.matching.alignment import align, best_move, moves, to_flax, to_torc
 from convert.matching.kinds import flax_kind, torch_kind
 from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
-from convert.runtime.capture_flax import Side, attributes
+from convert.runtime.flax_calls import attributes
+from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
 
 Rule = Callable[[Case], Finding | None]
@@ -48,7 +49,7 @@ class Explainer:
     """Makes a Divergence of an event. `sure`: only of one whose cause is found."""
 
     def __init__(
-        self, reference: Reference, side: Side, pairing: Pairing, matched: Matched, sure: bool
+        self, reference: Reference, side: FlaxModule, pairing: Pairing, matched: Matched, sure: bool
     ) -> None:
         self.reference, self.side, self.pairing = reference, side, pairing
         self.matched, self.sure = matched, sure

@@ -14,7 +14,8 @@ from convert.diagnose.walk import Forward
 from convert.matching.layers import Pairing, pair_traces
 from convert.matching.pair import Match, Pair
 from convert.matching.parameters import parameters
-from convert.runtime.capture_flax import Side, record
+from convert.runtime.flax_calls import record
+from convert.runtime.flax_module import flax_module
 
 Mode = Literal["forward", "backward", "training"]
 
@@ -26,13 +27,14 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
     each value is judged by the rounding noise of its own step, in float32, and where nothing is
     found there, in float64 for the causes that can be named (an epsilon too small to show).
     "backward" then does the same with cotangents: gradients of each layer's inputs and parameters.
-    "training" looks at running statistics besides; put both modules in train mode for it.
+    "training" looks at running statistics besides: torch's norms must be in train mode for it,
+    Flax's are put into it.
 
     Both modules are run as they are, in copies: modes, states and generators stay. UsageError where
     `pair.layers` names what there is not, or where the Flax module is not bound.
     """
     reference = Reference(pair.torch, pair.call, "float32")
-    side = Side(pair.flax, "float32")
+    side = flax_module(pair.flax, "float32", training=mode == "training")
     trace = record(side, pair.flax_call)
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
@@ -53,7 +55,8 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
 
 def _in_float64(pair: Pair, pairing: Pairing, matches: tuple[Match, ...]) -> Divergence | None:
     """What float32's rounding hides, if it can be named."""
-    exact, wide = Reference(pair.torch, pair.call, "float64"), Side(pair.flax, "float64")
+    exact = Reference(pair.torch, pair.call, "float64")
+    wide = flax_module(pair.flax, "float64")
     exact.step(pairing.of_torch())
     explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, matches), sure=True)
     found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)

@@ -12,14 +12,14 @@ from convert.diagnose.weights import explain_tensor
 from convert.matching.kinds import torch_kind
 from convert.matching.pair import Match
 from convert.runtime.arrays import to_numpy
-from convert.runtime.capture_flax import Side
+from convert.runtime.flax_module import FlaxModule
 from zoo.layout.ops import inverse, run, run_shapes
 
 
 class Matched:
     """The values of both sides, compared in Flax's layout."""
 
-    def __init__(self, module: Any, side: Side, matches: Sequence[Match]) -> None:
+    def __init__(self, module: Any, side: FlaxModule, matches: Sequence[Match]) -> None:
         self.modules = dict(module.named_modules())
         state: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
         state |= dict(module.named_buffers(remove_duplicate=False))

@@ -12,7 +12,8 @@ from convert.judge.noise import EXACT, MARGIN
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import MASKED, gap, is_mask_bias
 from convert.runtime.call import Call
-from convert.runtime.capture_torch import record, record_forced, replica
+from convert.runtime.torch_calls import record, record_forced
+from convert.runtime.torch_module import replica
 from convert.runtime.trace import Recorded
 
 

@@ -20,7 +20,8 @@ from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
 from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.capture_flax import Side, precise, traced
+from convert.runtime.flax_calls import traced
+from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 
 
@@ -64,7 +65,7 @@ class Forward:
     def __init__(
         self,
         reference: Reference,
-        side: Side,
+        side: FlaxModule,
         pairing: Pairing,
         explain: Callable[[Event], Any],
     ) -> None:
@@ -80,9 +81,10 @@ class Forward:
 
     def run(self, call: Call) -> Any:
         """What `explain` made of the first event; None if there is none."""
-        with precise(self.side.precision):
+        with self.side.precise():
             try:
-                _, self.values_after = self.side.run(call, self._around)
+                args, kwargs = self.side.arguments(call)
+                _, self.values_after = self.side(self.side.values, args, kwargs, self._around)
             except Failed as failed:
                 raise failed.found from failed
             except Stop as stop:

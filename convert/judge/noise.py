@@ -1,4 +1,4 @@
-"""What "the same" means, and the state of both frameworks in which it is measured.
+"""What "the same" means for arrays that two frameworks computed.
 
 Float32 against float32 is judged by the rounding noise: the gap between float32 and float64 of the
 PyTorch side. Where float64 agrees and float32 alone goes beyond that gap, the gap may have been
@@ -7,16 +7,12 @@ small by luck (a tensor of few elements): the noise is then measured again, see 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from convert.judge.rows import FLOOR, Row, Statistics
-from zoo import probe
-from zoo.containers.errors import MissingExtra
 
 MARGIN = 8.0  # times the noise
 EXACT = 1e-10  # of the scale, in float64
@@ -154,80 +150,3 @@ class Noise:
             return dataclasses.replace(row, noise=noise, same=same, note=AGAIN)
         same = self.exact64 and row.error64 <= MARGIN * self.of(row.name, "float64")
         return dataclasses.replace(row, same=same, note=AGAIN64 if same else row.note)
-
-
-def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:
-    """Every array of an output under a dotted name: NamedTuples and dataclasses by field, mappings
-    by key, tuples by index."""
-    if output is None or isinstance(output, str):
-        return {}
-    if hasattr(output, "_asdict"):
-        parts: Any = output._asdict().items()
-    elif isinstance(output, Mapping):
-        parts = output.items()
-    elif dataclasses.is_dataclass(output) and not hasattr(output, "shape"):
-        parts = ((f.name, getattr(output, f.name)) for f in dataclasses.fields(output))
-    elif isinstance(output, tuple | list):
-        parts = enumerate(output)
-    else:
-        return {name: output}
-    return {k: v for key, part in parts for k, v in named_outputs(part, f"{name}.{key}").items()}
-
-
-def loss_weights(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """What an output is multiplied with in the loss: another number for every element."""
-    return probe.normal(f"{seed}:{name}" if seed else name, shape)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Both frameworks without TF32, bfloat16 or autocast, and everything as it was afterwards:
-    precision, random state, default dtype."""
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtra("running the models", "torch") from None
-    try:
-        import jax
-    except ImportError:
-        raise MissingExtra("running the models", "flax") from None
-    before = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    dtype = torch.get_default_dtype()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.mha.set_fastpath_enabled(
-            False
-        )  # it passes by the layers, and zeroes padding
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            for kind in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(jax.default_matmul_precision("highest"))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = cudnn
-        torch.backends.mha.set_fastpath_enabled(fused)
-        torch.set_default_dtype(dtype)
-
-
-@contextlib.contextmanager
-def precision_of(name: str) -> Iterator[None]:
-    """float32 as people run it; float64 with what makes it really float64: the default dtype of
-    torch, and JAX's 64 bits."""
-    import jax
-    import torch
-
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(getattr(torch, name))
-        with jax.enable_x64(name == "float64"):
-            yield
-    finally:
-        torch.set_default_dtype(before)

@@ -15,8 +15,9 @@ import numpy as np
 from convert.matching.alignment import moves
 from convert.matching.kinds import compatible, flax_kind, normal, torch_kind
 from convert.matching.pair import LayerPair, Pair
-from convert.runtime.capture_flax import Side, record
-from convert.runtime.capture_torch import trace_torch
+from convert.runtime.flax_calls import record
+from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.torch_calls import trace_torch
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 
@@ -64,12 +65,12 @@ def match_layers(pair: Pair) -> list[LayerPair]:
 def match(pair: Pair) -> Pairing:
     """As `match_layers`, with what stays unpaired on either side."""
     torch_trace = trace_torch(pair.torch, pair.call)
-    side = Side(pair.flax, "float32")
+    side = flax_module(pair.flax, "float32")
     flax_trace = record(side, pair.flax_call)
     return pair_traces(pair, torch_trace, side, flax_trace)
 
 
-def pair_traces(pair: Pair, torch_trace: Trace, side: Side, flax_trace: Trace) -> Pairing:
+def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Trace) -> Pairing:
     """As `match`, from runs that were made before."""
     ours = torch_layers(pair.torch, torch_trace)
     theirs = flax_layers(side, flax_trace)
@@ -108,7 +109,7 @@ def torch_layers(module: Any, trace: Trace) -> dict[str, Layer]:
     }
 
 
-def flax_layers(side: Side, trace: Trace) -> dict[str, Layer]:
+def flax_layers(side: FlaxModule, trace: Trace) -> dict[str, Layer]:
     """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
     return {
         name: Layer(
@@ -159,7 +160,7 @@ def _given(
 
 
 def _by_name(
-    side: Side,
+    side: FlaxModule,
     ours: dict[str, Layer],
     theirs: dict[str, Layer],
     found: dict[str, tuple[str, str]],
@@ -176,7 +177,7 @@ def _by_name(
             del by_name[normal(t)]
 
 
-def _without_sequential(side: Side, path: str) -> str:
+def _without_sequential(side: FlaxModule, path: str) -> str:
     """nn.Sequential's children are `net.0` in torch, `net.layers.0` or `net.layers_0` in Flax."""
     parts, made = path.split("."), []
     for i, part in enumerate(parts):

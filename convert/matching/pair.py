@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.runtime.call import Call
+from zoo.layout import Layout
 from zoo.layout.ops import Ops
 
 
@@ -48,3 +49,17 @@ class Pair:
     flax_call: Call
     layers: Mapping[str, str] = field(default_factory=dict)
     matches: tuple[Match, ...] | None = None
+
+
+def layout_matches(layout: Layout) -> tuple[Match, ...]:
+    """The matches that a layout states."""
+    return tuple(
+        Match(
+            tuple(t.name for t in view.entry.torch),
+            tuple(t.name for t in view.tensors),
+            view.ops,
+            view.entry.kind,
+        )
+        for view in layout.view("nnx")
+        if view.tensors
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from convert.matching.kinds import normal, torch_kind
 from convert.matching.layers import Pairing, match
 from convert.matching.pair import LayerPair, Match, Pair
-from convert.runtime.capture_flax import Side
+from convert.runtime.flax_module import FlaxModule, flax_module
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,14 +35,14 @@ def match_parameters(pair: Pair) -> tuple[list[Match], list[str], list[str]]:
     `pair.matches`, where given, are taken as they are. The two biases of a torch recurrent layer
     have no match where Flax's cell has one: their sum is no op.
     """
-    side = Side(pair.flax, "float32")
+    side = flax_module(pair.flax, "float32")
     if pair.matches is not None:
         return list(pair.matches), *unmatched(pair.torch, side, pair.matches)
     return parameters(pair, match(pair), side)
 
 
 def parameters(
-    pair: Pair, pairing: Pairing, side: Side
+    pair: Pair, pairing: Pairing, side: FlaxModule
 ) -> tuple[list[Match], list[str], list[str]]:
     """As `match_parameters`, from layers that are paired already."""
     modules = dict(pair.torch.named_modules())
@@ -59,14 +59,16 @@ def parameters(
     return found, *unmatched(pair.torch, side, found)
 
 
-def _uncalled(modules: Mapping[str, Any], pairing: Pairing, side: Side) -> list[tuple[str, str]]:
+def _uncalled(
+    modules: Mapping[str, Any], pairing: Pairing, side: FlaxModule
+) -> list[tuple[str, str]]:
     """Layers of equal names that no recorded call paired: inside a scan, or not called at all."""
     flax = {normal(n.rpartition(".")[0]): n.rpartition(".")[0] for n in side.values}
     paired = pairing.of_torch()
     return [(n, flax[normal(n)]) for n in modules if n not in paired and normal(n) in flax]
 
 
-def unmatched(module: Any, side: Side, matches: Any) -> tuple[list[str], list[str]]:
+def unmatched(module: Any, side: FlaxModule, matches: Any) -> tuple[list[str], list[str]]:
     """Names of torch's state (ties count once) and of Flax's values that no match has."""
     ours, theirs = ({n for m in matches for n in getattr(m, s)} for s in ("torch", "flax"))
     state = _state(module)
@@ -84,7 +86,7 @@ def _state(module: Any) -> dict[str, Any]:
     )
 
 
-def _of_layer(layer: LayerPair, module: Any, side: Side, flax: Shapes) -> list[Match]:
+def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> list[Match]:
     kind = torch_kind(module)
     own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
     own |= {n: tuple(b.shape) for n, b in module.named_buffers(recurse=False)}

@@ -85,3 +85,21 @@ def dtype_name(x: Any) -> str:
 def is_float(x: Any) -> bool:
     """Whether an array of any framework holds floating-point numbers."""
     return "float" in dtype_name(x)
+
+
+def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:
+    """Every array of an output under a dotted name: NamedTuples and dataclasses by field, mappings
+    by key, tuples by index."""
+    if output is None or isinstance(output, str):
+        return {}
+    if hasattr(output, "_asdict"):
+        parts: Any = output._asdict().items()
+    elif isinstance(output, Mapping):
+        parts = output.items()
+    elif dataclasses.is_dataclass(output) and not hasattr(output, "shape"):
+        parts = ((f.name, getattr(output, f.name)) for f in dataclasses.fields(output))
+    elif isinstance(output, tuple | list):
+        parts = enumerate(output)
+    else:
+        return {name: output}
+    return {k: v for key, part in parts for k, v in named_outputs(part, f"{name}.{key}").items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.judge.noise import Arrays
+from convert.runtime.arrays import leaves, replaced
 
 
 @dataclass(frozen=True)
@@ -19,66 +19,42 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays among the arguments: "0", "1.0" (in the second), "mask"."""
+        return leaves(self._tree())
 
-def leaves(call: Call) -> dict[str, np.ndarray]:
-    """The arrays among the arguments: "0", "1.0" (in the second), "mask"."""
-    found: dict[str, np.ndarray] = {}
+    def replaced(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """args and kwargs with other values at the paths of `arrays`."""
+        tree = replaced(self._tree(), values)
+        args = tuple(tree[str(i)] for i in range(len(self.args)))
+        return args, {k: tree[k] for k in self.kwargs}
 
-    def walk(path: str, value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            found[path] = value
-        elif isinstance(value, Mapping):
-            for k, v in value.items():
-                walk(f"{path}.{k}", v)
-        elif isinstance(value, tuple | list):
-            for i, v in enumerate(value):
-                walk(f"{path}.{i}", v)
+    def cast(self, precision: str) -> Call:
+        """The same with floating-point arrays in `precision`."""
+        return Call(*self.replaced({k: cast(x, precision) for k, x in self.arrays().items()}))
 
-    for key, value in [*enumerate(call.args), *call.kwargs.items()]:
-        walk(str(key), value)
-    return found
+    def names(self, forward: Callable[..., Any]) -> dict[str, str]:
+        """What each of `arrays` is called: positional ones by the parameter they are given to."""
+        try:
+            parameters = [
+                p.name
+                for p in inspect.signature(forward).parameters.values()
+                if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            ]
+        except (TypeError, ValueError):
+            parameters = []
+        names = {}
+        for path in self.arrays():
+            first, dot, rest = path.partition(".")
+            if first.isdigit() and int(first) < len(parameters):
+                first = parameters[int(first)]
+            names[path] = first + dot + rest
+        return names
 
-
-def with_leaves(call: Call, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """args and kwargs with other values in the places of `leaves`."""
-
-    def walk(path: str, value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            return values[path]
-        if isinstance(value, Mapping):
-            return {k: walk(f"{path}.{k}", v) for k, v in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(walk(f"{path}.{i}", v) for i, v in enumerate(value)))
-        if isinstance(value, tuple | list):
-            return type(value)(walk(f"{path}.{i}", v) for i, v in enumerate(value))
-        return value
-
-    args = tuple(walk(str(i), v) for i, v in enumerate(call.args))
-    return args, {k: walk(k, v) for k, v in call.kwargs.items()}
+    def _tree(self) -> dict[str, Any]:
+        return {str(i): a for i, a in enumerate(self.args)} | dict(self.kwargs)
 
 
-def cast(arrays: Mapping[str, np.ndarray], precision: str) -> Arrays:
-    """Floating-point arrays in `precision`, others as they are."""
-    return {
-        k: v.astype(precision) if np.issubdtype(v.dtype, np.floating) else v
-        for k, v in arrays.items()
-    }
-
-
-def argument_names(forward: Callable[..., Any], call: Call) -> dict[str, str]:
-    """What the leaves are called: positional arguments by the parameter they are given to."""
-    try:
-        parameters = [
-            p.name
-            for p in inspect.signature(forward).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):
-        parameters = []
-    names = {}
-    for path in leaves(call):
-        first, dot, rest = path.partition(".")
-        if first.isdigit() and int(first) < len(parameters):
-            first = parameters[int(first)]
-        names[path] = first + dot + rest
-    return names
+def cast(array: np.ndarray, precision: str) -> np.ndarray:
+    """A floating-point array in `precision`; any other as it is."""
+    return array.astype(precision) if np.issubdtype(array.dtype, np.floating) else array

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.call import Call, leaves, with_leaves
+from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
 # What a module without dropout and with running statistics is called with, where it must be told.
@@ -77,17 +77,17 @@ def fit_axes(call: Call, attempt: Shapes) -> tuple[Call, list[str]]:
         raise failed(
             "the Flax module", refused, "if it takes other inputs, give flax_inputs"
         ) from refused
-    names = ", ".join(n for n, x in leaves(call).items() if _is_image(x))
+    names = ", ".join(n for n, x in call.arrays().items() if _is_image(x))
     return moved, [f"the Flax module takes its images channels last: axis 1 was moved ({names})"]
 
 
 def channels_last(call: Call) -> Call | None:
     """Axis 1 of all floating-point arrays of three axes or more moved to the end; None without."""
-    arrays = leaves(call)
+    arrays = call.arrays()
     if not any(_is_image(x) for x in arrays.values()):
         return None
     moved = {k: np.moveaxis(x, 1, -1) if _is_image(x) else x for k, x in arrays.items()}
-    return Call(*with_leaves(call, moved))
+    return Call(*call.replaced(moved))
 
 
 def _is_image(x: np.ndarray) -> bool:
@@ -106,7 +106,7 @@ def failed(whose: str, error: Exception, advice: str) -> UsageError:
 def input_names(torch: Mapping[str, str], flax: Call) -> dict[str, str]:
     """Which leaf of Flax's call is which input of torch's: by name if all have theirs, else in
     order; those that cannot be told are left out."""
-    paths = list(leaves(flax))
+    paths = list(flax.arrays())
     named = {n: n for n in torch.values()}
     if all(p in named for p in paths):
         return {p: p for p in paths}

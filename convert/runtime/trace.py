@@ -1,6 +1,6 @@
 """One run of a module, every call of every submodule recorded in the order of execution.
 
-`trace_torch` finds them by hooks, `trace_flax` by interception: in NNX `__call__` of the classes
+`torch_calls` finds them by hooks, `flax_calls` by interception: in NNX `__call__` of the classes
 found in the module's graph (other methods are not seen), in Linen `flax.linen.intercept_methods`.
 What runs inside jit, scan or vmap has no values to record; a note says so.
 """
@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import leaves
+from convert.runtime.arrays import leaves, replaced
+
+# Which array: path of the submodule, index of its call, path within what it gives.
+Place = tuple[str, int, str]
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Recorded:
 
     name: str  # dotted path, "" for the whole
     kind: str  # the class's name
-    index: int  # the how manieth call of this submodule, from 0
+    index: int  # which call of this submodule, from 0
     order: int  # when it began
     parent: int | None  # `order` of the call around it
     inputs: dict[str, np.ndarray]  # by argument: "input", "attended.key"
@@ -119,8 +122,6 @@ def with_arguments(
     function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], values: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """args and kwargs with other arrays at the paths that `array_arguments` gives."""
-    from convert.runtime.arrays import replaced
-
     if not values:
         return args, dict(kwargs)
     try:
@@ -135,16 +136,3 @@ def with_arguments(
         else:
             bound.arguments[name] = replaced({name: value}, values)[name]
     return bound.args, bound.kwargs
-
-
-def __getattr__(name: str) -> Any:
-    """`trace_torch` and `trace_flax`, each with its framework only once it is asked for."""
-    if name == "trace_torch":
-        from convert.runtime.capture_torch import trace_torch
-
-        return trace_torch
-    if name == "trace_flax":
-        from convert.runtime.capture_flax import trace_flax
-
-        return trace_flax
-    raise AttributeError(name)

@@ -1,4 +1,4 @@
-"""zoo.checkpoint.apply's blocked copy against NumPy's, on transposed arrays; prints GB/s and the ratio."""
+"""zoo.checkpoint.apply's blocked copy against NumPy's on transposed arrays: GB/s and ratio."""
 
 from __future__ import annotations
 

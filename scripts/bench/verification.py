@@ -24,7 +24,8 @@ RESULTS = Path(__file__).parents[2] / "docs" / "verification.json"
 PLAIN = """
 import sys, time
 import flax.nnx as nnx, jax, torch
-import zoo.loading.into_flax, zoo.loading.into_torch, zoo.models.bert.model_flax, zoo.models.bert.model_torch
+import zoo.loading.into_flax, zoo.loading.into_torch
+import zoo.models.bert.model_flax, zoo.models.bert.model_torch
 import zoo
 from zoo.registry import get
 started = time.perf_counter()
@@ -44,7 +45,8 @@ print(time.perf_counter() - started)
 VERIFY = """
 import sys, time
 import flax.nnx, jax, torch
-import zoo.loading.into_flax, zoo.loading.into_torch, zoo.models.bert.model_flax, zoo.models.bert.model_torch
+import zoo.loading.into_flax, zoo.loading.into_torch
+import zoo.models.bert.model_flax, zoo.models.bert.model_torch
 import convert
 started = time.perf_counter()
 report = convert.verify(sys.argv[1], sys.argv[2], level="outputs")

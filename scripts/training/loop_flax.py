@@ -15,7 +15,7 @@ import optax
 from flax import nnx, serialization
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert.judge.noise import named_outputs
+from convert.runtime.arrays import named_outputs
 from training import checkpoints
 from training.description import Batch, Job, Term
 from training.optimizers import optax_transformation, set_rate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.judge.noise import named_outputs
+from convert.runtime.arrays import named_outputs
 from training import checkpoints
 from training.description import Batch, Job, Term
 from training.optimizers import torch_optimizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,10 @@ import numpy as np
 
 from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
+from convert.runtime.precision import torch_as_written
+from convert.runtime.torch_module import replica
 from convert.runtime.trace import (
+    Place,
     Recorded,
     Recorder,
     Trace,
@@ -32,17 +34,6 @@ def trace_torch(module: Any, call: Call, precision: str = "float32") -> Trace:
     The run is that of a copy: mode, hooks, buffers and generators of `module` stay as they are.
     """
     return record(replica(module, precision), call, precision)
-
-
-def replica(module: Any, precision: str) -> Any:
-    """A copy of the module whose floating-point tensors are of `precision`."""
-    import torch
-
-    made = copy.deepcopy(module).to(getattr(torch, precision))
-    for part in made.modules():  # the zoo's layers say what they compute in
-        if isinstance(getattr(part, "dtype", None), torch.dtype) and "dtype" in vars(part):
-            part.dtype = getattr(torch, precision)
-    return made
 
 
 def record(module: Any, call: Call, precision: str) -> Trace:
@@ -101,7 +92,7 @@ def run(module: Any, call: Call, precision: str, enter: Enter, leave: Leave, see
 
     args, kwargs = arguments(call, precision)
     with (
-        plain_path(),
+        torch_as_written(),
         torch.random.fork_rng(devices=[]),
         torch.no_grad(),
         hooked(module, enter, leave),
@@ -134,37 +125,14 @@ def hooked(module: Any, enter: Enter, leave: Leave) -> Iterator[None]:
             handle.remove()
 
 
-@contextlib.contextmanager
-def plain_path() -> Iterator[None]:
-    """Without torch's fused encoder layers, which pass by their submodules, and without TF32."""
-    import torch
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
-
-
 def arguments(call: Call, precision: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments as tensors, floating-point ones in `precision`."""
+    return call.replaced({k: _tensor(x, precision) for k, x in call.arrays().items()})
+
+
+def _tensor(x: Any, precision: str) -> Any:
     import torch
 
-    def tensors(tree: Any) -> Any:
-        found = leaves(tree)
-        return replaced(tree, {k: _tensor(torch, x, precision) for k, x in found.items()})
-
-    return tuple(tensors(a) for a in call.args), {k: tensors(v) for k, v in call.kwargs.items()}
-
-
-def _tensor(torch: Any, x: Any, precision: str) -> Any:
     made = x.detach().clone() if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
     return made.to(getattr(torch, precision)) if made.is_floating_point() else made
 
@@ -202,5 +170,27 @@ def again(module: Any, call: Recorded, precision: str = "float64") -> dict[str, 
     import torch
 
     args, kwargs = (copied(part, precision) for part in call.arguments)
-    with plain_path(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch_as_written(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         return _numpy(leaves(module(*args, **kwargs)))
+
+
+@contextlib.contextmanager
+def watched(module: Any, found: dict[Place, np.ndarray]) -> Iterator[None]:
+    """Puts every array that a submodule gives into `found`, in the order of execution."""
+    counts: dict[str, int] = {}
+    stack: list[int] = []
+
+    def enter(name: str, part: Any, args: Any, kwargs: Any) -> Any:
+        stack.append(counts.get(name, 0))
+        counts[name] = stack[-1] + 1
+        return args, kwargs
+
+    def leave(name: str, part: Any, output: Any) -> Any:
+        index = stack.pop()
+        if name:
+            for key, x in leaves(output).items():
+                found[name, index, key] = to_numpy(x)
+        return output
+
+    with hooked(module, enter, leave):
+        yield

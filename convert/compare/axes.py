@@ -1,0 +1,119 @@
+"""How arrays of one module lie in the other: inputs, intermediates and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.compare.report import Report
+from convert.compare.sides import Axes, title
+from convert.matching import alignment
+from convert.matching.pair import LayerPair, Pair
+from convert.runtime.arrays import named_outputs, to_numpy
+from convert.runtime.trace import Place, Trace
+from zoo.containers.errors import UsageError
+
+# The move of `alignment`, torch's shape, Flax's shape.
+Lies = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+class Moves(Axes):
+    """Axes as `alignment` found them, by name."""
+
+    def __init__(self, moves: Mapping[str, Lies]) -> None:
+        self.moves = moves
+
+    def to_flax(self, name: str, array: np.ndarray) -> np.ndarray:
+        move, _, shape = self.moves[name]
+        return alignment.to_flax(array, move, shape)
+
+    def from_flax(self, name: str, array: np.ndarray) -> np.ndarray:
+        move, shape, _ = self.moves[name]
+        return alignment.to_torch(array, move, shape)
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """What a layer gives on both sides: its name, where each has it, how its axes lie in Flax."""
+
+    name: str
+    torch: Place
+    flax: Place
+    lies: Lies
+
+
+def align_layers(layers: list[LayerPair], torch: Trace, flax: Trace) -> tuple[Intermediate, ...]:
+    """The outputs of paired layers that can be compared, in torch's order of execution."""
+    theirs = {(c.name, c.index, path): x for c in flax.calls for path, x in c.outputs.items()}
+    partner = {pair.torch: pair.flax for pair in layers if pair.torch}
+    found = []
+    for call in sorted(torch.calls, key=lambda c: c.end):
+        for path, x in call.outputs.items():
+            here, there = (
+                (call.name, call.index, path),
+                (partner.get(call.name, ""), call.index, path),
+            )
+            if call.name not in partner or there not in theirs or x.dtype.kind != "f":
+                continue
+            y = theirs[there]
+            if alignment.moves(x.shape, y.shape):
+                lies = (alignment.best_move(x, y), x.shape, y.shape)
+                found.append(Intermediate(title(here), here, there, lies))
+    return tuple(found)
+
+
+def align_outputs(
+    torch_trace: Trace, flax_trace: Trace, report: Report
+) -> tuple[list[str], dict[str, Any]]:
+    """Torch's names of the outputs in Flax's order, and how the axes of each lie in Flax."""
+    ours = {k: to_numpy(v) for k, v in named_outputs(torch_trace.output).items()}
+    theirs = {k: to_numpy(v) for k, v in named_outputs(flax_trace.output).items()}
+    if len(ours) != len(theirs):
+        raise UsageError(
+            f"the torch module gives {len(ours)} outputs, the Flax one {len(theirs)}",
+            "let both return the same",
+            [f"torch: {_shapes(ours)}", f"Flax: {_shapes(theirs)}"],
+        )
+    if ours.keys() == theirs.keys():
+        ours = {name: ours[name] for name in theirs}
+    else:
+        report.notices.append(
+            f"outputs are paired in order: {', '.join(ours)} with {', '.join(theirs)}"
+        )
+    if not any(x.size for x in ours.values()):
+        raise UsageError(
+            "the torch module gives no output that could be compared"
+            + (f": {_shapes(ours)}" if ours else ""),
+            "return arrays, and give inputs that are not empty",
+        )
+    moves: dict[str, Any] = {}
+    for (name, x), y in zip(ours.items(), theirs.values(), strict=True):
+        if not alignment.moves(x.shape, y.shape):
+            raise UsageError(
+                f"{name} has shape {x.shape} in torch and {y.shape} in Flax",
+                "let both return the same; axes may be in another order, sizes may not differ",
+            )
+        move = alignment.best_move(x, y)
+        moves[name] = (move, x.shape, y.shape)
+        if move != "same":
+            report.notices.append(f"{name}: torch's {x.shape} is compared with Flax's {y.shape}")
+    return list(ours), moves
+
+
+def align_inputs(torch: Mapping[str, str], flax: Mapping[str, str], pair: Pair) -> dict[str, Lies]:
+    """How the axes of each input lie in Flax. `torch` and `flax`: path in the call -> name."""
+    ours = {torch[path]: x for path, x in pair.call.arrays().items()}
+    theirs = pair.flax_call.arrays()
+    moves: dict[str, Any] = {}
+    for path, name in list(flax.items()):
+        x, y = ours[name], theirs[path]
+        if alignment.moves(x.shape, y.shape):
+            moves[name] = (alignment.best_move(x, y), x.shape, y.shape)
+    return moves
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
+    return ", ".join(f"{name} {x.shape}" for name, x in arrays.items()) or "none"

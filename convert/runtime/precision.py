@@ -1,0 +1,80 @@
+"""The state of both frameworks in which values are compared: no TF32, no fused short cuts, and
+float64 that really is float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from zoo.containers.errors import MissingExtra
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Both frameworks without TF32, bfloat16 or autocast, and everything as it was afterwards:
+    precision, random state, default dtype. MissingExtra where one of them is not installed."""
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("running the models", "torch") from None
+    try:
+        import jax
+    except ImportError:
+        raise MissingExtra("running the models", "flax") from None
+    dtype = torch.get_default_dtype()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch_as_written())
+            stack.enter_context(torch.random.fork_rng(devices))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(jax.default_matmul_precision("highest"))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextlib.contextmanager
+def precision_of(name: str) -> Iterator[None]:
+    """float32 as people run it; float64 with what makes it really float64: the default dtype of
+    torch, and JAX's 64 bits."""
+    import torch
+
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(getattr(torch, name))
+        with jax_precision(name):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def jax_precision(name: str) -> Iterator[None]:
+    """JAX with 64 bits where they are asked for, and its most precise matrix products."""
+    import jax
+
+    with jax.enable_x64(name == "float64"), jax.default_matmul_precision("highest"):
+        yield
+
+
+@contextlib.contextmanager
+def torch_as_written() -> Iterator[None]:
+    """Without torch's fused encoder layers, which bypass their submodules, and without TF32."""
+    import torch
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

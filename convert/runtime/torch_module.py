@@ -1,0 +1,91 @@
+"""A torch module as we run it: a copy in a precision, its state, what it computes in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from convert.runtime.call import Call
+from zoo.containers.errors import UsageError
+
+
+def replica(module: Any, precision: str) -> Any:
+    """A copy of the module whose floating-point tensors are of `precision`."""
+    import torch
+
+    dtype = getattr(torch, precision)
+    try:
+        made = copy.deepcopy(module)
+    except Exception as e:
+        raise UsageError(
+            f"the torch module cannot be copied: {type(e).__name__}: {e}",
+            "give one that copy.deepcopy takes; the module itself is never changed",
+        ) from e
+    made = made.to(dtype)
+    for part in made.modules():  # the zoo's layers say what they compute in
+        if vars(part).get("dtype") in (torch.float32, torch.float64):
+            part.dtype = dtype
+    return made
+
+
+def shake(module: Any, seed: int, rough: Collection[str] = ()) -> None:
+    """Move every value of the module's state by at most one unit in the last place, each seed
+    otherwise; those of `rough` by units of float32."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in [*module.named_parameters(), *module.named_buffers()]:
+            wide = name in rough and t.is_floating_point()
+            t.copy_(shaken(t.detach().float() if wide else t.detach(), generator))
+
+
+def shaken(x: Any, generator: Any) -> Any:
+    """Every element up, down, or left where it is, by one unit in the last place."""
+    import torch
+
+    if not x.is_floating_point():
+        return x
+    way = torch.randint(-1, 2, x.shape, generator=generator).to(x.device)
+    away = torch.nextafter(x, torch.where(way > 0, torch.inf, -torch.inf).to(x))
+    return torch.where((way == 0) | (x == 0), x, away)
+
+
+def state(module: Any) -> dict[str, Any]:
+    """Parameters and buffers, ties and what is not saved included."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(
+        module.named_buffers(remove_duplicate=False)
+    )
+
+
+def norms(module: Any) -> Iterator[Any]:
+    """Layers that keep running statistics: in training mode the others would only drop."""
+    for part in module.modules():
+        if getattr(part, "running_mean", None) is not None:
+            yield part
+
+
+def narrow_operation(module: Any, call: Call) -> str | None:
+    """An operation that computes in fewer than 64 bits though `module` is in float64, if there is
+    one. Runs the module once, on the call as it is."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found: list[str] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for x in made if isinstance(made, tuple | list) else (made,):
+                floating = isinstance(x, torch.Tensor) and x.is_floating_point()
+                if floating and x.dtype != torch.float64:
+                    name = str(func).removeprefix("aten.").partition(".")[0]
+                    found.append(f"{name} in {str(x.dtype).removeprefix('torch.')}")
+            return made
+
+    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
+        module(*call.args, **call.kwargs)
+    return found[0] if found else None
