@@ -60,7 +60,7 @@ class ReLU(nnx.Module):
         return jax.nn.relu(x)
 
 
-class Sequential(nnx.List[Callable[[Array], Array]]):
+class Sequential(nnx.List[Any]):
     """Layers called one after another, with torch's paths: `0.kernel`, `1.kernel`.
 
     nnx.Sequential would call them `layers.0.kernel`, `layers.1.kernel`.
