@@ -221,7 +221,7 @@ def every_batchnorm(method: Callable[..., Any]) -> Callable[[Any], None]:
     return spoil
 
 
-def exchanged_unit(self: Any, filter: Array, gate: Array) -> Array:
+def wavenet_unit(self: Any, filter: Array, gate: Array) -> Array:
     return jax.nn.sigmoid(filter) * jnp.tanh(gate)
 
 

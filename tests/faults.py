@@ -21,7 +21,6 @@ from fault_plants import (
     convnet,
     every_batchnorm,
     exchange,
-    exchanged_unit,
     flat_rows,
     flax_batchnorm,
     gate_rows,
@@ -45,6 +44,7 @@ from fault_plants import (
     twins,
     unscaled_embedding,
     value,
+    wavenet_unit,
 )
 
 from convert.proof.pair import Pair
@@ -214,7 +214,7 @@ FAULTS: list[Fault] = [
           lambda: transformer(methods("encoder.layers.0.self_attn", _heads=heads_last)),
           ("encoder.layers.0.self_attn", "encoder.layers.0"), ("heads",)),
     Fault("tanh and sigmoid of the gated unit swapped", "wavenet",
-          lambda: wavenet(behaviour("layers.0.unit", exchanged_unit)),
+          lambda: wavenet(behaviour("layers.0.unit", wavenet_unit)),
           ("layers.0.unit",), ("activation",)),
     Fault("SAME padding for causal", "wavenet",
           lambda: wavenet(setting("layers.1.filter", "padding", "SAME")),
