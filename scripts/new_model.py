@@ -102,25 +102,23 @@ B samples, D features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import Tensor, nn, relu
 
 from zoo.models.{name}.config import Config
 from zoo.nn.layers_torch import Linear
-from zoo.nn.taps import Taps
+from zoo.nn.options_torch import Options
 
 
 class {title}(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.{name}_head = Linear(c.in_features, c.out_features, **kw)
 
-    def forward(self, x: Tensor, taps: bool = False) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, D) -> (B, out_features)."""
-        tap = Taps(taps)
-        x = tap("{name}_head", self.{name}_head(x))
-        return tap.result(x.relu())
+        return relu(self.{name}_head(x))
 ''',
     "model_flax.py": '''"""{title} in Flax NNX: the twin of model_torch.py, class by class.
 
@@ -129,25 +127,23 @@ B samples, D features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
-import jax
 from flax import nnx
 from jax import Array
+from jax.nn import relu
 
 from zoo.models.{name}.config import Config
-from zoo.nn.taps import Taps
+from zoo.nn.options_flax import Options
 
 
 class {title}(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.{name}_head = nnx.Linear(c.in_features, c.out_features, **kw)
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
+    def __call__(self, x: Array) -> Array:
         """(B, D) -> (B, out_features)."""
-        tap = Taps(taps)
-        x = tap("{name}_head", self.{name}_head(x))
-        return tap.result(jax.nn.relu(x))
+        return relu(self.{name}_head(x))
 ''',
     "README.md": """# {name}
 

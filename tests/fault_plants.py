@@ -103,7 +103,7 @@ def both(*spoils: Callable[[Any], None]) -> Callable[[Any], None]:
 def self_attention(**changes: Any) -> Callable[..., Array]:
     """BERT's self-attention with something else in it."""
 
-    def call(self: Any, x: Array, bias: Array, tap: Any) -> Array:
+    def call(self: Any, x: Array, bias: Array) -> Array:
         B, T, H = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
         if changes.get("split") == "heads last":
@@ -168,7 +168,7 @@ def half_precision(self: Any, x: Array) -> Array:
 def convnet(flat: bool = False, pool: Callable[..., Array] | None = None) -> Callable[..., Array]:
     """The small convolutional net with another flattening or pool."""
 
-    def call(self: Any, x: Array, taps: bool = False) -> Array:
+    def call(self: Any, x: Array) -> Array:
         from zoo.nn.pool_flax import flatten, max_pool2d
 
         c = self.config
@@ -187,16 +187,8 @@ def average(x: Array, size: int) -> Array:
     return nnx.avg_pool(x, (size, size), (size, size))
 
 
-def resnet_same_pool(self: Any, x: Array, taps: bool = False) -> Array:
-    from zoo.nn.pool_flax import adaptive_avg_pool2d, flatten
-    from zoo.nn.taps import Taps
-
-    x = jax.nn.relu(self.bn1(self.conv1(x)))
-    x = nnx.max_pool(x, (3, 3), (2, 2), "SAME")
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        for block in getattr(self, name):
-            x = block(x, Taps(False))
-    return self.fc(flatten(adaptive_avg_pool2d(x, 1)))
+def same_pool(self: Any, x: Array) -> Array:
+    return nnx.max_pool(x, (3, 3), (2, 2), "SAME")
 
 
 def flax_batchnorm(
@@ -230,9 +222,8 @@ def every_batchnorm(method: Callable[..., Any]) -> Callable[[Any], None]:
     return spoil
 
 
-def wavenet_unit(self: Any, x: Array, f: Array, g: Array, u: Any, v: Any, tap: Any) -> Any:
-    z = jax.nn.sigmoid(f) * jnp.tanh(g)
-    return (x if self.residual is None else x + self.residual(z)), self.skip(z)
+def wavenet_unit(self: Any, filter: Array, gate: Array) -> Array:
+    return jax.nn.sigmoid(filter) * jnp.tanh(gate)
 
 
 def unscaled_embedding(self: Any, words: Any, ids: Array, position: Any, length: int) -> Array:
@@ -262,7 +253,6 @@ def not_causal(
     padding: Any,
     past: Any,
     position: Any,
-    tap: Any,
 ) -> Any:
     from zoo.nn.attention_flax import mask_bias
 
@@ -271,7 +261,7 @@ def not_causal(
     bias = mask_bias(mask, x.dtype)
     caches = []
     for i, layer in enumerate(self.layers):
-        x, now = layer(x, memory[i], bias, memory_bias, None, position, tap.at(f"layers.{i}"))
+        x, now = layer(x, memory[i], bias, memory_bias, None, position)
         caches.append(now)
     return self.norm(x), caches
 

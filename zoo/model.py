@@ -43,7 +43,8 @@ class Model:
     flax: str
     # Fresh values of a canonical tensor; None: as torch's own layers start (`zoo.loading.fresh`).
     init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = None
-    # Patterns of inputs, outputs and taps with channels: axis 1 in PyTorch, the last in Flax.
+    # Patterns of the names of inputs, outputs and submodules that are images: their channels are
+    # axis 1 in PyTorch and the last in Flax.
     images: tuple[str, ...] = ()
     invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output can depend on it)
     # Config fields that `infer` leaves out where names and shapes cannot tell them.
@@ -71,7 +72,7 @@ class Model:
         return name
 
     def to_flax(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A PyTorch input, output or tap as Flax has it: channels last where it has channels."""
+        """A PyTorch input, output or intermediate as Flax has it: images with channels last."""
         return np.moveaxis(array, 1, -1) if self._has_channels(name) else array
 
     def from_flax(self, name: str, array: np.ndarray) -> np.ndarray:

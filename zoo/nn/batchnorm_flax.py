@@ -7,12 +7,14 @@ variance, E[x^2] - E[x]^2, loses digits wherever the mean is large.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from zoo.nn.options_flax import Options
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -24,7 +26,7 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **kw: Any
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **kw: Unpack[Options]
     ) -> None:
         super().__init__(
             num_features, momentum=1 - momentum, epsilon=eps, use_fast_variance=False, **kw

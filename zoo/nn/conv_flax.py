@@ -7,9 +7,11 @@ made explicit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from flax import nnx
+
+from zoo.nn.options_flax import Options
 
 
 class Conv1d(nnx.Conv):
@@ -28,7 +30,7 @@ class Conv1d(nnx.Conv):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
-        **kw: Any,
+        **kw: Unpack[Options],
     ) -> None:
         super().__init__(
             in_channels,
@@ -59,7 +61,7 @@ class Conv2d(nnx.Conv):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        **kw: Any,
+        **kw: Unpack[Options],
     ) -> None:
         kernel, strides, dilations = (pair(x) for x in (kernel_size, stride, dilation))
         super().__init__(

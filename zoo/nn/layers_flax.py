@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
+from zoo.nn.options_flax import Options
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),  # both frameworks' defaults differ
@@ -23,7 +25,12 @@ class Embed(nnx.Embed):
     """nnx.Embed whose row `padding_idx` gets no gradient from being looked up, as in torch."""
 
     def __init__(
-        self, num_embeddings: int, features: int, *, padding_idx: int | None = None, **kw: Any
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        padding_idx: int | None = None,
+        **kw: Unpack[Options],
     ) -> None:
         super().__init__(num_embeddings, features, **kw)
         self.padding_idx = padding_idx
@@ -42,5 +49,27 @@ class LayerNorm(nnx.LayerNorm):
     the mean is large.
     """
 
-    def __init__(self, dim: int, eps: float, **kw: Any) -> None:
+    def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:
         super().__init__(dim, epsilon=eps, use_fast_variance=False, **kw)
+
+
+class ReLU(nnx.Module):
+    """max(x, 0), as a module for use in a Sequential."""
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.relu(x)
+
+
+class Sequential(nnx.List[Any]):
+    """Layers called one after another, with torch's paths: `0.kernel`, `1.kernel`.
+
+    nnx.Sequential would call them `layers.0.kernel`, `layers.1.kernel`.
+    """
+
+    def __init__(self, *layers: Callable[[Array], Array]) -> None:
+        super().__init__(layers)
+
+    def __call__(self, x: Array) -> Array:
+        for layer in self:
+            x = layer(x)
+        return x

@@ -1,4 +1,7 @@
-"""torch's pooling and flattening for arrays with channels last: (B, H, W, C)."""
+"""torch's pooling and flattening for arrays with channels last: (B, H, W, C).
+
+Functions under the names of torch.nn.functional, modules under those of torch.nn.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ def max_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The largest of every window; outside of the image is less than anything."""
+    """The largest value of every window; padding is less than anything."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.max_pool(x, window, window if stride is None else pair(stride), edges)
 
@@ -27,7 +30,7 @@ def avg_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The mean of every window; outside of the image is zero, and is counted."""
+    """The mean of every window; padding is zero, and is counted."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.avg_pool(x, window, window if stride is None else pair(stride), edges)
 
@@ -35,8 +38,8 @@ def avg_pool2d(
 def adaptive_avg_pool2d(x: Array, output_size: int | tuple[int, int]) -> Array:
     """(B, H, W, C) -> (B, *output_size, C): the mean of the windows that torch chooses.
 
-    Window i of n over an axis of size s is floor(i*s/n) to ceil((i+1)*s/n): windows differ in
-    length, overlap where s is no multiple of n, and repeat where s is less than n.
+    Window i of n over an axis of size s goes from floor(i*s/n) to ceil((i+1)*s/n): windows differ
+    in length, overlap where s is no multiple of n, and repeat where s is less than n.
     """
     for axis, n in zip((1, 2), pair(output_size), strict=True):
         size = x.shape[axis]
@@ -47,10 +50,62 @@ def adaptive_avg_pool2d(x: Array, output_size: int | tuple[int, int]) -> Array:
 
 
 def flatten(x: Array) -> Array:
-    """(B, H, W, C) -> (B, C*H*W), columns channel-first, so that weights are those of torch."""
+    """(B, H, W, C) -> (B, C*H*W), in torch's order, so that torch's next linear layer fits."""
     return jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
 
 
+class MaxPool2d(nnx.Module):
+    """(B, H, W, C) -> (B, H', W', C): `max_pool2d` as a module."""
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, x: Array) -> Array:
+        return max_pool2d(x, self.kernel_size, self.stride, self.padding)
+
+
+class AvgPool2d(nnx.Module):
+    """(B, H, W, C) -> (B, H', W', C): `avg_pool2d` as a module."""
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, x: Array) -> Array:
+        return avg_pool2d(x, self.kernel_size, self.stride, self.padding)
+
+
+class AdaptiveAvgPool2d(nnx.Module):
+    """(B, H, W, C) -> (B, *output_size, C): `adaptive_avg_pool2d` as a module."""
+
+    def __init__(self, output_size: int | tuple[int, int]) -> None:
+        self.output_size = output_size
+
+    def __call__(self, x: Array) -> Array:
+        return adaptive_avg_pool2d(x, self.output_size)
+
+
+class Flatten(nnx.Module):
+    """(B, H, W, C) -> (B, C*H*W): `flatten` as a module."""
+
+    def __call__(self, x: Array) -> Array:
+        return flatten(x)
+
+
 def _edges(padding: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What nnx's pools take for torch's padding: (before, after) for each axis."""
     h, w = pair(padding)
     return (h, h), (w, w)

@@ -11,13 +11,15 @@ time-major order sequences are (T, B, F); with `batch_first` they are (B, T, F),
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+
+from zoo.nn.options_flax import Options
 
 State = tuple[Array, ...]
 # (projected: W_ih x + b_ih, (B, G*H); state, (B, H) each; W_hh; b_hh) -> next state, whose first
@@ -119,6 +121,14 @@ def _scan(
     return outputs, final
 
 
+class RecurrentOptions(Options, total=False):
+    """What RNN, GRU and LSTM take besides their sizes."""
+
+    batch_first: bool
+    dropout: float  # on the outputs of every layer but the last, in training
+    bidirectional: bool
+
+
 class _Recurrent(nnx.Module):
     """What the three nets share: their parameters, and the order of layers and directions."""
 
@@ -199,9 +209,8 @@ class RNN(_Recurrent):
         num_layers: int = 1,
         *,
         nonlinearity: str = "tanh",
-        **kw: Any,
+        **kw: Unpack[RecurrentOptions],
     ) -> None:
-        """`kw`: batch_first, dropout, bidirectional, dtype, param_dtype, rngs."""
         super().__init__(_rnn(nonlinearity), input_size, hidden_size, num_layers, **kw)
 
     def __call__(
@@ -222,8 +231,13 @@ class GRU(_Recurrent):
 
     gates = 3
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **kw: Any) -> None:
-        """`kw`: batch_first, dropout, bidirectional, dtype, param_dtype, rngs."""
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        **kw: Unpack[RecurrentOptions],
+    ) -> None:
         super().__init__(_gru_step, input_size, hidden_size, num_layers, **kw)
 
     def __call__(
@@ -240,8 +254,13 @@ class LSTM(_Recurrent):
     gates = 4
     parts = 2
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, **kw: Any) -> None:
-        """`kw`: batch_first, dropout, bidirectional, dtype, param_dtype, rngs."""
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        **kw: Unpack[RecurrentOptions],
+    ) -> None:
         super().__init__(_lstm_step, input_size, hidden_size, num_layers, **kw)
 
     def __call__(
@@ -293,9 +312,13 @@ class RNNCell(_Cell):
     gates = 1
 
     def __init__(
-        self, input_size: int, hidden_size: int, *, nonlinearity: str = "tanh", **kw: Any
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        nonlinearity: str = "tanh",
+        **kw: Unpack[Options],
     ) -> None:
-        """`kw`: dtype, param_dtype, rngs."""
         super().__init__(_rnn(nonlinearity), input_size, hidden_size, **kw)
 
     def __call__(self, input: Array, hx: Array | None = None) -> Array:
@@ -308,8 +331,7 @@ class GRUCell(_Cell):
 
     gates = 3
 
-    def __init__(self, input_size: int, hidden_size: int, **kw: Any) -> None:
-        """`kw`: dtype, param_dtype, rngs."""
+    def __init__(self, input_size: int, hidden_size: int, **kw: Unpack[Options]) -> None:
         super().__init__(_gru_step, input_size, hidden_size, **kw)
 
     def __call__(self, input: Array, hx: Array | None = None) -> Array:
@@ -323,8 +345,7 @@ class LSTMCell(_Cell):
     gates = 4
     parts = 2
 
-    def __init__(self, input_size: int, hidden_size: int, **kw: Any) -> None:
-        """`kw`: dtype, param_dtype, rngs."""
+    def __init__(self, input_size: int, hidden_size: int, **kw: Unpack[Options]) -> None:
         super().__init__(_lstm_step, input_size, hidden_size, **kw)
 
     def __call__(self, input: Array, hx: tuple[Array, Array] | None = None) -> tuple[Array, Array]:

@@ -7,21 +7,53 @@ time-major order sequences are (T, B, F); with `batch_first` they are (B, T, F),
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from zoo.nn.layers_torch import promote
+from zoo.nn.options_torch import Options
 
 State = tuple[Tensor, ...]
+
+
+class RecurrentOptions(Options, total=False):
+    """What RNN, GRU and LSTM take besides their sizes."""
+
+    batch_first: bool
+    dropout: float  # on the outputs of every layer but the last, in training
+    bidirectional: bool
 
 
 class _Recurrent(nn.RNNBase):
     """What the three nets share: casting, lengths, and the call of torch's own kernels."""
 
-    dtype: torch.dtype | None
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            mode,
+            input_size,
+            hidden_size,
+            num_layers,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            dtype=param_dtype,
+        )
+        self.dtype = dtype
 
     def _run(
         self, kernel: Any, input: Tensor, states: State | None, lengths: Tensor | None
@@ -69,26 +101,13 @@ class RNN(_Recurrent):
         num_layers: int = 1,
         *,
         nonlinearity: str = "tanh",
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        **kw: Unpack[RecurrentOptions],
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity {nonlinearity!r} is neither tanh nor relu")
-        super().__init__(
-            f"RNN_{nonlinearity.upper()}",
-            input_size,
-            hidden_size,
-            num_layers,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=param_dtype,
-        )
+        mode = f"RNN_{nonlinearity.upper()}"
+        super().__init__(mode, input_size, hidden_size, num_layers, **kw)
         self.nonlinearity = nonlinearity
-        self.dtype = dtype
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
@@ -112,24 +131,9 @@ class GRU(_Recurrent):
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
-        *,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        **kw: Unpack[RecurrentOptions],
     ) -> None:
-        super().__init__(
-            "GRU",
-            input_size,
-            hidden_size,
-            num_layers,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=param_dtype,
-        )
-        self.dtype = dtype
+        super().__init__("GRU", input_size, hidden_size, num_layers, **kw)
 
     def forward(
         self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
@@ -147,24 +151,9 @@ class LSTM(_Recurrent):
         input_size: int,
         hidden_size: int,
         num_layers: int = 1,
-        *,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        **kw: Unpack[RecurrentOptions],
     ) -> None:
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            batch_first=batch_first,
-            dropout=dropout,
-            bidirectional=bidirectional,
-            dtype=param_dtype,
-        )
-        self.dtype = dtype
+        super().__init__("LSTM", input_size, hidden_size, num_layers, **kw)
 
     def forward(
         self,

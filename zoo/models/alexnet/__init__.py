@@ -27,5 +27,5 @@ MODEL = Model(
     inputs=inputs,
     torch="zoo.models.alexnet.model_torch:AlexNet",
     flax="zoo.models.alexnet.model_flax:AlexNet",
-    images=("x", "features.*", "avgpool"),
+    images=("x", "features*", "avgpool"),
 )

@@ -5,9 +5,8 @@ B samples, D features in, E features out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -15,7 +14,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from zoo.models.custom_layer.config import Config
-from zoo.nn.taps import Taps
+from zoo.nn.layers_flax import ReLU
+from zoo.nn.options_flax import Options
 
 
 class Identity(nnx.Module):
@@ -44,16 +44,15 @@ class Scale(nnx.Module):
         return x * factor
 
 
-class Sequential(nnx.List):
+class Sequential(nnx.List[Any]):
     """Layers `0` (one's own), `1` (linear) and `2` (ReLU)."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         own = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
-        super().__init__([own, nnx.Linear(c.in_features, c.out_features, **kw), jax.nn.relu])
+        super().__init__([own, nnx.Linear(c.in_features, c.out_features, **kw), ReLU()])
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
-        """(B, D) -> (B, E); `taps=True` adds {layer: what it gives}."""
-        tap = Taps(taps)
-        for i, layer in enumerate(self):
-            x = tap(str(i), layer(x))
-        return tap.result(x)
+    def __call__(self, x: Array) -> Array:
+        """(B, D) -> (B, E)."""
+        for layer in self:
+            x = layer(x)
+        return x

@@ -5,14 +5,14 @@ B samples, D features in, E features out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from zoo.models.custom_layer.config import Config
 from zoo.nn.layers_torch import Linear, promote
-from zoo.nn.taps import Taps
+from zoo.nn.options_torch import Options
 
 
 class Identity(nn.Module):
@@ -44,13 +44,12 @@ class Scale(nn.Module):
 class Sequential(nn.Sequential):
     """Layers `0` (one's own), `1` (linear) and `2` (ReLU)."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         own = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
         super().__init__(own, Linear(c.in_features, c.out_features, **kw), nn.ReLU())
 
-    def forward(self, x: Tensor, taps: bool = False) -> Any:
-        """(B, D) -> (B, E); `taps=True` adds {layer: what it gives}."""
-        tap = Taps(taps)
-        for name, layer in self.named_children():
-            x = tap(name, layer(x))
-        return tap.result(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, E)."""
+        for layer in self:
+            x = layer(x)
+        return x

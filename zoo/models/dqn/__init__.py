@@ -27,6 +27,6 @@ MODEL = Model(
     inputs=inputs,
     torch="zoo.models.dqn.model_torch:DQNPolicy",
     flax="zoo.models.dqn.model_flax:DQNPolicy",
-    images=("obs", "*.features_extractor.cnn.?"),
+    images=("obs", "*.features_extractor.cnn.[0-5]"),
     structure=frozenset({"target"}),
 )

@@ -5,7 +5,7 @@ B samples, D features in, E features out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,11 +14,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from zoo.models.linear.config import Config
-from zoo.nn.taps import Taps
+from zoo.nn.options_flax import Options
 
 
 class LinearRegression(nnx.Module):
-    """y = w * x + b with one number each."""
+    """y = w * x + b, where w and b are one number each."""
 
     def __init__(
         self,
@@ -32,26 +32,23 @@ class LinearRegression(nnx.Module):
         self.w = nnx.Param(jnp.zeros(1, param_dtype))
         self.b = nnx.Param(jnp.zeros(1, param_dtype))
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
+    def __call__(self, x: Array) -> Array:
         """(B, 1) -> (B, 1)."""
-        tap = Taps(taps)
         x, w, b = promote_dtype((x, self.w[...], self.b[...]), dtype=self.dtype)
-        return tap.result(tap("product", w * x) + b)
+        return w * x + b
 
 
 class LinearMap(nnx.Linear):
-    """A linear layer that is the whole model, so that its parameters are at the root."""
+    """A linear layer that is the whole model: its tensors are `kernel` and `bias`, at the root."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__(c.in_features, c.out_features, **kw)
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
         """(B, D) -> (B, E)."""
-        tap = Taps(taps)
-        return tap.result(tap("linear", super().__call__(x)))
+        return super().__call__(x)
 
 
-def linear(c: Config, **kw: Any) -> nnx.Module:
-    """The module for `c.form`. `dtype` is that of the computation, `param_dtype` of the weights;
-    `rngs` is required, as everywhere in NNX."""
+def linear(c: Config, **kw: Unpack[Options]) -> LinearRegression | LinearMap:
+    """The module for `c.form`."""
     return LinearRegression(c, **kw) if c.form == "scalar" else LinearMap(c, **kw)

@@ -6,7 +6,8 @@ B samples; the widths of the layers are `Config.sizes`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from zoo.models.mlp.config import Config
-from zoo.nn.taps import Taps
+from zoo.nn.options_flax import Options
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -25,18 +26,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class MLP(nnx.Module):
-    """`dtype` is that of the computation, `param_dtype` of the weights; `rngs` is required, as
-    everywhere in NNX."""
+    """Linear layers named `Config.names`, an activation after each."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
-        for name, n_in, n_out in zip(c.names, c.sizes[:-1], c.sizes[1:], strict=True):
+        for name, (n_in, n_out) in zip(c.names, pairwise(c.sizes), strict=True):
             setattr(self, name, nnx.Linear(n_in, n_out, **kw))
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
-        """(B, sizes[0]) -> (B, sizes[-1]); `taps=True` adds {layer: what it gives}."""
-        c, tap = self.config, Taps(taps)
-        for name in c.names:
-            activation = c.output_activation if name == c.names[-1] else c.activation
-            x = ACTIVATIONS[activation](tap(name, getattr(self, name)(x)))
-        return tap.result(x)
+    def __call__(self, x: Array) -> Array:
+        """(B, sizes[0]) -> (B, sizes[-1])."""
+        c = self.config
+        for name in c.names[:-1]:
+            x = ACTIVATIONS[c.activation](getattr(self, name)(x))
+        x = getattr(self, c.names[-1])(x)
+        return ACTIVATIONS[c.output_activation](x)

@@ -6,14 +6,15 @@ B samples; the widths of the layers are `Config.sizes`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from zoo.models.mlp.config import Config
 from zoo.nn.layers_torch import Linear
-from zoo.nn.taps import Taps
+from zoo.nn.options_torch import Options
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -24,18 +25,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """`dtype` is that of the computation, `param_dtype` of the weights."""
+    """Linear layers named `Config.names`, an activation after each."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.config = c
-        for name, n_in, n_out in zip(c.names, c.sizes[:-1], c.sizes[1:], strict=True):
+        for name, (n_in, n_out) in zip(c.names, pairwise(c.sizes), strict=True):
             setattr(self, name, Linear(n_in, n_out, **kw))
 
-    def forward(self, x: Tensor, taps: bool = False) -> Any:
-        """(B, sizes[0]) -> (B, sizes[-1]); `taps=True` adds {layer: what it gives}."""
-        c, tap = self.config, Taps(taps)
-        for name in c.names:
-            activation = c.output_activation if name == c.names[-1] else c.activation
-            x = ACTIVATIONS[activation](tap(name, getattr(self, name)(x)))
-        return tap.result(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, sizes[0]) -> (B, sizes[-1])."""
+        c = self.config
+        for name in c.names[:-1]:
+            x = ACTIVATIONS[c.activation](getattr(self, name)(x))
+        x = getattr(self, c.names[-1])(x)
+        return ACTIVATIONS[c.output_activation](x)

@@ -28,5 +28,5 @@ MODEL = Model(
     torch="zoo.models.resnet.model_torch:ResNet",
     flax="zoo.models.resnet.model_flax:ResNet",
     init=init,
-    images=("x", "conv1", "bn1", "maxpool", "layer*"),
+    images=("x", "conv1", "bn1", "maxpool", "layer*", "avgpool"),
 )

@@ -1,11 +1,11 @@
 """ResNet in Flax NNX: the twin of model_torch.py, class by class.
 
-B images, H x W pixels in each, C channels, which come last.
+B images, H x W pixels in each, C channels, which come last: (B, H, W, C).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from flax import nnx
 from jax import Array
@@ -14,97 +14,93 @@ from jax.nn import relu
 from zoo.models.resnet.config import EXPANSION, Config
 from zoo.nn.batchnorm_flax import BatchNorm2d
 from zoo.nn.conv_flax import Conv2d
-from zoo.nn.pool_flax import adaptive_avg_pool2d, flatten, max_pool2d
-from zoo.nn.taps import Taps
-
-
-def make_downsample(n_in: int, n_out: int, stride: int, **kw: Any) -> nnx.List | None:
-    """A 1x1 convolution to bring a block's input into its output's shape, if they differ."""
-    if stride == 1 and n_in == n_out:
-        return None
-    return nnx.List([Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw)])
-
-
-def shortcut(downsample: nnx.List | None, x: Array, tap: Taps) -> Array:
-    """The block's input, brought to its output's shape; step by step so that taps see both
-    layers."""
-    if downsample is None:
-        return x
-    conv, norm = downsample
-    return tap("downsample.1", norm(tap("downsample.0", conv(x))))
+from zoo.nn.layers_flax import Sequential
+from zoo.nn.options_flax import Options
+from zoo.nn.pool_flax import AdaptiveAvgPool2d, MaxPool2d, flatten
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions."""
+    """Two 3x3 convolutions and a shortcut around them (He 2015, figure 5, left)."""
 
-    def __init__(self, n_in: int, inner: int, stride: int, **kw: Any) -> None:
+    def __init__(self, n_in: int, inner: int, stride: int, **kw: Unpack[Options]) -> None:
         self.conv1 = Conv2d(n_in, inner, 3, stride, padding=1, bias=False, **kw)
         self.bn1 = BatchNorm2d(inner, **kw)
         self.conv2 = Conv2d(inner, inner, 3, padding=1, bias=False, **kw)
         self.bn2 = BatchNorm2d(inner, **kw)
         self.downsample = make_downsample(n_in, inner, stride, **kw)
 
-    def __call__(self, x: Array, tap: Taps) -> Array:
-        y = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        y = tap("bn2", self.bn2(tap("conv2", self.conv2(y))))
-        return relu(y + shortcut(self.downsample, x, tap))
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, n_in) -> (B, H / stride, W / stride, inner)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return relu(x + shortcut)
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions; v1.5: the stride is that of the 3x3, not of the first 1x1."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut around them (figure 5, right).
 
-    def __init__(self, n_in: int, inner: int, stride: int, **kw: Any) -> None:
+    The stride is on the 3x3 convolution, as in "v1.5"; the paper has it on the first 1x1.
+    """
+
+    def __init__(self, n_in: int, inner: int, stride: int, **kw: Unpack[Options]) -> None:
+        n_out = inner * EXPANSION["bottleneck"]
         self.conv1 = Conv2d(n_in, inner, 1, bias=False, **kw)
         self.bn1 = BatchNorm2d(inner, **kw)
         self.conv2 = Conv2d(inner, inner, 3, stride, padding=1, bias=False, **kw)
         self.bn2 = BatchNorm2d(inner, **kw)
-        n_out = inner * EXPANSION["bottleneck"]
         self.conv3 = Conv2d(inner, n_out, 1, bias=False, **kw)
         self.bn3 = BatchNorm2d(n_out, **kw)
         self.downsample = make_downsample(n_in, n_out, stride, **kw)
 
-    def __call__(self, x: Array, tap: Taps) -> Array:
-        y = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        y = relu(tap("bn2", self.bn2(tap("conv2", self.conv2(y)))))
-        y = tap("bn3", self.bn3(tap("conv3", self.conv3(y))))
-        return relu(y + shortcut(self.downsample, x, tap))
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, n_in) -> (B, H / stride, W / stride, n_out)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return relu(x + shortcut)
 
 
-def make_layer(c: Config, stage: int, **kw: Any) -> nnx.List:
-    """The blocks of stage 0 to 3. The first block halves the image, except in stage 0, whose input
-    the max-pool has halved."""
-    cls = BasicBlock if c.block == "basic" else Bottleneck
+def make_downsample(n_in: int, n_out: int, stride: int, **kw: Unpack[Options]) -> Sequential | None:
+    """A 1x1 convolution that gives the shortcut the shape of the block's output; None where it has
+    that shape already."""
+    if stride == 1 and n_in == n_out:
+        return None
+    return Sequential(Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw))
+
+
+def make_layer(c: Config, stage: int, **kw: Unpack[Options]) -> Sequential:
+    """The blocks of stage 0, 1, 2 or 3. The first block of a stage halves the image, except in
+    stage 0, where the max pool has just halved it."""
+    block = BasicBlock if c.block == "basic" else Bottleneck
     inner = c.width * 2**stage
     n_in = c.width if stage == 0 else inner // 2 * c.expansion
-    blocks = [cls(n_in, inner, 1 if stage == 0 else 2, **kw)]
-    blocks += [cls(inner * c.expansion, inner, 1, **kw) for _ in range(c.layers[stage] - 1)]
-    return nnx.List(blocks)
+    blocks = [block(n_in, inner, stride=1 if stage == 0 else 2, **kw)]
+    for _ in range(c.layers[stage] - 1):
+        blocks.append(block(inner * c.expansion, inner, stride=1, **kw))
+    return Sequential(*blocks)
 
 
 class ResNet(nnx.Module):
-    """`dtype` is that of the computation, `param_dtype` of the weights; `rngs` is required, as
-    everywhere in NNX."""
-
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.conv1 = Conv2d(3, c.width, 7, stride=2, padding=3, bias=False, **kw)
         self.bn1 = BatchNorm2d(c.width, **kw)
+        self.maxpool = MaxPool2d(3, stride=2, padding=1)
         self.layer1 = make_layer(c, 0, **kw)
         self.layer2 = make_layer(c, 1, **kw)
         self.layer3 = make_layer(c, 2, **kw)
         self.layer4 = make_layer(c, 3, **kw)
+        self.avgpool = AdaptiveAvgPool2d(1)
         self.fc = nnx.Linear(c.width * 8 * c.expansion, c.num_classes, **kw)
 
-    def __call__(self, x: Array, taps: bool = False) -> Any:
-        """(B, H, W, 3) -> logits (B, num_classes).
-
-        `taps=True` returns (output, {name: intermediate}); names are module paths, or torchvision's
-        for the pools.
-        """
-        tap = Taps(taps)
-        x = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        x = tap("maxpool", max_pool2d(x, 3, stride=2, padding=1))
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            for i, block in enumerate(getattr(self, name)):
-                x = tap(f"{name}.{i}", block(x, tap.at(f"{name}.{i}")))
-        x = tap("avgpool", flatten(adaptive_avg_pool2d(x, 1)))
-        return tap.result(self.fc(x))
+    def __call__(self, x: Array) -> Array:
+        """(B, H, W, 3) -> logits (B, num_classes)."""
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(x)  # (B, H / 4, W / 4, width)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)  # (B, H / 32, W / 32, C)
+        x = self.avgpool(x)  # (B, 1, 1, C)
+        return self.fc(flatten(x))

@@ -1,11 +1,12 @@
-"""ResNet in PyTorch. He 2015, https://arxiv.org/abs/1512.03385; names from torchvision.
+"""ResNet in PyTorch. He 2015, https://arxiv.org/abs/1512.03385; names and strides are those of
+torchvision's models/resnet.py.
 
-B images, H x W pixels in each, C channels.
+B images, H x W pixels in each, C channels: (B, C, H, W).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor, nn, relu
 
@@ -13,32 +14,13 @@ from zoo.models.resnet.config import EXPANSION, Config
 from zoo.nn.batchnorm_torch import BatchNorm2d
 from zoo.nn.conv_torch import Conv2d
 from zoo.nn.layers_torch import Linear
-from zoo.nn.pool_torch import adaptive_avg_pool2d, flatten, max_pool2d
-from zoo.nn.taps import Taps
-
-
-def make_downsample(n_in: int, n_out: int, stride: int, **kw: Any) -> nn.ModuleList | None:
-    """A 1x1 convolution to bring a block's input into its output's shape, if they differ."""
-    if stride == 1 and n_in == n_out:
-        return None
-    return nn.ModuleList(
-        [Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw)]
-    )
-
-
-def shortcut(downsample: nn.ModuleList | None, x: Tensor, tap: Taps) -> Tensor:
-    """The block's input, brought to its output's shape; step by step so that taps see both
-    layers."""
-    if downsample is None:
-        return x
-    conv, norm = downsample
-    return tap("downsample.1", norm(tap("downsample.0", conv(x))))
+from zoo.nn.options_torch import Options
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions."""
+    """Two 3x3 convolutions and a shortcut around them (He 2015, figure 5, left)."""
 
-    def __init__(self, n_in: int, inner: int, stride: int, **kw: Any) -> None:
+    def __init__(self, n_in: int, inner: int, stride: int, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.conv1 = Conv2d(n_in, inner, 3, stride, padding=1, bias=False, **kw)
         self.bn1 = BatchNorm2d(inner, **kw)
@@ -46,68 +28,82 @@ class BasicBlock(nn.Module):
         self.bn2 = BatchNorm2d(inner, **kw)
         self.downsample = make_downsample(n_in, inner, stride, **kw)
 
-    def forward(self, x: Tensor, tap: Taps) -> Tensor:
-        y = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        y = tap("bn2", self.bn2(tap("conv2", self.conv2(y))))
-        return relu(y + shortcut(self.downsample, x, tap))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n_in, H, W) -> (B, inner, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return relu(x + shortcut)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; v1.5: the stride is that of the 3x3, not of the first 1x1."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut around them (figure 5, right).
 
-    def __init__(self, n_in: int, inner: int, stride: int, **kw: Any) -> None:
+    The stride is on the 3x3 convolution, as in "v1.5"; the paper has it on the first 1x1.
+    """
+
+    def __init__(self, n_in: int, inner: int, stride: int, **kw: Unpack[Options]) -> None:
         super().__init__()
+        n_out = inner * EXPANSION["bottleneck"]
         self.conv1 = Conv2d(n_in, inner, 1, bias=False, **kw)
         self.bn1 = BatchNorm2d(inner, **kw)
         self.conv2 = Conv2d(inner, inner, 3, stride, padding=1, bias=False, **kw)
         self.bn2 = BatchNorm2d(inner, **kw)
-        n_out = inner * EXPANSION["bottleneck"]
         self.conv3 = Conv2d(inner, n_out, 1, bias=False, **kw)
         self.bn3 = BatchNorm2d(n_out, **kw)
         self.downsample = make_downsample(n_in, n_out, stride, **kw)
 
-    def forward(self, x: Tensor, tap: Taps) -> Tensor:
-        y = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        y = relu(tap("bn2", self.bn2(tap("conv2", self.conv2(y)))))
-        y = tap("bn3", self.bn3(tap("conv3", self.conv3(y))))
-        return relu(y + shortcut(self.downsample, x, tap))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n_in, H, W) -> (B, n_out, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return relu(x + shortcut)
 
 
-def make_layer(c: Config, stage: int, **kw: Any) -> nn.ModuleList:
-    """The blocks of stage 0 to 3. The first block halves the image, except in stage 0, whose input
-    the max-pool has halved."""
-    cls = BasicBlock if c.block == "basic" else Bottleneck
+def make_downsample(
+    n_in: int, n_out: int, stride: int, **kw: Unpack[Options]
+) -> nn.Sequential | None:
+    """A 1x1 convolution that gives the shortcut the shape of the block's output; None where it has
+    that shape already."""
+    if stride == 1 and n_in == n_out:
+        return None
+    return nn.Sequential(Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw))
+
+
+def make_layer(c: Config, stage: int, **kw: Unpack[Options]) -> nn.Sequential:
+    """The blocks of stage 0, 1, 2 or 3. The first block of a stage halves the image, except in
+    stage 0, where the max pool has just halved it."""
+    block = BasicBlock if c.block == "basic" else Bottleneck
     inner = c.width * 2**stage
     n_in = c.width if stage == 0 else inner // 2 * c.expansion
-    blocks = [cls(n_in, inner, 1 if stage == 0 else 2, **kw)]
-    blocks += [cls(inner * c.expansion, inner, 1, **kw) for _ in range(c.layers[stage] - 1)]
-    return nn.ModuleList(blocks)
+    blocks = [block(n_in, inner, stride=1 if stage == 0 else 2, **kw)]
+    for _ in range(c.layers[stage] - 1):
+        blocks.append(block(inner * c.expansion, inner, stride=1, **kw))
+    return nn.Sequential(*blocks)
 
 
 class ResNet(nn.Module):
-    """`dtype` is that of the computation, `param_dtype` of the weights."""
-
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.conv1 = Conv2d(3, c.width, 7, stride=2, padding=3, bias=False, **kw)
         self.bn1 = BatchNorm2d(c.width, **kw)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = make_layer(c, 0, **kw)
         self.layer2 = make_layer(c, 1, **kw)
         self.layer3 = make_layer(c, 2, **kw)
         self.layer4 = make_layer(c, 3, **kw)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = Linear(c.width * 8 * c.expansion, c.num_classes, **kw)
 
-    def forward(self, x: Tensor, taps: bool = False) -> Any:
-        """(B, 3, H, W) -> logits (B, num_classes).
-
-        `taps=True` returns (output, {name: intermediate}); names are module paths, or torchvision's
-        for the pools.
-        """
-        tap = Taps(taps)
-        x = relu(tap("bn1", self.bn1(tap("conv1", self.conv1(x)))))
-        x = tap("maxpool", max_pool2d(x, 3, stride=2, padding=1))
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            for i, block in enumerate(getattr(self, name)):
-                x = tap(f"{name}.{i}", block(x, tap.at(f"{name}.{i}")))
-        x = tap("avgpool", flatten(adaptive_avg_pool2d(x, 1)))
-        return tap.result(self.fc(x))
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, num_classes)."""
+        x = relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(x)  # (B, width, H / 4, W / 4)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)  # (B, C, H / 32, W / 32)
+        x = self.avgpool(x)  # (B, C, 1, 1)
+        return self.fc(x.flatten(1))

@@ -1,90 +1,77 @@
 """SAC in PyTorch. Haarnoja 2018, https://arxiv.org/abs/1801.01290 and
-https://arxiv.org/abs/1812.05905; names from stable-baselines3.
+https://arxiv.org/abs/1812.05905; names from stable-baselines3's
+sac/policies.py.
 
 B observations of O numbers, A numbers to an action, each between -1 and 1.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any
+from itertools import pairwise
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from zoo.models.sac.config import EPSILON, LOG_STD_MAX, LOG_STD_MIN, Config, Output
 from zoo.nn.layers_torch import Linear
-from zoo.nn.taps import Taps
-
-OFF = Taps(False)
+from zoo.nn.options_torch import Options
 
 
-def mlp(*sizes: int, **kw: Any) -> list[nn.Module]:
+def mlp(*sizes: int, **kw: Unpack[Options]) -> list[nn.Module]:
     """Linear layers, and a ReLU after each."""
     layers: list[nn.Module] = []
-    for n_in, n_out in itertools.pairwise(sizes):
+    for n_in, n_out in pairwise(sizes):
         layers += [Linear(n_in, n_out, **kw), nn.ReLU()]
     return layers
 
 
 class Actor(nn.Module):
-    """A Gaussian over actions before tanh."""
+    """The mean and the logarithm of the standard deviation of actions before tanh."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
-        self.latent_pi = nn.ModuleList(mlp(c.obs_size, *c.pi, **kw))
+        self.latent_pi = nn.Sequential(*mlp(c.obs_size, *c.pi, **kw))
         self.mu = Linear(c.pi[-1], c.action_size, **kw)
         self.log_std = Linear(c.pi[-1], c.action_size, **kw)
 
-    def forward(self, obs: Tensor, tap: Taps = OFF) -> tuple[Tensor, Tensor]:
-        """obs (B, O) -> mean and logarithm of the standard deviation, both (B, A)."""
-        x = obs
-        for i, layer in enumerate(self.latent_pi):
-            x = tap(f"latent_pi.{i}", layer(x))
-        return self.mu(x), tap("log_std", self.log_std(x)).clamp(LOG_STD_MIN, LOG_STD_MAX)
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs (B, O) -> mu and log_std, both (B, A)."""
+        x = self.latent_pi(obs)
+        return self.mu(x), self.log_std(x).clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 
 class Critic(nn.Module):
-    """Two values of one action, each from a net of its own."""
+    """Two values of an action, each from a network of its own."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         sizes = (c.obs_size + c.action_size, *c.qf, 1)
-        self.qf0 = nn.ModuleList(mlp(*sizes, **kw)[:-1])  # no ReLU on a value
-        self.qf1 = nn.ModuleList(mlp(*sizes, **kw)[:-1])
+        self.qf0 = nn.Sequential(*mlp(*sizes, **kw)[:-1])  # no ReLU on a value
+        self.qf1 = nn.Sequential(*mlp(*sizes, **kw)[:-1])
 
-    def forward(self, obs: Tensor, action: Tensor, tap: Taps = OFF) -> tuple[Tensor, Tensor]:
+    def forward(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, O), action (B, A) -> two values, both (B, 1)."""
-        q0 = q1 = torch.cat([obs, action], dim=1)
-        for i, layer in enumerate(self.qf0):
-            q0 = tap(f"qf0.{i}", layer(q0))
-        for i, layer in enumerate(self.qf1):
-            q1 = tap(f"qf1.{i}", layer(q1))
-        return q0, q1
+        x = torch.cat([obs, action], dim=1)
+        return self.qf0(x), self.qf1(x)
 
 
 class SACPolicy(nn.Module):
     """Actor and critics, and the target critics where the config has them."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.actor = Actor(c, **kw)
         self.critic = Critic(c, **kw)
         self.critic_target = Critic(c, **kw) if c.target else None
 
-    def forward(self, obs: Tensor, action: Tensor, taps: bool = False) -> Any:
-        """obs (B, O), an action (B, A) for the critics -> Output.
-
-        `taps=True` gives (Output, {module path: intermediate}).
-        """
-        tap = Taps(taps)
-        mu, log_std = self.actor(obs, tap.at("actor"))
-        q0, q1 = self.critic(obs, action, tap.at("critic"))
-        targets: tuple[Any, Any] = (None, None)
-        if self.critic_target is not None:
-            targets = self.critic_target(obs, action, tap.at("critic_target"))
-        return tap.result(Output(mu, log_std, torch.tanh(mu), q0, q1, *targets))
+    def forward(self, obs: Tensor, action: Tensor) -> Output:
+        """obs (B, O), an action (B, A) for the critics -> Output."""
+        mu, log_std = self.actor(obs)
+        values = self.critic(obs, action)
+        targets = (None, None) if self.critic_target is None else self.critic_target(obs, action)
+        return Output(mu, log_std, torch.tanh(mu), *values, *targets)
 
     def act(self, obs: Tensor) -> Tensor:
         """The deterministic actions (B, A), between -1 and 1."""
@@ -92,11 +79,15 @@ class SACPolicy(nn.Module):
         return torch.tanh(mu)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """obs (B, O), standard normal noise (B, A) -> actions (B, A), their log-density (B,)."""
+        """obs (B, O), standard normal noise (B, A) -> actions (B, A), their log-density (B,).
+
+        The density is that of the Gaussian, changed by the derivative of tanh (Haarnoja 2018,
+        appendix C).
+        """
         mu, log_std = self.actor(obs)
         std = log_std.exp()
         gaussian = mu + std * noise
         action = torch.tanh(gaussian)
         density = -((gaussian - mu) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2
-        squashed = torch.log(1 - action**2 + EPSILON)  # by tanh's derivative
+        squashed = torch.log(1 - action**2 + EPSILON)
         return action, density.sum(dim=1) - squashed.sum(dim=1)
