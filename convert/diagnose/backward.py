@@ -8,7 +8,6 @@ gradient is one step away from the reference, as values are in the forward walk.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,6 @@ from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import replica
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo import probe
-
-
-@dataclass
-class Wrong:
-    """A gradient that is not what it should be; arrays have torch's axes."""
-
-    where: str  # "in", "out", "parameter"
-    layer: str  # torch name
-    key: str  # which input or output; the parameter's name
-    judged: Judged
-    exact: np.ndarray
-    given: np.ndarray
 
 
 def first_backward(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
 from convert.diagnose.case import Finding
-from convert.diagnose.reference import Reference
+from convert.diagnose.reference import Judged, Reference
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
 from convert.matching.kinds import torch_kind
 
-if TYPE_CHECKING:
-    from convert.diagnose.backward import Wrong
+
+@dataclass
+class Wrong:
+    """A gradient that is not what it should be; arrays have torch's axes."""
+
+    where: str  # "in", "out", "parameter"
+    layer: str  # torch name
+    key: str  # which input or output; the parameter's name
+    judged: Judged
+    exact: np.ndarray
+    given: np.ndarray
 
 
 def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Finding:
