@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim
-    from convert.api import convert
+    from convert.api import convert, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from convert.packing import pack
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
-    from convert.verification import verify
     from zoo.checkpoint.certificate import Certificate
 
 _WHERE = {
@@ -42,7 +41,7 @@ _WHERE = {
     "pack": "convert.packing",
     "to_jax": "convert.tensors",
     "to_torch": "convert.tensors",
-    "verify": "convert.verification",
+    "verify": "convert.api",
 }
 __all__ = [
     "Certificate",

@@ -1,121 +1,25 @@
-"""`convert.convert`, for the command line and for whoever writes Python."""
+"""What joins the rooms: `convert`, `plan` and `verify`. Functions that one room answers alone are
+that room's; `convert/__init__.py` names them all, and the command line calls nothing else."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from convert.compare.settings import Level, check_level
-from convert.engine.commit import check_space, check_target
-from convert.engine.execute import disk_needed, memory_needed, run
-from convert.engine.targets import Target, by_suffix, choose
-from convert.training_state.besides import besides
-from convert.training_state.state import TrainingState
-from convert.verification import prover
-from zoo import hub
-from zoo.checkpoint.certificate import Certificate
-from zoo.checkpoint.identification import FLAX_TREES
-from zoo.checkpoint.label import read_label
-from zoo.checkpoint.plan import Plan, make_plan
+from convert.compare.report import Report
+from convert.compare.settings import OPTIMIZERS, STEPS, Level, Settings, check_level
+from convert.engine.execute import run
+from convert.engine.prepare import Order, Prepared, prepare
+from zoo.checkpoint.certificate import Certificate, now, versions
 from zoo.checkpoint.progress import Progress
-from zoo.containers import open_checkpoint
-from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
-from zoo.layout import TREES, Tree
-from zoo.loading import FRAMEWORKS, dtype_code, make_request
+from zoo.layout import Tree
+from zoo.loading import make_request
 
 Source = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A conversion that has been planned and not yet begun."""
-
-    plan: Plan
-    target: Target
-    notices: list[str]
-    container: str  # the source's
-    training: TrainingState  # what the source holds besides weights
-
-    @property
-    def memory(self) -> int:
-        """Bytes of tensors that will be held at the peak."""
-        return memory_needed(self.plan)
-
-    @property
-    def disk(self) -> int:
-        """Bytes that will be needed on the target's disk at the peak."""
-        return disk_needed(self.plan, self.target, self.training)
-
-
-@dataclass(frozen=True)
-class _Order:
-    """The arguments of `convert`, as they were given."""
-
-    src: Source
-    dst: Source | None = None
-    to: str | None = None
-    framework: str | None = None
-    tree: Tree = "nnx"
-    model: str | None = None
-    config: Source | Mapping[str, Any] | None = None
-    dtype: str | None = None
-    max_shard_size: int | None = None
-    learning_rate: float | None = None
-
-    def open(self) -> Reader:
-        """The source, of the framework that the target is not of."""
-        prefer = "flax" if self.wanted == "torch" else "torch"
-        return open_checkpoint(hub.locate(self.src), prefer)
-
-    @property
-    def wanted(self) -> str | None:
-        """The framework that was asked for, if one was: safetensors is of both."""
-        if self.framework is not None:
-            return self.framework
-        to = self.to or by_suffix(None if self.dst is None else Path(self.dst))
-        return {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")
-
-    def prepare(self, reader: Reader, force: bool, stack: ExitStack) -> Prepared:
-        """Identify, plan, choose the target, and see that it may be written. Files that belong to
-        the source are opened into `stack`."""
-        if self.framework not in (None, *FRAMEWORKS):
-            raise UsageError(f"there is no framework {self.framework!r}", "it is 'torch' or 'flax'")
-        if self.tree not in FLAX_TREES:
-            raise UsageError(
-                f"there is no tree {self.tree!r}", f"known are {', '.join(FLAX_TREES)}"
-            )
-        target_tree: Tree | None = None
-        sources: tuple[Tree, ...] = TREES
-        if self.wanted is not None:
-            target_tree = "torch" if self.wanted == "torch" else self.tree
-            sources = FLAX_TREES if self.wanted == "torch" else ("torch",)
-            self.target(self.wanted)  # what cannot be asked for is told before the tensors are
-        made = make_plan(
-            reader,
-            read_label(reader),
-            target_tree,
-            request=make_request(self.model, self.config),
-            sources=sources,
-            dtype=None if self.dtype is None else dtype_code(self.dtype),
-        )
-        target, told = self.target("torch" if made.target_tree == "torch" else "flax")
-        check_target(target.path, reader.path, force)
-        made, training = besides(reader, made, stack, self.learning_rate)
-        if self.dtype is not None and (training.optimizers or training.ema):
-            told.append("moments and averages keep their dtypes")
-        check_space(target.path.parent, disk_needed(made, target, training))
-        return Prepared(made, target, [*made.notices, *told], reader.container, training)
-
-    def target(self, framework: str) -> tuple[Target, list[str]]:
-        """Where the result goes, and what to tell about it."""
-        dst = None if self.dst is None else Path(self.dst)
-        beside = hub.beside(self.src)
-        return choose(beside, dst, self.to, framework, self.max_shard_size)
 
 
 def convert(
@@ -149,38 +53,104 @@ def convert(
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.
     """
-    check_level(level)
-    if level != "bits" and (dtype is not None or not verify):
-        what = "a cast changes" if dtype is not None else "verify=False leaves out"
-        raise UsageError(
-            f"level {level!r} compares with the source, which {what}", "leave out one of the two"
-        )
-    order = _Order(
-        *(src, dst, to, framework, tree, model, config, dtype, max_shard_size, learning_rate)
+    order = Order(
+        src=src,
+        dst=dst,
+        to=to,
+        framework=framework,
+        tree=tree,
+        model=model,
+        config=config,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        learning_rate=learning_rate,
+        force=force,
+        verify=verify,
+        level=level,
     )
     with ExitStack() as stack:
-        reader = stack.enter_context(order.open())
-        prepared = order.prepare(reader, force, stack)
+        prepared = prepare(order, stack)
         on_plan(prepared)
-        return run(
-            reader,
-            prepared.plan,
-            prepared.target,
-            training=prepared.training,
-            force=force,
-            verify=verify,
-            prove=prover(reader, make_request(model, config), level) if level != "bits" else None,
-            progress=progress,
-        )
+        return run(prepared, verify=verify, progress=progress)
 
 
-def plan(
-    src: Source, dst: Source | None = None, to: str | None = None, force: bool = False, **kw: Any
-) -> Prepared:
+def plan(src: Source, dst: Source | None = None, to: str | None = None, **kw: Any) -> Prepared:
     """What `convert` of the same arguments would do, refusing what it would refuse.
 
     Reads names and shapes, writes nothing.
     """
-    order = _Order(src, dst, to, **kw)
     with ExitStack() as stack:
-        return order.prepare(stack.enter_context(order.open()), force, stack)
+        return prepare(Order(src, dst, to, **kw), stack)
+
+
+def verify(
+    a: Any,
+    b: Any,
+    inputs: Any = None,
+    level: Level | None = None,
+    *,
+    model: str | None = None,
+    config: Source | Mapping[str, Any] | None = None,
+    flax_inputs: Any = None,
+    layers: Mapping[str, str] | None = None,
+    layout: Any = None,
+    variables: Mapping[str, Any] | None = None,
+    optimizers: Sequence[str] = OPTIMIZERS,
+    steps: int = STEPS,
+    seed: int = 0,
+    titles: tuple[str, str] | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Whether two models are the same: the verdict, and what it stands on.
+
+    `a` and `b` are checkpoints of the zoo's models, of any containers and frameworks; or a
+    torch.nn.Module and an nnx.Module, a bound linen.Module, or (linen.Module, variables).
+
+    Levels, each with those before it:
+    "bits": every tensor, mapped to torch's names and shapes, bit for bit (the default for
+    checkpoints). "outputs": both are run in eval mode, in float32 and in float64; every output and
+    intermediate is judged by the rounding noise (the default for modules). "gradients": of a scalar
+    loss with respect to every parameter and floating-point input. "training": `steps` steps of each
+    of `optimizers` on the one batch.
+
+    `inputs` are NumPy, torch or JAX arrays: one, a tuple or list (positional) or a dict (by name;
+    with torch's axes). Checkpoints have sample inputs of their own. For modules: `flax_inputs`
+    where the Flax one takes others, else images are moved to channels-last where it asks for that;
+    `layers` pairs that names do not tell, torch name -> Flax path; `layout` a zoo.layout.Layout, or
+    its JSON, that says how the parameters lie; `variables` those of an unbound linen module.
+    `model` and `config` say what checkpoints do not. `seed` is that of the loss's weights. `titles`
+    name the two modules in the report.
+
+    Neither model is changed. Raises ZooError where they cannot be compared; a difference is no
+    error but the verdict.
+    """
+    options = Settings(tuple(dict.fromkeys(optimizers)), steps, seed)
+    if isinstance(inputs, str):
+        raise UsageError(f"inputs is the text {inputs!r}", f"write level={inputs!r}")
+    if level is not None:
+        check_level(level)
+    started = time.perf_counter()
+    if all(isinstance(side, str | os.PathLike) for side in (a, b)):
+        if any(x is not None for x in (flax_inputs, layers, layout, variables)):
+            raise UsageError(
+                "flax_inputs, layers, layout and variables are for modules, not for checkpoints",
+                "leave them out",
+            )
+        from convert.compare.checkpoints import verify_checkpoints
+
+        request = make_request(model, config)
+        report = verify_checkpoints(a, b, level or "bits", request, inputs, options, progress)
+    else:
+        from convert.compare.modules import Hints, compare_modules
+
+        if model is not None or config is not None:
+            raise UsageError(
+                "model and config are for checkpoints, not for modules", "leave them out"
+            )
+        hints = Hints(layers, layout, variables)
+        report = compare_modules(
+            (a, b), titles, (inputs, flax_inputs), level or "outputs", hints, options
+        )
+    report.versions, report.created = versions(), now()
+    report.seconds = round(time.perf_counter() - started, 3)
+    return report

@@ -22,8 +22,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import zoo
 from convert.engine.commit import check_space
-from convert.engine.execute import disk_needed, run
+from convert.engine.execute import run
+from convert.engine.prepare import Prepared, disk_needed
 from convert.engine.targets import Target
+from convert.training_state.state import TrainingState
 from zoo import hub, registry
 from zoo.card import Card
 from zoo.checkpoint.certificate import now, versions
@@ -93,8 +95,10 @@ def pack(
         )
         _check_plan(plan, name)
         target = Target(place / f"{name}.safetensors", "safetensors", False)
-        check_space(place, 2 * disk_needed(plan, target))
-        certificate = run(reader, plan, target, progress=progress)
+        nothing = TrainingState()
+        check_space(place, 2 * disk_needed(plan, target, nothing))
+        prepared = Prepared(reader, plan, target, nothing, "bits", force=False, notices=[])
+        certificate = run(prepared, progress=progress)
         full = dataclasses.replace(
             told,
             name=name,

@@ -10,7 +10,7 @@ import click
 from convert.cli.options import Size, model_options, notices, output_options
 
 if TYPE_CHECKING:
-    from convert.api import Prepared
+    from convert.engine.prepare import Prepared
 
 
 def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from convert.api import Prepared
 from convert.cli.output import size, table
+from convert.engine.prepare import Prepared
 from convert.engine.targets import Target
 from convert.training_state import storage
 from convert.training_state.summary import line, summary

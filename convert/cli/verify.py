@@ -128,9 +128,9 @@ def _compare(
 ) -> Any:
     from pathlib import Path
 
+    from convert.api import verify as run
     from convert.runtime.inputs import read_inputs
     from convert.runtime.user_code import is_target, load
-    from convert.verification import verify as run
     from zoo.containers.errors import UsageError
 
     targets = [is_target(text) for text in (a, b)]

@@ -4,31 +4,68 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from convert.compare.levels import weights_differ
 from convert.compare.report import Report
+from convert.compare.settings import Level, Settings
 from convert.compare.weights import compare_bits
 from convert.judge.bits import TensorDifference
 from convert.matching.pair import Pair
-from zoo.checkpoint.identification import title
-from zoo.checkpoint.plan import Plan, read_step
+from convert.training_state.besides import besides
+from convert.training_state.comparison import compare_training
+from zoo import hub
+from zoo.checkpoint.identification import Request, title
+from zoo.checkpoint.label import read_label
+from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
+from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
 
-if TYPE_CHECKING:
-    from convert.compare.settings import Settings
-
+Source = str | os.PathLike[str]
 Opened = tuple[Reader, Plan]
 _DIAGNOSED = 8  # tensors that differ
 _CERTIFICATE_MAX = 64 << 20  # bytes
+
+
+def verify_checkpoints(
+    a: Source,
+    b: Source,
+    level: Level,
+    request: Request,
+    inputs: Any,
+    options: Settings,
+    progress: Progress,
+) -> Report:
+    """The report for the checkpoints at `a` and `b`, whatever `zoo.hub` understands."""
+    report = Report(os.fspath(a), os.fspath(b), level)
+    with ExitStack() as stack:
+        sides: list[tuple[Reader, Plan]] = []
+        states = []
+        for source, prefer in ((a, "torch"), (b, "flax")):
+            reader = stack.enter_context(open_checkpoint(hub.locate(source), prefer))
+            made = make_plan(reader, read_label(reader), "torch", request=request)
+            made, state = besides(reader, made, stack)
+            sides.append((reader, made))
+            states.append(state)
+        first, second = sides
+        if first[1].model is not second[1].model:
+            names = first[1].model.name, second[1].model.name
+            raise UsageError(f"{a} is {names[0]}, {b} is {names[1]}", "compare two of one model")
+        report.notices = list(dict.fromkeys(n for _, p in sides for n in p.notices))
+        report.certificate = certificate_beside([reader.path for reader, _ in sides])
+        compare_training(states[0], states[1], report)
+        compare_checkpoints(first, second, report, inputs, options, progress)
+    return report
 
 
 def compare_checkpoints(
@@ -47,11 +84,7 @@ def compare_checkpoints(
         sorted(a[1].unknown & b[1].unknown)
     )
     if report.level != "bits" and known is None:
-        missing = ", ".join(sorted(a[1].unknown & b[1].unknown))
-        raise UsageError(
-            f"running the model needs {missing}, which the tensors do not tell",
-            "name a preset with --model, or give its config.json with --config",
-        )
+        check_known(a[1], b[1])
     compare_bits(a, b, report, progress)
     _diagnose(report, a, b)
     configs = _contradictions(a[1], b[1])
@@ -62,14 +95,23 @@ def compare_checkpoints(
     report.differences += [TensorDifference("config", what) for what in configs]
     assert known is not None
     sides = [
-        _Weights(
+        Weights(
             "torch" if plan.source_tree == "torch" else "flax",
             known.config if plan.unknown else plan.config,
             _canonical(reader, plan),
         )
         for reader, plan in (a, b)
     ]
-    _run(known.model, sides[0], sides[1], report, inputs, options)
+    run_twins(known.model, sides[0], sides[1], report, inputs, options)
+
+
+def check_known(*plans: Plan) -> None:
+    """UsageError where none of these tells a field that running the model needs."""
+    if unknown := frozenset.intersection(*(p.unknown for p in plans)):
+        raise UsageError(
+            f"running the model needs {', '.join(sorted(unknown))}, which the tensors do not tell",
+            "name a preset with --model, or give its config.json with --config",
+        )
 
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:
@@ -133,15 +175,18 @@ class _OfShape(Mapping[str, np.ndarray]):
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
+    """What one twin is made of."""
+
     framework: str
     config: Config
     canonical: Mapping[str, np.ndarray]
 
 
-def _run(
-    model: Model, a: _Weights, b: _Weights, report: Report, inputs: Any, options: Settings
+def run_twins(
+    model: Model, a: Weights, b: Weights, report: Report, inputs: Any, options: Settings
 ) -> None:
+    """Run the twins of `a` and of `b` and fill `report` as far as its level asks for."""
     from convert.compare.levels import compare_sides
     from convert.compare.sides import Side
     from convert.compare.torch_side import TorchSide
@@ -150,7 +195,7 @@ def _run(
 
     given = _inputs(model, a.config, inputs)
 
-    def side(framework: str, of: _Weights) -> Side:
+    def side(framework: str, of: Weights) -> Side:
         made = framework, of.canonical
         return twin(model, of.config, *made, inputs=given, seed=options.seed)
 

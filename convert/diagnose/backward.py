@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.diagnose.backward_torch import Cotangents, backward
 from convert.diagnose.divergence import Divergence
-from convert.diagnose.hypotheses_gradient import gradient
+from convert.diagnose.hypotheses_gradient import Wrong, gradient
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Judged, Reference
 from convert.diagnose.walk import Forward

@@ -33,8 +33,8 @@ _OURS = re.compile(
 )
 
 
-def check_target(target: Path, source: Path, force: bool) -> None:
-    """UsageError if `target` cannot or may not be written, before any work is done."""
+def check_paths(target: Path, source: Path) -> None:
+    """UsageError if `target` cannot be written where it is, before any work is done."""
     here, there = target.resolve(), source.resolve()
     if (
         here == there
@@ -48,6 +48,11 @@ def check_target(target: Path, source: Path, force: bool) -> None:
         raise UsageError(f"the directory {target.parent} does not exist", "make it first")
     if not os.access(target.parent, os.W_OK):
         raise UsageError(f"{target.parent} cannot be written to", "choose another target: give DST")
+
+
+def check_replaceable(target: Path, force: bool) -> None:
+    """UsageError if something stands at `target` that may not be replaced. Asked before any work is
+    done, and again when it is: another process may have been faster."""
     moments = target.with_name(f"{target.name}.{NAME}")
     if moments.exists() and not force:
         raise UsageError(
@@ -135,7 +140,7 @@ def commit(place: Path, target: Path, force: bool) -> None:
     """
     names = sorted((p.name for p in place.iterdir()), key=lambda n: n != target.name)
     with _locked(target.parent, wait=True):
-        check_target(target, place, force)
+        check_replaceable(target, force)
         old = target.with_name(f"{target.name}.{NAME}")
         if old.exists():
             old.unlink()

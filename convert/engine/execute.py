@@ -3,56 +3,44 @@ time, while the next ones are read, moved and hashed."""
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
+from convert.engine.ahead import prefetch
 from convert.engine.commit import commit, workplace, write_text
+from convert.engine.prepare import Prepared
+from convert.engine.proof import prove
+from convert.engine.recheck import Canonical, forget, recheck
 from convert.engine.targets import Target, open_writer, written_ties
 from convert.training_state import storage
 from convert.training_state.state import TrainingState
 from convert.training_state.summary import summary
 from zoo.checkpoint.apply import apply, lost
 from zoo.checkpoint.certificate import Certificate, TensorRecord, now, sha256, versions
-from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
-from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync_directory
 from zoo.containers.errors import NotEquivalent
 from zoo.layout.ops import describe
 
-NO_TRAINING = TrainingState()
-_T = TypeVar("_T")
-_WORKERS = 2  # steps under way besides the one being written
-
 
 def run(
-    reader: Reader,
-    plan: Plan,
-    target: Target,
+    prepared: Prepared,
     *,
-    force: bool = False,
     verify: bool = True,
-    prove: Callable[[Path], dict[str, object]] | None = None,
     progress: Progress = lambda stage, done, total: None,
-    training: TrainingState = NO_TRAINING,
 ) -> Certificate:
-    """Execute `plan` into `target`, which appears whole and verified or not at all.
+    """Carry out what was prepared: the target appears whole and verified, or not at all.
 
-    `training` is what goes into the optimizer.safetensors that belongs to it.
-
-    `prove`, if given, is called with the path of the finished but not yet committed checkpoint and
-    returns what it found, for the certificate; it raises NotEquivalent to stop. Raises ZooError.
-    The caller has seen that the target may be written.
+    Above level "bits" the twins are run on the tensors that the recheck has just read. Raises
+    ZooError.
     """
+    reader, plan, target = prepared.reader, prepared.plan, prepared.target
     certificate = _blank(reader, plan, target)
     with workplace(target.path) as place:
         label = _set_aside(reader, plan, certificate)
@@ -60,18 +48,22 @@ def run(
         written = place / target.path.name
         if verify:
             ties = written_ties(target, plan, label)
-            certificate.verified = _verify(plan, written, ties, label, certificate, progress)
+            kept = Canonical(plan) if prepared.level != "bits" else None
+            certificate.verified = recheck(
+                plan, written, ties, label, certificate, progress, kept or forget
+            )
+            if kept is not None:
+                certificate.verified |= prove(plan, kept.values, prepared.level)
+        training = prepared.training
         if training.optimizers or training.ema or training.data:
             path = place / target.beside(storage.NAME)
             certificate.training = _write_training(path, training, verify)
-        if prove:
-            certificate.verified |= prove(written)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / target.beside("certificate.json"), certificate.to_json())
         for directory in (place, written):
             if directory.is_dir():
                 fsync_directory(directory)
-        commit(place, target.path, force)
+        commit(place, target.path, prepared.force)
     return certificate
 
 
@@ -85,40 +77,6 @@ def _write_training(path: Path, training: TrainingState, verify: bool) -> dict[s
         )
     level = "bits" if verify else "none"
     return {"file": path.name, **summary(training), "verified": level, "sha256": hashes}
-
-
-def disk_needed(plan: Plan, target: Target, training: TrainingState = NO_TRAINING) -> int:
-    """Bytes that the conversion needs on the target's disk at its peak."""
-    size = sum(info.nbytes for info in plan.target_tensors().values())
-    spool = 2 if target.to == "pt" else 1  # torch saves from a spool file of the same size
-    moments = sum(info.nbytes for info in storage.header(training).values())
-    return size * spool + moments + (1 << 20)
-
-
-def memory_needed(plan: Plan) -> int:
-    """Bytes of tensors held at the peak: one step being written, and the next ones under way."""
-    sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
-    at_once = 1 + _WORKERS
-    return max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
-
-
-def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
-    """The results of the jobs in order; the next ones run while the caller works on this one.
-
-    Reading, copying and hashing all release Python's lock, so the workers do run at once.
-    """
-    with ThreadPoolExecutor(_WORKERS, thread_name_prefix="convert") as pool:
-        rest = iter(jobs)
-        ahead = deque(pool.submit(job) for job in itertools.islice(rest, _WORKERS))
-        try:
-            while ahead:
-                result = ahead.popleft().result()
-                ahead.extend(pool.submit(job) for job in itertools.islice(rest, 1))
-                yield result
-                del result
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
@@ -242,66 +200,3 @@ def _record(step: Step, sources: list[str], targets: list[str]) -> TensorRecord:
         sources,
         targets,
     )
-
-
-def _verify(
-    plan: Plan,
-    written: Path,
-    ties: Mapping[str, str],
-    label: Label,
-    certificate: Certificate,
-    progress: Progress,
-) -> dict[str, object]:
-    """Re-read what was written and compare it bit for bit, there and mapped back.
-
-    A cast cannot be mapped back: there only the written bits are compared with those meant.
-    """
-    records = {tuple(r.target): r for r in certificate.tensors if r.target}
-    total = sum(s.nbytes for s in plan.steps)
-    wrong: list[str] = []
-    done = 0
-    with ExitStack() as stack:
-        reader = stack.enter_context(open_checkpoint(written, "flax"))
-        found = set(reader.tensors)
-        expected = set(plan.target_tensors()) | set(ties)
-        if found != expected:
-            names = ", ".join(sorted(expected ^ found)[:3])
-            raise NotEquivalent(
-                f"the result does not hold the tensors that were meant: {names}",
-                "nothing was kept; please report it",
-            )
-        wrong += [f"{n} is not {to}" for n, to in ties.items() if not _same(reader, n, to)]
-        if (again := read_label(reader)).problem or again.carried != label.carried:
-            wrong.append("the label was not written as made")
-        jobs = [_reading_back(reader, step, records[step.targets]) for step in plan.steps]
-        for step, problem in zip(plan.steps, prefetch(jobs), strict=True):
-            wrong += [problem] if problem else []
-            done += step.nbytes
-            progress("verify", done, total)
-        for made in plan.made:
-            if [sha256(reader.read(made.name))] != records[(made.name,)].target_sha256:
-                wrong.append(f"{made.name} was not written as made")
-    if wrong:
-        raise NotEquivalent(
-            f"{len(wrong)} tensors came back different: {'; '.join(wrong[:5])}",
-            "nothing was kept; the disk or the container's library is at fault, please report it",
-        )
-    return {"level": "bits", "tensors": len(plan.steps) + len(plan.made), "bytes": total}
-
-
-def _same(reader: Reader, a: str, b: str) -> bool:
-    return reader.ties.get(a) == b or sha256(reader.read(a)) == sha256(reader.read(b))
-
-
-def _reading_back(reader: Reader, step: Step, record: TensorRecord) -> Callable[[], str | None]:
-    def check() -> str | None:
-        arrays = [reader.read(name) for name in step.targets]
-        if [sha256(a) for a in arrays] != record.target_sha256:
-            return f"{', '.join(step.targets)} was not written as made"
-        if record.dtype == record.target_dtype and step.ops:
-            back = apply(step.back, arrays)
-            if [sha256(a) for a in back] != record.source_sha256:
-                return f"{', '.join(step.sources)} does not map back"
-        return None
-
-    return check
