@@ -21,8 +21,7 @@ from click.testing import CliRunner
 from support import canonical, write
 
 from convert.cli import main as cli_module
-from convert.cli import options
-from convert.cli import output as display
+from convert.cli import options, output
 from convert.cli.main import cli
 from zoo.checkpoint.label import Label
 from zoo.containers.errors import printable
@@ -354,7 +353,7 @@ def test_printable_keeps_what_is_harmless() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (90_900_000, "90.9 MB"), (10**13, "10.0 TB")],
 )
 def test_sizes(nbytes: int, expected: str) -> None:
-    assert display.size(nbytes) == expected
+    assert output.size(nbytes) == expected
 
 
 @pytest.mark.parametrize(

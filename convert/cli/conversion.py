@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from convert.cli import output
 from convert.cli.options import Size, model_options, notices, output_options
 
 if TYPE_CHECKING:
     from convert.engine.prepare import Prepared
+    from convert.engine.targets import Target
+    from zoo.checkpoint.certificate import Certificate
 
 
 def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,8 +115,6 @@ def _convert(
 ) -> None:
     from convert.api import convert as run
     from convert.api import plan
-    from convert.cli import output as display
-    from convert.cli import show_conversion as shown
 
     if no_verify and level != "bits":
         raise click.UsageError("--no-verify and --level contradict each other")
@@ -123,9 +124,9 @@ def _convert(
         prepared = plan(ckpt, dst, framework=framework, force=force, **options)
         notices(prepared.notices, quiet)
         if as_json:
-            display.json(shown.plan_data(prepared))
+            output.json(_plan_data(prepared))
         elif not quiet:
-            shown.plan(prepared)
+            _show_plan(prepared)
         return
     planned: list[Prepared] = []
 
@@ -133,7 +134,7 @@ def _convert(
         planned.append(prepared)
         notices(prepared.notices, quiet)
 
-    with display.progress(quiet) as progress:
+    with output.progress(quiet) as progress:
         certificate = run(
             ckpt,
             dst,
@@ -147,6 +148,153 @@ def _convert(
         )
     notices([n for n in certificate.notices if n not in planned[0].plan.notices], quiet)
     if as_json:
-        display.json(shown.converted_data(planned[0], certificate))
+        output.json(_data(planned[0], certificate))
     elif not quiet:
-        shown.converted(ckpt, planned[0], certificate)
+        _show(ckpt, planned[0], certificate)
+
+
+def _show(source: str, prepared: Prepared, certificate: Certificate) -> None:
+    """Two lines: what was done, and what was proved."""
+    from convert.training_state.summary import line
+    from zoo.containers.errors import printable
+
+    p, target = prepared.plan, prepared.target
+    total = sum(s.nbytes for s in p.steps)
+    made = sum(i.nbytes for s in p.steps for i in s.target_infos)
+    click.echo(f"{printable(source)} -> {printable(str(target.path))}")
+    beside = sum(a.tied_to is None for a in p.aside)
+    kept = f" + {beside} kept in the label" if beside else ""
+    sizes = output.size(total) if made == total else f"{output.size(total)} -> {output.size(made)}"
+    counts = f"{len(p.steps)} tensors{kept}, {sizes}"
+    click.echo(f"  {_title(prepared)}, {counts}, {_kind(prepared)}")
+    if certificate.training:
+        click.echo(f"  {printable(line(certificate.training))} -> {_beside(target)}")
+    verified = certificate.verified
+    if verified["level"] == "none":
+        click.echo("  not verified (--no-verify)")
+        return
+    cast = any(r.dtype != r.target_dtype for r in certificate.tensors)
+    how = (
+        "re-read: the bits that were meant" if cast else "re-read and mapped back: every bit equal"
+    )
+    click.echo(f"  verified: {how}")
+    if verified["level"] != "bits":
+        worst = verified["worst"]
+        click.echo(
+            f"  verified: {verified['outputs']} outputs and intermediates of both twins, "
+            f"at most {worst['ratio']:.2f} times the rounding noise ({printable(worst['name'])})"
+        )
+    if "gradients" in verified:
+        click.echo(f"  verified: {verified['gradients']} gradients, within the rounding noise")
+    if "training" in verified:
+        told = ", ".join(f"{steps} steps of {name}" for name, steps in verified["training"].items())
+        click.echo(f"  verified: {told}, within the rounding noise")
+
+
+def _data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
+    """The same for machines."""
+    target = prepared.target
+    return {
+        "target": str(target.path),
+        "certificate": str(target.path.parent / target.beside("certificate.json")),
+        "container": target.to,
+        "tree": prepared.plan.target_tree,
+        "model": certificate.model,
+        "config": certificate.config,
+        "tensors": len(prepared.plan.steps),
+        "bytes": sum(s.nbytes for s in prepared.plan.steps),
+        "training": {k: v for k, v in certificate.training.items() if k != "sha256"},
+        "verified": certificate.verified,
+        "notices": [*prepared.notices, *certificate.notices[len(prepared.plan.notices) :]],
+    }
+
+
+def _show_plan(prepared: Prepared) -> None:
+    """Every step, and what it all needs."""
+    from convert.training_state.summary import line, summary
+    from zoo.checkpoint.identification import dims
+    from zoo.containers.errors import printable
+    from zoo.layout.ops import describe
+
+    p, target = prepared.plan, prepared.target
+    rows = [
+        (
+            " + ".join(s.sources),
+            " + ".join(s.targets),
+            describe(s.ops),
+            s.source_infos[0].dtype + (f" -> {s.target_infos[0].dtype}" if _is_cast(s) else ""),
+            " + ".join(dims(i.shape) for i in s.target_infos),
+        )
+        for s in p.steps
+    ]
+    output.table(("source", "target", "op", "dtype", "shape"), rows)
+    kept = [a.source for a in p.aside if a.tied_to is None]
+    click.echo()
+    if kept:
+        click.echo(f"kept in the label: {', '.join(map(printable, kept))}")
+    click.echo(f"{_title(prepared)}, {len(p.steps)} tensors, {_kind(prepared)}")
+    if told := line(summary(prepared.training)):
+        click.echo(f"{printable(told)} -> {_beside(target)}")
+    click.echo(f"target {printable(str(target.path))}: not written (--dry-run)")
+    reads = sum(s.nbytes for s in p.steps)
+    click.echo(
+        f"reads {output.size(reads)}, "
+        f"holds at most {output.size(prepared.memory)} of tensors at a time, "
+        f"needs {output.size(prepared.disk)} of disk"
+    )
+
+
+def _plan_data(prepared: Prepared) -> dict[str, Any]:
+    """The plan for machines."""
+    from convert.training_state.summary import summary
+    from zoo.layout.ops import describe
+
+    p = prepared.plan
+    return {
+        "target": str(prepared.target.path),
+        "container": prepared.target.to,
+        "tree": p.target_tree,
+        "model": p.model.name,
+        "memory": prepared.memory,
+        "disk": prepared.disk,
+        "training": summary(prepared.training),
+        "steps": [
+            {
+                "source": list(s.sources),
+                "target": list(s.targets),
+                "op": describe(s.ops),
+                "dtype": s.source_infos[0].dtype,
+                "target_dtype": s.target_infos[0].dtype,
+                "shapes": [list(i.shape) for i in s.target_infos],
+                "bytes": s.nbytes,
+            }
+            for s in p.steps
+        ],
+        "notices": prepared.notices,
+    }
+
+
+def _title(prepared: Prepared) -> str:
+    from zoo.checkpoint.identification import title
+
+    p = prepared.plan
+    return title(p.model, p.config, p.unknown)
+
+
+def _kind(prepared: Prepared) -> str:
+    tree = prepared.plan.target_tree
+    return prepared.target.to + ("" if tree == "torch" else f", {tree} tree")
+
+
+def _beside(target: Target) -> str:
+    """The name of the optimizer.safetensors that belongs to the target."""
+    from pathlib import Path
+
+    from convert.training_state import storage
+    from zoo.containers.errors import printable
+
+    return printable(Path(target.beside(storage.NAME)).name)
+
+
+def _is_cast(step: Any) -> bool:
+    return bool(step.source_infos[0].dtype != step.target_infos[0].dtype)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import click
 
+from convert.cli import output
 from convert.cli.options import output_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zoo.registry import Found
 
 
 @click.command()
@@ -23,8 +32,6 @@ def models(pattern: str, weights: bool, as_json: bool, quiet: bool, debug: bool)
       zooconvert models 'resnet*' --json
       zooconvert models --weights
     """
-    from convert.cli import output as display
-    from convert.cli import show_models as shown
     from zoo.containers.errors import UsageError
     from zoo.registry import get, names
 
@@ -40,21 +47,19 @@ def models(pattern: str, weights: bool, as_json: bool, quiet: bool, debug: bool)
     if not found:
         raise UsageError(f"no model matches {pattern!r}", "`zooconvert models` lists them all")
     if as_json:
-        display.json([shown.model_row(name, f) for name, f in found])
+        output.json([_row(name, f) for name, f in found])
     elif not quiet:
-        shown.models([shown.model_row(name, f) for name, f in found])
+        _show([_row(name, f) for name, f in found])
 
 
 def _weights(pattern: str, as_json: bool, quiet: bool) -> None:
     import fnmatch
 
-    from convert.cli import output as display
-    from convert.cli import show_models as shown
     from zoo import hub
     from zoo.containers.errors import UsageError
 
     low = pattern.lower()
-    rows = [shown.weights_row(name, path) for name, path in sorted(hub.pretrained().items())]
+    rows = [_weights_row(name, path) for name, path in sorted(hub.pretrained().items())]
     found = [
         row
         for row in rows
@@ -67,6 +72,74 @@ def _weights(pattern: str, as_json: bool, quiet: bool) -> None:
             f"no weights match {pattern!r}", "`zooconvert models --weights` lists them all"
         )
     if as_json:
-        display.json(found)
+        output.json(found)
     elif not quiet:
-        shown.weights(found)
+        _show_weights(found)
+
+
+def _row(name: str, found: Found) -> dict[str, Any]:
+    """What `models` says of one preset."""
+    layout = found.model.layout_of(found.config)
+    return {
+        "name": name,
+        "family": found.model.name,
+        "parameters": layout.parameters,
+        "tensors": len(layout.shapes("torch")),
+        "summary": found.model.summary,
+    }
+
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of presets."""
+    output.table(
+        ("name", "family", "parameters", "tensors", "summary"),
+        [
+            (r["name"], r["family"], f"{r['parameters']:,}", str(r["tensors"]), r["summary"])
+            for r in rows
+        ],
+    )
+
+
+def _weights_row(name: str, path: Path) -> dict[str, Any]:
+    """What `models --weights` says of one set of weights; without a card little is known."""
+    import dataclasses
+
+    from zoo.card import Card, read_card
+    from zoo.containers.errors import UsageError
+    from zoo.registry import get
+
+    card = read_card(path) or Card(name)
+    try:
+        family = get(name).model.name
+    except UsageError:  # a packed checkpoint may have a name of its own
+        family = ""
+    nbytes = path.stat().st_size if path.is_file() else None
+    told = dataclasses.asdict(card) | {"name": name}
+    return {"family": family, "path": str(path), "bytes": nbytes} | told
+
+
+def _show_weights(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of pretrained weights and their scores."""
+    from zoo.containers.errors import printable
+
+    output.table(
+        ("name", "score on held-out data", "95% interval", "n", "size", "task"),
+        [
+            (
+                printable(r["name"]),
+                *_score(r["score"]),
+                "" if r["bytes"] is None else output.size(r["bytes"]),
+                printable(r["summary"]),
+            )
+            for r in rows
+        ],
+    )
+
+
+def _score(score: dict[str, Any] | None) -> tuple[str, str, str]:
+    from zoo.containers.errors import printable
+
+    if score is None:
+        return "none stated", "", ""
+    value = f"{printable(str(score['metric']))} {score['value']:.4g}"
+    return value, f"{score['low']:.4g} to {score['high']:.4g}", f"{score['n']:,}"

@@ -1,4 +1,7 @@
-"""What the commands print: tables on a terminal, plain lines elsewhere, JSON on request."""
+"""What the commands print: tables on a terminal, plain lines elsewhere, JSON on request.
+
+Is imported with the command line itself, so what is heavy is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,12 @@ import contextlib
 import json as _json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from zoo.checkpoint.progress import Progress as Callback
-from zoo.containers.errors import printable
+if TYPE_CHECKING:
+    from zoo.checkpoint.progress import Progress as Callback
 
 SHOWN = 40  # rows of a long list
 _STAGES = {"convert": "converting", "verify": "verifying", "bits": "comparing"}
@@ -29,6 +28,9 @@ def json(data: Any) -> None:
 @contextlib.contextmanager
 def progress(quiet: bool) -> Iterator[Callback]:
     """A callback that draws bars on a terminal, and does nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     if quiet or not sys.stderr.isatty():
         yield lambda stage, done, total: None
         return
@@ -61,6 +63,12 @@ def size(nbytes: int) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns, as wide as they need to be: a name that is broken in two is no name."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from zoo.containers.errors import printable
+
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in header:
         right = name in ("parameters", "tensors", "size", "error", "noise", "ratio", "max error")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from convert.cli import output
 from convert.cli.options import model_options, output_options
+
+if TYPE_CHECKING:
+    from convert.packing import Packed
 
 
 @click.command()
@@ -34,13 +38,43 @@ def pack(
       zooconvert pack digits.pt --name mnist_cnn.mine
       zooconvert pack model.flax --name our_bert --card card.json --out dist
     """
-    from convert.cli import output as display
-    from convert.cli.show_models import packed, packed_data
     from convert.packing import pack as run
 
-    with display.progress(quiet) as progress:
+    with output.progress(quiet) as progress:
         result = run(ckpt, name, out, progress=progress, **options)
     if as_json:
-        display.json(packed_data(result))
+        output.json(_data(result))
     elif not quiet:
-        packed(ckpt, result)
+        _show(ckpt, result)
+
+
+def _show(source: str, result: Packed) -> None:
+    """What was packed, and the two lines that a colleague types."""
+    import shlex
+
+    from zoo.containers.errors import printable
+
+    size_of_wheel = output.size(result.path.stat().st_size)
+    click.echo(f"{printable(source)} -> {printable(str(result.path))} ({size_of_wheel})")
+    click.echo(
+        f"  {printable(result.title)}, {output.size(result.nbytes)} of tensors, "
+        "verified bit for bit"
+    )
+    if not result.card.license:
+        click.echo("  the card names no licence: add one with --card", err=True)
+    click.echo(f"  install: pip install {shlex.quote(printable(str(result.path)))}")
+    click.echo(f'  load:    zoo.load("{result.name}", framework="torch")  # or "flax"')
+
+
+def _data(result: Packed) -> dict[str, Any]:
+    """The same for machines."""
+    import dataclasses
+
+    return {
+        "wheel": str(result.path),
+        "name": result.name,
+        "distribution": result.distribution,
+        "model": result.title,
+        "bytes": result.nbytes,
+        "card": dataclasses.asdict(result.card),
+    }

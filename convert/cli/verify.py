@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from convert.cli import output
 from convert.cli.options import model_options, notices, output_options
 from convert.compare.settings import OPTIMIZERS
 
@@ -93,13 +94,12 @@ def verify(
     import shlex
     from pathlib import Path
 
-    from convert.cli import output as display
     from convert.cli.show_report import report as show
     from convert.compare.report_file import check_report, write_report
 
     if report_file is not None:
         check_report(Path(report_file))
-    with display.progress(quiet) as bar:
+    with output.progress(quiet) as bar:
         report = _compare(a, b, bar, quiet, **options)
     report.command = shlex.join(["zooconvert", *sys.argv[1:]])
     notices(report.notices, quiet)

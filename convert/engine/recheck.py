@@ -31,8 +31,8 @@ def recheck(
     progress: Progress,
     keep: Keep,
 ) -> dict[str, object]:
-    """Re-read what was written and compare it bit for bit, there and mapped back; the result is what
-    was verified, for the certificate. NotEquivalent with what differs.
+    """Re-read what was written and compare it bit for bit, there and mapped back. Gives what was
+    verified, for the certificate; NotEquivalent with what differs.
 
     A cast cannot be mapped back: there only the written bits are compared with those meant.
     """
