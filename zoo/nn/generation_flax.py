@@ -35,8 +35,8 @@ class EncoderDecoder(Protocol):
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
         /,
-    ) -> Any:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+    ) -> tuple[Array, list[KeyValue], *tuple[Any, ...]]:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
 
 
 def check_request(

@@ -31,8 +31,8 @@ class EncoderDecoder(Protocol):
         past: list[KeyValue] | None = None,
         position: int = 0,
         /,
-    ) -> Any:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+    ) -> tuple[Tensor, list[KeyValue], *tuple[Any, ...]]:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
 
 
 def check_request(
