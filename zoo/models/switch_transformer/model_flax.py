@@ -192,7 +192,7 @@ class LayerCrossAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+    """Self-attention, attention to the source in a decoder, and the feed-forward layer."""
 
     def __init__(self, c: Config, decoder: bool, i: int, **kw: Unpack[Options]) -> None:
         self.decoder = decoder
@@ -230,7 +230,7 @@ class Stack(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def keys_values(self, memory: Array) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def __call__(

@@ -183,7 +183,7 @@ class LayerCrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+    """Self-attention, attention to the source in a decoder, and the feed-forward layer."""
 
     def __init__(self, c: Config, decoder: bool, i: int, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def keys_values(self, memory: Tensor) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def forward(

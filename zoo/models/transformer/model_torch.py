@@ -118,7 +118,7 @@ class TransformerDecoder(nn.Module):
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
     def keys_values(self, memory: Tensor) -> list[KeyValue]:
-        """memory (B, S, E) as each layer attends to it: once for a source, not for every token."""
+        """memory (B, S, E) as each layer attends to it: computed once, not for every token."""
         return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
 
     def forward(

@@ -43,7 +43,7 @@ class Masks(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Bidirectional LSTMs, one on the other."""
+    """A stack of bidirectional LSTMs."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         widths = [c.mel_channels] + [2 * c.encoder_size] * (c.encoder_layers - 1)
@@ -117,7 +117,8 @@ class AttentiveLSTM(nnx.Module):
             return state, (state.cells[-1][0], state.context, weights)
 
         masks = self.masks(x.shape[1], memory)
-        _, made = jax.lax.scan(body, self.start(memory), (x.swapaxes(0, 1), masks))
+        over_steps = x.swapaxes(0, 1), masks  # a scan runs over the first axis
+        _, made = jax.lax.scan(body, self.start(memory), over_steps)
         tops, contexts, weights = (m.swapaxes(0, 1) for m in made)
         return jnp.concatenate([tops, contexts], -1), weights
 
@@ -151,7 +152,7 @@ class AttentiveLSTM(nnx.Module):
 
 
 class SpectrogramDecoder(nnx.Module):
-    """Tacotron 2's decoder, r frames at a step."""
+    """Tacotron 2's decoder (Shen 2018), r frames a step."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.reduction = c.reduction

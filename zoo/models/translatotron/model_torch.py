@@ -42,7 +42,7 @@ class Masks(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Bidirectional LSTMs, one on the other."""
+    """A stack of bidirectional LSTMs."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class AttentiveLSTM(nn.Module):
 
 
 class SpectrogramDecoder(nn.Module):
-    """Tacotron 2's decoder, r frames at a step."""
+    """Tacotron 2's decoder (Shen 2018), r frames a step."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class PostNet(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """frames (B, T, F) -> what to add to them."""
-        x = frames.transpose(1, 2)
+        x = frames.transpose(1, 2)  # (B, F, T)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = norm(conv(x))
             x = self.dropout(tanh(x) if i + 1 < len(self.convs) else x)
