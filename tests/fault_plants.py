@@ -102,7 +102,7 @@ def both(*spoils: Callable[[Any], None]) -> Callable[[Any], None]:
 def self_attention(**changes: Any) -> Callable[..., Array]:
     """BERT's self-attention with something else in it."""
 
-    def call(self: Any, x: Array, bias: Array, tap: Any) -> Array:
+    def call(self: Any, x: Array, bias: Array) -> Array:
         B, T, H = x.shape
         q, k, v = self.query(x), self.key(x), self.value(x)
         if changes.get("split") == "heads last":
@@ -229,9 +229,8 @@ def every_batchnorm(method: Callable[..., Any]) -> Callable[[Any], None]:
     return spoil
 
 
-def wavenet_unit(self: Any, x: Array, f: Array, g: Array, u: Any, v: Any, tap: Any) -> Any:
-    z = jax.nn.sigmoid(f) * jnp.tanh(g)
-    return (x if self.residual is None else x + self.residual(z)), self.skip(z)
+def wavenet_unit(self: Any, filter: Array, gate: Array) -> Array:
+    return jax.nn.sigmoid(filter) * jnp.tanh(gate)
 
 
 def unscaled_embedding(self: Any, words: Any, ids: Array, position: Any, length: int) -> Array:
@@ -261,7 +260,6 @@ def not_causal(
     padding: Any,
     past: Any,
     position: Any,
-    tap: Any,
 ) -> Any:
     from zoo.nn.attention_flax import mask_bias
 
@@ -270,7 +268,7 @@ def not_causal(
     bias = mask_bias(mask, x.dtype)
     caches = []
     for i, layer in enumerate(self.layers):
-        x, now = layer(x, memory[i], bias, memory_bias, None, position, tap.at(f"layers.{i}"))
+        x, now = layer(x, memory[i], bias, memory_bias, None, position)
         caches.append(now)
     return self.norm(x), caches
 

@@ -8,7 +8,7 @@ of the LSTM at hand.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ class AttentiveLSTM(nnx.Module):
         """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A), and the
         attention weights, (B, K, N, S)."""
 
-        def body(state: State, at: tuple[Array, Masks]) -> tuple[State, Any]:
+        def body(state: State, at: tuple[Array, Masks]) -> tuple[State, tuple[Array, ...]]:
             x, masks = at
             state, weights = self.step(x, state, memory, masks)
             return state, (state.cells[-1][0], state.context, weights)
@@ -184,8 +184,10 @@ class SpectrogramDecoder(nnx.Module):
         """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
         B, dtype = memory.keys.shape[0], memory.keys.dtype
 
-        def body(carry: tuple[State, Array], masks: Masks) -> tuple[Any, Any]:
-            state, previous = carry
+        def body(
+            carry: tuple[State, Array], masks: Masks
+        ) -> tuple[tuple[State, Array], tuple[Array, Array]]:
+            state, previous = carry  # and the last frame
             state, _ = self.rnn.step(self.prenet(previous), state, memory, masks)
             y = jnp.concatenate([state.cells[-1][0], state.context], -1)
             made = self.frame(y).reshape(B, self.reduction, -1)
