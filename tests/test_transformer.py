@@ -33,7 +33,6 @@ from zoo.nn import (
     positions_flax,
     positions_torch,
 )
-from zoo.nn.taps import Taps
 
 TIED, SEPARATE = MODEL.tiny["tied"], MODEL.tiny["two_vocabularies"]
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
@@ -107,8 +106,8 @@ def test_golden(fixtures: Path, framework: str) -> None:
     weights = canonical(MODEL, TIED)
 
     def inner(module: Any, src: Any, tgt: Any) -> Any:
-        memory = module.decoder.keys_values(module.encoder(src, None, Taps(False)))
-        return module.decoder(tgt, memory, None, None, None, 0, Taps(False))[0]
+        memory = module.decoder.keys_values(module.encoder(src, None))
+        return module.decoder(tgt, memory, None, None, None, 0)[0]
 
     got = {}
     for precision in ("float64", "float32"):
@@ -256,7 +255,7 @@ def test_dropout_acts_in_training_only(calls: dict[str, Any]) -> None:
     flax_twin.train()
     layer = flax_twin.encoder.layers[0]
     x = jnp.ones((1, 3, SMALL.d_model))
-    jitted = nnx.jit(lambda layer: layer(x, None, Taps(False)))  # one layer: it compiles sooner
+    jitted = nnx.jit(lambda layer: layer(x, None))  # one layer: it compiles sooner
     for call in (lambda: torch_twin(**given).detach().numpy(), lambda: np.asarray(jitted(layer))):
         assert (call() != call()).any()
     for framework in ("torch", "flax"):

@@ -15,6 +15,7 @@ import torch
 from flax import nnx
 from support import Arrays, canonical
 from torch import nn
+from torch.nn.functional import pad
 
 import convert
 import zoo
@@ -28,7 +29,6 @@ from zoo.loading import build
 from zoo.models.translatotron import MODEL
 from zoo.models.translatotron.config import Config
 from zoo.models.translatotron.layout import infer
-from zoo.nn.taps import Taps
 
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
 CONFIGS = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
@@ -52,23 +52,21 @@ class PlainRNN(nn.Module):
         self.attention.out = nn.Linear(units, units)
 
     def attend(self, query: Any, memory: Any) -> Any:
-        """One utterance: query (H,), memory (S, M)."""
+        """One utterance: query (H,), memory (S, M) -> context (units,), weights (heads, S)."""
         a = self.attention
         q, k, v = (
             x.chunk(self.heads, -1) for x in (a.query(query), a.key(memory), a.value(memory))
         )
-        found = []
-        for n in range(self.heads):
-            weights = ((q[n] + k[n]).tanh() @ a.score[n]).softmax(0)
-            found.append(weights @ v[n])
-        return a.out(torch.cat(found))
+        weights = [((q[n] + k[n]).tanh() @ a.score[n]).softmax(0) for n in range(self.heads)]
+        found = [w @ values for w, values in zip(weights, v, strict=True)]
+        return a.out(torch.cat(found)), torch.stack(weights)
 
     def forward(self, inputs: Any, memory: Any) -> Any:
-        """One utterance: (T, n_in), (S, M) -> (T, H + units)."""
+        """One utterance: (T, n_in), (S, M) -> (T, H + units), weights (T, heads, S)."""
         zeros = memory.new_zeros
         states = [(zeros(cell.hidden_size), zeros(cell.hidden_size)) for cell in self.cells]
         context = zeros(self.attention.out.out_features)
-        made = []
+        made, attended = [], []
         for x in inputs:
             x = torch.cat([x, context])
             for i, cell in enumerate(self.cells):
@@ -78,9 +76,10 @@ class PlainRNN(nn.Module):
                     z * s + (1 - z) * n[0] for s, n in zip(states[i], new, strict=True)
                 )
                 x = states[i][0]
-            context = self.attend(x, memory)
+            context, weights = self.attend(x, memory)
             made.append(torch.cat([x, context]))
-        return torch.stack(made)
+            attended.append(weights)
+        return torch.stack(made), torch.stack(attended)
 
 
 class Plain(nn.Module):
@@ -134,18 +133,22 @@ class Plain(nn.Module):
             layers.append(x)
         groups = target.reshape(-1, c.reduction, c.frame_size)
         last = torch.cat([torch.zeros_like(groups[:1, -1]), groups[:-1, -1]])
-        y = d.rnn(d.prenet.fc2(d.prenet.fc1(last).relu()).relu(), x)
+        y, weights = d.rnn(d.prenet.fc2(d.prenet.fc1(last).relu()).relu(), x)
+        beyond = (0, len(source) - source_lengths)  # frames that are padding have no weight
         before = d.frame(y).reshape(target.shape)
         z = before.T[None]
         for i, (conv, norm) in enumerate(zip(self.postnet.convs, self.postnet.norms, strict=True)):
             z = norm(conv(z))
             z = z.tanh() if i + 1 < c.postnet_layers else z
         found = {"frames": before + z[0].T, "frames_before": before, "stop": d.stop(y)[:, 0]}
+        found["attention_weights"] = pad(weights, beyond)
         for name, layer in (("source", c.source_layer), ("target", c.target_layer)):
             if f"{name}_phonemes" in phonemes:
                 decoder = getattr(self, f"{name}_decoder")
                 x = decoder.embedding(phonemes[f"{name}_phonemes"])
-                found[f"{name}_logits"] = decoder.output(decoder.rnn(x, layers[layer - 1]))
+                y, weights = decoder.rnn(x, layers[layer - 1])
+                found[f"{name}_logits"] = decoder.output(y)
+                found[f"{name}_attention_weights"] = pad(weights, beyond)
         return found
 
 
@@ -210,6 +213,7 @@ def test_a_second_writing_of_the_model(config: Config, framework: str) -> None:
         got = run(MODEL, config, framework, weights, given, "float64")
         for name, x in exact.items():
             assert np.abs(got[name] - x).max() <= EXACT * np.abs(x).max(), name
+        assert exact.keys() == {n for n in got if n.startswith("output.")}
         if framework == "torch":  # the other twin's float32: below, and in test_models
             assert_close(run(MODEL, config, framework, weights, given, "float32"), rough, exact)
 
@@ -376,7 +380,7 @@ def test_no_lengths_means_all_frames() -> None:
     a, b = call(given), call(whole)
     assert all((a[n] == b[n]).all() for n in a)
     flax = build(MODEL, TINY, "flax", canonical(MODEL, TINY))
-    mask = jax.jit(lambda source: flax.encode(source, None, Taps(False))[1])
+    mask = jax.jit(lambda source: flax.encode(source, None)[1])
     assert (np.asarray(mask(jax.numpy.asarray(given["source"]))) == np.ones((2, S))).all()
 
 
@@ -395,7 +399,7 @@ def test_batch_statistics_move_alike() -> None:
     b = build(MODEL, config, "flax", canonical(MODEL, config)).postnet
     b.train()
     frames = probe.normal("frames", (2, 9, config.frame_size)).astype(np.float32)
-    x, y = a(torch.from_numpy(frames), Taps(False)), b(jax.numpy.asarray(frames), Taps(False))
+    x, y = a(torch.from_numpy(frames)), b(jax.numpy.asarray(frames))
     np.testing.assert_allclose(x.detach().numpy(), np.asarray(y), rtol=1e-5, atol=1e-5)
     for p, q in zip(a.norms, b.norms, strict=True):
         np.testing.assert_allclose(p.running_mean.numpy(), np.asarray(q.mean[...]), rtol=1e-5)

@@ -1,19 +1,19 @@
-"""Additive attention (Bahdanau 2014) with several heads: one query at a time over a memory.
+"""Additive attention (Bahdanau 2014, appendix A.1.2) with several heads, one query at a time.
 
 B sequences, S steps of memory, N heads of D units each, A = N * D.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 
 from zoo.nn.attention_flax import mask_bias
+from zoo.nn.options_flax import Options
 
 
 class Memory(NamedTuple):
@@ -36,23 +36,18 @@ class AdditiveAttention(nnx.Module):
         memory_dim: int,
         size: int,
         heads: int,
-        *,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **kw: Unpack[Options],
     ) -> None:
         self.heads = heads
-        self.dtype = dtype
+        self.dtype = kw.get("dtype")
         bound = (size // heads) ** -0.5
-        shape = (heads, size // heads)
-        score = jax.random.uniform(rngs.params(), shape, param_dtype, -bound, bound)
+        shape, param_dtype = (heads, size // heads), kw.get("param_dtype", jnp.float32)
+        score = jax.random.uniform(kw["rngs"].params(), shape, param_dtype, -bound, bound)
         self.score = nnx.Param(score)
-        self.query = nnx.Linear(
-            query_dim, size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.key = nnx.Linear(memory_dim, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.value = nnx.Linear(memory_dim, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.out = nnx.Linear(size, size, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query = nnx.Linear(query_dim, size, use_bias=False, **kw)
+        self.key = nnx.Linear(memory_dim, size, **kw)
+        self.value = nnx.Linear(memory_dim, size, **kw)
+        self.out = nnx.Linear(size, size, **kw)
 
     def memory(self, x: Array, mask: Array) -> Memory:
         """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""

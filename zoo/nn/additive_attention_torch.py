@@ -1,17 +1,18 @@
-"""Additive attention (Bahdanau 2014) with several heads: one query at a time over a memory.
+"""Additive attention (Bahdanau 2014, appendix A.1.2) with several heads, one query at a time.
 
 B sequences, S steps of memory, N heads of D units each, A = N * D.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from zoo.nn.attention_torch import mask_bias
 from zoo.nn.layers_torch import Linear, promote
+from zoo.nn.options_torch import Options
 
 
 class Memory(NamedTuple):
@@ -34,21 +35,18 @@ class AdditiveAttention(nn.Module):
         memory_dim: int,
         size: int,
         heads: int,
-        *,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        **kw: Unpack[Options],
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.dtype = dtype
+        self.dtype = kw.get("dtype")
         bound = (size // heads) ** -0.5
-        score = torch.empty(heads, size // heads, dtype=param_dtype).uniform_(-bound, bound)
-        self.score = nn.Parameter(score)
-        kinds: Any = {"dtype": dtype, "param_dtype": param_dtype}
-        self.query = Linear(query_dim, size, bias=False, **kinds)
-        self.key = Linear(memory_dim, size, **kinds)
-        self.value = Linear(memory_dim, size, **kinds)
-        self.out = Linear(size, size, **kinds)
+        score = torch.empty(heads, size // heads, dtype=kw.get("param_dtype", torch.float32))
+        self.score = nn.Parameter(score.uniform_(-bound, bound))
+        self.query = Linear(query_dim, size, bias=False, **kw)
+        self.key = Linear(memory_dim, size, **kw)
+        self.value = Linear(memory_dim, size, **kw)
+        self.out = Linear(size, size, **kw)
 
     def memory(self, x: Tensor, mask: Tensor) -> Memory:
         """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""

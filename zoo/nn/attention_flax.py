@@ -6,7 +6,7 @@ B sequences; T queries and S keys in each; E features, N heads of D = E / N.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+
+from zoo.nn.options_flax import Options
 
 
 def dot_product_attention(
@@ -81,7 +83,7 @@ class MultiheadAttention(nnx.Module):
     the projection of keys and values stands apart, so that a decoder can keep them."""
 
     def __init__(
-        self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **kw: Any
+        self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **kw: Unpack[Options]
     ) -> None:
         self.heads = heads
         self.query = nnx.Linear(dim, dim, use_bias=bias, **kw)

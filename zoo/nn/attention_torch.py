@@ -5,7 +5,7 @@ B sequences; T queries and S keys in each; E features, N heads of D = E / N.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.nn.layers_torch import Linear, promote
+from zoo.nn.options_torch import Options
 
 
 def dot_product_attention(
@@ -79,23 +80,17 @@ class MultiheadAttention(nn.Module):
     and values apart, so that a decoder can keep them."""
 
     def __init__(
-        self,
-        dim: int,
-        heads: int,
-        dropout: float = 0.0,
-        bias: bool = True,
-        *,
-        dtype: torch.dtype | None = None,
-        param_dtype: torch.dtype = torch.float32,
+        self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **kw: Unpack[Options]
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        self.dtype = dtype
+        self.dtype = kw.get("dtype")
+        param_dtype = kw.get("param_dtype", torch.float32)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim, dtype=param_dtype))
         zeros = torch.zeros(3 * dim, dtype=param_dtype)
         self.in_proj_bias = nn.Parameter(zeros) if bias else None
-        self.out_proj = Linear(dim, dim, bias, dtype=dtype, param_dtype=param_dtype)
+        self.out_proj = Linear(dim, dim, bias, **kw)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def keys_values(self, x: Tensor) -> KeyValue:

@@ -1,11 +1,11 @@
 """A causal, dilated convolution over time, whole sequences or one sample at a time.
 
-B sequences of T steps, C channels in and O out, k taps that are d steps apart.
+B sequences of T steps, C channels in and O out, k weights that are d steps apart.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from zoo.nn.options_flax import Options
+
 
 class CausalConv1d(nnx.Conv):
     """nnx.Conv that sees no later step: zeros before the first one, none after the last.
 
-    `kernel` (k, C, O), its last tap for the present step.
+    `kernel` (k, C, O), the last of k for the present step.
     """
 
     def __init__(
@@ -27,7 +29,7 @@ class CausalConv1d(nnx.Conv):
         kernel_size: int,
         dilation: int = 1,
         bias: bool = True,
-        **kw: Any,
+        **kw: Unpack[Options],
     ) -> None:
         super().__init__(
             in_channels,
@@ -38,7 +40,6 @@ class CausalConv1d(nnx.Conv):
             use_bias=bias,
             **kw,
         )
-        self.taps = kernel_size
         self.dilation = dilation
         self.reach = dilation * (kernel_size - 1)  # how many steps back it looks
 
@@ -55,7 +56,8 @@ class CausalConv1d(nnx.Conv):
         """
         if self.reach == 0:
             return input, ring
-        steps = [(t - j * self.dilation) % self.reach for j in range(self.taps - 1, 0, -1)]
+        k, d = self.kernel_size[0], self.dilation
+        steps = [(t - j * d) % self.reach for j in range(k - 1, 0, -1)]
         past = [jax.lax.dynamic_index_in_dim(ring, s, keepdims=False) for s in steps]
         window = jnp.stack([*past, input[:, 0]], axis=1)
         ring = jax.lax.dynamic_update_index_in_dim(ring, input[:, 0], t % self.reach, 0)

@@ -1,6 +1,6 @@
 """A causal, dilated convolution over time, whole sequences or one sample at a time.
 
-B sequences of T steps, C channels in and O out, k taps that are d steps apart.
+B sequences of T steps, C channels in and O out, k weights that are d steps apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zoo.nn.layers_torch import promote
 class CausalConv1d(nn.Conv1d):
     """nn.Conv1d that sees no later step: zeros before the first one, none after the last.
 
-    `weight` (O, C, k), its last tap for the present step. `dtype` and `param_dtype` as in
+    `weight` (O, C, k), the last of k for the present step. `dtype` and `param_dtype` as in
     `zoo.nn.layers_torch`.
     """
 

@@ -35,14 +35,14 @@ class EncoderDecoder(Protocol):
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
         /,
-    ) -> Any:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+    ) -> tuple[Array, list[KeyValue], *tuple[Any, ...]]:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
 
 
 def check_request(
     batch: int, max_new_tokens: int, uniforms: Array | None, temperature: float
 ) -> None:
-    """Raises ValueError for a generation that cannot be."""
+    """Raises ValueError unless these are positive, and `uniforms` of the right shape."""
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
@@ -123,10 +123,10 @@ def generate(
     top_k: int | None = None,
     use_cache: bool = True,
 ) -> Array:
-    """source (B, S) ids -> tokens (B, max_new_tokens); `special` are those of start, end, padding.
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special`: start, end, padding.
 
     Compiled once for each model structure, shape and choice of the other arguments but `uniforms`
-    and `temperature`. Raises ValueError for a generation that cannot be.
+    and `temperature`. Raises ValueError as `check_request` does.
     """
     check_request(len(source), max_new_tokens, uniforms, temperature)
     graph, state = nnx.split(model)

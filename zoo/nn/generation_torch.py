@@ -31,14 +31,14 @@ class EncoderDecoder(Protocol):
         past: list[KeyValue] | None = None,
         position: int = 0,
         /,
-    ) -> Any:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches and what not."""
+    ) -> tuple[Tensor, list[KeyValue], *tuple[Any, ...]]:
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
 
 
 def check_request(
     batch: int, max_new_tokens: int, uniforms: Tensor | None, temperature: float
 ) -> None:
-    """Raises ValueError for a generation that cannot be."""
+    """Raises ValueError unless these are positive, and `uniforms` of the right shape."""
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
@@ -115,9 +115,9 @@ def generate(
     top_k: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """source (B, S) ids -> tokens (B, max_new_tokens); `special` are those of start, end, padding.
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special`: start, end, padding.
 
-    Raises ValueError for a generation that cannot be.
+    Raises ValueError as `check_request` does.
     """
     check_request(len(source), max_new_tokens, uniforms, temperature)
     memory = model.remember(source, mask)

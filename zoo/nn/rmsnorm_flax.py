@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 from flax import nnx
+
+from zoo.nn.options_flax import Options
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -14,5 +16,5 @@ class RMSNorm(nnx.RMSNorm):
     float32 always.
     """
 
-    def __init__(self, dim: int, eps: float, **kw: Any) -> None:
+    def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:
         super().__init__(dim, epsilon=eps, use_fast_variance=False, **kw)

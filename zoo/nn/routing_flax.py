@@ -5,18 +5,20 @@ B sequences, T tokens in each, X experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from zoo.nn.options_flax import Options
+
 
 class Jitter(nnx.Module):
     """In training, multiplies by numbers uniform within `noise` of 1."""
 
-    def __init__(self, noise: float, **kw: Any) -> None:
+    def __init__(self, noise: float, **kw: Unpack[Options]) -> None:
         self.noise = noise
         self.deterministic = False  # as `model.train()` and `model.eval()` set it
         self.rngs = kw["rngs"].dropout.fork()

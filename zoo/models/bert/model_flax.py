@@ -5,7 +5,7 @@ B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,11 +14,13 @@ from jax import Array
 from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
 from zoo.nn.attention_flax import dot_product_attention, mask_bias
 from zoo.nn.layers_flax import ACTIVATIONS, Embed, LayerNorm
-from zoo.nn.taps import Taps
+from zoo.nn.options_flax import Options
 
 
 class BertEmbeddings(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """The sum of word, position and token type embeddings, normalized."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         pad = c.pad_token_id
         self.word_embeddings = Embed(c.vocab_size, c.hidden_size, padding_idx=pad, **kw)
         self.position_embeddings = nnx.Embed(c.max_position_embeddings, c.hidden_size, **kw)
@@ -33,24 +35,29 @@ class BertEmbeddings(nnx.Module):
 
 
 class BertSelfAttention(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """Multi-head attention without the output projection, which is BertSelfOutput's."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.heads = c.num_attention_heads
         self.query = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
         self.key = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
         self.value = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
         self.dropout = nnx.Dropout(c.attention_probs_dropout_prob, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
+    def __call__(self, x: Array, bias: Array) -> Array:
+        """x (B, T, H) -> the same; `bias` (B, 1, 1, T) masks the padding."""
         B, T, H = x.shape
-        q = tap("query", self.query(x)).reshape(B, T, self.heads, -1)
-        k = tap("key", self.key(x)).reshape(B, T, self.heads, -1)
-        v = tap("value", self.value(x)).reshape(B, T, self.heads, -1)
+        q = self.query(x).reshape(B, T, self.heads, -1)
+        k = self.key(x).reshape(B, T, self.heads, -1)
+        v = self.value(x).reshape(B, T, self.heads, -1)
         attended = dot_product_attention(q, k, v, bias.astype(q.dtype), self.dropout)
         return attended.reshape(B, T, H)
 
 
 class BertSelfOutput(nnx.Module):
-    def __init__(self, c: Config, n_in: int, **kw: Any) -> None:
+    """Projection, residual sum and norm: upstream's BertSelfOutput, and its BertOutput."""
+
+    def __init__(self, c: Config, n_in: int, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(n_in, c.hidden_size, **kw)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
         self.dropout = nnx.Dropout(c.hidden_dropout_prob, rngs=kw["rngs"])
@@ -60,17 +67,16 @@ class BertSelfOutput(nnx.Module):
 
 
 class BertAttention(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.self = BertSelfAttention(c, **kw)
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
-    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
-        attended = tap("self", self.self(x, bias, tap.at("self")))
-        return tap("output", self.output(attended, x))
+    def __call__(self, x: Array, bias: Array) -> Array:
+        return self.output(self.self(x, bias), x)
 
 
 class BertIntermediate(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(c.hidden_size, c.intermediate_size, **kw)
         self.activation = ACTIVATIONS[c.hidden_act]
 
@@ -79,29 +85,30 @@ class BertIntermediate(nnx.Module):
 
 
 class BertLayer(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.attention = BertAttention(c, **kw)
         self.intermediate = BertIntermediate(c, **kw)
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
-    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
-        x = self.attention(x, bias, tap.at("attention"))
-        y = tap("intermediate", self.intermediate(x))
-        return tap("output", self.output(y, x))
+    def __call__(self, x: Array, bias: Array) -> Array:
+        x = self.attention(x, bias)
+        return self.output(self.intermediate(x), x)
 
 
 class BertEncoder(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.layer = nnx.List([BertLayer(c, **kw) for _ in range(c.num_hidden_layers)])
 
-    def __call__(self, x: Array, bias: Array, tap: Taps) -> Array:
-        for i, layer in enumerate(self.layer):
-            x = layer(x, bias, tap.at(f"layer.{i}"))
+    def __call__(self, x: Array, bias: Array) -> Array:
+        for layer in self.layer:
+            x = layer(x, bias)
         return x
 
 
 class BertPooler(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """A summary (B, H) of the sequence, from its first token."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
 
     def __call__(self, x: Array) -> Array:
@@ -109,9 +116,9 @@ class BertPooler(nnx.Module):
 
 
 class BertModel(nnx.Module):
-    """The encoder, with its pooler where the config has one."""
+    """The encoder, with a pooler if the config has one."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.embeddings = BertEmbeddings(c, **kw)
         self.encoder = BertEncoder(c, **kw)
         self.pooler = BertPooler(c, **kw) if c.pooler else None
@@ -122,13 +129,8 @@ class BertModel(nnx.Module):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
-        taps: bool | Taps = False,
-    ) -> Any:
-        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding -> Output.
-
-        `taps=True` gives (Output, {module path: intermediate}).
-        """
-        tap = taps if isinstance(taps, Taps) else Taps(taps)
+    ) -> Output:
+        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding."""
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if token_type_ids is None:
@@ -136,16 +138,14 @@ class BertModel(nnx.Module):
         if position_ids is None:
             check_length(input_ids.shape[1], self.embeddings.position_embeddings.num_embeddings)
             position_ids = jnp.arange(input_ids.shape[1])[None]
-        x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
         bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
-        x = self.encoder(x, bias, tap.at("encoder"))
-        pooled = None if self.pooler is None else tap("pooler", self.pooler(x))
-        output = Output(x, pooled)
-        return output if tap is taps else tap.result(output)
+        x = self.encoder(x, bias)
+        return Output(x, None if self.pooler is None else self.pooler(x))
 
 
 class BertPredictionHeadTransform(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
         self.activation = ACTIVATIONS[c.hidden_act]
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
@@ -155,29 +155,38 @@ class BertPredictionHeadTransform(nnx.Module):
 
 
 class BertLMPredictionHead(nnx.Module):
-    """Logits by the word embeddings' own matrix, which is handed in: NNX has it once."""
+    """Logits by the matrix of the word embeddings, which NNX holds once: it is handed in."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.transform = BertPredictionHeadTransform(c, **kw)
         self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
 
-    def __call__(self, x: Array, embeddings: Embed, tap: Taps) -> Array:
-        logits = embeddings.attend(tap("transform", self.transform(x)))
+    def __call__(self, x: Array, embeddings: Embed) -> Array:
+        logits = embeddings.attend(self.transform(x))
         return logits + self.bias[...].astype(logits.dtype)
 
 
 class BertPreTrainingHeads(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.predictions = BertLMPredictionHead(c, **kw)
         self.seq_relationship = (
             nnx.Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
         )
 
+    def __call__(
+        self, x: Array, pooled: Array | None, embeddings: Embed
+    ) -> Array | PreTrainingOutput:
+        """x (B, T, H), pooled (B, H) -> logits (B, T, V), and (B, 2) for the next sentence."""
+        logits = self.predictions(x, embeddings)
+        if self.seq_relationship is None or pooled is None:  # head "masked_lm"
+            return logits
+        return PreTrainingOutput(logits, self.seq_relationship(pooled))
+
 
 class BertForPreTraining(nnx.Module):
-    """Masked tokens and next sentence: PreTrainingOutput; head "masked_lm": logits (B, T, V)."""
+    """Masked tokens and the next sentence; with head "masked_lm" only masked tokens."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.bert = BertModel(c, **kw)
         self.cls = BertPreTrainingHeads(c, **kw)
 
@@ -187,24 +196,16 @@ class BertForPreTraining(nnx.Module):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
-        """As BertModel takes it -> logits, and their taps if asked for."""
-        tap = Taps(taps)
-        x, pooled = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
-        )
-        words = self.bert.embeddings.word_embeddings
-        logits = self.cls.predictions(x, words, tap.at("cls.predictions"))
-        if self.cls.seq_relationship is None:
-            return tap.result(logits)
-        return tap.result(PreTrainingOutput(logits, self.cls.seq_relationship(pooled)))
+    ) -> Array | PreTrainingOutput:
+        """The arguments are those of BertModel."""
+        x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        return self.cls(x, pooled, self.bert.embeddings.word_embeddings)
 
 
 class BertForClassification(nnx.Module):
-    """Labels for the sequence from the pooler (B, L), or for every token (B, T, L)."""
+    """Logits of L labels, of the sequence by its pooler (B, L) or of every token (B, T, L)."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.per_token = c.head == "token_classification"
         self.bert = BertModel(c, **kw)
         dropout = c.classifier_dropout
@@ -218,20 +219,14 @@ class BertForClassification(nnx.Module):
         attention_mask: Array | None = None,
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
-        """As BertModel takes it -> logits, and their taps if asked for."""
-        tap = Taps(taps)
-        x, pooled = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
-        )
-        logits = self.classifier(self.dropout(x if self.per_token else pooled))
-        return tap.result(logits)
+    ) -> Array:
+        """The arguments are those of BertModel."""
+        x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
-def bert(c: Config, **kw: Any) -> nnx.Module:
-    """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights;
-    `rngs` is required, as everywhere in NNX."""
+def bert(c: Config, **kw: Unpack[Options]) -> nnx.Module:
+    """The model with the head that the config names."""
     if c.head == "none":
         return BertModel(c, **kw)
     if c.head in ("pretraining", "masked_lm"):

@@ -5,7 +5,7 @@ B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
 from zoo.nn.attention_torch import dot_product_attention, mask_bias
 from zoo.nn.layers_torch import ACTIVATIONS, Embedding, LayerNorm, Linear
-from zoo.nn.taps import Taps
+from zoo.nn.options_torch import Options
 
 
 class BertEmbeddings(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """The sum of word, position and token type embeddings, normalized."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         pad = c.pad_token_id
         self.word_embeddings = Embedding(c.vocab_size, c.hidden_size, padding_idx=pad, **kw)
@@ -33,7 +35,9 @@ class BertEmbeddings(nn.Module):
 
 
 class BertSelfAttention(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """Multi-head attention without the output projection, which is BertSelfOutput's."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.heads = c.num_attention_heads
         self.query = Linear(c.hidden_size, c.hidden_size, **kw)
@@ -41,17 +45,20 @@ class BertSelfAttention(nn.Module):
         self.value = Linear(c.hidden_size, c.hidden_size, **kw)
         self.dropout = nn.Dropout(c.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, T, H) -> the same; `bias` (B, 1, 1, T) masks the padding."""
         B, T, H = x.shape
-        q = tap("query", self.query(x)).view(B, T, self.heads, -1)
-        k = tap("key", self.key(x)).view(B, T, self.heads, -1)
-        v = tap("value", self.value(x)).view(B, T, self.heads, -1)
+        q = self.query(x).view(B, T, self.heads, -1)
+        k = self.key(x).view(B, T, self.heads, -1)
+        v = self.value(x).view(B, T, self.heads, -1)
         dropout = self.dropout.p if self.training else 0.0
         return dot_product_attention(q, k, v, bias.to(q.dtype), dropout).reshape(B, T, H)
 
 
 class BertSelfOutput(nn.Module):
-    def __init__(self, c: Config, n_in: int, **kw: Any) -> None:
+    """Projection, residual sum and norm: upstream's BertSelfOutput, and its BertOutput."""
+
+    def __init__(self, c: Config, n_in: int, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.dense = Linear(n_in, c.hidden_size, **kw)
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
@@ -62,18 +69,17 @@ class BertSelfOutput(nn.Module):
 
 
 class BertAttention(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.self = BertSelfAttention(c, **kw)
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
-        attended = tap("self", self.self(x, bias, tap.at("self")))
-        return tap("output", self.output(attended, x))
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.output(self.self(x, bias), x)
 
 
 class BertIntermediate(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.dense = Linear(c.hidden_size, c.intermediate_size, **kw)
         self.activation = ACTIVATIONS[c.hidden_act]
@@ -83,31 +89,32 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.attention = BertAttention(c, **kw)
         self.intermediate = BertIntermediate(c, **kw)
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
-        x = self.attention(x, bias, tap.at("attention"))
-        y = tap("intermediate", self.intermediate(x))
-        return tap("output", self.output(y, x))
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        x = self.attention(x, bias)
+        return self.output(self.intermediate(x), x)
 
 
 class BertEncoder(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
 
-    def forward(self, x: Tensor, bias: Tensor, tap: Taps) -> Tensor:
-        for i, layer in enumerate(self.layer):
-            x = layer(x, bias, tap.at(f"layer.{i}"))
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        for layer in self.layer:
+            x = layer(x, bias)
         return x
 
 
 class BertPooler(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    """A summary (B, H) of the sequence, from its first token."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.dense = Linear(c.hidden_size, c.hidden_size, **kw)
 
@@ -116,9 +123,9 @@ class BertPooler(nn.Module):
 
 
 class BertModel(nn.Module):
-    """The encoder, with its pooler where the config has one."""
+    """The encoder, with a pooler if the config has one."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(c, **kw)
         self.encoder = BertEncoder(c, **kw)
@@ -130,13 +137,8 @@ class BertModel(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        taps: bool | Taps = False,
-    ) -> Any:
-        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding -> Output.
-
-        `taps=True` gives (Output, {module path: intermediate}).
-        """
-        tap = taps if isinstance(taps, Taps) else Taps(taps)
+    ) -> Output:
+        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
@@ -144,16 +146,14 @@ class BertModel(nn.Module):
         if position_ids is None:
             check_length(input_ids.shape[1], self.embeddings.position_embeddings.num_embeddings)
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        x = tap("embeddings", self.embeddings(input_ids, token_type_ids, position_ids))
+        x = self.embeddings(input_ids, token_type_ids, position_ids)
         bias = mask_bias(attention_mask[:, None, None, :], x.dtype)
-        x = self.encoder(x, bias, tap.at("encoder"))
-        pooled = None if self.pooler is None else tap("pooler", self.pooler(x))
-        output = Output(x, pooled)
-        return output if tap is taps else tap.result(output)
+        x = self.encoder(x, bias)
+        return Output(x, None if self.pooler is None else self.pooler(x))
 
 
 class BertPredictionHeadTransform(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.dense = Linear(c.hidden_size, c.hidden_size, **kw)
         self.activation = ACTIVATIONS[c.hidden_act]
@@ -164,30 +164,37 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Logits by the word embeddings' own matrix, which `decoder` shares."""
+    """Logits by the matrix of the word embeddings, which `decoder` shares."""
 
-    def __init__(self, c: Config, embeddings: Embedding, **kw: Any) -> None:
+    def __init__(self, c: Config, embeddings: Embedding, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(c, **kw)
         self.decoder = Linear(c.hidden_size, c.vocab_size, **kw)
         self.decoder.weight = embeddings.weight
         self.bias = self.decoder.bias
 
-    def forward(self, x: Tensor, tap: Taps) -> Tensor:
-        return self.decoder(tap("transform", self.transform(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x))
 
 
 class BertPreTrainingHeads(nn.Module):
-    def __init__(self, c: Config, embeddings: Embedding, **kw: Any) -> None:
+    def __init__(self, c: Config, embeddings: Embedding, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(c, embeddings, **kw)
         self.seq_relationship = Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
 
+    def forward(self, x: Tensor, pooled: Tensor | None) -> Tensor | PreTrainingOutput:
+        """x (B, T, H), pooled (B, H) -> logits (B, T, V), and (B, 2) for the next sentence."""
+        logits = self.predictions(x)
+        if self.seq_relationship is None or pooled is None:  # head "masked_lm"
+            return logits
+        return PreTrainingOutput(logits, self.seq_relationship(pooled))
+
 
 class BertForPreTraining(nn.Module):
-    """Masked tokens and next sentence: PreTrainingOutput; head "masked_lm": logits (B, T, V)."""
+    """Masked tokens and the next sentence; with head "masked_lm" only masked tokens."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.bert = BertModel(c, **kw)
         self.cls = BertPreTrainingHeads(c, self.bert.embeddings.word_embeddings, **kw)
@@ -198,23 +205,16 @@ class BertForPreTraining(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        taps: bool = False,
-    ) -> Any:
-        """As BertModel takes it -> logits, and their taps if asked for."""
-        tap = Taps(taps)
-        x, pooled = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
-        )
-        logits = self.cls.predictions(x, tap.at("cls.predictions"))
-        if self.cls.seq_relationship is None:
-            return tap.result(logits)
-        return tap.result(PreTrainingOutput(logits, self.cls.seq_relationship(pooled)))
+    ) -> Tensor | PreTrainingOutput:
+        """The arguments are those of BertModel."""
+        x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        return self.cls(x, pooled)
 
 
 class BertForClassification(nn.Module):
-    """Labels for the sequence from the pooler (B, L), or for every token (B, T, L)."""
+    """Logits of L labels, of the sequence by its pooler (B, L) or of every token (B, T, L)."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.per_token = c.head == "token_classification"
         self.bert = BertModel(c, **kw)
@@ -228,19 +228,14 @@ class BertForClassification(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        taps: bool = False,
-    ) -> Any:
-        """As BertModel takes it -> logits, and their taps if asked for."""
-        tap = Taps(taps)
-        x, pooled = self.bert(
-            input_ids, attention_mask, token_type_ids, position_ids, tap.at("bert")
-        )
-        logits = self.classifier(self.dropout(x if self.per_token else pooled))
-        return tap.result(logits)
+    ) -> Tensor:
+        """The arguments are those of BertModel."""
+        x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
-def bert(c: Config, **kw: Any) -> nn.Module:
-    """The module for `c.head`. `dtype` is that of the computation, `param_dtype` of the weights."""
+def bert(c: Config, **kw: Unpack[Options]) -> nn.Module:
+    """The model with the head that the config names."""
     if c.head == "none":
         return BertModel(c, **kw)
     if c.head in ("pretraining", "masked_lm"):

@@ -6,7 +6,7 @@ V tokens in the vocabulary; X experts, each with C slots a sequence and F hidden
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ from zoo.nn.attention_flax import (
 )
 from zoo.nn.generation_flax import generate
 from zoo.nn.layers_flax import ACTIVATIONS
+from zoo.nn.options_flax import Options
 from zoo.nn.relative_positions import bucket_table
 from zoo.nn.rmsnorm_flax import RMSNorm
 from zoo.nn.routing_flax import Jitter, router_losses
-from zoo.nn.taps import Taps
 
 
 class DenseActDense(nnx.Module):
     """The feed-forward layer; also what each expert is."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.wi = nnx.Linear(c.d_model, c.d_ff, use_bias=False, **kw)
         self.wo = nnx.Linear(c.d_ff, c.d_model, use_bias=False, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
@@ -48,13 +48,12 @@ class DenseActDense(nnx.Module):
 class Top1Router(nnx.Module):
     """Every token chooses one expert; in each sequence the first C that choose it get in."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.num_experts = c.num_experts
         self.capacity = c.expert_capacity
         self.jitter = Jitter(c.router_jitter_noise, **kw)
-        self.classifier = nnx.Linear(
-            c.d_model, c.num_experts, use_bias=c.router_bias, **kw | {"dtype": None}
-        )
+        kw["dtype"] = None  # in that of its input, float32 at least
+        self.classifier = nnx.Linear(c.d_model, c.num_experts, use_bias=c.router_bias, **kw)
 
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
         """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
@@ -76,7 +75,7 @@ class Top1Router(nnx.Module):
 class Experts(nnx.Module):
     """DenseActDense for every expert at once, the matrices of all in one array each."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         initializer = nnx.initializers.lecun_normal(batch_axis=0)
         param_dtype = kw.get("param_dtype", jnp.float32)
 
@@ -98,7 +97,7 @@ class Experts(nnx.Module):
 
 
 class SparseMLP(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.router = Top1Router(c, **kw)
         self.experts = Experts(c, **kw)
 
@@ -110,23 +109,25 @@ class SparseMLP(nnx.Module):
 
 
 class LayerFF(nnx.Module):
-    def __init__(self, c: Config, is_sparse: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, is_sparse: bool, **kw: Unpack[Options]) -> None:
         self.is_sparse = is_sparse
         self.mlp = SparseMLP(c, **kw) if is_sparse else DenseActDense(c, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, tap: Taps) -> tuple[Array, Array | None]:
+    def __call__(self, x: Array) -> tuple[Array, Array | None]:
         """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
-        y = tap("layer_norm", self.layer_norm(x))
+        y = self.layer_norm(x)
         y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
-        return x + self.dropout(tap("mlp", y)), logits
+        return x + self.dropout(y), logits
 
 
 class Attention(nnx.Module):
     """Without biases and without scaling; the first of a stack holds the stack's position bias."""
 
-    def __init__(self, c: Config, has_relative_attention_bias: bool = False, **kw: Any) -> None:
+    def __init__(
+        self, c: Config, has_relative_attention_bias: bool = False, **kw: Unpack[Options]
+    ) -> None:
         inner = c.num_heads * c.d_kv
         self.num_heads = c.num_heads
         self.num_buckets = c.relative_attention_num_buckets
@@ -164,37 +165,36 @@ class Attention(nnx.Module):
 
 
 class LayerSelfAttention(nnx.Module):
-    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Unpack[Options]) -> None:
         self.SelfAttention = Attention(c, has_relative_attention_bias, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def __call__(
-        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike, tap: Taps
+        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike
     ) -> tuple[Array, KeyValue]:
         """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
-        y = tap("layer_norm", self.layer_norm(x))
+        y = self.layer_norm(x)
         now = self.SelfAttention.keys_values(y)
         if past is not None:
             now = write_cache(past, now, position)
-        return x + self.dropout(tap("SelfAttention", self.SelfAttention(y, now, bias))), now
+        return x + self.dropout(self.SelfAttention(y, now, bias)), now
 
 
 class LayerCrossAttention(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.EncDecAttention = Attention(c, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, memory: KeyValue, bias: Array | None, tap: Taps) -> Array:
-        y = tap("layer_norm", self.layer_norm(x))
-        return x + self.dropout(tap("EncDecAttention", self.EncDecAttention(y, memory, bias)))
+    def __call__(self, x: Array, memory: KeyValue, bias: Array | None) -> Array:
+        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
 
 class Block(nnx.Module):
-    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+    """Self-attention, attention to the source in a decoder, and the feed-forward layer."""
 
-    def __init__(self, c: Config, decoder: bool, i: int, **kw: Any) -> None:
+    def __init__(self, c: Config, decoder: bool, i: int, **kw: Unpack[Options]) -> None:
         self.decoder = decoder
         layer: list[Any] = [LayerSelfAttention(c, i == 0, **kw)]
         if decoder:
@@ -210,21 +210,19 @@ class Block(nnx.Module):
         memory_bias: Array | None,
         past: KeyValue | None,
         position: ArrayLike,
-        tap: Taps,
     ) -> tuple[Array, KeyValue, Array | None]:
         """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
-        x, now = self.layer[0](x, bias, past, position, tap.at("layer.0"))
+        x, now = self.layer[0](x, bias, past, position)
         if self.decoder:
-            x = self.layer[1](x, memory, memory_bias, tap.at("layer.1"))
-        last = len(self.layer) - 1
-        x, logits = self.layer[last](x, tap.at(f"layer.{last}"))
+            x = self.layer[1](x, memory, memory_bias)
+        x, logits = self.layer[-1](x)
         return x, now, logits
 
 
 class Stack(nnx.Module):
     """The encoder or the decoder."""
 
-    def __init__(self, c: Config, decoder: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, decoder: bool, **kw: Unpack[Options]) -> None:
         self.decoder = decoder
         layers = c.num_decoder_layers if decoder else c.num_layers
         self.block = nnx.List(Block(c, decoder, i, **kw) for i in range(layers))
@@ -232,7 +230,7 @@ class Stack(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def keys_values(self, memory: Array) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def __call__(
@@ -243,17 +241,15 @@ class Stack(nnx.Module):
         memory_mask: Array | None = None,
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
-        tap: Taps | None = None,
     ) -> tuple[Array, list[KeyValue], list[Array]]:
         """x (B, T, M) -> the same, the caches, and the logits of each router.
 
         Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
         caches hold before it.
         """
-        tap = tap or Taps(False)
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
-        first = self.block[0].layer[0].SelfAttention
+        first = self.block[0].layer[0].SelfAttention  # its position bias serves all blocks
         bias = first.position_bias(T, keys, position, not self.decoder)
         allowed = None if mask is None else mask.astype(bool)[:, None, None, :]
         if self.decoder:
@@ -269,18 +265,17 @@ class Stack(nnx.Module):
         for i, block in enumerate(self.block):
             source = None if memory is None else memory[i]
             before = None if past is None else past[i]
-            at = tap.at(f"block.{i}")
-            x, now, logits = block(x, bias, source, memory_bias, before, position, at)
+            x, now, logits = block(x, bias, source, memory_bias, before, position)
             caches.append(now)
             if logits is not None:
                 routed.append(logits)
-        return self.dropout(tap("final_layer_norm", self.final_layer_norm(x))), caches, routed
+        return self.dropout(self.final_layer_norm(x)), caches, routed
 
 
 class SwitchTransformer(nnx.Module):
     """Encoder, decoder and language-model head over one vocabulary."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
         self.shared = nnx.Embed(c.vocab_size, c.d_model, **kw)
         self.encoder = Stack(c, False, **kw)
@@ -297,26 +292,23 @@ class SwitchTransformer(nnx.Module):
         attention_mask: Array | None = None,
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Output:
         """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
 
         Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
-        the start token alone. `taps=True` gives (Output, {module path: intermediate}).
+        the start token alone.
         """
-        tap = Taps(taps)
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             decoder_input_ids = jnp.full_like(input_ids[:, :1], start)
-        x, routed = self.encode(input_ids, attention_mask, tap)
+        x, routed = self.encode(input_ids, attention_mask)
         logits, _, decoder_routed = self.decode(
             decoder_input_ids,
             self.decoder.keys_values(x),
             decoder_attention_mask,
             attention_mask,
-            tap=tap,
         )
-        output = Output(
+        return Output(
             logits,
             *router_losses(routed, x),
             *router_losses(decoder_routed, x),
@@ -324,15 +316,12 @@ class SwitchTransformer(nnx.Module):
             tuple(routed),
             tuple(decoder_routed),
         )
-        return tap.result(output)
 
     def encode(
-        self, input_ids: Array, attention_mask: Array | None = None, tap: Taps | None = None
+        self, input_ids: Array, attention_mask: Array | None = None
     ) -> tuple[Array, list[Array]]:
         """ids (B, S) -> memory (B, S, M), and the logits of each router."""
-        tap = tap or Taps(False)
-        x = tap("shared", self.shared(input_ids))
-        x, _, routed = self.encoder(x, attention_mask, tap=tap.at("encoder"))
+        x, _, routed = self.encoder(self.shared(input_ids), attention_mask)
         return x, routed
 
     def remember(self, input_ids: Array, attention_mask: Array | None = None) -> list[KeyValue]:
@@ -347,14 +336,12 @@ class SwitchTransformer(nnx.Module):
         attention_mask: Array | None = None,
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
-        tap: Taps | None = None,
     ) -> tuple[Array, list[KeyValue], list[Array]]:
         """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of
-        earlier positions in buffers of fixed length; without it these ids are all there is.
+        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
+        buffers of fixed length; without it these ids are all there is.
         """
-        tap = tap or Taps(False)
         x, caches, routed = self.decoder(
             self.shared(decoder_input_ids),
             decoder_attention_mask,
@@ -362,7 +349,6 @@ class SwitchTransformer(nnx.Module):
             attention_mask,
             past,
             position,
-            tap.at("decoder"),
         )
         if self.lm_head is not None:
             return self.lm_head(x), caches, routed

@@ -7,7 +7,7 @@ V tokens in the vocabulary; X experts, each with C slots a sequence and F hidden
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +24,16 @@ from zoo.nn.attention_torch import (
 )
 from zoo.nn.generation_torch import generate
 from zoo.nn.layers_torch import ACTIVATIONS, Embedding, Linear
+from zoo.nn.options_torch import Options
 from zoo.nn.relative_positions import bucket_table
 from zoo.nn.rmsnorm_torch import RMSNorm
 from zoo.nn.routing_torch import Jitter, router_losses
-from zoo.nn.taps import Taps
 
 
 class DenseActDense(nn.Module):
     """The feed-forward layer; also what each expert is."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.wi = Linear(c.d_model, c.d_ff, bias=False, **kw)
         self.wo = Linear(c.d_ff, c.d_model, bias=False, **kw)
@@ -47,12 +47,13 @@ class DenseActDense(nn.Module):
 class Top1Router(nn.Module):
     """Every token chooses one expert; in each sequence the first C that choose it get in."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.num_experts = c.num_experts
         self.capacity = c.expert_capacity
         self.jitter = Jitter(c.router_jitter_noise)
-        self.classifier = Linear(c.d_model, c.num_experts, c.router_bias, **kw | {"dtype": None})
+        kw["dtype"] = None  # in that of its input, float32 at least
+        self.classifier = Linear(c.d_model, c.num_experts, c.router_bias, **kw)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
@@ -74,7 +75,7 @@ class Top1Router(nn.Module):
 class Experts(nn.Module):
     """`expert_0`, `expert_1`, ..."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         for i in range(c.num_experts):
             self.add_module(f"expert_{i}", DenseActDense(c, **kw))
@@ -85,7 +86,7 @@ class Experts(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.router = Top1Router(c, **kw)
         self.experts = Experts(c, **kw)
@@ -98,24 +99,26 @@ class SparseMLP(nn.Module):
 
 
 class LayerFF(nn.Module):
-    def __init__(self, c: Config, is_sparse: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, is_sparse: bool, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.is_sparse = is_sparse
         self.mlp = SparseMLP(c, **kw) if is_sparse else DenseActDense(c, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def forward(self, x: Tensor, tap: Taps) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
-        y = tap("layer_norm", self.layer_norm(x))
+        y = self.layer_norm(x)
         y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
-        return x + self.dropout(tap("mlp", y)), logits
+        return x + self.dropout(y), logits
 
 
 class Attention(nn.Module):
     """Without biases and without scaling; the first of a stack holds the stack's position bias."""
 
-    def __init__(self, c: Config, has_relative_attention_bias: bool = False, **kw: Any) -> None:
+    def __init__(
+        self, c: Config, has_relative_attention_bias: bool = False, **kw: Unpack[Options]
+    ) -> None:
         super().__init__()
         inner = c.num_heads * c.d_kv
         self.num_heads = c.num_heads
@@ -151,39 +154,38 @@ class Attention(nn.Module):
 
 
 class LayerSelfAttention(nn.Module):
-    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, has_relative_attention_bias: bool, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.SelfAttention = Attention(c, has_relative_attention_bias, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def forward(
-        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int, tap: Taps
+        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int
     ) -> tuple[Tensor, KeyValue]:
         """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
-        y = tap("layer_norm", self.layer_norm(x))
+        y = self.layer_norm(x)
         now = self.SelfAttention.keys_values(y)
         if past is not None:
             now = write_cache(past, now, position)
-        return x + self.dropout(tap("SelfAttention", self.SelfAttention(y, now, bias))), now
+        return x + self.dropout(self.SelfAttention(y, now, bias)), now
 
 
 class LayerCrossAttention(nn.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.EncDecAttention = Attention(c, **kw)
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None, tap: Taps) -> Tensor:
-        y = tap("layer_norm", self.layer_norm(x))
-        return x + self.dropout(tap("EncDecAttention", self.EncDecAttention(y, memory, bias)))
+    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None) -> Tensor:
+        return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
 
 class Block(nn.Module):
-    """`layer`: self-attention, in a decoder attention to the source, then the feed-forward one."""
+    """Self-attention, attention to the source in a decoder, and the feed-forward layer."""
 
-    def __init__(self, c: Config, decoder: bool, i: int, **kw: Any) -> None:
+    def __init__(self, c: Config, decoder: bool, i: int, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.decoder = decoder
         layer: list[nn.Module] = [LayerSelfAttention(c, i == 0, **kw)]
@@ -200,21 +202,21 @@ class Block(nn.Module):
         memory_bias: Tensor | None,
         past: KeyValue | None,
         position: int,
-        tap: Taps,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
         """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
-        x, now = self.layer[0](x, bias, past, position, tap.at("layer.0"))
+        x, now = self.layer[0](x, bias, past, position)
         if self.decoder:
-            x = self.layer[1](x, memory, memory_bias, tap.at("layer.1"))
-        last = len(self.layer) - 1
-        x, logits = self.layer[last](x, tap.at(f"layer.{last}"))
+            x = self.layer[1](x, memory, memory_bias)
+        x, logits = self.layer[-1](x)
         return x, now, logits
 
 
 class Stack(nn.Module):
     """The encoder or the decoder."""
 
-    def __init__(self, c: Config, decoder: bool, embed_tokens: Embedding, **kw: Any) -> None:
+    def __init__(
+        self, c: Config, decoder: bool, embed_tokens: Embedding, **kw: Unpack[Options]
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.embed_tokens = embed_tokens  # a second name of the model's `shared`
@@ -224,7 +226,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def keys_values(self, memory: Tensor) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: once for a source, not for every token."""
+        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def forward(
@@ -235,17 +237,15 @@ class Stack(nn.Module):
         memory_mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
         position: int = 0,
-        tap: Taps | None = None,
     ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
         """x (B, T, M) -> the same, the caches, and the logits of each router.
 
         Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
         caches hold before it.
         """
-        tap = tap or Taps(False)
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
-        first = self.block[0].layer[0].SelfAttention
+        first = self.block[0].layer[0].SelfAttention  # its position bias serves all blocks
         bias = first.position_bias(T, keys, position, not self.decoder)
         allowed = None if mask is None else mask.bool()[:, None, None, :]
         if self.decoder:
@@ -261,18 +261,17 @@ class Stack(nn.Module):
         for i, block in enumerate(self.block):
             source = None if memory is None else memory[i]
             before = None if past is None else past[i]
-            at = tap.at(f"block.{i}")
-            x, now, logits = block(x, bias, source, memory_bias, before, position, at)
+            x, now, logits = block(x, bias, source, memory_bias, before, position)
             caches.append(now)
             if logits is not None:
                 routed.append(logits)
-        return self.dropout(tap("final_layer_norm", self.final_layer_norm(x))), caches, routed
+        return self.dropout(self.final_layer_norm(x)), caches, routed
 
 
 class SwitchTransformer(nn.Module):
     """Encoder, decoder and language-model head over one vocabulary."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.config = c
         self.shared = Embedding(c.vocab_size, c.d_model, **kw)
@@ -288,26 +287,23 @@ class SwitchTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Output:
         """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
 
         Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
-        the start token alone. `taps=True` gives (Output, {module path: intermediate}).
+        the start token alone.
         """
-        tap = Taps(taps)
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             decoder_input_ids = torch.full_like(input_ids[:, :1], start)
-        x, routed = self.encode(input_ids, attention_mask, tap)
+        x, routed = self.encode(input_ids, attention_mask)
         logits, _, decoder_routed = self.decode(
             decoder_input_ids,
             self.decoder.keys_values(x),
             decoder_attention_mask,
             attention_mask,
-            tap=tap,
         )
-        output = Output(
+        return Output(
             logits,
             *router_losses(routed, x),
             *router_losses(decoder_routed, x),
@@ -315,15 +311,12 @@ class SwitchTransformer(nn.Module):
             tuple(routed),
             tuple(decoder_routed),
         )
-        return tap.result(output)
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, tap: Taps | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """ids (B, S) -> memory (B, S, M), and the logits of each router."""
-        tap = tap or Taps(False)
-        x = tap("shared", self.shared(input_ids))
-        x, _, routed = self.encoder(x, attention_mask, tap=tap.at("encoder"))
+        x, _, routed = self.encoder(self.shared(input_ids), attention_mask)
         return x, routed
 
     def remember(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[KeyValue]:
@@ -338,14 +331,12 @@ class SwitchTransformer(nn.Module):
         attention_mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
         position: int = 0,
-        tap: Taps | None = None,
     ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
         """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of
-        earlier positions in buffers of fixed length; without it these ids are all there is.
+        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
+        buffers of fixed length; without it these ids are all there is.
         """
-        tap = tap or Taps(False)
         x, caches, routed = self.decoder(
             self.shared(decoder_input_ids),
             decoder_attention_mask,
@@ -353,7 +344,6 @@ class SwitchTransformer(nn.Module):
             attention_mask,
             past,
             position,
-            tap.at("decoder"),
         )
         if self.config.tie_word_embeddings:
             x = x * self.config.d_model**-0.5

@@ -7,7 +7,7 @@ D = E / N, V tokens in the target's vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,12 +18,12 @@ from zoo.models.transformer.config import Config
 from zoo.nn.attention_flax import KeyValue, MultiheadAttention, causal_mask, mask_bias, write_cache
 from zoo.nn.generation_flax import generate
 from zoo.nn.layers_flax import ACTIVATIONS, LayerNorm
+from zoo.nn.options_flax import Options
 from zoo.nn.positions_flax import sinusoids
-from zoo.nn.taps import Taps
 
 
 class TransformerEncoderLayer(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.norm_first = c.norm_first
         self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
         self.linear1 = nnx.Linear(c.d_model, c.dim_feedforward, **kw)
@@ -35,24 +35,23 @@ class TransformerEncoderLayer(nnx.Module):
         self.dropout1 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
         self.dropout2 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, bias: Array | None, tap: Taps) -> Array:
+    def __call__(self, x: Array, bias: Array | None) -> Array:
+        """x (B, S, E) -> the same; `bias` masks what is not attended to."""
         if self.norm_first:
-            x = x + self._attend(tap("norm1", self.norm1(x)), bias, tap)
-            return x + self._feed_forward(tap("norm2", self.norm2(x)), tap)
-        x = tap("norm1", self.norm1(x + self._attend(x, bias, tap)))
-        return tap("norm2", self.norm2(x + self._feed_forward(x, tap)))
+            x = x + self._attend(self.norm1(x), bias)
+            return x + self._feed_forward(self.norm2(x))
+        x = self.norm1(x + self._attend(x, bias))
+        return self.norm2(x + self._feed_forward(x))
 
-    def _attend(self, x: Array, bias: Array | None, tap: Taps) -> Array:
-        attended = self.self_attn(x, self.self_attn.keys_values(x), bias)
-        return self.dropout1(tap("self_attn", attended))
+    def _attend(self, x: Array, bias: Array | None) -> Array:
+        return self.dropout1(self.self_attn(x, self.self_attn.keys_values(x), bias))
 
-    def _feed_forward(self, x: Array, tap: Taps) -> Array:
-        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
-        return self.dropout2(tap("linear2", self.linear2(hidden)))
+    def _feed_forward(self, x: Array) -> Array:
+        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class TransformerDecoderLayer(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.norm_first = c.norm_first
         self.self_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
         self.multihead_attn = MultiheadAttention(c.d_model, c.nhead, c.dropout, **kw)
@@ -75,50 +74,48 @@ class TransformerDecoderLayer(nnx.Module):
         memory_bias: Array | None,
         past: KeyValue | None,
         position: ArrayLike,
-        tap: Taps,
     ) -> tuple[Array, KeyValue]:
         """x (B, T, E) -> the same, and the cache with the keys and values of these positions."""
-        y = tap("norm1", self.norm1(x)) if self.norm_first else x
+        y = self.norm1(x) if self.norm_first else x
         now = self.self_attn.keys_values(y)
         if past is not None:
             now = write_cache(past, now, position)
-        x = x + self.dropout1(tap("self_attn", self.self_attn(y, now, bias)))
+        x = x + self.dropout1(self.self_attn(y, now, bias))
         if self.norm_first:
-            x = x + self._attend(tap("norm2", self.norm2(x)), memory, memory_bias, tap)
-            return x + self._feed_forward(tap("norm3", self.norm3(x)), tap), now
-        x = tap("norm1", self.norm1(x))
-        x = tap("norm2", self.norm2(x + self._attend(x, memory, memory_bias, tap)))
-        return tap("norm3", self.norm3(x + self._feed_forward(x, tap))), now
+            x = x + self._attend(self.norm2(x), memory, memory_bias)
+            return x + self._feed_forward(self.norm3(x)), now
+        x = self.norm1(x)
+        x = self.norm2(x + self._attend(x, memory, memory_bias))
+        return self.norm3(x + self._feed_forward(x)), now
 
-    def _attend(self, x: Array, memory: KeyValue, bias: Array | None, tap: Taps) -> Array:
-        return self.dropout2(tap("multihead_attn", self.multihead_attn(x, memory, bias)))
+    def _attend(self, x: Array, memory: KeyValue, bias: Array | None) -> Array:
+        return self.dropout2(self.multihead_attn(x, memory, bias))
 
-    def _feed_forward(self, x: Array, tap: Taps) -> Array:
-        hidden = self.dropout(self.activation(tap("linear1", self.linear1(x))))
-        return self.dropout3(tap("linear2", self.linear2(hidden)))
+    def _feed_forward(self, x: Array) -> Array:
+        return self.dropout3(self.linear2(self.dropout(self.activation(self.linear1(x)))))
 
 
 class TransformerEncoder(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         layers = (TransformerEncoderLayer(c, **kw) for _ in range(c.num_encoder_layers))
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
-    def __call__(self, x: Array, bias: Array | None, tap: Taps) -> Array:
+    def __call__(self, x: Array, bias: Array | None) -> Array:
         """x (B, S, E) -> memory (B, S, E)."""
-        for i, layer in enumerate(self.layers):
-            x = layer(x, bias, tap.at(f"layers.{i}"))
-        return tap("norm", self.norm(x))
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.norm(x)
 
 
 class TransformerDecoder(nnx.Module):
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         layers = (TransformerDecoderLayer(c, **kw) for _ in range(c.num_decoder_layers))
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
     def keys_values(self, memory: Array) -> list[KeyValue]:
-        """memory (B, S, E) as each layer attends to it: once for a source, not for every token."""
+        """memory (B, S, E) as each layer attends to it: computed once, not for every token."""
         return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
 
     def __call__(
@@ -129,7 +126,6 @@ class TransformerDecoder(nnx.Module):
         tgt_key_padding_mask: Array | None,
         past: list[KeyValue] | None,
         position: ArrayLike,
-        tap: Taps,
     ) -> tuple[Array, list[KeyValue]]:
         """x (B, T, E) -> the same, and the caches.
 
@@ -144,16 +140,15 @@ class TransformerDecoder(nnx.Module):
         caches = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past[i]
-            at = tap.at(f"layers.{i}")
-            x, now = layer(x, memory[i], bias, memory_bias, before, position, at)
+            x, now = layer(x, memory[i], bias, memory_bias, before, position)
             caches.append(now)
-        return tap("norm", self.norm(x)), caches
+        return self.norm(x), caches
 
 
 class Generator(nnx.Module):
-    """Logits by a matrix of its own, or by the one of the embeddings: NNX has that once."""
+    """Logits by its own matrix, or by that of the embeddings, which NNX holds once: handed in."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         param_dtype = kw.get("param_dtype", jnp.float32)
         initializer = nnx.initializers.lecun_normal()
         shape = (c.d_model, c.tgt_vocab_size)
@@ -178,11 +173,11 @@ class Generator(nnx.Module):
 class Transformer(nnx.Module):
     """torch.nn.Transformer, batch first, between embeddings and a generator of logits."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.d_model = c.d_model
         self.src_embedding = nnx.Embed(c.src_vocab_size, c.d_model, **kw)
         self.tgt_embedding = (
-            None if c.tie_embeddings else nnx.Embed(c.tgt_vocab_size, c.d_model, **kw)
+            self.src_embedding if c.tie_embeddings else nnx.Embed(c.tgt_vocab_size, c.d_model, **kw)
         )
         self.encoder = TransformerEncoder(c, **kw)
         self.decoder = TransformerDecoder(c, **kw)
@@ -196,34 +191,25 @@ class Transformer(nnx.Module):
         src_key_padding_mask: Array | None = None,
         tgt_key_padding_mask: Array | None = None,
         memory_key_padding_mask: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Array:
         """src (B, S) and tgt (B, T) ids -> logits (B, T, V) of the token after each of tgt.
 
         Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's mask is
-        the source's unless another is given. No token of tgt attends to a later one. `taps=True`
-        gives (logits, {module path: intermediate}).
+        the source's unless another is given. No token of tgt attends to a later one.
         """
-        tap = Taps(taps)
         if memory_key_padding_mask is None:
             memory_key_padding_mask = src_key_padding_mask
-        memory = self.remember(src, src_key_padding_mask, tap)
-        logits, _ = self.decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask, tap=tap)
-        return tap.result(logits)
+        memory = self.remember(src, src_key_padding_mask)
+        return self.decode(tgt, memory, tgt_key_padding_mask, memory_key_padding_mask)[0]
 
-    def encode(
-        self, src: Array, src_key_padding_mask: Array | None = None, tap: Taps | None = None
-    ) -> Array:
+    def encode(self, src: Array, src_key_padding_mask: Array | None = None) -> Array:
         """src (B, S) ids -> memory (B, S, E)."""
-        tap = tap or Taps(False)
-        x = tap("src_embedding", self._embed(self.src_embedding, src, 0, src.shape[1]))
-        return self.encoder(x, _bias(src_key_padding_mask, x.dtype), tap.at("encoder"))
+        x = self._embed(self.src_embedding, src, 0, src.shape[1])
+        return self.encoder(x, _bias(src_key_padding_mask, x.dtype))
 
-    def remember(
-        self, src: Array, src_key_padding_mask: Array | None = None, tap: Taps | None = None
-    ) -> list[KeyValue]:
+    def remember(self, src: Array, src_key_padding_mask: Array | None = None) -> list[KeyValue]:
         """src (B, S) ids -> the memory as each layer of the decoder attends to it."""
-        return self.decoder.keys_values(self.encode(src, src_key_padding_mask, tap))
+        return self.decoder.keys_values(self.encode(src, src_key_padding_mask))
 
     def decode(
         self,
@@ -233,22 +219,17 @@ class Transformer(nnx.Module):
         memory_key_padding_mask: Array | None = None,
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
-        tap: Taps | None = None,
     ) -> tuple[Array, list[KeyValue]]:
         """tgt (B, T) ids, the first at `position` -> logits (B, T, V) and the caches.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of
-        earlier positions in buffers of fixed length; without it tgt is all there is.
+        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
+        buffers of fixed length; without it tgt is all there is.
         """
-        tap = tap or Taps(False)
-        words = self.src_embedding if self.tgt_embedding is None else self.tgt_embedding
         length = tgt.shape[1] if past is None else past[0].key.shape[1]
-        x = tap("tgt_embedding", self._embed(words, tgt, position, length))
+        x = self._embed(self.tgt_embedding, tgt, position, length)
         memory_bias = _bias(memory_key_padding_mask, x.dtype)
-        x, caches = self.decoder(
-            x, memory, memory_bias, tgt_key_padding_mask, past, position, tap.at("decoder")
-        )
-        return self.generator(x, words), caches
+        x, caches = self.decoder(x, memory, memory_bias, tgt_key_padding_mask, past, position)
+        return self.generator(x, self.tgt_embedding), caches
 
     def generate(
         self,

@@ -37,7 +37,7 @@ MODEL = Model(
     inputs=inputs,
     torch="zoo.models.translatotron.model_torch:Translatotron",
     flax="zoo.models.translatotron.model_flax:Translatotron",
-    images=("postnet.*",),  # taps
+    images=("postnet.*",),  # not `postnet` itself, which gives (B, T, F) in both
     invisible=(
         (
             r"\.bias_(ih|hh)(_l0(_reverse)?)?$",

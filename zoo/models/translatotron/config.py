@@ -70,13 +70,19 @@ class Config:
 
 
 class Output(NamedTuple):
-    """With the target given. B utterances of T frames of F bins, r at a time in K = T/r steps."""
+    """With the target given. B utterances of T frames of F bins, r at a time in K = T/r steps.
+
+    Attention weights are those before dropout: N heads, over S frames of the source.
+    """
 
     frames: Any  # (B, T, F), log-magnitudes
     frames_before: Any  # (B, T, F), before the post-net
     stop: Any  # (B, K), logits: this step is the last
     source_logits: Any  # (B, L, source_phonemes), of the next symbol; None if not asked for
     target_logits: Any  # (B, L, target_phonemes), likewise, of an L of its own
+    attention_weights: Any  # (B, K, N, S)
+    source_attention_weights: Any  # (B, L, 1, S); None where the logits are
+    target_attention_weights: Any  # (B, L, 1, S), likewise
 
 
 class Translation(NamedTuple):

@@ -8,7 +8,7 @@ of the LSTM at hand.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from zoo.models.translatotron.config import Config, Output, Translation
 from zoo.nn.additive_attention_flax import AdditiveAttention, Memory
 from zoo.nn.batchnorm_flax import BatchNorm1d
 from zoo.nn.conv_flax import Conv1d
+from zoo.nn.options_flax import Options
 from zoo.nn.recurrent_flax import LSTM, LSTMCell
-from zoo.nn.taps import Taps
 
 
 class State(NamedTuple):
@@ -43,21 +43,21 @@ class Masks(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Bidirectional LSTMs, one on the other."""
+    """A stack of bidirectional LSTMs."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         widths = [c.mel_channels] + [2 * c.encoder_size] * (c.encoder_layers - 1)
         self.layers = nnx.List(
             [LSTM(n, c.encoder_size, batch_first=True, bidirectional=True, **kw) for n in widths]
         )
         self.dropout = nnx.Dropout(c.dropout_prob, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, lengths: Array | None, tap: Taps) -> list[Array]:
+    def __call__(self, x: Array, lengths: Array | None) -> list[Array]:
         """x (B, S, C) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             x, _ = layer(x, lengths=lengths)
-            x = tap(f"layers.{i}", self.dropout(x))
+            x = self.dropout(x)
             outputs.append(x)
         return outputs
 
@@ -65,7 +65,7 @@ class Encoder(nnx.Module):
 class PreNet(nnx.Module):
     """The bottleneck through which the decoder sees its own last frame."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.fc1 = nnx.Linear(c.frame_size, c.prenet_size, **kw)
         self.fc2 = nnx.Linear(c.prenet_size, c.prenet_size, **kw)
         self.dropout = nnx.Dropout(c.prenet_dropout, rngs=kw["rngs"])
@@ -94,7 +94,7 @@ class AttentiveLSTM(nnx.Module):
         layers: int,
         attention_size: int,
         heads: int,
-        **kw: Any,
+        **kw: Unpack[Options],
     ) -> None:
         self.size = size
         self.attention_size = attention_size
@@ -107,20 +107,20 @@ class AttentiveLSTM(nnx.Module):
         self.zoneout = nnx.Dropout(c.zoneout, rngs=kw["rngs"])
         self.attention_dropout = nnx.Dropout(c.attention_dropout, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, memory: Memory, tap: Taps) -> Array:
-        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A)."""
+    def __call__(self, x: Array, memory: Memory) -> tuple[Array, Array]:
+        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A), and the
+        attention weights, (B, K, N, S)."""
 
-        def body(state: State, at: tuple[Array, Masks]) -> tuple[State, Any]:
+        def body(state: State, at: tuple[Array, Masks]) -> tuple[State, tuple[Array, ...]]:
             x, masks = at
             state, weights = self.step(x, state, memory, masks)
             return state, (state.cells[-1][0], state.context, weights)
 
         masks = self.masks(x.shape[1], memory)
-        _, made = jax.lax.scan(body, self.start(memory), (x.swapaxes(0, 1), masks))
+        over_steps = x.swapaxes(0, 1), masks  # a scan runs over the first axis
+        _, made = jax.lax.scan(body, self.start(memory), over_steps)
         tops, contexts, weights = (m.swapaxes(0, 1) for m in made)
-        top, context = tap("cells", tops), tap("attention", contexts)
-        tap("attention.weights", weights)
-        return jnp.concatenate([top, context], -1)
+        return jnp.concatenate([tops, contexts], -1), weights
 
     def step(self, x: Array, state: State, memory: Memory, masks: Masks) -> tuple[State, Array]:
         """x (B, n_in), masks of this step -> the next state, and the weights (B, N, S)."""
@@ -152,9 +152,9 @@ class AttentiveLSTM(nnx.Module):
 
 
 class SpectrogramDecoder(nnx.Module):
-    """Tacotron 2's decoder, r frames at a step."""
+    """Tacotron 2's decoder (Shen 2018), r frames a step."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.reduction = c.reduction
         self.frame_size = c.frame_size
         A = c.attention_size
@@ -171,21 +171,23 @@ class SpectrogramDecoder(nnx.Module):
         self.frame = nnx.Linear(c.decoder_size + A, c.reduction * c.frame_size, **kw)
         self.stop = nnx.Linear(c.decoder_size + A, 1, **kw)
 
-    def __call__(self, target: Array, memory: Memory, tap: Taps) -> tuple[Array, Array]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K)."""
+    def __call__(self, target: Array, memory: Memory) -> tuple[Array, Array, Array]:
+        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K), and the
+        attention weights (B, K, N, S)."""
         # The last frame of the step before; zeros first.
         shifted = target[:, self.reduction - 1 : -1 : self.reduction]
         previous = jnp.pad(shifted, ((0, 0), (1, 0), (0, 0)))
-        x = tap("prenet", self.prenet(previous))
-        y = self.rnn(x, memory, tap.at("rnn"))
-        return self.frame(y).reshape(target.shape), self.stop(y)[..., 0]
+        y, weights = self.rnn(self.prenet(previous), memory)
+        return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Array, Array]:
         """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
         B, dtype = memory.keys.shape[0], memory.keys.dtype
 
-        def body(carry: tuple[State, Array], masks: Masks) -> tuple[Any, Any]:
-            state, previous = carry
+        def body(
+            carry: tuple[State, Array], masks: Masks
+        ) -> tuple[tuple[State, Array], tuple[Array, Array]]:
+            state, previous = carry  # and the last frame
             state, _ = self.rnn.step(self.prenet(previous), state, memory, masks)
             y = jnp.concatenate([state.cells[-1][0], state.context], -1)
             made = self.frame(y).reshape(B, self.reduction, -1)
@@ -200,7 +202,7 @@ class SpectrogramDecoder(nnx.Module):
 class PostNet(nnx.Module):
     """Convolutions over time that correct all frames once they are there."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         k = c.postnet_kernel
         self.convs = nnx.List(
             [Conv1d(n, m, k, padding=k // 2, bias=False, **kw) for n, m in c.postnet_widths]
@@ -208,12 +210,11 @@ class PostNet(nnx.Module):
         self.norms = nnx.List([BatchNorm1d(m, **kw) for _, m in c.postnet_widths])
         self.dropout = nnx.Dropout(c.postnet_dropout, rngs=kw["rngs"])
 
-    def __call__(self, frames: Array, tap: Taps) -> Array:
+    def __call__(self, frames: Array) -> Array:
         """frames (B, T, F) -> what to add to them."""
         x = frames
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = tap(f"convs.{i}", conv(x))
-            x = tap(f"norms.{i}", norm(x))
+            x = norm(conv(x))
             x = self.dropout(jnp.tanh(x) if i + 1 < len(self.convs) else x)
         return x
 
@@ -221,7 +222,7 @@ class PostNet(nnx.Module):
 class PhonemeDecoder(nnx.Module):
     """An auxiliary decoder: the phonemes of one language, each from those before it."""
 
-    def __init__(self, c: Config, symbols: int, **kw: Any) -> None:
+    def __init__(self, c: Config, symbols: int, **kw: Unpack[Options]) -> None:
         size = c.auxiliary_size
         self.embedding = nnx.Embed(symbols, size, **kw)
         self.rnn = AttentiveLSTM(
@@ -229,16 +230,17 @@ class PhonemeDecoder(nnx.Module):
         )
         self.output = nnx.Linear(2 * size, symbols, **kw)
 
-    def __call__(self, phonemes: Array, encoded: Array, mask: Array, tap: Taps) -> Array:
-        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols)."""
-        memory = self.rnn.attention.memory(encoded, mask)
-        return self.output(self.rnn(self.embedding(phonemes), memory, tap.at("rnn")))
+    def __call__(self, phonemes: Array, encoded: Array, mask: Array) -> tuple[Array, Array]:
+        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols), and the
+        attention weights (B, L, 1, S)."""
+        y, weights = self.rnn(self.embedding(phonemes), self.rnn.attention.memory(encoded, mask))
+        return self.output(y), weights
 
 
 class Translatotron(nnx.Module):
     """Speech to speech, with the phonemes of both sides as a help in training."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
         self.encoder = Encoder(c, **kw)
         self.decoder = SpectrogramDecoder(c, **kw)
@@ -254,36 +256,38 @@ class Translatotron(nnx.Module):
         source_lengths: Array | None = None,
         source_phonemes: Array | None = None,
         target_phonemes: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Output:
         """Teacher-forced: source (B, S, C), target (B, T, F), T a multiple of r -> Output.
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
-        whatever starts a sequence; without them their logits are None.
-
-        `taps=True` returns (output, {name: intermediate}); names are module paths, and
-        `attention.weights` for the (B, K, N, S) of each attention.
+        whatever starts a sequence; without them their logits and weights are None.
         """
         c = self.config
-        tap = Taps(taps)
         c.check_frames(target.shape[1])
         c.check_phonemes(source_phonemes is not None, target_phonemes is not None)
-        encoded, mask = self.encode(source, source_lengths, tap)
+        encoded, mask = self.encode(source, source_lengths)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         target = jnp.asarray(target, encoded[-1].dtype)
-        frames_before, stop = self.decoder(target, memory, tap.at("decoder"))
-        frames = frames_before + self.postnet(frames_before, tap.at("postnet"))
-        source_logits = target_logits = None
+        frames_before, stop, weights = self.decoder(target, memory)
+        frames = frames_before + self.postnet(frames_before)
+        source_logits = source_weights = target_logits = target_weights = None
         # Encoder layers count from 1.
         if self.source_decoder is not None and source_phonemes is not None:
             layer = encoded[c.source_layer - 1]
-            at = tap.at("source_decoder")
-            source_logits = self.source_decoder(source_phonemes, layer, mask, at)
+            source_logits, source_weights = self.source_decoder(source_phonemes, layer, mask)
         if self.target_decoder is not None and target_phonemes is not None:
             layer = encoded[c.target_layer - 1]
-            at = tap.at("target_decoder")
-            target_logits = self.target_decoder(target_phonemes, layer, mask, at)
-        return tap.result(Output(frames, frames_before, stop, source_logits, target_logits))
+            target_logits, target_weights = self.target_decoder(target_phonemes, layer, mask)
+        return Output(
+            frames,
+            frames_before,
+            stop,
+            source_logits,
+            target_logits,
+            weights,
+            source_weights,
+            target_weights,
+        )
 
     def translate(
         self, source: Array, steps: int, source_lengths: Array | None = None
@@ -302,7 +306,7 @@ class Translatotron(nnx.Module):
             raise ValueError(f"steps is {steps}, and at least 1")
         return _translate(*nnx.split(self), source, steps, source_lengths)
 
-    def encode(self, source: Array, lengths: Array | None, tap: Taps) -> tuple[list[Array], Array]:
+    def encode(self, source: Array, lengths: Array | None) -> tuple[list[Array], Array]:
         """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
         utterance."""
         B, S, _ = source.shape
@@ -310,7 +314,7 @@ class Translatotron(nnx.Module):
         layer = self.decoder.stop
         source = jnp.asarray(source, layer.dtype or layer.kernel[...].dtype)
         mask = jnp.ones((B, S), bool) if lengths is None else jnp.arange(S) < lengths[:, None]
-        return self.encoder(source, lengths, tap.at("encoder")), mask
+        return self.encoder(source, lengths), mask
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -322,7 +326,7 @@ def _translate(
     source_lengths: Array | None,
 ) -> Translation:
     model = nnx.merge(graph, state)
-    encoded, mask = model.encode(source, source_lengths, Taps(False))
+    encoded, mask = model.encode(source, source_lengths)
     memory = model.decoder.rnn.attention.memory(encoded[-1], mask)
     made, stop = model.decoder.decode(memory, steps)
     ends = stop > 0
@@ -330,5 +334,5 @@ def _translate(
     lengths = ended * model.config.reduction
     inside = jnp.arange(made.shape[1]) < lengths[:, None]
     frames_before = made * inside[..., None]
-    frames = (frames_before + model.postnet(frames_before, Taps(False))) * inside[..., None]
+    frames = (frames_before + model.postnet(frames_before)) * inside[..., None]
     return Translation(frames, frames_before, lengths)

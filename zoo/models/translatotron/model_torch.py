@@ -7,7 +7,7 @@ of the LSTM at hand.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn, relu, tanh
@@ -18,8 +18,8 @@ from zoo.nn.additive_attention_torch import AdditiveAttention, Memory
 from zoo.nn.batchnorm_torch import BatchNorm1d
 from zoo.nn.conv_torch import Conv1d
 from zoo.nn.layers_torch import Embedding, Linear
+from zoo.nn.options_torch import Options
 from zoo.nn.recurrent_torch import LSTM, LSTMCell
-from zoo.nn.taps import Taps
 
 
 class State(NamedTuple):
@@ -42,9 +42,9 @@ class Masks(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Bidirectional LSTMs, one on the other."""
+    """A stack of bidirectional LSTMs."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         widths = [c.mel_channels] + [2 * c.encoder_size] * (c.encoder_layers - 1)
         self.layers = nn.ModuleList(
@@ -52,12 +52,12 @@ class Encoder(nn.Module):
         )
         self.dropout = nn.Dropout(c.dropout_prob)
 
-    def forward(self, x: Tensor, lengths: Tensor | None, tap: Taps) -> list[Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor | None) -> list[Tensor]:
         """x (B, S, C) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
-        for i, layer in enumerate(self.layers):
+        for layer in self.layers:
             x, _ = layer(x, lengths=lengths)
-            x = tap(f"layers.{i}", self.dropout(x))
+            x = self.dropout(x)
             outputs.append(x)
         return outputs
 
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 class PreNet(nn.Module):
     """The bottleneck through which the decoder sees its own last frame."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.fc1 = Linear(c.frame_size, c.prenet_size, **kw)
         self.fc2 = Linear(c.prenet_size, c.prenet_size, **kw)
@@ -95,7 +95,7 @@ class AttentiveLSTM(nn.Module):
         layers: int,
         attention_size: int,
         heads: int,
-        **kw: Any,
+        **kw: Unpack[Options],
     ) -> None:
         super().__init__()
         self.size = size
@@ -109,8 +109,9 @@ class AttentiveLSTM(nn.Module):
         self.zoneout = nn.Dropout(c.zoneout)
         self.attention_dropout = nn.Dropout(c.attention_dropout)
 
-    def forward(self, x: Tensor, memory: Memory, tap: Taps) -> Tensor:
-        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A)."""
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A), and the
+        attention weights, (B, K, N, S)."""
         K = x.shape[1]
         masks = self.masks(K, memory)
         state = self.start(memory)
@@ -120,10 +121,8 @@ class AttentiveLSTM(nn.Module):
             tops.append(state.cells[-1][0])
             contexts.append(state.context)
             weights.append(w)
-        top = tap("cells", torch.stack(tops, 1))
-        context = tap("attention", torch.stack(contexts, 1))
-        tap("attention.weights", torch.stack(weights, 1))
-        return torch.cat([top, context], -1)
+        y = torch.cat([torch.stack(tops, 1), torch.stack(contexts, 1)], -1)
+        return y, torch.stack(weights, 1)
 
     def step(self, x: Tensor, state: State, memory: Memory, masks: Masks) -> tuple[State, Tensor]:
         """x (B, n_in), masks of this step -> the next state, and the weights (B, N, S)."""
@@ -153,9 +152,9 @@ class AttentiveLSTM(nn.Module):
 
 
 class SpectrogramDecoder(nn.Module):
-    """Tacotron 2's decoder, r frames at a step."""
+    """Tacotron 2's decoder (Shen 2018), r frames a step."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.reduction = c.reduction
         self.frame_size = c.frame_size
@@ -173,14 +172,14 @@ class SpectrogramDecoder(nn.Module):
         self.frame = Linear(c.decoder_size + A, c.reduction * c.frame_size, **kw)
         self.stop = Linear(c.decoder_size + A, 1, **kw)
 
-    def forward(self, target: Tensor, memory: Memory, tap: Taps) -> tuple[Tensor, Tensor]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K)."""
+    def forward(self, target: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K), and the
+        attention weights (B, K, N, S)."""
         # The last frame of the step before; zeros first.
         shifted = target[:, self.reduction - 1 : -1 : self.reduction]
         previous = pad(shifted, (0, 0, 1, 0))
-        x = tap("prenet", self.prenet(previous))
-        y = self.rnn(x, memory, tap.at("rnn"))
-        return self.frame(y).reshape(target.shape), self.stop(y)[..., 0]
+        y, weights = self.rnn(self.prenet(previous), memory)
+        return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Tensor, Tensor]:
         """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
@@ -203,7 +202,7 @@ class SpectrogramDecoder(nn.Module):
 class PostNet(nn.Module):
     """Convolutions over time that correct all frames once they are there."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         k = c.postnet_kernel
         self.convs = nn.ModuleList(
@@ -212,12 +211,11 @@ class PostNet(nn.Module):
         self.norms = nn.ModuleList(BatchNorm1d(m, **kw) for _, m in c.postnet_widths)
         self.dropout = nn.Dropout(c.postnet_dropout)
 
-    def forward(self, frames: Tensor, tap: Taps) -> Tensor:
+    def forward(self, frames: Tensor) -> Tensor:
         """frames (B, T, F) -> what to add to them."""
-        x = frames.transpose(1, 2)
+        x = frames.transpose(1, 2)  # (B, F, T)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = tap(f"convs.{i}", conv(x))
-            x = tap(f"norms.{i}", norm(x))
+            x = norm(conv(x))
             x = self.dropout(tanh(x) if i + 1 < len(self.convs) else x)
         return x.transpose(1, 2)
 
@@ -225,7 +223,7 @@ class PostNet(nn.Module):
 class PhonemeDecoder(nn.Module):
     """An auxiliary decoder: the phonemes of one language, each from those before it."""
 
-    def __init__(self, c: Config, symbols: int, **kw: Any) -> None:
+    def __init__(self, c: Config, symbols: int, **kw: Unpack[Options]) -> None:
         super().__init__()
         size = c.auxiliary_size
         self.embedding = Embedding(symbols, size, **kw)
@@ -234,16 +232,17 @@ class PhonemeDecoder(nn.Module):
         )
         self.output = Linear(2 * size, symbols, **kw)
 
-    def forward(self, phonemes: Tensor, encoded: Tensor, mask: Tensor, tap: Taps) -> Tensor:
-        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols)."""
-        memory = self.rnn.attention.memory(encoded, mask)
-        return self.output(self.rnn(self.embedding(phonemes), memory, tap.at("rnn")))
+    def forward(self, phonemes: Tensor, encoded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols), and the
+        attention weights (B, L, 1, S)."""
+        y, weights = self.rnn(self.embedding(phonemes), self.rnn.attention.memory(encoded, mask))
+        return self.output(y), weights
 
 
 class Translatotron(nn.Module):
     """Speech to speech, with the phonemes of both sides as a help in training."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.config = c
         self.encoder = Encoder(c, **kw)
@@ -260,36 +259,38 @@ class Translatotron(nn.Module):
         source_lengths: Tensor | None = None,
         source_phonemes: Tensor | None = None,
         target_phonemes: Tensor | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Output:
         """Teacher-forced: source (B, S, C), target (B, T, F), T a multiple of r -> Output.
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
-        whatever starts a sequence; without them their logits are None.
-
-        `taps=True` returns (output, {name: intermediate}); names are module paths, and
-        `attention.weights` for the (B, K, N, S) of each attention.
+        whatever starts a sequence; without them their logits and weights are None.
         """
         c = self.config
-        tap = Taps(taps)
         c.check_frames(target.shape[1])
         c.check_phonemes(source_phonemes is not None, target_phonemes is not None)
-        encoded, mask = self.encode(source, source_lengths, tap)
+        encoded, mask = self.encode(source, source_lengths)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         target = target.to(encoded[-1].dtype)
-        frames_before, stop = self.decoder(target, memory, tap.at("decoder"))
-        frames = frames_before + self.postnet(frames_before, tap.at("postnet"))
-        source_logits = target_logits = None
+        frames_before, stop, weights = self.decoder(target, memory)
+        frames = frames_before + self.postnet(frames_before)
+        source_logits = source_weights = target_logits = target_weights = None
         # Encoder layers count from 1.
         if self.source_decoder is not None and source_phonemes is not None:
             layer = encoded[c.source_layer - 1]
-            at = tap.at("source_decoder")
-            source_logits = self.source_decoder(source_phonemes, layer, mask, at)
+            source_logits, source_weights = self.source_decoder(source_phonemes, layer, mask)
         if self.target_decoder is not None and target_phonemes is not None:
             layer = encoded[c.target_layer - 1]
-            at = tap.at("target_decoder")
-            target_logits = self.target_decoder(target_phonemes, layer, mask, at)
-        return tap.result(Output(frames, frames_before, stop, source_logits, target_logits))
+            target_logits, target_weights = self.target_decoder(target_phonemes, layer, mask)
+        return Output(
+            frames,
+            frames_before,
+            stop,
+            source_logits,
+            target_logits,
+            weights,
+            source_weights,
+            target_weights,
+        )
 
     @torch.no_grad()
     def translate(
@@ -307,7 +308,7 @@ class Translatotron(nn.Module):
             raise ValueError("translate() is for evaluation: call eval() first")
         if steps < 1:
             raise ValueError(f"steps is {steps}, and at least 1")
-        encoded, mask = self.encode(source, source_lengths, Taps(False))
+        encoded, mask = self.encode(source, source_lengths)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         made, stop = self.decoder.decode(memory, steps)
         ends = stop > 0
@@ -315,12 +316,10 @@ class Translatotron(nn.Module):
         lengths = ended * self.config.reduction
         inside = torch.arange(made.shape[1], device=made.device) < lengths[:, None]
         frames_before = made * inside[..., None]
-        frames = (frames_before + self.postnet(frames_before, Taps(False))) * inside[..., None]
+        frames = (frames_before + self.postnet(frames_before)) * inside[..., None]
         return Translation(frames, frames_before, lengths)
 
-    def encode(
-        self, source: Tensor, lengths: Tensor | None, tap: Taps
-    ) -> tuple[list[Tensor], Tensor]:
+    def encode(self, source: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
         utterance."""
         B, S, _ = source.shape
@@ -331,4 +330,4 @@ class Translatotron(nn.Module):
             mask = torch.ones(B, S, dtype=torch.bool, device=source.device)
         else:
             mask = torch.arange(S, device=source.device) < lengths[:, None]
-        return self.encoder(source, lengths, tap.at("encoder")), mask
+        return self.encoder(source, lengths), mask

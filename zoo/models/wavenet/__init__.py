@@ -33,7 +33,7 @@ MODEL = Model(
     inputs=inputs,
     torch="zoo.models.wavenet.model_torch:WaveNet",
     flax="zoo.models.wavenet.model_flax:WaveNet",
-    images=("input", "layers.*", "skip", "output1"),  # taps; the logits are (B, T, classes)
+    images=("input", "layers.*", "output1", "output2"),  # but not the logits (B, T, classes)
     invisible=(
         (
             r"^layers\.\d+\.skip\.bias$",

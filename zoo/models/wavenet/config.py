@@ -21,7 +21,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.kernel_size < 2:
-            raise ValueError(f"kernel_size {self.kernel_size}: one tap sees no past")
+            raise ValueError(f"kernel_size {self.kernel_size}: that sees no past")
         if self.layers < 1 or self.dilation_cycle < 1:
             raise ValueError("layers and dilation_cycle are at least 1")
 

@@ -7,7 +7,7 @@ of the gate, S skip channels; G channels of a global condition and L of a local 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,23 @@ from jax.typing import DTypeLike
 from zoo.models.wavenet.config import Config
 from zoo.nn.causal_conv_flax import CausalConv1d
 from zoo.nn.generation_flax import choose_token
-from zoo.nn.taps import Taps
+from zoo.nn.options_flax import Options
+
+
+class GatedUnit(nnx.Module):
+    """tanh(filter) * sigmoid(gate) (equation 2)."""
+
+    def __call__(self, filter: Array, gate: Array) -> Array:
+        return jnp.tanh(filter) * jax.nn.sigmoid(gate)
 
 
 class WaveNetLayer(nnx.Module):
-    """A gated activation unit with its residual and skip connections (section 2.3 and figure 4).
+    """A dilated convolution and its gate, with residual and skip connections (figure 4).
 
     The last layer has no `residual`: nothing would come after it.
     """
 
-    def __init__(self, c: Config, dilation: int, last: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, dilation: int, last: bool, **kw: Unpack[Options]) -> None:
         R, D = c.residual_channels, c.gate_channels
         self.filter = CausalConv1d(R, D, c.kernel_size, dilation, **kw)
         self.gate = CausalConv1d(R, D, c.kernel_size, dilation, **kw)
@@ -37,19 +44,24 @@ class WaveNetLayer(nnx.Module):
         if c.local_channels:
             self.filter_local = CausalConv1d(c.local_channels, D, 1, bias=False, **kw)
             self.gate_local = CausalConv1d(c.local_channels, D, 1, bias=False, **kw)
+        self.unit = GatedUnit()
         self.skip = CausalConv1d(D, c.skip_channels, 1, **kw)
         self.residual = None if last else CausalConv1d(D, R, 1, **kw)
 
     def __call__(
-        self, x: Array, global_condition: Array | None, local: Array | None, tap: Taps
+        self, x: Array, skips: Array, global_condition: Array | None, local: Array | None
     ) -> tuple[Array, Array]:
-        """x (B, T, R), conditions (B, G) and (B, T, L) -> the next x, and skip (B, T, S)."""
-        f, g = tap("filter", self.filter(x)), tap("gate", self.gate(x))
-        return self.unit(x, f, g, global_condition, local, tap)
+        """x (B, T, R) for the next layer, and `skips` (B, T, S) with this layer's added to it.
+
+        Conditions are (B, G) and (B, T, L).
+        """
+        f, g = self.filter(x), self.gate(x)
+        return self.connect(x, skips, f, g, global_condition, local)
 
     def step(
         self,
         x: Array,
+        skips: Array,
         ring: Array,
         t: Array,
         global_condition: Array | None,
@@ -58,34 +70,34 @@ class WaveNetLayer(nnx.Module):
         """The same for step t alone, x (B, 1, R); and the ring with that step in it."""
         window, ring = self.filter.window(ring, x, t)
         f, g = self.filter.step(window), self.gate.step(window)
-        return *self.unit(x, f, g, global_condition, local, Taps(False)), ring
+        return *self.connect(x, skips, f, g, global_condition, local), ring
 
-    def unit(
+    def connect(
         self,
         x: Array,
+        skips: Array,
         f: Array,
         g: Array,
         global_condition: Array | None,
         local: Array | None,
-        tap: Taps,
     ) -> tuple[Array, Array]:
-        """What follows the dilated convolutions; it looks at every step by itself."""
-        if global_condition is not None:
+        """What follows the dilated convolutions. No step looks at another one here."""
+        if global_condition is not None:  # section 2.5
             f = f + self.filter_global(global_condition)[:, None]
             g = g + self.gate_global(global_condition)[:, None]
         if local is not None:
             f = f + self.filter_local(local)
             g = g + self.gate_local(local)
-        z = tap("unit", jnp.tanh(f) * jax.nn.sigmoid(g))
+        z = self.unit(f, g)
         if self.residual is not None:
-            x = tap("residual", x + self.residual(z))
-        return x, tap("skip", self.skip(z))
+            x = x + self.residual(z)
+        return x, skips + self.skip(z)
 
 
 class WaveNet(nnx.Module):
     """Logits of the next sample's class, from all samples up to the present one."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
         last = c.layers - 1
         self.input = CausalConv1d(c.classes, c.residual_channels, c.kernel_size, **kw)
@@ -100,20 +112,17 @@ class WaveNet(nnx.Module):
         samples: Array,
         global_condition: Array | None = None,
         local_condition: Array | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Array:
         """samples (B, T), integers in [0, Q) -> logits (B, T, Q); at t they are of sample t + 1.
 
         `global_condition` (B, G); `local_condition` (B, T, L), at t what sample t + 1 depends on.
         """
-        tap = Taps(taps)
         self.check(global_condition, local_condition)
-        x = tap("input", self.input(self.one_hot(samples)))
-        skips: Any = 0
-        for i, layer in enumerate(self.layers):
-            x, skip = layer(x, global_condition, local_condition, tap.at(f"layers.{i}"))
-            skips = skips + skip
-        return tap.result(self.head(tap("skip", skips), tap))
+        x = self.input(self.one_hot(samples))
+        skips = jnp.zeros((), x.dtype)  # the first layer makes it (B, T, S)
+        for layer in self.layers:
+            x, skips = layer(x, skips, global_condition, local_condition)
+        return self.head(skips)
 
     def generate(
         self,
@@ -161,17 +170,16 @@ class WaveNet(nnx.Module):
         """Sample t (B,), local condition (B, 1, L) -> logits (B, Q) of the next; the rings."""
         window, first = self.input.window(rings[0], self.one_hot(sample[:, None]), t)
         x = self.input.step(window)
+        skips = jnp.zeros((), x.dtype)  # the first layer makes it (B, T, S)
         after = [first]
-        skips: Any = 0
         for layer, ring in zip(self.layers, rings[1:], strict=True):
-            x, skip, ring = layer.step(x, ring, t, global_condition, local)
-            skips = skips + skip
+            x, skips, ring = layer.step(x, skips, ring, t, global_condition, local)
             after.append(ring)
-        return self.head(skips, Taps(False))[:, 0], after
+        return self.head(skips)[:, 0], after
 
-    def head(self, skips: Array, tap: Taps) -> Array:
+    def head(self, skips: Array) -> Array:
         """The sum of all skip connections (B, T, S) -> logits (B, T, Q)."""
-        x = tap("output1", self.output1(jax.nn.relu(skips)))
+        x = self.output1(jax.nn.relu(skips))
         return self.output2(jax.nn.relu(x))
 
     def one_hot(self, samples: Array) -> Array:

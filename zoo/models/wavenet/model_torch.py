@@ -6,7 +6,7 @@ of the gate, S skip channels; G channels of a global condition and L of a local 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,23 @@ from zoo.models.wavenet.config import Config
 from zoo.nn.causal_conv_torch import CausalConv1d
 from zoo.nn.generation_torch import choose_token
 from zoo.nn.layers_torch import Linear
-from zoo.nn.taps import Taps
+from zoo.nn.options_torch import Options
+
+
+class GatedUnit(nn.Module):
+    """tanh(filter) * sigmoid(gate) (equation 2)."""
+
+    def forward(self, filter: Tensor, gate: Tensor) -> Tensor:
+        return torch.tanh(filter) * torch.sigmoid(gate)
 
 
 class WaveNetLayer(nn.Module):
-    """A gated activation unit with its residual and skip connections (section 2.3 and figure 4).
+    """A dilated convolution and its gate, with residual and skip connections (figure 4).
 
     The last layer has no `residual`: nothing would come after it.
     """
 
-    def __init__(self, c: Config, dilation: int, last: bool, **kw: Any) -> None:
+    def __init__(self, c: Config, dilation: int, last: bool, **kw: Unpack[Options]) -> None:
         super().__init__()
         R, D = c.residual_channels, c.gate_channels
         self.filter = CausalConv1d(R, D, c.kernel_size, dilation, **kw)
@@ -36,19 +43,24 @@ class WaveNetLayer(nn.Module):
         if c.local_channels:
             self.filter_local = CausalConv1d(c.local_channels, D, 1, bias=False, **kw)
             self.gate_local = CausalConv1d(c.local_channels, D, 1, bias=False, **kw)
+        self.unit = GatedUnit()
         self.skip = CausalConv1d(D, c.skip_channels, 1, **kw)
         self.residual = None if last else CausalConv1d(D, R, 1, **kw)
 
     def forward(
-        self, x: Tensor, global_condition: Tensor | None, local: Tensor | None, tap: Taps
+        self, x: Tensor, skips: Tensor, global_condition: Tensor | None, local: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, R, T), conditions (B, G) and (B, L, T) -> the next x, and skip (B, S, T)."""
-        f, g = tap("filter", self.filter(x)), tap("gate", self.gate(x))
-        return self.unit(x, f, g, global_condition, local, tap)
+        """x (B, R, T) for the next layer, and `skips` (B, S, T) with this layer's added to it.
+
+        Conditions are (B, G) and (B, L, T).
+        """
+        f, g = self.filter(x), self.gate(x)
+        return self.connect(x, skips, f, g, global_condition, local)
 
     def step(
         self,
         x: Tensor,
+        skips: Tensor,
         ring: Tensor,
         t: int,
         global_condition: Tensor | None,
@@ -57,39 +69,39 @@ class WaveNetLayer(nn.Module):
         """The same for step t alone, x (B, R, 1); and the ring with that step in it."""
         window, ring = self.filter.window(ring, x, t)
         f, g = self.filter.step(window), self.gate.step(window)
-        return *self.unit(x, f, g, global_condition, local, Taps(False)), ring
+        return *self.connect(x, skips, f, g, global_condition, local), ring
 
-    def unit(
+    def connect(
         self,
         x: Tensor,
+        skips: Tensor,
         f: Tensor,
         g: Tensor,
         global_condition: Tensor | None,
         local: Tensor | None,
-        tap: Taps,
     ) -> tuple[Tensor, Tensor]:
-        """What follows the dilated convolutions; it looks at every step by itself."""
-        if global_condition is not None:
+        """What follows the dilated convolutions. No step looks at another one here."""
+        if global_condition is not None:  # section 2.5
             f = f + self.filter_global(global_condition)[:, :, None]
             g = g + self.gate_global(global_condition)[:, :, None]
         if local is not None:
             f = f + self.filter_local(local)
             g = g + self.gate_local(local)
-        z = tap("unit", torch.tanh(f) * torch.sigmoid(g))
+        z = self.unit(f, g)
         if self.residual is not None:
-            x = tap("residual", x + self.residual(z))
-        return x, tap("skip", self.skip(z))
+            x = x + self.residual(z)
+        return x, skips + self.skip(z)
 
 
 class WaveNet(nn.Module):
     """Logits of the next sample's class, from all samples up to the present one."""
 
-    def __init__(self, c: Config, **kw: Any) -> None:
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.config = c
         last = c.layers - 1
         self.input = CausalConv1d(c.classes, c.residual_channels, c.kernel_size, **kw)
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             WaveNetLayer(c, dilation, i == last, **kw) for i, dilation in enumerate(c.dilations)
         )
         self.output1 = CausalConv1d(c.skip_channels, c.skip_channels, 1, **kw)
@@ -100,21 +112,18 @@ class WaveNet(nn.Module):
         samples: Tensor,
         global_condition: Tensor | None = None,
         local_condition: Tensor | None = None,
-        taps: bool = False,
-    ) -> Any:
+    ) -> Tensor:
         """samples (B, T), integers in [0, Q) -> logits (B, T, Q); at t they are of sample t + 1.
 
         `global_condition` (B, G); `local_condition` (B, T, L), at t what sample t + 1 depends on.
         """
-        tap = Taps(taps)
         self.check(global_condition, local_condition)
         local = None if local_condition is None else local_condition.transpose(1, 2)
-        x = tap("input", self.input(self.one_hot(samples)))
-        skips: Any = 0
-        for i, layer in enumerate(self.layers):
-            x, skip = layer(x, global_condition, local, tap.at(f"layers.{i}"))
-            skips = skips + skip
-        return tap.result(self.head(tap("skip", skips), tap))
+        x = self.input(self.one_hot(samples))
+        skips = x.new_zeros(())  # the first layer makes it (B, S, T)
+        for layer in self.layers:
+            x, skips = layer(x, skips, global_condition, local)
+        return self.head(skips)
 
     @torch.no_grad()
     def generate(
@@ -153,8 +162,7 @@ class WaveNet(nn.Module):
     def rings(self, batch: int) -> list[Tensor]:
         """The state before the first sample: the past of the input and of every layer."""
         dtype, device = self.compute_dtype, self.input.weight.device
-        layers: Any = self.layers
-        convs = [self.input, *(layer.filter for layer in layers)]
+        convs = [self.input, *(layer.filter for layer in self.layers)]
         return [conv.ring(batch, dtype, device) for conv in convs]
 
     def step(
@@ -168,18 +176,16 @@ class WaveNet(nn.Module):
         """Sample t (B,), local condition (B, L, 1) -> logits (B, Q) of the next; the rings."""
         window, first = self.input.window(rings[0], self.one_hot(sample[:, None]), t)
         x = self.input.step(window)
+        skips = x.new_zeros(())  # the first layer makes it (B, S, T)
         after = [first]
-        skips: Any = 0
-        layers: Any = self.layers
-        for layer, ring in zip(layers, rings[1:], strict=True):
-            x, skip, ring = layer.step(x, ring, t, global_condition, local)
-            skips = skips + skip
+        for layer, ring in zip(self.layers, rings[1:], strict=True):
+            x, skips, ring = layer.step(x, skips, ring, t, global_condition, local)
             after.append(ring)
-        return self.head(skips, Taps(False))[:, 0], after
+        return self.head(skips)[:, 0], after
 
-    def head(self, skips: Tensor, tap: Taps) -> Tensor:
+    def head(self, skips: Tensor) -> Tensor:
         """The sum of all skip connections (B, S, T) -> logits (B, T, Q)."""
-        x = tap("output1", self.output1(F.relu(skips)))
+        x = self.output1(F.relu(skips))
         return self.output2(F.relu(x)).transpose(1, 2)
 
     def one_hot(self, samples: Tensor) -> Tensor:
