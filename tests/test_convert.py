@@ -696,7 +696,7 @@ def test_verify_outputs_of_another_model(tmp_path: Path) -> None:
     report = convert.verify(src, tmp_path / "d.msgpack", level="outputs")
     assert report.verdict == "different"
     bad = [r.name for r in report.outputs if not r.same]
-    assert bad[0] == "encoder.layer.1.output"
+    assert bad[0] == "encoder.layer.1.output.dense"
     assert report.worst.ratio > 8
 
 
