@@ -27,8 +27,8 @@ from convert.diagnose.walk import Event
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import align, best_move, moves, to_flax, to_torch
 from convert.matching.kinds import flax_kind, torch_kind
-from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
+from convert.matching.pairing import Pairing
 from convert.runtime.flax_calls import attributes
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
