@@ -26,6 +26,7 @@ from convert.runtime.torch_calls import trace_torch
 from zoo import probe
 from zoo.checkpoint.apply import apply
 from zoo.containers.errors import UsageError
+from zoo.layout import Layout
 from zoo.model import Config, Model
 
 
@@ -143,7 +144,7 @@ def test_the_users_pairs_win() -> None:
     assert first_divergence(crossed) is not None
     unknown = Pair(torch_net, pair.flax, call, call, {"0": "c"})
     with pytest.raises(UsageError, match="no 'c'"):
-        pair_modules(unknown).layers
+        pair_modules(unknown)
 
 
 @pytest.mark.parametrize("make", [encoder_pair, sequential_pair])
@@ -162,6 +163,10 @@ def test_matched_parameters_hold_equal_values(make: Callable[[], Pair]) -> None:
             for part in name.split("."):
                 held = held[part]
             assert (np.asarray(held) == array).all(), name
+    layout = found.layout()
+    assert found.complete
+    assert layout.shapes("torch") == {n: x.shape for n, x in state.items()}
+    assert Layout.from_json(layout.to_json()) == layout, "a layout like any other"
 
 
 def test_two_biases_for_one_have_no_match_and_are_listed() -> None:

@@ -34,6 +34,11 @@ class CalledLayer:
     shape: tuple[int, ...]  # of what its first call gives
 
 
+Layers = dict[str, CalledLayer]  # by dotted name
+Found = dict[str, tuple[str, str]]  # torch name -> Flax path, and by what it was found
+May = Callable[[CalledLayer, CalledLayer], bool]  # whether two layers are to be considered
+
+
 def pair_layers(
     pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Trace
 ) -> tuple[list[LayerPair], list[str], list[str]]:
@@ -43,7 +48,7 @@ def pair_layers(
     """
     ours = torch_layers(pair.torch, torch_trace)
     theirs = flax_layers(side, flax_trace)
-    found: dict[str, tuple[str, str]] = {"": ("", "name")} if "" in theirs and "" in ours else {}
+    found: Found = {"": ("", "name")} if "" in theirs and "" in ours else {}
     _given(pair, ours, theirs, found)
     _by_name(side, ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
@@ -60,14 +65,14 @@ def pair_layers(
     return layers, [n for n in ours if n not in found], [n for n in theirs if n not in used]
 
 
-def _alternatives(ours: CalledLayer, theirs: dict[str, CalledLayer]) -> int:
+def _alternatives(ours: CalledLayer, theirs: Layers) -> int:
     """How many other layers of Flax's are of the same kind and sizes."""
     if ours.kind == "other":
         return 0
     return max(0, sum(_score(ours, x, lambda a, b: True) > 0 for x in theirs.values()) - 1)
 
 
-def torch_layers(module: Any, trace: Trace) -> dict[str, CalledLayer]:
+def torch_layers(module: Any, trace: Trace) -> Layers:
     """The submodules that were called, in the order of their first call."""
     modules = dict(module.named_modules())
     return {
@@ -81,7 +86,7 @@ def torch_layers(module: Any, trace: Trace) -> dict[str, CalledLayer]:
     }
 
 
-def flax_layers(side: FlaxModule, trace: Trace) -> dict[str, CalledLayer]:
+def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
     """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
     return {
         name: CalledLayer(
@@ -119,9 +124,9 @@ def _sizes(shapes: Any) -> tuple[int, ...]:
 
 def _given(
     pair: Pair,
-    ours: dict[str, CalledLayer],
-    theirs: dict[str, CalledLayer],
-    found: dict[str, tuple[str, str]],
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
 ) -> None:
     wrong = [f"torch calls no {t!r}" for t in pair.layers if t not in ours]
     wrong += [f"Flax calls no {f!r}" for f in pair.layers.values() if f not in theirs]
@@ -136,9 +141,9 @@ def _given(
 
 def _by_name(
     side: FlaxModule,
-    ours: dict[str, CalledLayer],
-    theirs: dict[str, CalledLayer],
-    found: dict[str, tuple[str, str]],
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
 ) -> None:
     used = {f for f, _ in found.values()}
     by_name: dict[str, str] = {}
@@ -179,10 +184,10 @@ def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
 
 
 def _by_order(
-    ours: dict[str, CalledLayer],
-    theirs: dict[str, CalledLayer],
-    found: dict[str, tuple[str, str]],
-    may: Callable[[CalledLayer, CalledLayer], bool],
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
+    may: May,
 ) -> None:
     """Leaves that are left, aligned in their order; a pair must be of one kind and size.
 
@@ -208,20 +213,18 @@ def _by_order(
             j += 1
 
 
-def _within(layer: CalledLayer, found: dict[str, tuple[str, str]]) -> str | None:
+def _within(layer: CalledLayer, found: Found) -> str | None:
     """The innermost paired module around a torch layer, as Flax calls it."""
     return next((found[p][0] for p in reversed(layer.parents) if p in found), None)
 
 
-def _around(layer: CalledLayer, found: dict[str, tuple[str, str]]) -> str | None:
+def _around(layer: CalledLayer, found: Found) -> str | None:
     """The innermost paired module around a Flax layer."""
     paired = {f for f, _ in found.values()}
     return next((p for p in reversed(layer.parents) if p in paired), None)
 
 
-def _score(
-    ours: CalledLayer, theirs: CalledLayer, may: Callable[[CalledLayer, CalledLayer], bool]
-) -> float:
+def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
     if not (compatible(ours.kind, theirs.kind) and _same_sizes(ours, theirs) and may(ours, theirs)):
         return -1.0
     if not ours.sizes and not moves(ours.shape, theirs.shape):
@@ -230,9 +233,7 @@ def _score(
     return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1])
 
 
-def _containers(
-    ours: dict[str, CalledLayer], theirs: dict[str, CalledLayer], found: dict[str, tuple[str, str]]
-) -> None:
+def _containers(ours: Layers, theirs: Layers, found: Found) -> None:
     """Modules of one's own that hold the same paired layers, the innermost first."""
     used = {f for f, _ in found.values()}
     back = {f: t for t, (f, _) in found.items()}

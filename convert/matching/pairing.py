@@ -78,8 +78,8 @@ class Pairing:
 def pair_modules(pair: Pair) -> Pairing:
     """The pairing of two modules, each of which is run once.
 
-    `pair.layers` and `pair.matches`, where given, are taken as they are; UsageError where the former
-    names a layer that is not called. The two biases of a torch recurrent layer have no match where
+    `pair.layers` and `pair.matches`, where given, are taken as they are; UsageError where the
+    former names a layer that is not called. The two biases of a torch recurrent layer have no match where
     Flax's cell has one: their sum is not an op.
     """
     side = flax_module(pair.flax, "float32")
