@@ -79,8 +79,8 @@ def pair_modules(pair: Pair) -> Pairing:
     """The pairing of two modules, each of which is run once.
 
     `pair.layers` and `pair.matches`, where given, are taken as they are; UsageError where the
-    former names a layer that is not called. The two biases of a torch recurrent layer have no match where
-    Flax's cell has one: their sum is not an op.
+    former names a layer that is not called. The two biases of a torch recurrent layer have no match
+    where Flax's cell has one: their sum is not an op.
     """
     side = flax_module(pair.flax, "float32")
     traces = trace_torch(pair.torch, pair.call), record(side, pair.flax_call)
