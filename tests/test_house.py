@@ -40,6 +40,7 @@ FLOORS = (
     ("zoo.layout",),
     ("zoo.nn",),
     ("zoo.containers",),
+    ("zoo.plugins",),
 )
 
 

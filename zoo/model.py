@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo import plugins
 from zoo.containers.errors import UsageError
 from zoo.layout import Entry, Layout
 from zoo.layout.ops import Shape
@@ -43,7 +44,8 @@ class Model:
     flax: str
     # Fresh values of a canonical tensor; None: as torch's own layers start (`zoo.loading.fresh`).
     init: Callable[[Config, str, Shape, np.random.Generator], np.ndarray] | None = None
-    # Patterns of inputs, outputs and taps with channels: axis 1 in PyTorch, the last in Flax.
+    # Patterns of inputs, outputs and intermediates with channels: axis 1 in PyTorch, the last in
+    # Flax.
     images: tuple[str, ...] = ()
     invisible: tuple[tuple[str, str], ...] = ()  # (pattern, why no output can depend on it)
     # Config fields that `infer` leaves out where names and shapes cannot tell them.
@@ -71,7 +73,7 @@ class Model:
         return name
 
     def to_flax(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A PyTorch input, output or tap as Flax has it: channels last where it has channels."""
+        """A PyTorch input, output or intermediate as Flax has it: channels last if it has any."""
         return np.moveaxis(array, 1, -1) if self._has_channels(name) else array
 
     def from_flax(self, name: str, array: np.ndarray) -> np.ndarray:
@@ -86,9 +88,20 @@ class Model:
         return override(self.config(), fields)
 
     def definition(self, framework: str) -> Callable[..., Any]:
-        """The class or function that builds the module; imports the framework."""
+        """The class or function that builds the module; imports the framework.
+
+        Raises UsageError for a twin that was written for an earlier zoo, with the edit it needs;
+        warns of one that still takes `taps`.
+        """
         module, _, attribute = getattr(self, framework).partition(":")
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        try:
+            built = getattr(importlib.import_module(module), attribute)
+        except ImportError as e:
+            if edit := plugins.edit(e):
+                raise UsageError(f"{module} {edit}", "edit it, or uninstall it") from None
+            raise
+        plugins.warn_of_taps(built, f"{module}:{attribute}")
+        return built  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)

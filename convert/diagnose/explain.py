@@ -26,11 +26,11 @@ from convert.diagnose.reference import Reference
 from convert.diagnose.walk import Event
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import align, best_move, moves, to_flax, to_torch
-from convert.matching.kinds import flax_kind, torch_kind
 from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
 from convert.runtime.capture_flax import Side, attributes
 from convert.runtime.trace import Recorded
+from zoo.layout.kinds import flax_kind, torch_kind
 
 Rule = Callable[[Case], Finding | None]
 _RULES: dict[str, Rule] = {

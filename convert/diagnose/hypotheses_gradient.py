@@ -11,7 +11,7 @@ from convert.diagnose.case import Finding
 from convert.diagnose.reference import Reference
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
-from convert.matching.kinds import torch_kind
+from zoo.layout.kinds import torch_kind
 
 if TYPE_CHECKING:
     from convert.diagnose.backward import Wrong

@@ -15,13 +15,13 @@ import numpy as np
 
 from convert.diagnose.reference import Judged, Reference
 from convert.matching.alignment import Aligned, align, to_flax, to_torch
-from convert.matching.kinds import flax_kind, torch_kind
 from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
 from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.capture_flax import Side, precise, traced
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
+from zoo.layout.kinds import flax_kind, torch_kind
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.kinds import normal, torch_kind
-from convert.matching.layers import Pairing, match
+from convert.matching.layers import Pairing, match, normal
 from convert.matching.pair import LayerPair, Match, Pair
 from convert.runtime.capture_flax import Side
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
