@@ -22,11 +22,13 @@ from zoo.checkpoint.identification import FLAX_TREES
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES, Tree
-from zoo.loading import FRAMEWORKS, dtype_code, make_request
+from zoo.loading import FRAMEWORKS
 
 Source = str | os.PathLike[str]
 

@@ -31,10 +31,11 @@ from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES
-from zoo.loading import dtype_code, make_request
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*(\.[a-z0-9][a-z0-9_]*)?")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?")  # PEP 440

@@ -15,14 +15,13 @@ from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
 from zoo.checkpoint.certificate import now, versions
-from zoo.checkpoint.identification import Request
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.request import Request, make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import NotEquivalent, UsageError
-from zoo.loading import make_request
 
 Source = str | os.PathLike[str]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.checkpoint.identification import Candidate, Request, identify_header
+from zoo.checkpoint.identification import Candidate, identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import NOT_WEIGHTS, levels
+from zoo.checkpoint.request import Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, ZooError

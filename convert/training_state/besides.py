@@ -23,11 +23,11 @@ from zoo import hub
 from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
-from zoo.loading import make_request
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_REST = ("rng_state*.pth", "training_args.bin", "scaler.pt")

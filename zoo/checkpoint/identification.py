@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from zoo import hub
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import Peeled, levels
+from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
@@ -80,17 +82,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user said of the model: nothing, a family, or a config of it."""
-
-    model: Model | None = None
-    config: Config | None = None
-
-
-UNSTATED = Request()
-
-
-@dataclass(frozen=True)
 class Identity:
     """What a checkpoint is. Fields of `config` in `unknown` are defaults that nothing stated."""
 
@@ -106,9 +97,7 @@ def identify(source: str | os.PathLike[str]) -> list[Identity]:
 
     Reads names and shapes only. Raises ZooError, listing all differences, if none fits.
     """
-    from zoo.hub import locate
-
-    with open_checkpoint(locate(source)) as reader:
+    with open_checkpoint(hub.locate(source)) as reader:
         found = identify_header(reader.tensors, read_label(reader))
     return [
         Identity(

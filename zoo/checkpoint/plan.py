@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import UNSTATED, Candidate, Request, identify_header
+from zoo.checkpoint.identification import Candidate, identify_header
 from zoo.checkpoint.label import Carried, Label
 from zoo.checkpoint.peel import Left
+from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError, ZooError

@@ -6,18 +6,18 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo import hub, registry
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import Request
-from zoo.checkpoint.label import read_config_file, read_label
+from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties, transfer
+from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import MissingExtra, UsageError
 from zoo.layout import Tree
 from zoo.loading.fresh import initial
@@ -96,44 +96,6 @@ def load(
         return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
 
 
-def make_request(
-    model: str | None, config: str | os.PathLike[str] | Mapping[str, Any] | None
-) -> Request:
-    """What the user said of the model, looked up. Raises UsageError for names that nothing has."""
-    found = registry.get(model) if model else None
-    family = found.model if found else None
-    stated: Config | None = found.config if found else None
-    if isinstance(config, Mapping):
-        if family is None:
-            raise UsageError(
-                "the fields of a config do not say of which model", "name it: model=..."
-            )
-        stated = override(stated or family.config(), config)
-    elif config is not None:
-        path = Path(config)
-        if path.is_file():
-            label = read_config_file(path)
-            if label.model is None:
-                raise UsageError(
-                    f"{path} does not describe a model of the zoo", "`zooconvert models` lists them"
-                )
-            named, stated = label.model, label.config
-        else:
-            try:
-                preset = registry.get(os.fspath(config))
-            except UsageError as e:
-                raise UsageError(
-                    f"the config {config} is neither a file here nor a preset", e.advice
-                ) from None
-            named, stated = preset.model, preset.config or stated
-        if family is not None and named.name != family.name:
-            raise UsageError(
-                f"{config} is a config of {named.name}, not of {family.name}", "name the same twice"
-            )
-        family = named
-    return Request(family, stated)
-
-
 def build(
     model: Model,
     config: Config,
@@ -191,18 +153,6 @@ def build_from_tree(
         if e.name and e.name.partition(".")[0] in ("torch", "jax", "jaxlib", "flax"):
             raise MissingExtra(f"loading into {framework}", framework) from None
         raise
-
-
-def dtype_code(dtype: Any) -> str:
-    """The code of a floating-point dtype that is named ("bfloat16", "BF16") or given as NumPy's,
-    JAX's or torch's own. UsageError for any other, and for F8_E8M0, which has no sign."""
-    inner = getattr(dtype, "dtype", dtype)  # jnp.bfloat16 is no dtype but has one
-    name = inner if isinstance(inner, str) else getattr(inner, "name", None) or str(inner)
-    code = dtypes.FROM_NAME.get(name.removeprefix("torch."), name.upper())
-    if code not in dtypes.NUMPY or not dtypes.is_float(code) or code == "F8_E8M0":
-        floats = [dtypes.NAME[c] for c in dtypes.NUMPY if dtypes.is_float(c) and c != "F8_E8M0"]
-        raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
-    return code
 
 
 def _read(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
