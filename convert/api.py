@@ -27,7 +27,7 @@ from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
-from zoo.layout import TREES, Tree
+from zoo.layout import TREES, Layout, Tree
 from zoo.loading import FRAMEWORKS
 
 Source = str | os.PathLike[str]
@@ -68,6 +68,7 @@ class _Order:
     dtype: str | None = None
     max_shard_size: int | None = None
     learning_rate: float | None = None
+    layout: Layout | None = None
 
     def open(self) -> Reader:
         """The source, of the framework that the target is not of."""
@@ -101,7 +102,7 @@ class _Order:
             reader,
             read_label(reader),
             target_tree,
-            request=make_request(self.model, self.config),
+            request=make_request(self.model, self.config, self.layout),
             sources=sources,
             dtype=None if self.dtype is None else dtype_code(self.dtype),
         )
@@ -132,6 +133,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     learning_rate: float | None = None,
+    layout: Layout | None = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -145,7 +147,9 @@ def convert(
     orbax or safetensors). `framework` is the target's, "flax" or "torch" (None: the one that `to`
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
     "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
-    of the last update, for a momentum that optax keeps times it. `verify` re-reads the
+    of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
+    where no family has them: it then travels with the result, so that the way back needs none.
+    `verify` re-reads the
     result and maps it back; `level` is as in `convert.verify`: above "bits" both twins are run.
     `on_plan` is called once everything is known and nothing is written.
 
@@ -158,11 +162,13 @@ def convert(
             f"level {level!r} compares with the source, which {what}", "leave out one of the two"
         )
     order = _Order(
-        *(src, dst, to, framework, tree, model, config, dtype, max_shard_size, learning_rate)
+        *(src, dst, to, framework, tree, model, config, dtype, max_shard_size, learning_rate),
+        layout=layout,
     )
     with ExitStack() as stack:
         reader = stack.enter_context(order.open())
         prepared = order.prepare(reader, force, stack)
+        request = make_request(model, config, layout)
         on_plan(prepared)
         return run(
             reader,
@@ -171,7 +177,7 @@ def convert(
             training=prepared.training,
             force=force,
             verify=verify,
-            prove=prover(reader, make_request(model, config), level) if level != "bits" else None,
+            prove=prover(reader, request, level) if level != "bits" else None,
             progress=progress,
         )
 

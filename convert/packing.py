@@ -139,10 +139,11 @@ def _check_plan(plan: Plan, name: str) -> None:
             "name a preset with --model, or give its config.json with --config",
         )
     preset, dot, _ = name.partition(".")
-    if dot and plan.model.presets.get(preset) != plan.config:
-        fits = [n for n, c in plan.model.presets.items() if c == plan.config]
+    family = plan.family
+    if dot and family.presets.get(preset) != plan.config:
+        fits = [n for n, c in family.presets.items() if c == plan.config]
         raise UsageError(
-            f"{preset!r} is not the preset of this checkpoint, which is {plan.model.name}"
+            f"{preset!r} is not the preset of this checkpoint, which is {family.name}"
             + (f" ({', '.join(fits)})" if fits else ", with sizes of its own"),
             f"call it {fits[0]}.{name.partition('.')[2]}" if fits else "give a name without a dot",
         )

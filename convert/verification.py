@@ -120,7 +120,7 @@ def _checkpoints(
             states.append(state)
         first, second = sides
         if first[1].model is not second[1].model:
-            names = first[1].model.name, second[1].model.name
+            names = first[1].title, second[1].title
             raise UsageError(f"{a} is {names[0]}, {b} is {names[1]}", "compare two of one model")
         report.notices = list(dict.fromkeys(n for _, p in sides for n in p.notices))
         report.certificate = certificate_beside([reader.path for reader, _ in sides])

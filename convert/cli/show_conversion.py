@@ -107,7 +107,7 @@ def plan_data(prepared: Prepared) -> dict[str, Any]:
         "target": str(prepared.target.path),
         "container": prepared.target.to,
         "tree": p.target_tree,
-        "model": p.model.name,
+        "model": p.model.name if p.model else "",
         "memory": prepared.memory,
         "disk": prepared.disk,
         "training": summary(prepared.training),

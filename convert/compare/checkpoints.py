@@ -43,15 +43,14 @@ def compare_checkpoints(
     known = next((p for _, p in (a, b) if not p.unknown), None)
     titled = known or a[1]
     report.model = title(titled.model, titled.config, titled.unknown)
-    report.config = dataclasses.asdict(titled.config) | dict.fromkeys(
-        sorted(a[1].unknown & b[1].unknown)
-    )
+    report.config = titled.fields | dict.fromkeys(sorted(a[1].unknown & b[1].unknown))
     if report.level != "bits" and known is None:
         missing = ", ".join(sorted(a[1].unknown & b[1].unknown))
         raise UsageError(
             f"running the model needs {missing}, which the tensors do not tell",
             "name a preset with --model, or give its config.json with --config",
         )
+    family = known.family if known and report.level != "bits" else None
     compare_bits(a, b, report, progress)
     _diagnose(report, a, b)
     configs = _contradictions(a[1], b[1])
@@ -61,6 +60,7 @@ def compare_checkpoints(
         return
     report.differences += [TensorDifference("config", what) for what in configs]
     assert known is not None
+    assert family is not None
     sides = [
         _Weights(
             "torch" if plan.source_tree == "torch" else "flax",
@@ -69,7 +69,7 @@ def compare_checkpoints(
         )
         for reader, plan in (a, b)
     ]
-    _run(known.model, sides[0], sides[1], report, inputs, options)
+    _run(family, sides[0], sides[1], report, inputs, options)
 
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:
@@ -93,7 +93,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, opened: Opened) -> None:
         self._reader, plan = opened
-        prefix = plan.model.base_prefix
+        prefix = plan.prefix
         self._steps = {n.removeprefix(prefix): s for s in plan.steps for n in s.names}
         self._names = {n.removeprefix(prefix): n for s in plan.steps for n in s.names}
         self.shapes = {
@@ -200,6 +200,8 @@ def _inputs(model: Model, config: Config, given: Any) -> dict[str, np.ndarray]:
 
 def _contradictions(a: Plan, b: Plan) -> list[str]:
     """Fields that both sides state, and state differently."""
+    if a.config is None or b.config is None:
+        return []
     fields = [f.name for f in dataclasses.fields(a.config) if f.name not in a.unknown | b.unknown]
     pairs = [(f, getattr(a.config, f), getattr(b.config, f)) for f in fields]
     return [f"{f} {x!r} and {y!r}" for f, x, y in pairs if x != y]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -122,7 +122,6 @@ def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
 
 
 def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
-    config = asdict(plan.config) | dict.fromkeys(plan.unknown)
     return Certificate(
         source=reader.path.name,
         source_container=reader.container,
@@ -130,9 +129,9 @@ def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
         target=target.path.name,
         target_container=target.to,
         target_tree=plan.target_tree,
-        model=plan.model.name,
-        layout=f"{plan.model.name}/{plan.model.version}",
-        config=config,
+        model=plan.model.name if plan.model else "",
+        layout=plan.layout_id,
+        config=plan.fields,
         notices=list(plan.notices),
     )
 
@@ -205,6 +204,8 @@ def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
 def _write_label(target: Target, place: Path, label: Label) -> None:
     if target.is_directory or target.to in ("msgpack", "pt"):
         write_text(place / target.beside("config.json"), label.to_config_json())
+    for name, text in label.files().items():
+        write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)
 
 
 class _Moved(NamedTuple):
@@ -271,7 +272,8 @@ def _verify(
                 "nothing was kept; please report it",
             )
         wrong += [f"{n} is not {to}" for n, to in ties.items() if not _same(reader, n, to)]
-        if (again := read_label(reader)).problem or again.carried != label.carried:
+        again = read_label(reader)
+        if again.problem or (again.carried, again.layout) != (label.carried, label.layout):
             wrong.append("the label was not written as made")
         jobs = [_reading_back(reader, step, records[step.targets]) for step in plan.steps]
         for step, problem in zip(plan.steps, prefetch(jobs), strict=True):

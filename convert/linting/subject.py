@@ -121,7 +121,7 @@ def _known(
     grouped: dict[tuple[str, str], dict[str, Shape]] = {}
     tied: set[str] = set()
     flattened: dict[str, Shape] = {}
-    for view in c.model.layout_of(c.config).view(c.tree):
+    for view in c.layout.view(c.tree):
         e = view.entry
         present = [c.names[t.name] for t in view.tensors if t.name in c.names]
         for t in e.torch:
@@ -143,20 +143,22 @@ def _known(
         Layer(module, kind, shapes, module in tied, flattened.get(module))
         for (module, kind), shapes in grouped.items()
     ]
-    fields = {f.name: getattr(c.config, f.name) for f in dataclasses.fields(c.config)}
+    fields: dict[str, Any] = {}
+    if c.config is not None:
+        fields = {f.name: getattr(c.config, f.name) for f in dataclasses.fields(c.config)}
     known = {k: v for k, v in fields.items() if k not in c.unknown}
     stated_type = stated.get("model_type")
     return Subject(
         source,
         c.title(),
-        c.model.name,
+        c.model.name if c.model else None,
         "torch" if c.tree == "torch" else "flax",
         tensors,
         layers,
         {**stated, **known} if used else {**known, **stated},
         c.unknown - (set() if used else stated.keys()),
         frozenset(constants),
-        None if stated_type in (None, c.model.hf_type) else str(stated_type),
+        None if c.model is None or stated_type in (None, c.model.hf_type) else str(stated_type),
         notices,
     )
 

@@ -73,7 +73,7 @@ def read_training(
                 raise
         if layout is None:
             assert plan is not None
-            layout = plan.model.layout_of(plan.config)
+            layout = plan.layout
         found = find(reader, layout, plan, stack, learning_rate)
         if found.problems and not found.state.optimizers:
             raise found.problems[0]
@@ -126,7 +126,7 @@ def besides(
     """What is in an open checkpoint besides its weights; and the plan, whose notices then say what
     of it was not understood. `learning_rate` is as in `read_training`. What is damaged is an error,
     or with `damaged` a notice too."""
-    found = find(reader, plan.model.layout_of(plan.config), plan, stack, learning_rate)
+    found = find(reader, plan.layout, plan, stack, learning_rate)
     told = [*found.state.notices]
     for e in found.problems:
         if isinstance(e, CorruptInput) and not damaged:

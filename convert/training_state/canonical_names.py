@@ -81,7 +81,7 @@ def layout_of(
             "of a part of a model, `convert.training_state.canonical_names.part(layout, 'actor')`",
             e.details,
         ) from None
-    layouts = list(dict.fromkeys(c.model.layout_of(c.config) for c in found))
+    layouts = list(dict.fromkeys(c.layout for c in found))
     parameters = [[e for e in layout.entries if e.collection == "params"] for layout in layouts]
     if any(entries != parameters[0] for entries in parameters[1:]):
         raise UsageError(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from zoo.containers import dtypes
 from zoo.layout.kinds import kinds
 from zoo.layout.ops import Divide, Ops, Permute, Reorder, Shape, run_shapes
 
@@ -30,6 +31,13 @@ class Constant:
     fill: Literal["zeros", "arange"]
     dtype: str
     in_state_dict: bool
+
+    def check(self, shape: Shape) -> None:
+        """ValueError where no tensor of this shape can have such values."""
+        if self.fill not in ("zeros", "arange") or self.dtype not in dtypes.NUMPY:
+            raise ValueError(f"there is no constant of {self.fill!r} in {self.dtype!r}")
+        if self.fill == "arange" and not shape:
+            raise ValueError("a scalar has no axis to count along")
 
 
 @dataclass(frozen=True, slots=True)

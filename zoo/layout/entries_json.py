@@ -11,6 +11,7 @@ from zoo.layout.ops import Op, op_from_json, op_to_json
 
 
 def entry_to_json(e: Entry) -> dict[str, Any]:
+    """The entry as JSON data, without what is empty or usual."""
     data: dict[str, Any] = {"kind": e.kind, "torch": {t.name: list(t.shape) for t in e.torch}}
     if e.flax:
         data["flax"] = {t.name: list(t.shape) for t in e.flax}
@@ -28,7 +29,14 @@ def entry_to_json(e: Entry) -> dict[str, Any]:
     return data
 
 
+_KEYS = {"kind", "torch", "flax", "ops", "compact_ops", "collection", "tied_to", "constant"}
+
+
 def entry_from_json(data: Mapping[str, Any]) -> Entry:
+    """The entry that `entry_to_json` gave. ValueError or KeyError for what is not one."""
+    if surplus := data.keys() - _KEYS:
+        raise ValueError(f"an entry has no {', '.join(sorted(surplus))}")
+
     def tensors(key: str) -> tuple[Tensor, ...]:
         return tuple(Tensor(n, tuple(s)) for n, s in data.get(key, {}).items())
 

@@ -35,12 +35,21 @@ class Layout:
         flax_names = Counter(t.name for e in self.entries for t in e.flax)
         if twice := [n for c in (names, flax_names) for n, count in c.items() if count > 1]:
             raise ValueError(f"stand twice in the layout: {', '.join(twice)}")
+        plain = {
+            t.name: t.shape
+            for e in self.entries
+            if e.tied_to is None and e.constant is None
+            for t in e.torch
+        }
         for e in self.entries:
+            _check_sides(e)
             made = run_shapes(e.ops, [t.shape for t in e.torch]) if e.flax else []
             if made != [t.shape for t in e.flax]:
                 raise ValueError(f"{e.torch[0].name}: the ops give {made}, stated are {e.flax}")
-            if e.tied_to is not None and e.tied_to not in names:
-                raise ValueError(f"{e.torch[0].name} is tied to {e.tied_to}, which is missing")
+            if e.tied_to is not None and plain.get(e.tied_to) != e.torch[0].shape:
+                raise ValueError(
+                    f"{e.torch[0].name} is tied to {e.tied_to}, which is not a tensor of that shape"
+                )
 
     def view(self, tree: Tree) -> list[View]:
         """Every entry as `tree` spells it. Entries without a counterpart there have no tensors."""
@@ -110,6 +119,17 @@ class Layout:
 
     def __hash__(self) -> int:
         return hash(self.entries)
+
+
+def _check_sides(e: Entry) -> None:
+    """ValueError for an entry with tensors on one side only, and nothing that says why."""
+    told = (e.tied_to is not None) + (e.constant is not None)
+    if not e.torch or told > 1 or (len(e.torch) != 1 if told else not e.flax):
+        raise ValueError(f"{[t.name for t in e.torch]} and {[t.name for t in e.flax]} do not pair")
+    if told and e.flax:
+        raise ValueError(f"{e.torch[0].name} is only PyTorch's, and {e.flax[0].name} is stated too")
+    if e.constant is not None:
+        e.constant.check(e.torch[0].shape)
 
 
 def between(source: View, target: View) -> tuple[Ops, Ops]:

@@ -87,13 +87,14 @@ def load(
         code = None if param_dtype is None else dtype_code(param_dtype)
         tree: Tree = "torch" if framework == "torch" else "nnx"
         plan = make_plan(reader, read_label(reader), tree, request=request, dtype=code)
+        family = plan.family
         _check_known(plan, overrides)
         plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
         for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
         values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))
-        return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
+        return build_from_tree(family, plan.config, framework, values, dtype, seed)
 
 
 def build(
@@ -168,8 +169,8 @@ def _fresh(plan: Plan, seed: int, code: str | None) -> Iterator[tuple[str, np.nd
     if not plan.fresh:
         return
     stored = [i.dtype for s in plan.steps for i in s.target_infos if dtypes.is_float(i.dtype)]
-    values = initial(plan.model, plan.config, plan.fresh, seed)
-    for view in plan.model.layout_of(plan.config).view(plan.target_tree):
+    values = initial(plan.family, plan.config, plan.fresh, seed)
+    for view in plan.layout.view(plan.target_tree):
         names = [t.name for t in view.entry.torch]
         if names[0] in values:
             made = apply(view.ops, [values[n] for n in names], code or (stored or ["F32"])[0])
