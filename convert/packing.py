@@ -32,7 +32,7 @@ from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
-from zoo.containers import open_checkpoint
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES
@@ -183,7 +183,7 @@ def _write_wheel(
             f"[zooconvert.weights]\n{name} = {distribution}:{name}.safetensors\n"
         ),
     }
-    files = (f"{name}.safetensors", f"{name}.json", f"{name}.safetensors.certificate.json")
+    files = (f"{name}.safetensors", f"{name}.json", f"{name}.safetensors.{filenames.CERTIFICATE}")
     record = []
     with zipfile.ZipFile(path, "w") as archive:
         for inner, text in texts.items():

@@ -289,8 +289,11 @@ def test_a_changed_file_is_found(
     assert Certificate.read(target / "certificate.json").layout == stated_layout.identity(LAYOUT)
 
 
-def test_a_family_wins_where_it_is_named(source: Path) -> None:
-    label = Label(layout=LAYOUT).to_metadata()
-    assert set(label) == {"zoo.entries"}
-    with pytest.raises(ZooError, match="are not those of"):
-        convert.plan(source, model="bert")
+def test_a_family_that_is_named_wins(source: Path, tmp_path: Path) -> None:
+    convert.convert(source, tmp_path / "w.flax", layout=LAYOUT)
+    with pytest.raises(ZooError, match="are not those of bert"):
+        convert.convert(tmp_path / "w.flax", tmp_path / "back.safetensors", model="bert")
+
+
+def test_the_metadata_names_no_family() -> None:
+    assert set(Label(layout=LAYOUT).to_metadata()) == {"zoo.entries"}

@@ -10,10 +10,10 @@ import click
 from convert.api import Prepared
 from convert.cli.output import size, table
 from convert.engine.targets import Target
-from convert.training_state import storage
 from convert.training_state.summary import line, summary
 from zoo.checkpoint.certificate import Certificate
 from zoo.checkpoint.identification import dims, title
+from zoo.containers import filenames
 from zoo.containers.errors import printable
 from zoo.layout.ops import describe
 
@@ -58,7 +58,7 @@ def converted_data(prepared: Prepared, certificate: Certificate) -> dict[str, An
     target = prepared.target
     return {
         "target": str(target.path),
-        "certificate": str(target.path.parent / target.beside("certificate.json")),
+        "certificate": str(target.path.parent / target.beside(filenames.CERTIFICATE)),
         "container": target.to,
         "tree": prepared.plan.target_tree,
         "model": certificate.model,
@@ -139,7 +139,7 @@ def _kind(prepared: Prepared) -> str:
 
 def _beside(target: Target) -> str:
     """The name of the optimizer.safetensors that belongs to the target."""
-    return printable(Path(target.beside(storage.NAME)).name)
+    return printable(Path(target.beside(filenames.OPTIMIZER)).name)
 
 
 def _is_cast(step: Any) -> bool:

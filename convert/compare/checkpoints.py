@@ -19,6 +19,7 @@ from convert.matching.pair import Pair
 from zoo.checkpoint.identification import title
 from zoo.checkpoint.plan import Plan, read_step
 from zoo.checkpoint.progress import Progress
+from zoo.containers import filenames
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
@@ -210,13 +211,13 @@ def _contradictions(a: Plan, b: Plan) -> list[str]:
 def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
     """The first certificate that lies beside one of these checkpoints and is one of ours."""
     for path in paths:
-        for file in (path / "certificate.json", path.with_name(f"{path.name}.certificate.json")):
-            try:
-                if file.stat().st_size > _CERTIFICATE_MAX:
-                    continue
-                data = json.loads(file.read_text())
-            except (OSError, ValueError, RecursionError):
+        file = filenames.beside(path, filenames.CERTIFICATE)
+        try:
+            if file.stat().st_size > _CERTIFICATE_MAX:
                 continue
-            if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
-                return data
+            data = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
+            return data
     return None

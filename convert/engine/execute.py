@@ -24,7 +24,7 @@ from zoo.checkpoint.certificate import Certificate, TensorRecord, now, sha256, v
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
-from zoo.containers import open_checkpoint
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync_directory
 from zoo.containers.errors import NotEquivalent
 from zoo.layout.ops import describe
@@ -62,12 +62,12 @@ def run(
             ties = written_ties(target, plan, label)
             certificate.verified = _verify(plan, written, ties, label, certificate, progress)
         if training.optimizers or training.ema or training.data:
-            path = place / target.beside(storage.NAME)
+            path = place / target.beside(filenames.OPTIMIZER)
             certificate.training = _write_training(path, training, verify)
         if prove:
             certificate.verified |= prove(written)
         certificate.versions, certificate.created = versions(), now()
-        write_text(place / target.beside("certificate.json"), certificate.to_json())
+        write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):
             if directory.is_dir():
                 fsync_directory(directory)
@@ -203,7 +203,7 @@ def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
 
 def _write_label(target: Target, place: Path, label: Label) -> None:
     if target.is_directory or target.to in ("msgpack", "pt"):
-        write_text(place / target.beside("config.json"), label.to_config_json())
+        write_text(place / target.beside(filenames.CONFIG), label.to_config_json())
     for name, text in label.files().items():
         write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)
 

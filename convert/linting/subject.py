@@ -16,7 +16,7 @@ from typing import Any
 
 from zoo import hub
 from zoo.checkpoint.identification import Candidate, identify_header
-from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.label import Label, config_files, read_label
 from zoo.checkpoint.peel import NOT_WEIGHTS, levels
 from zoo.checkpoint.request import Request
 from zoo.containers import open_checkpoint
@@ -226,10 +226,8 @@ def _kind(module: str, shapes: Mapping[str, Shape]) -> str:
 
 def _config(reader: Reader, label: Label) -> tuple[dict[str, Any], list[str]]:
     """What lies beside the checkpoint or in it, the zoo's own fields first; and what to tell."""
-    path = reader.path
-    beside = [path.with_name(path.name + ".config.json"), path.with_name("config.json")]
     found: dict[str, Any] = dict(label.hf)
-    for place in [path / "config.json"] if path.is_dir() else beside:
+    for place in config_files(reader.path):
         if found or not place.is_file():
             continue
         data, told = _json(place)

@@ -24,7 +24,7 @@ from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.request import make_request
-from zoo.containers import open_checkpoint
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
@@ -253,9 +253,9 @@ def _members(reader: Reader, parameters: Parameters, found: Training, stack: Exi
 def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
     """What transformers' Trainer puts beside `model.safetensors`."""
     folder = reader.path.parent
-    if not storage.in_directory(reader.path) or found.state.optimizers:
+    if not filenames.is_whole(reader.path) or found.state.optimizers:
         return
-    for name in storage.TRAINER:
+    for name in filenames.TRAINER_OPTIMIZERS:
         if (folder / name).is_file():
             try:
                 inner = stack.enter_context(open_checkpoint(folder / name))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from zoo.checkpoint import stated_layout
-from zoo.containers import dtypes
+from zoo.containers import dtypes, filenames
 from zoo.containers.base import Reader, TensorInfo, as_array
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.layout import Layout
@@ -143,7 +143,7 @@ def _read_label(reader: Reader) -> Label:
         except (ValueError, RecursionError) as e:
             raise _bad(source, str(e)) from None
         return dataclasses.replace(_from_zoo(data, source, reader.path), hf=data.get("hf", {}))
-    for path in _config_files(reader.path):
+    for path in config_files(reader.path):
         if path.is_file():
             return read_config_file(path)
     return Label()
@@ -192,10 +192,11 @@ def _classes(path: Path, model: Model, config: Config, data: Mapping[str, Any]) 
     return (f"{path} is of {', '.join(map(str, named))}, read as {', '.join(read_as or ())}",)
 
 
-def _config_files(path: Path) -> list[Path]:
+def config_files(path: Path) -> list[Path]:
+    """Where the config of a checkpoint may lie, best first."""
     if path.is_dir():
-        return [path / "config.json"]
-    return [path.with_name(path.name + ".config.json"), path.with_name("config.json")]
+        return [path / filenames.CONFIG]
+    return [filenames.beside(path, filenames.CONFIG), path.with_name(filenames.CONFIG)]
 
 
 def _from_zoo(data: Mapping[str, Any], source: str, beside: Path) -> Label:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from zoo.checkpoint.budgets import check
+from zoo.containers import filenames
 from zoo.containers.errors import CorruptInput
 from zoo.layout import TREES, Layout
 
 INLINE_MAX = 1 << 20  # bytes of JSON in the metadata itself
 FILE_MAX = 64 << 20  # bytes of JSON at all
-_FILE = re.compile(r"layout-[0-9a-f]{16}\.json")
 _ADVICE = "copy the checkpoint again, with the files beside it, or give the layout yourself"
 
 
@@ -35,7 +34,7 @@ def stated(layout: Layout) -> tuple[Any, dict[str, str]]:
     if len(text) <= INLINE_MAX:
         return layout.to_json(), {}
     digest = _sha256(text)
-    name = f"layout-{digest[:16]}.json"
+    name = filenames.layout_file(digest)
     return {"sha256": digest, "file": name}, {name: text}
 
 
@@ -62,7 +61,7 @@ def read(value: Any, source: str, beside: Path) -> Layout:
 
 def _read_file(told: dict[str, Any], source: str, folder: Path) -> Any:
     name, digest = told.get("file"), told.get("sha256")
-    if not (isinstance(name, str) and isinstance(digest, str) and _FILE.fullmatch(name)):
+    if not (isinstance(name, str) and isinstance(digest, str) and filenames.is_layout(name)):
         raise CorruptInput(f"{source} names no layout-....json and its sha256", _ADVICE)
     path = folder / name
     try:
