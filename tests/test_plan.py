@@ -284,6 +284,10 @@ def test_a_config_that_the_user_gives_replaces_a_bad_one(tmp_path: Path) -> None
         {"vocab_size": [1]},
         {"vocab_size": -5},
         {"layer_norm_eps": float("nan")},
+        {"hidden_act": "softplus"},
+        {"hidden_act": ["gelu"]},
+        {"classifier_dropout": "0.1"},
+        {"pad_token_id": 0.5},
     ],
 )
 def test_values_that_no_config_can_have(change: dict[str, object], tmp_path: Path) -> None:
