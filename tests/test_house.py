@@ -29,9 +29,9 @@ FLOORS = (
     ("convert.runtime",),
     ("convert.judge", "convert.tensors"),
     ("zoo",),
-    ("zoo.hub",),
     ("zoo.loading",),
     ("zoo.checkpoint",),
+    ("zoo.hub",),
     ("zoo.card",),
     ("zoo.registry",),
     ("zoo.models",),
@@ -40,6 +40,7 @@ FLOORS = (
     ("zoo.layout",),
     ("zoo.nn",),
     ("zoo.containers",),
+    ("zoo.plugins",),
 )
 
 

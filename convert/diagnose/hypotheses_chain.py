@@ -13,8 +13,8 @@ from convert.diagnose.hypotheses_pool import Pool, pools
 from convert.diagnose.hypotheses_values import Function, activation_finding, functions
 from convert.diagnose.reference import Reference
 from convert.matching.alignment import gap
-from convert.matching.kinds import torch_kind
 from convert.runtime.trace import Recorded
+from zoo.layout.kinds import torch_kind
 
 if TYPE_CHECKING:
     from convert.diagnose.walk import Event

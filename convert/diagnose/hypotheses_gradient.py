@@ -11,7 +11,7 @@ from convert.diagnose.case import Finding
 from convert.diagnose.reference import Judged, Reference
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
-from convert.matching.kinds import torch_kind
+from zoo.layout.kinds import torch_kind
 
 
 @dataclass

@@ -9,10 +9,10 @@ import numpy as np
 
 from convert.diagnose.case import Finding
 from convert.diagnose.weights import explain_tensor
-from convert.matching.kinds import torch_kind
 from convert.matching.pair import Match
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes
 
 

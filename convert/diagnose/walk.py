@@ -15,7 +15,6 @@ import numpy as np
 
 from convert.diagnose.reference import Judged, Reference
 from convert.matching.alignment import Aligned, align, to_flax, to_torch
-from convert.matching.kinds import flax_kind, torch_kind
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
@@ -23,6 +22,7 @@ from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
+from zoo.layout.kinds import flax_kind, torch_kind
 
 
 @dataclass

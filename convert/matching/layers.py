@@ -6,6 +6,7 @@ aligned like two sequences; containers are those that hold the same layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from convert.matching.alignment import moves
-from convert.matching.kinds import compatible, flax_kind, normal, torch_kind
 from convert.matching.pair import LayerPair, Pair
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
+from zoo.layout.kinds import compatible, flax_kind, torch_kind
 
 _ZOO_KINDS = {"linear", "conv1d", "conv2d", "embedding", "norm", "batchnorm", "recurrent"}
 
@@ -251,3 +252,8 @@ def _containers(ours: Layers, theirs: Layers, found: Found) -> None:
             found[t] = candidates.pop(), "container"
     for t, (f, why) in list(found.items()):
         found[t] = f, "order" if why == "container" else why
+
+
+def normal(name: str) -> str:
+    """A path as both frameworks would spell it: `layers_0` is `layers.0`, case does not count."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name).lower()

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.kinds import normal, torch_kind
+from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import state
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -23,11 +23,11 @@ from zoo import hub
 from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
-from zoo.containers import open_checkpoint
+from zoo.checkpoint.request import make_request
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
-from zoo.loading import make_request
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_REST = ("rng_state*.pth", "training_args.bin", "scaler.pt")
@@ -73,7 +73,7 @@ def read_training(
                 raise
         if layout is None:
             assert plan is not None
-            layout = plan.model.layout_of(plan.config)
+            layout = plan.layout
         found = find(reader, layout, plan, stack, learning_rate)
         if found.problems and not found.state.optimizers:
             raise found.problems[0]
@@ -126,7 +126,7 @@ def besides(
     """What is in an open checkpoint besides its weights; and the plan, whose notices then say what
     of it was not understood. `learning_rate` is as in `read_training`. What is damaged is an error,
     or with `damaged` a notice too."""
-    found = find(reader, plan.model.layout_of(plan.config), plan, stack, learning_rate)
+    found = find(reader, plan.layout, plan, stack, learning_rate)
     told = [*found.state.notices]
     for e in found.problems:
         if isinstance(e, CorruptInput) and not damaged:
@@ -253,9 +253,9 @@ def _members(reader: Reader, parameters: Parameters, found: Training, stack: Exi
 def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
     """What transformers' Trainer puts beside `model.safetensors`."""
     folder = reader.path.parent
-    if not storage.in_directory(reader.path) or found.state.optimizers:
+    if not filenames.is_whole(reader.path) or found.state.optimizers:
         return
-    for name in storage.TRAINER:
+    for name in filenames.TRAINER_OPTIMIZERS:
         if (folder / name).is_file():
             try:
                 inner = stack.enter_context(open_checkpoint(folder / name))
