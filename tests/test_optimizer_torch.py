@@ -29,7 +29,7 @@ from optimizer_bench import (
 from support import every_family
 
 import convert
-from convert.training_state import explanation, reference_rules, rules
+from convert.training_state import explanation, rules
 from convert.training_state.canonical_names import layout_of, part
 from convert.training_state.optax_state import from_optax, module_shapes
 from convert.training_state.state import Group, OptimizerState
@@ -308,7 +308,7 @@ def test_stock_variants_of_the_rules() -> None:
             ("Adam", optax.adam(1.0, eps_root=1e-3), {"eps_root": 1e-3}),
             ("RAdam", optax.radam(1.0, eps=1e-3), {"eps": 1e-3}),
         ):
-            rule = reference_rules.stock(*explanation.STOCK[name])
+            rule = explanation.STOCK[name]
             base = {"betas": (0.9, 0.999), "eps": 1e-8, **options}
             p = rng.normal(size=9)
             state = tx.init(jnp.asarray(p))

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from convert.training_state.canonical_names import some
-from convert.training_state.elements import TOLERANCE, Elements, against
 from convert.training_state.explanation import explain
+from convert.training_state.reference_rules import TOLERANCE, Elements, against
 from convert.training_state.rules import Rule
 from zoo.containers.errors import UsageError
 
@@ -200,14 +200,11 @@ def _of_group(
         # Before torch 2.8 nothing told AdamW from Adam: it is the one that the target is.
         other = against(elements, rule, {**options, "decoupled_weight_decay": True})
         rate, bad = (rate, bad) if other[1].any() else other
+    if not bad.any():
+        negative = list(dict.fromkeys(elements.names)), "its learning rate is negative"
+        return rate, negative if rate < 0 else None
     culprits = list(dict.fromkeys(elements.names[bad]))
-    if not culprits:
-        all_ = list(dict.fromkeys(elements.names))
-        return rate, (all_, "its learning rate is negative") if rate < 0 else None
     found = explain(rule, elements, options, bad, rate)
-    if found is None:
-        why = f"its update is not {rule.name}'s, and no one hyper-parameter explains it"
-        return rate, (culprits, why)
     if not found.near:
         return rate, (culprits, found.text)
     verdict.notices.append(found.text)

@@ -6,20 +6,23 @@ against torch.optim. Here they get the form of `Rule.update`. JAX is imported by
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convert import optim
-from convert.training_state.rule import Update
+from convert.training_state.rule import Rule, Update
 from zoo.containers.errors import UsageError
 
+TOLERANCE = 8 * 2.0**-23  # hyper-parameters may be held as float32 arrays
+
 Options = Mapping[str, Any]
-Make = Callable[[Options], Any]
 
 
-def by(make: Make, fields: Mapping[str, str] | None = None) -> Update:
+def by(make: Callable[[Options], Any], fields: Mapping[str, str] | None = None) -> Update:
     """The rule of the transformations that `make` gives for torch's options, at a rate of 1.
 
     Their states' fields have the names of torch's slots, but for those in `fields`: field -> slot.
@@ -54,7 +57,21 @@ def _is_state(node: Any) -> bool:
     return hasattr(node, "_fields")
 
 
-def stock(core: Make, fields: Mapping[str, str]) -> Update:
+def with_options(make: Callable[..., Any], o: Options) -> Any:
+    """`make` called with those of torch's options that its parameters have the names of."""
+    b1, b2 = o.get("betas", (None, None))
+    told = {**o, "learning_rate": 1.0, "b1": b1, "b2": b2}
+    names = inspect.signature(make).parameters
+    try:
+        return make(**{name: told[name] for name in names if told.get(name) is not None})
+    except ValueError as e:
+        raise UsageError(
+            f"the checkpoint's options are none that torch takes: {e}",
+            "check=False fills the transformation all the same",
+        ) from None
+
+
+def stock(core: Callable[[Options], Any], fields: Mapping[str, str]) -> Update:
     """The rule of an optax transformation, with torch's weight decay and `maximize` around it."""
 
     def make(o: Options) -> Any:
@@ -68,72 +85,67 @@ def stock(core: Make, fields: Mapping[str, str]) -> Update:
     return by(make, fields)
 
 
-def _common(o: Options) -> dict[str, Any]:
-    return {"weight_decay": o.get("weight_decay", 0.0), "maximize": bool(o.get("maximize"))}
-
-
-def _betas(o: Options) -> dict[str, Any]:
-    return {"b1": o["betas"][0], "b2": o["betas"][1], "eps": o["eps"]}
-
-
-def _sgd(o: Options) -> Any:
-    try:
-        return optim.sgd(
-            1.0, o["momentum"], o["dampening"], nesterov=bool(o["nesterov"]), **_common(o)
-        )
-    except ValueError as e:
-        raise UsageError(
-            f"the checkpoint's options are none that torch.optim.SGD takes: {e}",
-            "check=False fills the transformation all the same",
-        ) from None
-
-
-def sgd(o: Options, s: dict[str, Any], t: Any, g: Any, p: Any) -> tuple[Any, dict[str, Any]]:
-    """torch does not count SGD's updates: without a buffer yet, this is the first."""
-    return by(_sgd)(o, s, 2 if "momentum_buffer" in s else 1, g, p)
-
-
 def _adam(o: Options) -> Any:
-    make = optim.adamw if o.get("decoupled_weight_decay") else optim.adam
-    return make(1.0, **_betas(o), **_common(o), amsgrad=bool(o.get("amsgrad")))
-
-
-adam = by(_adam)
-adamw = by(lambda o: _adam({"decoupled_weight_decay": True, **o}))
-adagrad = by(lambda o: optim.adagrad(1.0, o["lr_decay"], eps=o["eps"], **_common(o)))
-rmsprop = by(
-    lambda o: optim.rmsprop(
-        1.0,
-        o["alpha"],
-        o["eps"],
-        momentum=o["momentum"],
-        centered=bool(o["centered"]),
-        **_common(o),
-    )
-)
-nadam = by(
-    lambda o: optim.nadam(
-        1.0,
-        **_betas(o),
-        **_common(o),
-        momentum_decay=o["momentum_decay"],
-        decoupled_weight_decay=bool(o.get("decoupled_weight_decay")),
-    )
-)
-radam = by(
-    lambda o: optim.radam(
-        1.0,
-        **_betas(o),
-        **_common(o),
-        decoupled_weight_decay=bool(o.get("decoupled_weight_decay")),
-    )
-)
+    return with_options(optim.adamw if o.get("decoupled_weight_decay") else optim.adam, o)
 
 
 def _adadelta(o: Options) -> Any:
     import optax
 
-    return optax.scale_by_adadelta(o["rho"], o["eps"])
+    return with_options(optax.scale_by_adadelta, o)
 
 
+def sgd(o: Options, s: dict[str, Any], t: Any, g: Any, p: Any) -> tuple[Any, dict[str, Any]]:
+    """torch does not count SGD's updates: without a buffer yet, this is the first."""
+    first = "momentum_buffer" not in s
+    return by(lambda o: with_options(optim.sgd, o))(o, s, 1 if first else 2, g, p)
+
+
+adam = by(_adam)
+adamw = by(lambda o: _adam({"decoupled_weight_decay": True, **o}))
+adagrad = by(lambda o: with_options(optim.adagrad, o))
+rmsprop = by(lambda o: with_options(optim.rmsprop, o))
 adadelta = stock(_adadelta, {"e_g": "square_avg", "e_x": "acc_delta"})
+nadam = by(lambda o: with_options(optim.nadam, o))
+radam = by(lambda o: with_options(optim.radam, o))
+
+
+@dataclass
+class Elements:
+    """All elements of the parameters of one group in a row: float64 arrays of one length."""
+
+    names: np.ndarray  # of the parameter that each is of
+    u: np.ndarray  # updates
+    g: np.ndarray  # gradients
+    p: np.ndarray  # parameters
+    t: np.ndarray  # the number of this update, 1 for the first
+    slots: dict[str, np.ndarray]
+
+    def only(self, pick: np.ndarray) -> Elements:
+        """Some of them, by mask or by indices."""
+        slots = {slot: values[pick] for slot, values in self.slots.items()}
+        u, g, p, t = (x[pick] for x in (self.u, self.g, self.p, self.t))
+        return Elements(self.names[pick], u, g, p, t, slots)
+
+
+def against(
+    elements: Elements, rule: Rule, options: Options, rate: Any = None
+) -> tuple[Any, np.ndarray]:
+    """The factor between the updates and the rule's, and which elements have another.
+
+    The factor is `rate` where that is given. An option that is a column of values gives a row of
+    both for each.
+    """
+    assert rule.update is not None
+    u = elements.u
+    with np.errstate(all="ignore"):
+        found, _ = rule.update(options, dict(elements.slots), elements.t, elements.g, elements.p)
+        d = np.asarray(found, np.float64)
+        if rate is None:
+            ratio = np.where(d != 0, -u / d, np.nan)
+            ratio[~np.isfinite(ratio)] = np.nan
+            ratio[np.isnan(ratio).all(axis=-1)] = 0.0
+            rate = np.nanmedian(ratio, axis=-1, keepdims=ratio.ndim > 1)
+        off = np.abs(u + rate * d)
+        bad = ~(off <= TOLERANCE * np.maximum(np.abs(u), np.abs(rate * d)))
+    return rate, bad
