@@ -35,7 +35,7 @@ _MEMBER = "optimizer.pth"  # what stable-baselines3's optimizers are called, aft
 
 
 @dataclass
-class Training:
+class Found:
     """What was found. Arrays are read when they are looked at, while the checkpoint is open."""
 
     state: TrainingState = field(default_factory=TrainingState)
@@ -92,7 +92,7 @@ def find(
     plan: Plan | None,
     stack: ExitStack,
     learning_rate: float | None = None,
-) -> Training:
+) -> Found:
     """What is in an open checkpoint besides its weights, and in the files that belong to it.
 
     Files that have to stay open are entered into `stack`. An optimizer that is not understood is
@@ -101,7 +101,7 @@ def find(
     stored = list(reader.tensors) if plan and reader.container == "torch" else []
     parameters = Parameters.of(layout, plan, stored)
     if "zoo.optimizer" in reader.metadata:
-        return _checked(Training(storage.read_from(reader)), parameters)
+        return _checked(Found(storage.read_from(reader)), parameters)
     found = _inside(reader, layout, plan, parameters, learning_rate)
     _members(reader, parameters, found, stack)
     _trainer(reader, parameters, found, stack)
@@ -143,9 +143,9 @@ def _inside(
     plan: Plan | None,
     parameters: Parameters,
     learning_rate: float | None,
-) -> Training:
+) -> Found:
     """What lies in the checkpoint's own tree."""
-    found = Training()
+    found = Found()
     tree: Tree = plan.source_tree if plan else "torch" if reader.container == "torch" else "nnx"
     tensors = list(plan.left.tensors if plan else reader.tensors)
     counts = files_torch.find(reader)
@@ -168,7 +168,7 @@ def _rest(
     plan: Plan | None,
     parameters: Parameters,
     roots: set[str],
-    found: Training,
+    found: Found,
 ) -> None:
     """Averages and plain data: what does not lie below the `roots` of optimizers."""
     state = found.state
@@ -199,7 +199,7 @@ def _torch(
     count: int,
     parameters: Parameters,
     name: str,
-    found: Training,
+    found: Found,
     trainer: bool = False,
 ) -> None:
     try:
@@ -217,7 +217,7 @@ def _flax(
     names: list[str],
     layout: Layout,
     learning_rate: float | None,
-    found: Training,
+    found: Found,
 ) -> None:
     try:
         states = files_flax.read(reader, root, names, layout, learning_rate)
@@ -230,7 +230,7 @@ def _flax(
     found.used |= set(names)
 
 
-def _members(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
+def _members(reader: Reader, parameters: Parameters, found: Found, stack: ExitStack) -> None:
     """The optimizers in a file of stable-baselines3."""
     from zoo.containers.torch_file import TorchReader
 
@@ -250,7 +250,7 @@ def _members(reader: Reader, parameters: Parameters, found: Training, stack: Exi
             found.used.add(member)
 
 
-def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
+def _trainer(reader: Reader, parameters: Parameters, found: Found, stack: ExitStack) -> None:
     """What transformers' Trainer puts beside `model.safetensors`."""
     folder = reader.path.parent
     if not storage.in_directory(reader.path) or found.state.optimizers:
@@ -281,7 +281,7 @@ def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: Exi
             found.state.notices.append(f"not kept, code or random states: {', '.join(rest)}")
 
 
-def _json(path: Path, found: Training) -> dict[str, Any]:
+def _json(path: Path, found: Found) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
         if not isinstance(value, dict):
@@ -292,7 +292,7 @@ def _json(path: Path, found: Training) -> dict[str, Any]:
     return value
 
 
-def _ours(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
+def _ours(reader: Reader, parameters: Parameters, found: Found, stack: ExitStack) -> None:
     """The `optimizer.safetensors` that a conversion put beside the weights."""
     path = storage.beside(reader.path)
     if path is None:
@@ -313,7 +313,7 @@ def _ours(reader: Reader, parameters: Parameters, found: Training, stack: ExitSt
     found.state = ours
 
 
-def _checked(found: Training, parameters: Parameters) -> Training:
+def _checked(found: Found, parameters: Parameters) -> Found:
     """Leave out optimizers whose names and shapes are not the model's, as problems."""
     good = []
     for optimizer in found.state.optimizers:
