@@ -64,7 +64,9 @@ def verify_checkpoints(
             raise UsageError(f"{a} is {names[0]}, {b} is {names[1]}", "compare two of one model")
         report.notices = list(dict.fromkeys(n for _, p in sides for n in p.notices))
         report.certificate = certificate_beside([reader.path for reader, _ in sides])
-        compare_training(states[0], states[1], report)
+        found = compare_training(states[0], states[1], (report.a, report.b))
+        report.differences += found.differences
+        report.notices += found.notices
         compare_checkpoints(first, second, report, inputs, options, progress)
     return report
 

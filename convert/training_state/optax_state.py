@@ -21,7 +21,7 @@ from convert.training_state.optax_leaves import flatten
 from convert.training_state.optax_tree import (
     COUNTS,
     Holding,
-    Tree,
+    StateTree,
     ancestors,
     classes_of,
     read_tree,
@@ -31,8 +31,7 @@ from convert.training_state.state import UNCOUNTED, Group, OptimizerState
 from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import code_of
 from zoo.containers.errors import UsageError
-from zoo.layout import Layout
-from zoo.layout import Tree as TreeName
+from zoo.layout import Layout, Tree
 
 Flat = Mapping[str, Any]  # dotted names -> arrays, or what reads them
 
@@ -88,8 +87,8 @@ def from_flat(
     arguments do, and what is raised, is as in `from_optax`. `flat` has arrays, or what reads them;
     of a `Lazy` mapping moments stay unread until they are looked at.
     """
-    best: tuple[int, Tree, TreeName] | None = None
-    trees: tuple[TreeName, ...] = ("nnx", "linen", "linen-compact")
+    best: tuple[int, StateTree, Tree] | None = None
+    trees: tuple[Tree, ...] = ("nnx", "linen", "linen-compact")
     for tree_name in trees:
         for params in _spellings(layout, tree_name):
             tree = read_tree(flat, params)
@@ -112,7 +111,7 @@ def module_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {".".join(map(str, path)): tuple(v.shape) for path, v in state}
 
 
-def _spellings(layout: Layout, tree: TreeName) -> Iterable[dict[str, str]]:
+def _spellings(layout: Layout, tree: Tree) -> Iterable[dict[str, str]]:
     """What a checkpoint may call the parameters -> the tree's name; Linen with or without the
     collection before it."""
     names = list(flax_shapes(layout, tree))
@@ -121,7 +120,7 @@ def _spellings(layout: Layout, tree: TreeName) -> Iterable[dict[str, str]]:
         yield {n.partition(".")[2]: n for n in names}
 
 
-def _renamed(tree: Tree, params: Mapping[str, str]) -> Tree:
+def _renamed(tree: StateTree, params: Mapping[str, str]) -> StateTree:
     for h in tree.holdings:
         h.params = [params[p] for p in h.params]
     tree.spots = [
@@ -133,9 +132,9 @@ def _renamed(tree: Tree, params: Mapping[str, str]) -> Tree:
 
 def _read(
     flat: Flat,
-    tree: Tree,
+    tree: StateTree,
     layout: Layout,
-    tree_name: TreeName,
+    tree_name: Tree,
     learning_rate: float | None,
     step: int | None,
     name: str,
@@ -177,7 +176,7 @@ def _read(
 
 def _read_part(
     flat: Flat,
-    tree: Tree,
+    tree: StateTree,
     places: Sequence[str],
     params: Sequence[str],
     names: tuple[str, ...],
@@ -201,7 +200,7 @@ def _read_part(
         state.steps |= dict.fromkeys(names, steps)
 
 
-def _rule(tree: Tree, param: str) -> Rule:
+def _rule(tree: StateTree, param: str) -> Rule:
     """The first rule that keeps what is kept of a parameter: Adam stands for AdamW and RAdam,
     whose states are alike."""
     slots = tree.slots_of(param)
@@ -215,7 +214,7 @@ def _label(place: str) -> str:
 
 
 def _without_moments(
-    flat: Flat, tree: Tree, canonical: Mapping[str, tuple[str, ...]], name: str
+    flat: Flat, tree: StateTree, canonical: Mapping[str, tuple[str, ...]], name: str
 ) -> OptimizerState:
     """Plain SGD: nothing but counts and hyper-parameters."""
     if tree.unknown:
@@ -231,7 +230,7 @@ def _without_moments(
 
 def _slots(
     flat: Flat,
-    tree: Tree,
+    tree: StateTree,
     holdings: Sequence[Holding],
     params: Sequence[str],
     divide: float | None,
@@ -270,7 +269,7 @@ def _value(flat: Flat, name: str) -> np.ndarray:
 
 
 def _numbers(
-    flat: Flat, tree: Tree, holdings: Sequence[Holding], rule: Rule
+    flat: Flat, tree: StateTree, holdings: Sequence[Holding], rule: Rule
 ) -> dict[str, np.ndarray]:
     """Slots that one state keeps as one number for all its parameters."""
     places = {h.place for h in holdings}
@@ -281,7 +280,7 @@ def _numbers(
     }
 
 
-def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> float | None:
+def _divisor(tree: StateTree, holdings: Sequence[Holding], rate: float | None) -> float | None:
     """What a momentum was multiplied by; None where it was not."""
     if not any(h.scalable for h in holdings) or not tree.behind_the_rate():
         return None
@@ -297,7 +296,7 @@ def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> flo
     return -float(rate)
 
 
-def _options(flat: Flat, tree: Tree, place: str, rule: Rule) -> dict[str, Any]:
+def _options(flat: Flat, tree: StateTree, place: str, rule: Rule) -> dict[str, Any]:
     """The hyper-parameters that were injected nearest around a place, by torch's names."""
     for around in ancestors(place):
         injected = {s.field: s.name for s in tree.spots if s.hyper and s.place == around}
@@ -326,7 +325,9 @@ def _decimal(value: Any) -> float:
     return float(str(array.item() if array.dtype == np.float64 else array.astype(np.float32)))
 
 
-def _steps(flat: Flat, tree: Tree, holdings: Sequence[Holding], step: int | None) -> int | None:
+def _steps(
+    flat: Flat, tree: StateTree, holdings: Sequence[Holding], step: int | None
+) -> int | None:
     """The count beside the moments, else the one that is nearest around them, else `step`."""
     counts = {s.place: s.name for s in tree.spots if s.field in COUNTS and s.param is None}
     for h in holdings:
@@ -345,7 +346,7 @@ def _beside(place: str, around: str) -> bool:
     return place == around or (outer == around and last.isdigit())
 
 
-def _tell_waiting(flat: Flat, tree: Tree, state: OptimizerState) -> None:
+def _tell_waiting(flat: Flat, tree: StateTree, state: OptimizerState) -> None:
     """Gradients that MultiSteps has gathered are lost: torch keeps none in its optimizers."""
     waiting = [s for s in tree.spots if s.field == "mini_step"]
     if any(int(_value(flat, s.name)) for s in waiting):

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.training_state.behaviour import MOST_STEPS, Sample, Trial
 from convert.training_state.optax_leaves import Content, fill_leaves, flatten, shapes_of
-from convert.training_state.optax_tree import Tree
+from convert.training_state.optax_tree import StateTree
 
 _SMALL = 3  # elements along each axis of the parameters that a transformation is tried on
 _SMALL_VECTOR = 8
@@ -19,7 +19,7 @@ _SMALL_VECTOR = 8
 
 def make_trial(
     content: Content,
-    tree: Tree,
+    tree: StateTree,
     tx: Any,
     params: Any,
     names: Sequence[str],
@@ -88,7 +88,7 @@ def _like(params: Any, values: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def _disturbed(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
+def _disturbed(tree: StateTree, leaves: Sequence[Any]) -> list[Any]:
     """With other than fresh values where torch keeps nothing (an average of the updates): what
     depends on them follows no rule of torch's."""
     import jax.numpy as jnp
@@ -108,7 +108,7 @@ def _update(
     update: Callable[..., Any],
     accumulates: bool,
     params: Any,
-    tree: Tree,
+    tree: StateTree,
     content: Content,
     sample: Sample,
     scale: Mapping[str, float],
