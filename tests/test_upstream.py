@@ -75,6 +75,25 @@ def every_upstream(*, transformers: bool = False) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "upstream", "config"),
+    [
+        pytest.param(families()[family], upstream, config, id=f"{family}-{name}")
+        for family, upstream in upstreams().items()
+        if upstream.make is not None
+        for name, config in {**families()[family].presets, **families()[family].tiny}.items()
+    ],
+)
+def test_names_and_shapes_are_upstreams(model: Model, upstream: Upstream, config: Config) -> None:
+    assert upstream.make is not None
+    with torch.device("meta"):
+        module = upstream.make(config)
+    layout = model.layout_of(config)
+    found = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+    assert found == layout.shapes("torch")
+    assert sum(p.numel() for p in module.parameters()) == layout.parameters
+
+
 @FRAMEWORKS
 @every_upstream()
 def test_twins_compute_what_upstream_computes(
@@ -88,9 +107,7 @@ def test_twins_compute_what_upstream_computes(
     for precision in upstream.precisions:
         found = run(model, config, framework, weights, given, precision)
         got = {n: x for n, x in found.items() if n.partition(".")[0] == "output"}
-        forgotten = {
-            n for n in got if any(fnmatch.fnmatch(n, p) for p in upstream.forgets(config))
-        }
+        forgotten = {n for n in got if any(fnmatch.fnmatch(n, p) for p in upstream.forgets(config))}
         assert got.keys() - forgotten == exact.keys()
         for name, x in exact.items():
             if precision == "float32":

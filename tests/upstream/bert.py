@@ -6,8 +6,8 @@ from typing import Any
 
 import transformers
 from torch import nn
-from upstream import Tensors, Upstream
 
+from upstream import Tensors, Upstream
 from zoo.models.bert.config import CLASSES, Config, to_hf
 
 FIELDS = {  # other classes give logits alone

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo.models.linear import MODEL
 
 

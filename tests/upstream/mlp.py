@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo.models.mlp import MODEL
 
 

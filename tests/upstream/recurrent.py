@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo import probe
 from zoo.models.recurrent import MODEL
 

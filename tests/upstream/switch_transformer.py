@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.switch_transformers import modeling_switch_transformers as hf
-from upstream import Tensors, Upstream
 
+from upstream import Tensors, Upstream
 from zoo.models.switch_transformer.config import Config, to_hf
 
 FIELDS = (

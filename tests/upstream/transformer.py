@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo.models.transformer import MODEL
 from zoo.models.transformer.config import Config
 

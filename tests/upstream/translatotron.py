@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo.models.translatotron import MODEL
 from zoo.models.translatotron.config import Config
 

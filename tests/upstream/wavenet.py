@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from upstream import Document, Upstream
 
+from upstream import Document, Upstream
 from zoo import probe
 from zoo.models.wavenet import MODEL
 from zoo.models.wavenet.config import Config
