@@ -25,7 +25,7 @@ from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.request import make_request
-from zoo.containers import open_checkpoint
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
