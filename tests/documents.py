@@ -10,8 +10,9 @@ from support import Arrays
 from torch import nn
 from upstream import Tensors, default_dtype, plainly, tensors
 
-from convert.judge.noise import MARGIN, named_outputs
+from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 
 

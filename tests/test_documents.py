@@ -18,7 +18,8 @@ from upstream import Upstream, load, tensors, upstreams
 
 import convert
 import zoo
-from convert.judge.noise import EXACT, named_outputs
+from convert.judge.noise import EXACT
+from convert.runtime.arrays import named_outputs
 from zoo.model import Model
 from zoo.registry import families
 
