@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +20,10 @@ from convert.training_state.storage import of_directory
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
+
+if sys.platform == "win32":
+    raise ImportError("zooconvert does not run on Windows, which lacks fcntl: use Linux, or WSL")
+import fcntl
 
 _MARK = ".zooconvert-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
