@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
+from convert.diagnose.causes import Explanation
 from convert.matching.alignment import gap
 from convert.runtime.torch_calls import again
 from convert.runtime.trace import Recorded
 
-
-@dataclass(frozen=True)
-class Finding:
-    """A cause that fits."""
-
-    cause: str  # a word for machines
-    diagnosis: str  # a sentence with the values that fit
-    advice: str  # what to try
-    tensor: str | None = None  # the parameter at fault
+LOG = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 @dataclass
 class Case:
     """All arrays are float64 with torch's axes.
 
-    `targets` is what Flax gave, in each way in which its axes may lie. A hypothesis gives a
-    prediction of it; only one that `fits` within the rounding is a finding.
+    `targets` is what Flax gave, in each way in which its axes may lie. A hypothesis predicts it;
+    only a prediction that `fits` within the rounding explains it.
     """
 
     targets: list[np.ndarray]
@@ -113,14 +109,26 @@ def tensors_of(module: Any) -> dict[str, np.ndarray]:
     return {n: t.detach().double().numpy() for n, t in own.items() if t.is_floating_point()}
 
 
-def first_fit(
-    case: Case, candidates: Iterable[tuple[np.ndarray | None, Finding]]
-) -> Finding | None:
-    """The first finding whose prediction is what Flax gave."""
-    for prediction, finding in candidates:
-        if case.fits(prediction):
-            return finding
+Rule = Callable[[Case], Explanation | None]
+# What a hypothesis predicts, each prediction with what it would explain.
+Candidates = Iterator[tuple[np.ndarray | None, Explanation]]
+
+
+def first(*hypotheses: Callable[[], Found | None]) -> Found | None:
+    """What the first hypothesis that holds says; one that raises explains nothing."""
+    for hypothesis in hypotheses:
+        try:
+            if (explanation := hypothesis()) is not None:
+                return explanation
+        except Exception:
+            LOG.debug("%s failed", hypothesis, exc_info=True)
     return None
 
 
-Candidates = Iterator[tuple[np.ndarray | None, Finding]]
+def first_fit(case: Case, *hypotheses: Callable[[Case], Candidates]) -> Explanation | None:
+    """The first explanation whose prediction is what Flax gave."""
+
+    def fitting(hypothesis: Callable[[Case], Candidates]) -> Explanation | None:
+        return next((said for made, said in hypothesis(case) if case.fits(made)), None)
+
+    return first(*(partial(fitting, hypothesis) for hypothesis in hypotheses))

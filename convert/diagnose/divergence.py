@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from convert.diagnose.causes import Explanation
+from convert.judge.noise import EXACT, MARGIN
 from convert.judge.rows import FLOOR
+
+
+class Judged:
+    """An error, and whether rounding explains it."""
+
+    def __init__(self, error: float, noise: float, scale: float, precision: str) -> None:
+        self.error, self.noise, self.scale = error, noise, scale
+        self.tolerance = (
+            EXACT * scale if precision == "float64" else MARGIN * max(noise, FLOOR * scale)
+        )
+
+    @property
+    def same(self) -> bool:
+        """Whether there is nothing to explain."""
+        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +31,7 @@ class Divergence:
 
     layer: str  # dotted torch name
     diagnosis: str  # a sentence: what differs there, with the values that fit
-    cause: str  # a word for machines: "epsilon", "gelu", ...; "unknown" where nothing known fits
+    cause: str  # a word of causes.CAUSES: "epsilon", ...; "unknown" where nothing known fits
     advice: str  # what to try
     direction: Literal["forward", "backward", "training"] = "forward"
     flax_layer: str | None = None  # dotted path on the other side
@@ -24,6 +41,15 @@ class Divergence:
     error: float = 0.0
     noise: float = 0.0
     scale: float = 0.0
+
+    @classmethod
+    def of(cls, layer: str, explanation: Explanation, judged: Judged, **fields: Any) -> Divergence:
+        """A divergence at a layer, with an explanation; `fields` are those of this class."""
+        return cls(
+            layer, explanation.diagnosis, explanation.cause, explanation.advice,
+            error=judged.error, noise=judged.noise, scale=judged.scale,
+            **{"tensor": explanation.tensor} | fields,
+        )  # fmt: skip
 
     @property
     def ratio(self) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Case, Finding
+from convert.diagnose.case import Case, Rule, first
+from convert.diagnose.causes import CAUSES, Explanation, found
 from convert.diagnose.divergence import Divergence
 from convert.diagnose.hypotheses_attention import attention
 from convert.diagnose.hypotheses_chain import replay
@@ -20,7 +22,7 @@ from convert.diagnose.hypotheses_layers import (
 from convert.diagnose.hypotheses_norm import norm
 from convert.diagnose.hypotheses_pool import pooling
 from convert.diagnose.hypotheses_recurrent import recurrent
-from convert.diagnose.hypotheses_values import RULES, values
+from convert.diagnose.hypotheses_values import CERTAIN, LIKELY, low_precision, values
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.walk import Event
@@ -33,16 +35,12 @@ from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
 from zoo.layout.kinds import flax_kind, torch_kind
 
-Rule = Callable[[Case], Finding | None]
 _RULES: dict[str, Rule] = {
     "linear": linear, "embedding": embedding, "norm": norm, "batchnorm": norm,
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
     "conv_transpose": transposed_convolution, "recurrent": recurrent, "attention": attention,
 }  # fmt: skip
 _NEAREST = 24  # values before the fault that a hypothesis may start from
-# Which of torch's own layers, if Flax has none for it, answers for a cause.
-_ANSWERS = {"gelu": "activation", "activation": "activation", "pooling": "pool",
-            "flatten": "flatten", "dropout": "dropout", "softmax_axis": "activation"}  # fmt: skip
 
 
 class Explainer:
@@ -58,104 +56,84 @@ class Explainer:
     def __call__(self, event: Event) -> Divergence | None:
         """The divergence, or None where it cannot be told from rounding inside the layer."""
         within = event.where in ("output", "raises") and not self._children(event.pair)
-        found = self._layer(event) if within else self._between(event)
-        if found.cause == "unknown" and self.sure:
+        divergence = self._layer(event) if within else self._between(event)
+        if divergence.cause == "unknown" and self.sure:
             return None
-        return found
+        return divergence
 
     # --- A layer's own fault ---
 
     def _layer(self, event: Event) -> Divergence:
         name = event.pair.torch
-        finding = self.matched.of_layer(name, event.pair.flax)
-        if finding is None and event.where != "raises":
+        explanation = first(partial(self.matched.of_layer, name, event.pair.flax))
+        if explanation is None and event.where == "raises":
+            explanation = self._raised(event)
+        elif explanation is None:
             case = self._case(event, self._inputs(event))
-            rule = _RULES.get(self._kind(name))
-            finding = (rule(case) if rule else None) or self._general(case, event)
-        elif finding is None:
-            finding = self._raised(event)
-        return self._divergence(event, name or self._last(event), finding, None)
+            rules = [_RULES[kind]] if (kind := self._kind(name)) in _RULES else []
+            explanation = first(*(partial(rule, case) for rule in rules))
+            explanation = explanation or self._general(case, event)
+        return self._divergence(event, name or self._last(event), explanation, None)
 
-    def _general(self, case: Case, event: Event) -> Finding | None:
+    def _general(self, case: Case, event: Event) -> Explanation | None:
         case.past += self._nearest(event, inside=event.pair.torch)
-        return self._low_precision(case) or attention(case) or pooling(case) or values(case)
+        rules: tuple[Rule, ...] = (low_precision, attention, pooling, values)
+        return first(*(partial(rule, case) for rule in rules))
 
-    def _low_precision(self, case: Case) -> Finding | None:
-        """Parameters or inputs rounded to 16 bits, and computed with in more."""
-        import torch
-
-        if case.module is None or case.call is None:
-            return None
-        own = {n: p.detach() for n, p in case.module.named_parameters(recurse=False)}
-        for dtype in (torch.bfloat16, torch.float16):
-            made = case.variant(tensors={n: p.to(dtype).double() for n, p in own.items()})
-            if own and case.fits(made):
-                word = str(dtype).removeprefix("torch.")
-                return Finding("dtype", f"Flax's parameters are rounded to {word}",
-                               f"take {word} out of the Flax layer")  # fmt: skip
-        return None
-
-    def _raised(self, event: Event) -> Finding:
-        return Finding("raises", f"Flax's layer raises {event.message} for torch's inputs",
-                       "compare its sizes and settings with torch's")  # fmt: skip
+    def _raised(self, event: Event) -> Explanation:
+        return found("raises", message=event.message)
 
     # --- The code between layers ---
 
     def _between(self, event: Event) -> Divergence:
-        container = event.around if event.where == "input" else event.pair
+        container = event.visit.around if event.where == "input" else event.pair
         name = container.torch if container is not None else ""
-        finding = self.matched.unverified(name, event.past, self.paired)
-        if finding is not None and finding.tensor is not None:
-            owner = self.matched.owner(finding.tensor)
-            return self._divergence(event, owner, finding, None)
+        explanation = first(partial(self.matched.unverified, name, event.past, self.paired))
+        if explanation is not None and explanation.tensor is not None:
+            owner = self.matched.owner(explanation.tensor)
+            return self._divergence(event, owner, explanation, None)
+        between = self._neighbours(event)
         if event.where == "raises":
             layer = name or self._last(event)
-            return self._divergence(event, layer, self._raised(event), self._neighbours(event))
+            return self._divergence(event, layer, self._raised(event), between)
         case = self._case(event, [])
         case.module = self.reference.modules[name]
-        if (chained := replay(self.reference, event, self._skipped(event), case)) is not None:
-            layer, finding = chained
-            return self._divergence(event, layer, finding, self._neighbours(event))
+        chained = first(partial(replay, self.reference, self._skipped(event), case))
+        if chained is not None:
+            return self._divergence(event, *chained, between)
         case.call = self._open_call(name, event) or event.call
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
-        finding = (
-            values(case, RULES[:4])
-            or self._ordered(event)
-            or pooling(case)
-            or attention(case)
-            or values(case, RULES[4:])
+        explanation = first(
+            partial(values, case, CERTAIN),
+            partial(self._ordered, event),
+            partial(pooling, case),
+            partial(attention, case),
+            partial(values, case, LIKELY),
         )
-        layer = self._unpaired(event, finding) or name
+        layer = self._unpaired(event, explanation) or name
         if not layer:
             layer = event.pair.torch if event.where == "input" else self._last(event)
-        return self._divergence(event, layer, finding, self._neighbours(event))
+        return self._divergence(event, layer, explanation, between)
 
-    def _ordered(self, event: Event) -> Finding | None:
+    def _ordered(self, event: Event) -> Explanation | None:
         """Flax calls a normalisation before the layer whose result torch normalises, or after."""
         if event.where != "input":
             return None
-        name = event.around.torch if event.around else ""
+        name = event.visit.around.torch if event.visit.around else ""
         inside = [c.name for c in self.reference.trace.calls if self._under(c.name, name)]
         position = inside.index(event.pair.torch) if event.pair.torch in inside else 0
         before = [n for n in inside[:position] if n in self.paired and n not in event.past
                   and self._kind(n) != "other"]  # fmt: skip
-        if not before or not {"norm", "batchnorm"} & {
-            self._kind(event.pair.torch),
-            self._kind(before[-1]),
-        }:
+        kinds = {self._kind(n) for n in (event.pair.torch, *before[-1:])}
+        if not before or not kinds & {"norm", "batchnorm"}:
             return None
-        return Finding(
-            "norm_order",
-            f"Flax calls {event.pair.torch} before {before[0]}, torch after it "
-            "(norm first against norm last)",
-            "normalise where torch does: norm_first on one side only",
-        )
+        return found("norm_order", layer=event.pair.torch, other=before[0])
 
-    def _unpaired(self, event: Event, finding: Finding | None) -> str | None:
+    def _unpaired(self, event: Event, explanation: Explanation | None) -> str | None:
         """torch's own layer without a counterpart that ran just before the value went wrong."""
         between = [c.name for c in self._skipped(event)]
-        wanted = _ANSWERS.get(finding.cause) if finding else None
+        wanted = CAUSES[explanation.cause].layer if explanation else None
         named = [n for n in between if self._kind(n) == wanted]
         return next(iter((*named, *between)), None)
 
@@ -211,22 +189,22 @@ class Explainer:
             module, event.call, event.key, past=past, masks=self._masks(event),
         )  # fmt: skip
         if event.where == "output":
-            case.flax = attributes(event.flax_module)
+            case.flax = attributes(event.visit.flax_module)
             case.rerun = self._rerun(event)
         return case
 
     def _rerun(self, event: Event) -> Any:
-        pairs = align(event.call.inputs, event.flax_inputs)
-        if event.again is None or event.given.shape != event.rough.shape:
+        pairs = align(event.call.inputs, event.visit.flax_inputs)
+        if event.visit.again is None or event.given.shape != event.rough.shape:
             return None
 
         def rerun(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
             new = {
-                a.flax: to_flax(inputs[a.torch], a.move, event.flax_inputs[a.flax].shape)
+                a.flax: to_flax(inputs[a.torch], a.move, event.visit.flax_inputs[a.flax].shape)
                 for a in pairs
                 if a.torch in inputs
             }
-            made = event.again(new)  # type: ignore[misc]
+            made = event.visit.again(new)  # type: ignore[misc]
             if not moves(event.rough.shape, made.shape):
                 return made.astype(np.float64)
             move = best_move(event.rough, made)
@@ -288,7 +266,7 @@ class Explainer:
 
     def _neighbours(self, event: Event) -> tuple[str, str] | None:
         name = (
-            (event.around.torch if event.around else "")
+            (event.visit.around.torch if event.visit.around else "")
             if event.where == "input"
             else event.pair.torch
         )
@@ -304,23 +282,20 @@ class Explainer:
         return min(holding, key=len, default=name)
 
     def _divergence(
-        self, event: Event, layer: str, finding: Finding | None, between: tuple[str, str] | None
+        self,
+        event: Event,
+        layer: str,
+        explanation: Explanation | None,
+        between: tuple[str, str] | None,
     ) -> Divergence:
-        j = event.judged
+        explanation = explanation or self._unknown(event, between)
         pair = self.paired.get(layer)
-        if finding is None:
-            finding = self._unknown(event, between)
-        return Divergence(
-            layer, finding.diagnosis, finding.cause, finding.advice, "forward",
-            pair.flax if pair else None, between, finding.tensor, j.error, j.noise, j.scale,
-        )  # fmt: skip
+        flax = pair.flax if pair else None
+        return Divergence.of(layer, explanation, event.judged, flax_layer=flax, between=between)
 
-    def _unknown(self, event: Event, between: tuple[str, str] | None) -> Finding:
+    def _unknown(self, event: Event, between: tuple[str, str] | None) -> Explanation:
         if event.given.shape != event.rough.shape:
-            what = f"torch has the shape {event.rough.shape} here, Flax {event.given.shape}"
-            return Finding("shape", what, "compare sizes, strides and padding")
+            return found("shape", torch=event.rough.shape, flax=event.given.shape)
         if between is None:
-            what = "its parameters are right and its inputs are torch's own, yet it gives something else"  # noqa: E501
-        else:
-            what = f"the code between {between[0]} and {between[1]} computes something else"
-        return Finding("unknown", f"{what}; no known cause fits", "compare the two, line by line")
+            return found("unknown", "layer")
+        return found("unknown", "between", before=between[0], after=between[1])

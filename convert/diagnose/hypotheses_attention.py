@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Case, Finding, tensors_of
+from convert.diagnose.case import Case, tensors_of
+from convert.diagnose.causes import Explanation, found
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import MASKED
 
@@ -83,21 +84,19 @@ class Core:
         return (q, v, k) if swap == "key and value" else (v, k, q)
 
 
-def attention(case: Case) -> Finding | None:
+def attention(case: Case) -> Explanation | None:
     """Any attention whose queries, keys and values are known."""
     for core in _cores(case):
         base = _base(case, core)
-        if base is not None and (found := _changed(case, core, base)) is not None:
-            return found
+        if base is not None and (explanation := _changed(case, core, base)) is not None:
+            return explanation
     return None
 
 
-def _changed(case: Case, core: Core, base: Formula) -> Finding | None:
-    for formula, finding in _variants(core, base):
-        made = core.run(formula)
-        for way in _ways(case, made):
-            if case.fits(way):
-                return finding
+def _changed(case: Case, core: Core, base: Formula) -> Explanation | None:
+    for formula, explanation in _variants(core, base):
+        if any(case.fits(way) for way in _ways(case, core.run(formula))):
+            return explanation
     return None
 
 
@@ -131,73 +130,68 @@ def _base(case: Case, core: Core) -> Formula | None:
     return None
 
 
-def _variants(core: Core, base: Formula) -> Iterator[tuple[Formula, Finding]]:
-    E, n = core.query.shape[-1], base.heads
-    D = E // n
-    scales = {"nothing": 1.0, "1 / sqrt(head_dim)": D**-0.5, "1 / sqrt(features)": E**-0.5,
-              "1 / head_dim": 1 / D, "sqrt(head_dim)": D**0.5,
-              "1 / sqrt(head_dim) twice": 1 / D}  # fmt: skip
-    for word, scale in scales.items():
-        if scale != base.scale:
-            what = f"torch multiplies the logits by {factor_name(base.scale)}, Flax by {word}"
-            advice = f"multiply queries by {factor_name(base.scale)}"
-            yield replace(base, scale=scale), Finding("scale", what, advice)
+def _variants(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+    """Every way to attend that is one change away from torch's."""
+    yield from _scales(core, base)
     yield from _masks(core, base)
     for axis in ("queries", "heads"):
-        what = f"the softmax goes over the {axis} in Flax, over the keys in torch"
-        yield replace(base, softmax=axis), Finding("softmax_axis", what, "axis=-1 in Flax")
-    advice = "split features into (heads, head_dim), heads first"
-    what = (
-        f"torch splits {E} features into ({n}, {D}), heads first; Flax into ({D}, {n}), heads last"
-    )
-    yield replace(base, split="heads last"), Finding("heads", what, advice)
-    for other in (m for m in range(1, E + 1) if E % m == 0 and m != n):
-        for scale in (base.scale, (E // other) ** -0.5):
-            what = f"torch has {n} heads, Flax's values fit {other}"
-            advice = f"{n} heads in Flax"
-            yield replace(base, heads=other, scale=scale), Finding("heads", what, advice)
+        yield replace(base, softmax=axis), found("softmax_axis", "attention", axis=axis)
+    yield from _heads(core, base)
     for rope in (None, "in halves", "interleaved"):
         if rope != base.rope:
-            what = f"torch rotates {base.rope or 'nothing'}, Flax {rope or 'nothing'} (RoPE)"
-            advice = "rotate in the same style, or permute the rows of query and key"
-            yield replace(base, rope=rope), Finding("rope", what, advice)
+            said = found("rope", "code", torch=base.rope or "nothing", flax=rope or "nothing")
+            yield replace(base, rope=rope), said
     for swap in ("query and key", "key and value", "query and value"):
-        what = f"{swap} are swapped in Flax"
-        yield replace(base, swap=swap), Finding("swapped", what, "pass them in their order")
+        yield replace(base, swap=swap), found("swapped", "arguments", names=swap)
 
 
-def _masks(core: Core, base: Formula) -> Iterator[tuple[Formula, Finding]]:
+def _scales(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+    E = core.query.shape[-1]
+    D = E // base.heads
+    scales = {"1 (it does not scale them)": 1.0, "1 / sqrt(head_dim)": D**-0.5,
+              "1 / sqrt(features)": E**-0.5, "sqrt(head_dim)": D**0.5,
+              "1 / head_dim (1 / sqrt(head_dim) twice)": 1 / D}  # fmt: skip
+    for word, scale in scales.items():
+        if scale != base.scale:
+            said = found("scale", "logits", torch=factor_name(base.scale), flax=word)
+            yield replace(base, scale=scale), said
+
+
+def _heads(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+    E, N = core.query.shape[-1], base.heads
+    yield replace(base, split="heads last"), found(
+        "heads", "split", size=E, heads=N, width=E // N)  # fmt: skip
+    for other in (m for m in range(1, E + 1) if E % m == 0 and m != N):
+        for scale in (base.scale, (E // other) ** -0.5):
+            said = found("heads", "number", torch=N, flax=other)
+            yield replace(base, heads=other, scale=scale), said
+
+
+def _masks(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
     used = core.masks.get(base.mask or "")
     if base.mask is not None:
         causal = "causal" in base.mask
-        word = "the causal mask" if causal else "the mask"
-        cause, advice = ("causal" if causal else "mask"), "apply it in Flax"
-        finding = Finding(cause, f"{word} is not applied in Flax", advice)
-        yield replace(base, mask=None), finding
+        missing = found("causal", "missing") if causal else found("mask", "missing")
+        yield replace(base, mask=None), missing
         without = base.mask.replace(" and causal", "").replace("causal and ", "")
         if causal and without != base.mask and without in core.masks:
-            what = "Flax lets steps attend to later ones, torch does not"
-            yield replace(base, mask=without), Finding("causal", what, "apply the causal mask")
+            yield replace(base, mask=without), found("causal")
     if used is not None:
         out = used if used.dtype == bool else used <= MASKED
         masks = dict(core.masks)
         core.masks["inverted"] = ~out
-        what = "the mask is inverted: Flax attends to what torch masks"
-        yield replace(base, mask="inverted"), Finding("mask", what, "negate the mask in Flax")
+        yield replace(base, mask="inverted"), found("mask", "inverted")
         core.masks["boolean"] = out
         for c in (-1.0, -10.0, -100.0, -1000.0, 1.0, -5.0, -50.0, -20.0):
-            what = f"Flax adds {c:g} to masked logits, which does not mask them"
-            finding = Finding("mask", what, "add the most negative number of the dtype")
-            yield replace(base, mask="boolean", constant=c), finding
+            yield replace(base, mask="boolean", constant=c), found("mask", "weak", value=c)
         core.masks = masks
     for name in core.masks:
         if name != base.mask and name.endswith("causal"):
-            what = "Flax masks later steps, torch does not"
-            yield replace(base, mask=name), Finding("causal", what, "drop the causal mask in Flax")
+            yield replace(base, mask=name), found("causal", "added")
     for name in core.masks:
         if name != base.mask:
-            what = f"torch uses {base.mask or 'no mask'}, Flax's values fit {name}"
-            yield replace(base, mask=name), Finding("mask", what, "use the same mask")
+            said = found("mask", torch=base.mask or "no mask", flax=name)
+            yield replace(base, mask=name), said
 
 
 def _cores(case: Case) -> Iterator[Core]:
@@ -213,9 +207,9 @@ def _cores(case: Case) -> Iterator[Core]:
         ("key", r"(^|\.)(k|key|k_proj|to_k|k_lin|wk|k_linear|key_proj)( |$)"),
         ("value", r"(^|\.)(v|value|v_proj|to_v|v_lin|wv|v_linear|value_proj)( |$)"),
     ):
-        found = [x for n, x in past.items() if re.search(pattern, n.lower()) and x.ndim == 3]
-        if found:
-            named[word] = found[-1]
+        fitting = [x for n, x in past.items() if re.search(pattern, n.lower()) and x.ndim == 3]
+        if fitting:
+            named[word] = fitting[-1]
     if len(named) == 3:
         yield _core(case, named["query"], named["key"], named["value"])
     for _, x in case.past:  # one projection for all three
@@ -252,12 +246,12 @@ def _is_heads(x: np.ndarray, q: np.ndarray) -> bool:
 
 
 def _broadcast(
-    found: Mapping[str, np.ndarray], batch: int, queries: int, keys: int
+    given: Mapping[str, np.ndarray], batch: int, queries: int, keys: int
 ) -> dict[str, np.ndarray]:
     """Masks that may be meant, each in the shape of logits, boolean ones in both senses."""
     B, T, S = batch, queries, keys
     masks: dict[str, np.ndarray] = {}
-    for name, m in found.items():
+    for name, m in given.items():
         for shape in ((B, 1, 1, S), (1, 1, T, S), (B, 1, T, S)):
             if m.size != int(np.prod(shape)) or m.shape[-1] != S:
                 continue

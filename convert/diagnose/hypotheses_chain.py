@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Case, Finding
+from convert.diagnose.case import Case
+from convert.diagnose.causes import Explanation, found
 from convert.diagnose.hypotheses_pool import Pool, pools
-from convert.diagnose.hypotheses_values import Function, activation_finding, functions
+from convert.diagnose.hypotheses_values import Function, activation_differs, functions
 from convert.diagnose.reference import Reference
 from convert.matching.alignment import gap
 from convert.runtime.trace import Recorded
 from zoo.layout.kinds import torch_kind
 
-if TYPE_CHECKING:
-    from convert.diagnose.walk import Event
-
 
 def replay(
-    reference: Reference, event: Event, calls: Sequence[Recorded], case: Case
-) -> tuple[str, Finding] | None:
-    """The layer and the finding, if with another activation, pool or flattening in the place of
+    reference: Reference, calls: Sequence[Recorded], case: Case
+) -> tuple[str, Explanation] | None:
+    """The layer and the cause, if with another activation, pool or flattening in the place of
     one of `calls` the chain gives what Flax has; the chain must give torch's own value."""
     chain = [c for c in calls if c.inputs and c.outputs]
     if not chain or not _connected(chain):
@@ -33,9 +31,9 @@ def replay(
     if not case.is_right(_run(modules, start, {})):
         return None
     for i, (call, module) in enumerate(zip(chain, modules, strict=True)):
-        for other, finding in _others(call.name, module):
+        for other, explanation in _others(call.name, module):
             if case.fits(_run(modules, start, {i: other})):
-                return call.name, finding
+                return call.name, explanation
     return None
 
 
@@ -61,26 +59,20 @@ def _run(modules: Sequence[Any], x: np.ndarray, changes: dict[int, Function]) ->
     return x
 
 
-def _others(name: str, module: Any) -> Iterator[tuple[Function, Finding]]:
-    kind = torch_kind(module)
-    what = f"Flax leaves out layer {name} ({type(module).__name__})"
-    yield lambda x: x, Finding("missing_layer", what, f"add {type(module).__name__} in Flax")
+def _others(name: str, module: Any) -> Iterator[tuple[Function, Explanation]]:
+    kind, class_name = torch_kind(module), type(module).__name__
+    yield lambda x: x, found("missing_layer", name=name, type=class_name)
     if kind == "activation":
         ours = _activation_name(module)
         for other, f in functions().items():
-            yield f, activation_finding(ours, other, f"layer {name} ({type(module).__name__})")
+            yield f, activation_differs(f"layer {name} ({class_name})", ours, other)
     if kind == "flatten":
-        what = f"torch's {name} flattens channel first, Flax channel last"
-        advice = "transpose to channel first before flattening, or reorder the kernel's rows"
-        yield (
-            lambda x: np.moveaxis(x, 1, -1).reshape(len(x), -1),
-            Finding("flatten", what, advice),
-        )
+        yield lambda x: np.moveaxis(x, 1, -1).reshape(len(x), -1), found(
+            "flatten", "layer", name=name)  # fmt: skip
     if kind == "pool":
-        said = f"{type(module).__name__}({module.extra_repr()})"
+        ours = f"{class_name}({module.extra_repr()})"
         for pool in pools():
-            what = f"torch has {said} at {name}, Flax's values fit {pool}"
-            yield _of(pool), Finding("pooling", what, f"use {said} in Flax")
+            yield _of(pool), found("pooling", "layer", torch=ours, name=name, flax=pool)
 
 
 def _of(pool: Pool) -> Function:

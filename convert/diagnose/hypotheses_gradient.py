@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from convert.diagnose.case import Finding
-from convert.diagnose.reference import Judged, Reference
+from convert.diagnose.case import first
+from convert.diagnose.causes import Explanation, found
+from convert.diagnose.divergence import Judged
+from convert.diagnose.reference import Reference
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
 from zoo.layout.kinds import torch_kind
@@ -25,37 +28,37 @@ class Wrong:
     exact: np.ndarray
     given: np.ndarray
 
+    @property
+    def title(self) -> str:
+        """What it is the gradient of, in words."""
+        of = {"in": f"its input {self.key}", "out": "its output", "parameter": self.key}
+        return f"the gradient of {of[self.where]}"
 
-def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Finding:
+
+def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Explanation:
     """The first cause that fits. `others` are torch's cotangents elsewhere, float32."""
-    title = {"in": f"the gradient of its input {wrong.key}", "out": "the gradient of its output",
-             "parameter": f"the gradient of {wrong.key}"}[wrong.where]  # fmt: skip
-    return (
-        _rows(wrong, reference)
-        or _stopped(wrong, title)
-        or _of_statistics(wrong, reference, title)
-        or _summand(wrong, title, others)
-        or Finding("unknown", f"{title} is another; no known cause fits",
-                   "look for stop_gradient, custom derivatives and what is not differentiable")
-    )  # fmt: skip
+    explanation = first(
+        partial(_rows, wrong, reference),
+        partial(_stopped, wrong),
+        partial(_of_statistics, wrong, reference),
+        partial(_summand, wrong, others),
+    )
+    return explanation or found("unknown", "gradient", gradient=wrong.title)
 
 
-def _stopped(wrong: Wrong, title: str) -> Finding | None:
+def _stopped(wrong: Wrong) -> Explanation | None:
     quiet = wrong.judged.tolerance
     if np.abs(wrong.given).max(initial=0.0) <= quiet:
-        advice = "take stop_gradient out of the Flax layer"
-        return Finding("stop_gradient", f"{title} is zero in Flax, not in torch", advice)
+        return found("stop_gradient", gradient=wrong.title)
     if np.abs(wrong.exact).max(initial=0.0) <= quiet:
-        advice = "jax.lax.stop_gradient where torch has detach"
-        return Finding("stop_gradient", f"{title} is zero in torch (detach), not in Flax", advice)
+        return found("stop_gradient", "detach", gradient=wrong.title)
     factor = float((wrong.exact * wrong.given).sum() / (wrong.exact**2).sum())
     if factor and gap(wrong.exact * factor, wrong.given) <= quiet * max(1.0, abs(factor)):
-        return Finding("scale", f"{title} is {factor_name(factor)} times torch's in Flax",
-                       "look for a factor that only one side differentiates")  # fmt: skip
+        return found("scale", "gradient", gradient=wrong.title, factor=factor_name(factor))
     return None
 
 
-def _rows(wrong: Wrong, reference: Reference) -> Finding | None:
+def _rows(wrong: Wrong, reference: Reference) -> Explanation | None:
     """An embedding's row of padding, which torch gives no gradient."""
     module = reference.modules[wrong.layer]
     if wrong.where != "parameter" or torch_kind(module) != "embedding":
@@ -66,18 +69,13 @@ def _rows(wrong: Wrong, reference: Reference) -> Finding | None:
         return None
     index = int(np.flatnonzero(off)[0])
     if row == index:
-        return Finding(
-            "padding_idx",
-            f"row {row} gets a gradient in Flax; in torch it is padding_idx and gets none",
-            "stop the gradient of looking up that row in Flax",
-        )
+        return found("padding_idx", row=row)
     if not np.abs(wrong.given[index]).any():
-        return Finding("padding_idx", f"row {index} gets no gradient in Flax, in torch it does",
-                       f"padding_idx={index} in torch too, or nowhere")  # fmt: skip
+        return found("padding_idx", "only in Flax", row=index)
     return None
 
 
-def _of_statistics(wrong: Wrong, reference: Reference, title: str) -> Finding | None:
+def _of_statistics(wrong: Wrong, reference: Reference) -> Explanation | None:
     """A normalisation whose mean and variance are not differentiated."""
     module = reference.modules[wrong.layer]
     if wrong.where != "in" or torch_kind(module) not in ("norm", "batchnorm"):
@@ -98,12 +96,11 @@ def _of_statistics(wrong: Wrong, reference: Reference, title: str) -> Finding | 
     normal = (x - x.mean(axes, keepdims=True)) / np.sqrt(x.var(axes, keepdims=True) + module.eps)
     made = plain * (made - normal * (ratio * normal).mean(axes, keepdims=True))
     if gap(made, wrong.exact) <= 4 * wrong.judged.tolerance:
-        return Finding("stop_gradient", f"{title} lacks what goes through the mean and variance",
-                       "take stop_gradient off the statistics in Flax")  # fmt: skip
+        return found("stop_gradient", "statistics", gradient=wrong.title)
     return None
 
 
-def _summand(wrong: Wrong, title: str, others: Mapping[str, np.ndarray]) -> Finding | None:
+def _summand(wrong: Wrong, others: Mapping[str, np.ndarray]) -> Explanation | None:
     """Another layer's share of the gradient is left out, or counted again."""
     difference = wrong.given - wrong.exact
     for name, x in others.items():
@@ -111,9 +108,7 @@ def _summand(wrong: Wrong, title: str, others: Mapping[str, np.ndarray]) -> Find
             continue
         factor = float((x * difference).sum() / (x.astype(np.float64) ** 2).sum())
         if abs(factor + 1) < 1e-3 and gap(-x, difference) <= 2 * wrong.judged.tolerance:
-            what = f"{title} lacks in Flax what comes back by {name}"
-            return Finding("stop_gradient", what, "take stop_gradient out of that path in Flax")
+            return found("stop_gradient", "path", gradient=wrong.title, path=name)
         if abs(factor - 1) < 1e-3 and gap(x, difference) <= 2 * wrong.judged.tolerance:
-            what = f"{title} has in Flax what comes back by {name}, in torch it does not"
-            return Finding("stop_gradient", what, "jax.lax.stop_gradient where torch has detach")
+            return found("stop_gradient", "path in torch", gradient=wrong.title, path=name)
     return None

@@ -3,74 +3,60 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Candidates, Case, Finding, first_fit, tensors_of
+from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
+from convert.diagnose.causes import Explanation, found
 
 
-def linear(case: Case) -> Finding | None:
+def linear(case: Case) -> Explanation | None:
     """nn.Linear."""
-    return first_fit(case, _bias(case, 1)) or first_fit(case, _transposed(case))
+    return first_fit(case, _bias, _transposed)
 
 
-def _bias(case: Case, axis: int) -> Candidates:
-    own = tensors_of(case.module)
-    if (bias := own.get("bias")) is None:
+def _bias(case: Case) -> Candidates:
+    if (bias := tensors_of(case.module).get("bias")) is None:
         return
-    for factor, cause, what in (
-        (0.0, "bias_missing", "leaves out the bias"),
-        (2.0, "bias_twice", "adds the bias twice"),
-        (-1.0, "bias_negated", "subtracts the bias"),
+    for factor, explanation in (
+        (0.0, found("bias_missing", tensor="bias")),
+        (2.0, found("bias_twice", tensor="bias")),
+        (-1.0, found("bias_negated", tensor="bias")),
     ):
-        made = case.variant(tensors={"bias": bias * factor})
-        yield made, Finding(cause, f"Flax {what}", "add the bias once", "bias")
+        yield case.variant(tensors={"bias": bias * factor}), explanation
 
 
 def _transposed(case: Case) -> Candidates:
     weight = tensors_of(case.module).get("weight")
     if weight is not None and weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
-        yield (
-            case.variant(tensors={"weight": weight.T}),
-            Finding(
-                "transposed",
-                "Flax multiplies by the kernel transposed",
-                "torch's weight is (out, in), Flax's kernel (in, out): transpose once",
-                "weight",
-            ),
-        )
+        made = case.variant(tensors={"weight": weight.T})
+        yield made, found("transposed", "kernel", tensor="weight")
 
 
-def embedding(case: Case) -> Finding | None:
-    """nn.Embedding: another scale, rows read at another offset."""
+def embedding(case: Case) -> Explanation | None:
+    """nn.Embedding."""
+    return first_fit(case, _other_rows)
+
+
+def _other_rows(case: Case) -> Candidates:
+    """Rows read at another offset."""
     own, call = tensors_of(case.module).get("weight"), case.call
     if own is None or call is None:
-        return None
+        return
     ids = next((v for v in call.inputs.values() if v.dtype.kind in "iu"), None)
     if ids is None:
-        return None
-
-    def offsets() -> Candidates:
-        for k in (1, -1, 2, -2):
-            shifted = ids + k
-            if shifted.min() >= 0 and shifted.max() < len(own):
-                yield (
-                    own[shifted],
-                    Finding("offset", f"Flax looks up rows {k:+d} from torch's",
-                            "count ids from the same number"),
-                )  # fmt: skip
-
-    return first_fit(case, offsets())
+        return
+    for k in (1, -1, 2, -2):
+        shifted = ids + k
+        if shifted.min() >= 0 and shifted.max() < len(own):
+            yield own[shifted], found("offset", "rows", offset=k)
 
 
-def convolution(case: Case) -> Finding | None:
+def convolution(case: Case) -> Explanation | None:
     """nn.Conv1d to Conv3d."""
-    return (
-        first_fit(case, _bias(case, 1))
-        or first_fit(case, _padding(case))
-        or first_fit(case, _kernels(case))
-    )
+    return first_fit(case, _bias, _padding, _kernels, _strides, _dilations)
 
 
 def _conv(case: Case, **changes: Any) -> np.ndarray | None:
@@ -112,16 +98,28 @@ def torch_pads(case: Case) -> list[tuple[int, int]]:
 
 
 def _padding(case: Case) -> Candidates:
-    m, x = case.module, case.input()
+    x = case.input()
     if x is None:
         return
     now = torch_pads(case)
-    sizes = list(zip(x.shape[2:], m.kernel_size, m.stride, m.dilation, strict=True))
+    for word, pads in _paddings(case, x.shape[2:]).items():
+        yield (
+            _conv(case, pads=pads),
+            found("padding", torch=_show(now), word=word, flax=_show(pads), pads=now),
+        )
+    for mode in ("circular", "reflect", "replicate"):
+        yield _conv(case, pads=now, mode=mode), found("padding", "mode", mode=mode)
+
+
+def _paddings(case: Case, image: tuple[int, ...]) -> dict[str, list[tuple[int, int]]]:
+    """What Flax may put before and after each axis of the image, by its name."""
+    m, n = case.module, len(image)
+    sizes = list(zip(image, m.kernel_size, m.stride, m.dilation, strict=True))
     spans = [d * (k - 1) for _, k, _, d in sizes]
     totals = [max((-(-n // s) - 1) * s + d * (k - 1) + 1 - n, 0) for n, k, s, d in sizes]
     named = {
         "SAME": [(t // 2, t - t // 2) for t in totals],
-        "VALID": [(0, 0)] * len(sizes),
+        "VALID": [(0, 0)] * n,
         "CAUSAL": [(t, 0) for t in spans],
         "anti-causal": [(0, t) for t in spans],
         "half the kernel": [(t // 2, t // 2) for t in spans],
@@ -129,22 +127,10 @@ def _padding(case: Case) -> Candidates:
     }
     said = case.flax.get("padding")
     if isinstance(said, int):
-        named[str(said)] = [(said, said)] * len(sizes)
+        named[str(said)] = [(said, said)] * n
     elif isinstance(said, list | tuple):
         named[str(said)] = [(p, p) if isinstance(p, int) else tuple(p) for p in said]
-    for word, pads in named.items():
-        yield (
-            _conv(case, pads=pads),
-            Finding(
-                "padding",
-                f"torch pads {_show(now)}, Flax's values fit {word}, which is {_show(pads)} here",
-                f"padding={now} in the Flax layer",
-            ),
-        )
-    for mode in ("circular", "reflect", "replicate"):
-        what = f"Flax pads by the image itself ({mode}), torch by zeros"
-        advice = "pad in the same way on both sides"
-        yield _conv(case, pads=now, mode=mode), Finding("padding", what, advice)
+    return named
 
 
 def _show(pads: Any) -> str:
@@ -152,81 +138,73 @@ def _show(pads: Any) -> str:
 
 
 def _kernels(case: Case) -> Candidates:
-    m = case.module
     now = torch_pads(case)
-    w = m.weight.detach()
-    axes = tuple(range(2, w.ndim))
-    advice = "torch's and Flax's convolutions correlate: neither flips its kernel"
+    w = case.module.weight.detach()
     yield (
-        _conv(case, pads=now, weight=w.flip(axes)),
-        Finding("flipped", "Flax's kernel is flipped along its spatial axes", advice, "weight"),
+        _conv(case, pads=now, weight=w.flip(tuple(range(2, w.ndim)))),
+        found("flipped", "convolution", tensor="weight"),
     )
     if w.ndim == 4 and w.shape[2] == w.shape[3]:
-        yield (
-            _conv(case, pads=now, weight=w.mT.contiguous()),
-            Finding("transposed", "Flax's kernel has its height and width swapped",
-                    "permute (out, in, h, w) to (h, w, in, out)", "weight"),
-        )  # fmt: skip
+        made = _conv(case, pads=now, weight=w.mT.contiguous())
+        yield made, found("transposed", "image", tensor="weight")
     if w.shape[0] == w.shape[1]:
-        yield (
-            _conv(case, pads=now, weight=w.transpose(0, 1).contiguous()),
-            Finding("transposed", "Flax's kernel has its channels in and out swapped",
-                    "permute (out, in, ...) to (..., in, out)", "weight"),
-        )  # fmt: skip
-    for name, values in (("stride", (1, 2, 3, 4)), ("dilation", (1, 2, 3, 4))):
-        for v in values:
-            new = (v,) * len(axes)
-            if new == getattr(m, name):
-                continue
-            word = f"{name} is {getattr(m, name)} in torch; Flax's values fit {new}"
+        made = _conv(case, pads=now, weight=w.transpose(0, 1).contiguous())
+        yield made, found("transposed", "channels", tensor="weight")
+
+
+def _strides(case: Case) -> Candidates:
+    for new, made in _others(case, "stride"):
+        yield made, found("stride", torch=case.module.stride, flax=new)
+
+
+def _dilations(case: Case) -> Candidates:
+    for new, made in _others(case, "dilation"):
+        yield made, found("dilation", torch=case.module.dilation, flax=new)
+
+
+def _others(case: Case, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray | None]]:
+    """Other values of a setting, with torch's pads and with causal ones."""
+    m, now = case.module, torch_pads(case)
+    for v in (1, 2, 3, 4):
+        new = (v,) * len(m.kernel_size)
+        if new != getattr(m, name):
             for pads in (now, [(v * (k - 1), 0) for k in m.kernel_size]):
-                yield (
-                    _conv(case, pads=pads, **{name: new}),
-                    Finding(name, word, f"the same {name} on both sides"),
-                )
+                yield new, _conv(case, pads=pads, **{name: new})
 
 
-def transposed_convolution(case: Case) -> Finding | None:
+def transposed_convolution(case: Case) -> Explanation | None:
     """nn.ConvTranspose1d to 3d."""
-    own = tensors_of(case.module)
-    w = own["weight"]
-    n = w.ndim - 2
+    return first_fit(case, _bias, _not_flipped, _cut)
 
-    def candidates() -> Candidates:
-        yield from _bias(case, 1)
-        yield (
-            case.variant(tensors={"weight": np.flip(w, tuple(range(2, w.ndim))).copy()}),
-            Finding(
-                "flipped",
-                "Flax's kernel is not flipped: torch's transposed convolution wants it so",
-                "transpose_kernel=True in Flax, or flip the kernel's spatial axes",
-                "weight",
-            ),
-        )
-        kernel, stride = case.module.kernel_size, case.module.stride
-        bare = case.variant({"padding": (0,) * n, "output_padding": (0,) * n})
-        if bare is None:
-            return
-        wanted = {t.shape[2:] for t in case.targets if t.ndim == w.ndim}
-        for shape, flip in itertools.product(wanted, (False, True)):
-            for cut in itertools.product(*(range(k + s) for k, s in zip(kernel, stride))):  # noqa: B905
-                inside: list[Any] = [slice(None), slice(None)]
-                inside += [slice(c, c + size) for c, size in zip(cut, shape, strict=True)]
-                made = bare if not flip else case.variant(
-                    {"padding": (0,) * n, "output_padding": (0,) * n},
-                    {"weight": np.flip(w, tuple(range(2, w.ndim))).copy()},
-                )  # fmt: skip
-                if made is None or made[tuple(inside)].shape[2:] != shape:
-                    continue
-                word = " and its kernel is not flipped" if flip else ""
-                yield (
-                    made[tuple(inside)],
-                    Finding(
-                        "padding",
-                        f"Flax cuts {cut} off the full transposed convolution, torch "
-                        f"{tuple(case.module.padding)}{word}",
-                        "give Flax's ConvTranspose explicit padding (k - 1 - p on each side)",
-                    ),
-                )
 
-    return first_fit(case, candidates())
+def _flip(case: Case) -> dict[str, np.ndarray]:
+    w = tensors_of(case.module)["weight"]
+    return {"weight": np.flip(w, tuple(range(2, w.ndim))).copy()}
+
+
+def _not_flipped(case: Case) -> Candidates:
+    yield (
+        case.variant(tensors=_flip(case)),
+        found("flipped", "transposed convolution", tensor="weight"),
+    )
+
+
+def _cut(case: Case) -> Candidates:
+    """Other parts of the full transposed convolution, with its kernel as it is and flipped."""
+    m = case.module
+    n = len(m.kernel_size)
+    full = {"padding": (0,) * n, "output_padding": (0,) * n}
+    reach = [range(k + s) for k, s in zip(m.kernel_size, m.stride, strict=True)]
+    whole = case.variant(full), case.variant(full, _flip(case))
+    wanted = {t.shape[2:] for t in case.targets if t.ndim == n + 2}
+    for shape, flip in itertools.product(wanted, (False, True)):
+        for cut in itertools.product(*reach):
+            inside = tuple(slice(c, c + size) for c, size in zip(cut, shape, strict=True))
+            made = whole[flip]
+            if made is None or made[:, :, *inside].shape[2:] != shape:
+                continue
+            if flip:
+                why = found("padding", "transposed, not flipped", flax=cut, torch=tuple(m.padding))
+            else:
+                why = found("padding", "transposed", flax=cut, torch=tuple(m.padding))
+            yield made[:, :, *inside], why

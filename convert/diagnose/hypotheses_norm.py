@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Candidates, Case, Finding, first_fit, tensors_of
+from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
+from convert.diagnose.causes import Explanation, found
 from convert.matching.alignment import gap
 from zoo.layout.kinds import kinds
 
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-8, 1e-7, 1e-4, 1e-2, 1e-10, 0.0)
 
 
-def norm(case: Case) -> Finding | None:
+def norm(case: Case) -> Explanation | None:
     """LayerNorm, GroupNorm, RMSNorm, BatchNorm and their like."""
-    return (
-        first_fit(case, _epsilon(case))
-        or first_fit(case, _affine(case))
-        or first_fit(case, _statistics(case))
-        or first_fit(case, _by_hand(case))
-        or _fast_variance(case)
-    )
+    return first_fit(case, _epsilon, _affine, _mode, _groups, _variances, _means, _centred_inputs)
 
 
 def epsilon_name(module: Any) -> str | None:
@@ -38,134 +34,121 @@ def _epsilon(case: Case) -> Candidates:
     said = [v for k, v in case.flax.items() if "eps" in k and isinstance(v, float | int)]
     for value in dict.fromkeys((*map(float, said), *EPSILONS)):
         if value != ours:
-            yield (
-                case.variant({name: value}),
-                Finding(
-                    "epsilon",
-                    f"epsilon is {ours:g} in torch; Flax's values fit {value:g}",
-                    f"set epsilon={ours:g} in the Flax layer",
-                ),
-            )
+            yield case.variant({name: value}), found("epsilon", torch=ours, flax=value)
 
 
 def _affine(case: Case) -> Candidates:
     own = tensors_of(case.module)
-    for name, word, neutral in (("weight", "scale", 1.0), ("bias", "bias", 0.0)):
-        if name in own:
-            yield (
-                case.variant(tensors={name: np.full_like(own[name], neutral)}),
-                Finding(
-                    "missing_" + word,
-                    f"Flax leaves out the {word}",
-                    f"use_{word}=True in the Flax layer, and load it",
-                ),
-            )
-    if "weight" in own:
-        yield (
-            case.variant(tensors={"weight": own["weight"] + 1}),
-            Finding(
-                "scale_plus_one",
-                "Flax multiplies by 1 + scale, torch by its weight",
-                "store weight - 1 as the scale, or multiply by the scale itself",
-            ),
-        )
+    weight, bias = own.get("weight"), own.get("bias")
+    if weight is not None:
+        yield case.variant(tensors={"weight": np.ones_like(weight)}), found("missing_scale")
+    if bias is not None:
+        yield case.variant(tensors={"bias": np.zeros_like(bias)}), found("missing_bias")
+    if weight is not None:
+        yield case.variant(tensors={"weight": weight + 1}), found("scale_plus_one", "code")
 
 
-def _statistics(case: Case) -> Candidates:
+def _mode(case: Case) -> Candidates:
     if case.kind == "batchnorm":
         mode = case.module.training
         yield (
             case.variant({"training": not mode}),
-            Finding(
-                "batch_statistics",
-                "torch normalises by the "
-                + ("batch's statistics, Flax by the running ones" if mode else "running statistics")
-                + ("" if mode else ", Flax by the batch's"),
-                f"use_running_average={not mode} in Flax: both in one mode, train or eval",
-            ),
+            found("batch_statistics", "training" if mode else "eval"),
         )
+
+
+def _groups(case: Case) -> Candidates:
     groups = getattr(case.module, "num_groups", None)
-    if isinstance(groups, int):
-        for n in range(1, case.module.num_channels + 1):
-            if n != groups and case.module.num_channels % n == 0:
-                yield (
-                    case.variant({"num_groups": n}),
-                    Finding(
-                        "groups",
-                        f"torch normalises in {groups} groups of channels, Flax in {n}",
-                        f"num_groups={groups} in Flax",
-                    ),
-                )
+    if not isinstance(groups, int):
+        return
+    for n in range(1, case.module.num_channels + 1):
+        if n != groups and case.module.num_channels % n == 0:
+            yield case.variant({"num_groups": n}), found("groups", torch=groups, flax=n)
 
 
-def _by_hand(case: Case) -> Candidates:
-    """Other formulas over the same axes."""
+@dataclass(frozen=True)
+class _Parts:
+    """What a normalisation is made of; all broadcast to its input."""
+
+    x: np.ndarray
+    axes: tuple[int, ...]  # those that are normalised over
+    eps: float
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def centred(self) -> np.ndarray:
+        """The input less its mean."""
+        return np.asarray(self.x - self.x.mean(self.axes, keepdims=True))
+
+    @property
+    def variance(self) -> np.ndarray:
+        """The biased variance."""
+        return np.asarray(self.x.var(self.axes, keepdims=True))
+
+    def affine(self, x: np.ndarray) -> np.ndarray:
+        """x with scale and bias."""
+        return np.asarray(x * self.weight + self.bias)
+
+
+def _parts(case: Case) -> _Parts | None:
     x = case.input()
     name = epsilon_name(case.module)
     if x is None or name is None:
-        return
-    eps, own = getattr(case.module, name), tensors_of(case.module)
+        return None
+    own = tensors_of(case.module)
     if case.kind == "batchnorm":
         axes: tuple[int, ...] = (0, *range(2, x.ndim))
-        shape = (1, -1, *(1,) * (x.ndim - 2))
+        own = {n: v.reshape(1, -1, *(1,) * (x.ndim - 2)) for n, v in own.items() if v.ndim == 1}
     else:
         count = own["weight"].ndim if "weight" in own else 1
-        axes, shape = tuple(range(x.ndim - count, x.ndim)), ()
-    w, b = (own[n].reshape(shape or own[n].shape) if n in own else d
-            for n, d in (("weight", 1.0), ("bias", 0.0)))  # fmt: skip
-    centred = x - x.mean(axes, keepdims=True)
-    var = (centred**2).mean(axes, keepdims=True)
-    n = x.size // max(var.size, 1)
+        axes = tuple(range(x.ndim - count, x.ndim))
+    weight, bias = own.get("weight", np.ones(())), own.get("bias", np.zeros(()))
+    return _Parts(x, axes, getattr(case.module, name), weight, bias)
+
+
+def _variances(case: Case) -> Candidates:
+    """What the centred values are divided by."""
+    if (p := _parts(case)) is None:
+        return
+    n = p.x.size // max(p.variance.size, 1)
     if n > 1:
+        unbiased = p.variance * n / (n - 1)
         yield (
-            centred / np.sqrt(var * n / (n - 1) + eps) * w + b,
-            Finding(
-                "unbiased_variance",
-                f"Flax divides by the unbiased variance (n - 1 = {n - 1}), torch by the biased",
-                "divide the sum of squares by n",
-            ),
+            p.affine(p.centred / np.sqrt(unbiased + p.eps)),
+            found("unbiased_variance", count=n - 1),
         )
         yield (
-            centred / (np.sqrt(var * n / (n - 1)) + eps) * w + b,
-            Finding(
-                "unbiased_variance",
-                "Flax divides by the unbiased standard deviation plus epsilon",
-                "divide by sqrt(variance + epsilon), the variance being the biased one",
-            ),
+            p.affine(p.centred / (np.sqrt(unbiased) + p.eps)),
+            found("unbiased_variance", "deviation"),
         )
     yield (
-        centred / (np.sqrt(var) + eps) * w + b,
-        Finding(
-            "epsilon", f"Flax adds epsilon {eps:g} after the root, torch under it",
-            "divide by sqrt(variance + epsilon)",
-        ),
-    )  # fmt: skip
-    square = (x**2).mean(axes, keepdims=True)
-    for made, what in (
-        (x / np.sqrt(square + eps) * w + b, "subtracts no mean (RMSNorm), torch does (LayerNorm)"),
-        (centred / np.sqrt(var + eps) * w + b, "subtracts the mean (LayerNorm), torch does not"),
-    ):
-        advice = "use the same normalisation on both sides"
-        yield made, Finding("norm_kind", f"Flax {what}", advice)
+        p.affine(p.centred / (np.sqrt(p.variance) + p.eps)),
+        found("epsilon", "after the root", epsilon=p.eps),
+    )
 
 
-def _fast_variance(case: Case) -> Finding | None:
+def _means(case: Case) -> Candidates:
+    """With the mean subtracted, and without."""
+    if (p := _parts(case)) is None:
+        return
+    square = (p.x**2).mean(p.axes, keepdims=True)
+    yield p.affine(p.x / np.sqrt(square + p.eps)), found("norm_kind", "rms")
+    yield p.affine(p.centred / np.sqrt(p.variance + p.eps)), found("norm_kind", "layer")
+
+
+def _centred_inputs(case: Case) -> Candidates:
     """Flax's E[x^2] - E[x]^2 loses digits where the mean is large: centred inputs lose none."""
     x = case.input()
     if not case.flax.get("use_fast_variance") or case.rerun is None or x is None:
-        return None
+        return
+    if case.call is None or not case.comparable:
+        return
     axes = (0, *range(2, x.ndim)) if case.kind == "batchnorm" else (x.ndim - 1,)
     mean = x.mean(axes, keepdims=True)
-    if case.call is None or not case.comparable:
-        return None
     name = next(k for k, v in case.call.inputs.items() if v.dtype.kind == "f")
     made = case.rerun({name: x - mean})
-    if made.shape != case.right.shape or gap(made, case.right) > case.tolerance * 3:
-        return None
-    worst = float(np.abs(mean).max() / max(x.std(), 1e-30))
-    return Finding(
-        "fast_variance",
-        f"Flax's fast variance E[x^2] - E[x]^2 loses digits: means are up to {worst:.3g} "
-        "standard deviations from zero, and with centred inputs both agree",
-        "use_fast_variance=False in the Flax layer",
-    )
+    if made.shape == case.right.shape and gap(made, case.right) <= case.tolerance * 3:
+        worst = float(np.abs(mean).max() / max(x.std(), 1e-30))
+        # How it rounds cannot be predicted: that it agrees when centred is the explanation.
+        yield case.target, found("fast_variance", worst=worst)

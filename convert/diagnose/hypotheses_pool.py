@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.diagnose.case import Case, Finding
+from convert.diagnose.case import Case
+from convert.diagnose.causes import Explanation, found
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def pools() -> Iterator[Pool]:
                         yield Pool(kind, window, stride, edge, ceil, False)
 
 
-def pooling(case: Case) -> Finding | None:
+def pooling(case: Case) -> Explanation | None:
     """One pool in torch, another in Flax, of something that came before (or of its ReLU)."""
     for name, x in case.past:
         if x.ndim not in (3, 4) or x.dtype.kind != "f" or x.size > 10**6:
@@ -85,8 +86,7 @@ def pooling(case: Case) -> Finding | None:
                 ours += [pool] if case.is_right(made) else []
                 theirs += [pool] if case.fits(made) else []
             if ours and theirs and not set(map(str, ours)) & set(map(str, theirs)):
-                what = f"after {name} torch has {ours[0]}, Flax's values fit {theirs[0]}"
-                return Finding("pooling", what, f"use {ours[0]} in Flax")
+                return found("pooling", name=name, torch=ours[0], flax=theirs[0])
     return None
 
 

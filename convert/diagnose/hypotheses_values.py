@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from convert.diagnose.case import Candidates, Case, Finding, first_fit
+from convert.diagnose.case import Candidates, Case, Rule, first, first_fit
+from convert.diagnose.causes import Explanation, found
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import MASKED, gap, is_mask_bias
 
@@ -45,7 +47,7 @@ def functions() -> dict[str, Function]:
     }
 
 
-def dtype_cast(case: Case) -> Finding | None:
+def dtype_cast(case: Case) -> Explanation | None:
     """Every number is one of bfloat16 or float16, which torch's are not."""
     import torch
 
@@ -61,15 +63,25 @@ def dtype_cast(case: Case) -> Finding | None:
         near = gap(t, case.right) <= 16 * scale * 2.0**-digits
         if near and not ours and bool((x.to(dtype).double() == x).all()):
             name = str(dtype).removeprefix("torch.")
-            return Finding(
-                "dtype",
-                f"Flax computes in {name}: every value is a number of {name}, torch's are not",
-                f"take dtype={name} (or a cast) out of the Flax layer",
-            )
+            return found("dtype", dtype=name)
     return None
 
 
-def dropout(case: Case) -> Finding | None:
+def low_precision(case: Case) -> Explanation | None:
+    """A layer's parameters rounded to 16 bits, and computed with in more."""
+    import torch
+
+    if case.module is None or case.call is None:
+        return None
+    own = {n: p.detach() for n, p in case.module.named_parameters(recurse=False)}
+    for dtype in (torch.bfloat16, torch.float16):
+        made = case.variant(tensors={n: p.to(dtype).double() for n, p in own.items()})
+        if own and case.fits(made):
+            return found("dtype", "parameters", dtype=str(dtype).removeprefix("torch."))
+    return None
+
+
+def dropout(case: Case) -> Explanation | None:
     """Zeros here and there, and the rest larger by 1 / (1 - p)."""
     if not case.comparable:
         return None
@@ -81,15 +93,10 @@ def dropout(case: Case) -> Finding | None:
     factor = float(np.median(t[kept] / r[kept]))
     if factor <= 1 or not case.fits(np.where(gone, 0.0, r * factor)):
         return None
-    return Finding(
-        "dropout",
-        f"dropout is on in Flax: {gone.mean():.0%} are zero and the rest {factor:.4g} times "
-        f"larger, as p = {1 - 1 / factor:.3g} makes them",
-        "deterministic=True, or model.eval(), in Flax",
-    )
+    return found("dropout", zeros=gone.mean(), factor=factor, p=1 - 1 / factor)
 
 
-def activation(case: Case) -> Finding | None:
+def activation(case: Case) -> Explanation | None:
     """Another activation of something that came before, whatever was added to it."""
     table = functions()
     for name, x in case.past:
@@ -99,26 +106,28 @@ def activation(case: Case) -> Finding | None:
         ours = [k for k, v in values.items() if case.is_right(v)]
         for a, b in itertools.product(ours, table):
             if a != b and case.fits(values[b]):
-                return activation_finding(a, b, name)
+                return activation_differs(name, a, b)
     for name, x in case.past:
         if x.dtype.kind != "f" or x.shape != case.right.shape or not case.comparable:
             continue
         values = {k: f(x) for k, f in table.items()}
         for a, b in itertools.permutations(table, 2):
             if "no activation" not in (a, b) and case.fits(case.right + values[b] - values[a]):
-                return activation_finding(a, b, name)
+                return activation_differs(name, a, b)
     return None
 
 
-def activation_finding(ours: str, theirs: str, name: str) -> Finding:
-    gelu = ours.startswith("gelu") and theirs.startswith("gelu")
-    which = {"gelu (erf)": "False", "gelu (tanh)": "True"}.get(ours)
-    advice = f"jax.nn.gelu(x, approximate={which})" if gelu and which else f"use {ours} in Flax"
-    what = f"after {name} torch has {ours}, Flax's values fit {theirs}"
-    return Finding("gelu" if gelu else "activation", what, advice)
+def activation_differs(name: str, ours: str, theirs: str) -> Explanation:
+    """After `name`, which of `functions` torch has, and which Flax."""
+    if not (ours.startswith("gelu") and theirs.startswith("gelu")):
+        return found("activation", name=name, torch=ours, flax=theirs)
+    approximate = {"gelu (erf)": False, "gelu (tanh)": True}.get(ours)
+    if approximate is None:
+        return found("gelu", name=name, torch=ours, flax=theirs)
+    return found("gelu", "jax", name=name, torch=ours, flax=theirs, approximate=approximate)
 
 
-def gated(case: Case) -> Finding | None:
+def gated(case: Case) -> Explanation | None:
     """A product of two activations, each of the wrong one."""
     table = {k: f for k, f in functions().items() if k.split(" ")[0] in
              ("no", "gelu", "relu", "silu", "tanh", "sigmoid")}  # fmt: skip
@@ -131,15 +140,11 @@ def gated(case: Case) -> Finding | None:
                 if case.is_right(made[a][0] * made[b][1])]  # fmt: skip
         for (a, b), (c, d) in itertools.product(ours, itertools.product(table, repeat=2)):
             if (a, b) != (c, d) and case.fits(made[c][0] * made[d][1]):
-                return Finding(
-                    "activation",
-                    f"torch multiplies {a} of {n} by {b} of {m}, Flax {c} of {n} by {d} of {m}",
-                    "swap the two, or their activations",
-                )
+                return found("activation", "gated", a=a, b=b, c=c, d=d, x=n, y=m)
     return None
 
 
-def softmax_axis(case: Case) -> Finding | None:
+def softmax_axis(case: Case) -> Explanation | None:
     """A softmax over another axis."""
 
     def softmax(x: np.ndarray, axis: int) -> np.ndarray:
@@ -155,122 +160,104 @@ def softmax_axis(case: Case) -> Finding | None:
             ours = [a for a, m in enumerate(made) if case.is_right(m)]
             theirs = [a for a, m in enumerate(made) if case.fits(m)]
             if ours and theirs and ours[0] != theirs[0]:
-                return Finding(
-                    "softmax_axis",
-                    f"the softmax of {name} goes over axis {ours[0]} in torch, "
-                    f"over axis {theirs[0]} in Flax",
-                    f"axis={ours[0] - x.ndim} in Flax",
-                )
+                axis = ours[0] - x.ndim
+                return found("softmax_axis", name=name, torch=ours[0], flax=theirs[0], axis=axis)
     return None
 
 
-def order(case: Case) -> Finding | None:
+def order(case: Case) -> Explanation | None:
     """The right numbers in another order: flattened otherwise, heads, halves, steps."""
+    return first_fit(case, _last_axis, _heads_apart, _reversed, _axes)
+
+
+def _last_axis(case: Case) -> Candidates:
     r = case.right
     images = [(n, x) for n, x in case.past if x.ndim in (3, 4, 5)]
-
-    def candidates() -> Candidates:
-        size = r.shape[-1] if r.ndim else 1
-        for n in range(2, size):
-            if size % n:
-                continue
-            made = r.reshape(*r.shape[:-1], n, -1).swapaxes(-1, -2).reshape(r.shape)
-            image = next((i for i in images if i[1].shape[1] == n and r.ndim == 2), None)
-            if image is not None:
-                yield (
-                    made,
-                    Finding(
-                        "flatten",
-                        f"torch flattens {image[0]} channel first ({n} x {size // n}), "
-                        f"Flax channel last ({size // n} x {n})",
-                        "transpose to channel first before flattening, or reorder kernel rows",
-                    ),
-                )
-            else:
-                yield made, _heads(n, size // n)
-            yield np.roll(r, size // 2, -1), Finding(
-                "concat", "the two halves of the last axis are swapped",
-                "concatenate in the same order")  # fmt: skip
-        if r.ndim >= 3:
-            flat = r.reshape(*r.shape[:-2], -1)
-            N, D = r.shape[-2:]
-            other = flat.reshape(*r.shape[:-2], D, N).swapaxes(-1, -2)
-            yield other, _heads(N, D)
-        for axis in range(r.ndim):
-            what = f"axis {axis} is back to front"
-            yield np.flip(r, axis), Finding("reversed", what, "go through it in one direction")
-        for a, b in itertools.combinations(range(r.ndim), 2):
-            if r.shape[a] == r.shape[b]:
-                yield r.swapaxes(a, b), Finding(
-                    "transposed", f"axes {a} and {b} are swapped", "permute the axes")  # fmt: skip
-
-    return first_fit(case, candidates())
+    size = r.shape[-1] if r.ndim else 1
+    for n in range(2, size):
+        if size % n:
+            continue
+        made = r.reshape(*r.shape[:-1], n, -1).swapaxes(-1, -2).reshape(r.shape)
+        image = next((name for name, x in images if x.shape[1] == n and r.ndim == 2), None)
+        if image is not None:
+            yield made, found("flatten", "value", name=image, channels=n, pixels=size // n)
+        else:
+            yield made, found("heads", "value", heads=n, width=size // n)
+        yield np.roll(r, size // 2, -1), found("concat")
 
 
-def _heads(heads: int, width: int) -> Finding:
-    return Finding(
-        "heads",
-        f"torch orders the last axis as ({heads}, {width}), Flax as ({width}, {heads})",
-        "split features into (heads, head_dim), heads first",
-    )
+def _heads_apart(case: Case) -> Candidates:
+    r = case.right
+    if r.ndim >= 3:
+        N, D = r.shape[-2:]
+        flat = r.reshape(*r.shape[:-2], -1)
+        other = flat.reshape(*r.shape[:-2], D, N).swapaxes(-1, -2)
+        yield other, found("heads", "value", heads=N, width=D)
 
 
-def scaled(case: Case) -> Finding | None:
+def _reversed(case: Case) -> Candidates:
+    for axis in range(case.right.ndim):
+        yield np.flip(case.right, axis), found("reversed", axis=axis)
+
+
+def _axes(case: Case) -> Candidates:
+    r = case.right
+    for a, b in itertools.combinations(range(r.ndim), 2):
+        if r.shape[a] == r.shape[b]:
+            yield r.swapaxes(a, b), found("transposed", "value", a=a, b=b)
+
+
+def scaled(case: Case) -> Explanation | None:
     """A factor too many or too few, of the whole or of one summand."""
     r = case.right
     if not case.comparable or r.size < 2 or not r.any() or not np.isfinite(case.target).all():
         return None
     factor = float((r * case.target).sum() / (r * r).sum())
     if factor and case.fits(r * factor):
-        what = f"Flax's values are {factor_name(factor)} times torch's"
-        return Finding("scale", what, f"multiply by {factor_name(1 / factor)} in Flax")
+        if factor_name(factor) == "1":
+            return found("scale", "tiny", difference=factor - 1)
+        return found("scale", factor=factor_name(factor), inverse=factor_name(1 / factor))
     difference = case.target - r
     for name, x in case.past:
         if x.shape != r.shape or x.dtype.kind != "f" or not x.any():
             continue
         c = float((x * difference).sum() / (x * x).sum())
-        if not c or not case.fits(r + c * x):
-            continue
-        if abs(c + 1) < 1e-4:
-            return Finding("residual", f"Flax leaves {name} out of the sum", f"add {name}")
-        if abs(c - 1) < 1e-4:
-            return Finding("residual", f"Flax adds {name}, torch does not", f"do not add {name}")
-        for ours, theirs in ((1 - c, 1.0), (1.0, 1 + c)):
-            if "sqrt" in factor_name(ours if theirs == 1.0 else theirs):
-                return Finding(
-                    "scale",
-                    f"torch multiplies {name} by {factor_name(ours)}, "
-                    f"Flax by {factor_name(theirs)}",
-                    f"multiply {name} by {factor_name(ours)} in Flax",
-                )
-        what = f"Flax adds {c:+.6g} times {name} to what torch has"
-        return Finding("scale", what, f"look for a factor of {name}")
+        if c and case.fits(r + c * x):
+            return _summand(name, c)
     return None
 
 
-def wiring(case: Case) -> Finding | None:
+def _summand(name: str, c: float) -> Explanation:
+    """What it means that Flax has `c` times a summand more than torch."""
+    if abs(c + 1) < 1e-4:
+        return found("residual", "missing", name=name)
+    if abs(c - 1) < 1e-4:
+        return found("residual", "added", name=name)
+    for ours, theirs, telling in ((1 - c, 1.0, 1 - c), (1.0, 1 + c, 1 + c)):
+        if "sqrt" in factor_name(telling):
+            return found(
+                "scale", "summand", name=name, torch=factor_name(ours), flax=factor_name(theirs)
+            )
+    return found("scale", "added", factor=c, name=name)
+
+
+def wiring(case: Case) -> Explanation | None:
     """Another value in the place of the right one, alone or as a summand."""
     past = [(n, x) for n, x in case.past if x.dtype.kind == "f"]
     for name, x in past:
         if case.fits(x):
             for other, y in past:
                 if y.shape == case.right.shape and case.is_right(x + y):
-                    return Finding(
-                        "residual", f"Flax leaves {other} out of the sum", f"add {other}"
-                    )
-            return Finding(
-                "wiring",
-                f"Flax takes {name} as it is here, torch does not",
-                "see what torch's code makes of it, or takes instead: a sum, an activation",
-            )
+                    return found("residual", "missing", name=other)
+            return found("wiring", name=name)
     same = [(n, x) for n, x in past[:16] if x.shape == case.right.shape]
     for (n, x), (m, y) in itertools.permutations(same, 2):
         if case.comparable and gap(x, y) > case.tolerance and case.fits(case.right - x + y):
-            return Finding("residual", f"Flax adds {m} where torch adds {n}", f"add {n}")
+            return found("residual", torch=n, flax=m)
     return None
 
 
-def picked(case: Case) -> Finding | None:
+def picked(case: Case) -> Explanation | None:
     """One step of a sequence, or a mean over it."""
     ways: dict[str, Function] = {
         "the first step": lambda x: x[:, 0],
@@ -289,37 +276,33 @@ def picked(case: Case) -> Finding | None:
         ours = [k for k, v in made.items() if case.is_right(v)]
         theirs = [k for k, v in made.items() if case.fits(v)]
         if ours and theirs and ours[0] != theirs[0]:
-            what = f"torch takes {ours[0]} of {name}, Flax {theirs[0]}"
-            return Finding("token", what, f"take {ours[0]}")
+            return found("token", name=name, torch=ours[0], flax=theirs[0])
     return None
 
 
-def mask_values(case: Case) -> Finding | None:
+def mask_values(case: Case) -> Explanation | None:
     """What is added to logits: inverted, too small to mask, absent, or of other positions."""
     r, t = case.right, case.target
     if not case.comparable or not is_mask_bias(r):
         return None
     out = r <= MASKED
     if is_mask_bias(t) and ((t <= MASKED) == ~out).all():
-        return Finding("mask", "the mask is inverted: Flax masks what torch keeps",
-                       "negate the mask in Flax")  # fmt: skip
+        return found("mask", "inverted")
     if not t.any():
-        return Finding("mask", "the mask is not applied in Flax", "pass the mask on")
+        return found("mask", "missing")
     if (t[~out] == 0).all() and np.ptp(t[out]) == 0:
-        what = f"Flax adds {t[out][0]:g} to masked logits, which does not mask them"
-        return Finding("mask", what, "add the most negative number of the dtype")
+        return found("mask", "weak", value=t[out][0])
     if is_mask_bias(t) and t.ndim >= 2 and t.shape[-1] == t.shape[-2]:
         T = t.shape[-1]
         causal = np.triu(np.ones((T, T), bool), 1)
         if ((out | causal) == (t <= MASKED)).all():
-            return Finding("causal", "Flax masks later steps too, torch does not", "drop the mask")
+            return found("causal", "added")
         if (((t <= MASKED) | causal) == out).all():
-            what = "Flax lets steps attend to later ones, torch does not"
-            return Finding("causal", what, "apply the causal mask in Flax")
+            return found("causal")
     return None
 
 
-def offset(case: Case) -> Finding | None:
+def offset(case: Case) -> Explanation | None:
     """Integers (ids, positions) that count from another number."""
     r, t = case.right, case.target
     if not case.comparable or not r.size or (r != np.rint(r)).any() or (t != np.rint(t)).any():
@@ -327,16 +310,14 @@ def offset(case: Case) -> Finding | None:
     k = int((t - r).flat[0])
     if k == 0 or not (t - r == k).all():
         return None
-    what = f"Flax's indices are torch's {k:+d}"
-    return Finding("offset", what, "count from the same number")
+    return found("offset", offset=k)
 
 
-RULES: tuple[Callable[[Case], Finding | None], ...] = (
-    dtype_cast, dropout, mask_values, offset,
-    activation, softmax_axis, order, scaled, picked, wiring, gated,
-)  # fmt: skip
+# Rules that nothing but their own mistake fits, and rules that may fit by chance.
+CERTAIN: tuple[Rule, ...] = (dtype_cast, dropout, mask_values, offset)
+LIKELY: tuple[Rule, ...] = (activation, softmax_axis, order, scaled, picked, wiring, gated)
 
 
-def values(case: Case, rules: Sequence[Callable[[Case], Finding | None]] = RULES) -> Finding | None:
+def values(case: Case, rules: Sequence[Rule] = (*CERTAIN, *LIKELY)) -> Explanation | None:
     """What the first of these rules that fits says."""
-    return next((f for rule in rules if (f := rule(case)) is not None), None)
+    return first(*(partial(rule, case) for rule in rules))

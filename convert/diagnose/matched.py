@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from convert.diagnose.case import Finding
+from convert.diagnose.causes import Explanation, found
 from convert.diagnose.weights import explain_tensor
 from convert.matching.pair import Match
 from convert.runtime.arrays import to_numpy
@@ -34,54 +35,53 @@ class Matched:
             for m in matches
             if all(n in self.torch for n in m.torch) and all(n in self.flax for n in m.flax)
         ]
-        self._wrong: list[tuple[Match, Finding]] | None = None
+        self._wrong: list[tuple[Match, Explanation]] | None = None
 
     def expected(self, match: Match) -> list[np.ndarray]:
         """What Flax should hold."""
         return run(match.ops, [self.torch[n] for n in match.torch])
 
-    def of_layer(self, name: str, path: str) -> Finding | None:
+    def of_layer(self, name: str, path: str) -> Explanation | None:
         """What is wrong with a layer's own parameters."""
-        for match, finding in self.wrong():
+        for match, explanation in self.wrong():
             below = f"{path}."
             if self._owner(match) == name or any(f.startswith(below) for f in match.flax if path):
-                return finding
+                return explanation
         return None
 
     def unverified(
         self, container: str, past: Collection[str], paired: Collection[str]
-    ) -> Finding | None:
+    ) -> Explanation | None:
         """What is wrong with parameters inside a container that no layer's own call will show.
 
         `past` are the layers that were seen to be right, `paired` those that are looked at.
         """
-        for match, finding in self.wrong():
+        for match, explanation in self.wrong():
             owner = self._owner(match)
             inside = not container or owner == container or owner.startswith(f"{container}.")
             plain = torch_kind(self.modules[owner]) not in ("other", "attention")
             if inside and owner not in past and not (plain and owner in paired):
-                return finding
+                return explanation
         return None
 
     def owner(self, tensor: str) -> str:
         """The torch module that holds a tensor, by the tensor's name."""
         return next(
-            (self._owner(m) for m, f in self.wrong() if f.tensor == tensor),
+            (self._owner(m) for m, e in self.wrong() if e.tensor == tensor),
             tensor.rpartition(".")[0],
         )
 
     def _owner(self, match: Match) -> str:
         return match.torch[0].rpartition(".")[0]
 
-    def wrong(self) -> list[tuple[Match, Finding]]:
+    def wrong(self) -> list[tuple[Match, Explanation]]:
         """Every match whose values differ, and why, in torch's order."""
         if self._wrong is None:
             order = {n: i for i, n in enumerate(self.torch)}
-            found = list(self._compare())
-            self._wrong = sorted(found, key=lambda item: order[item[0].torch[0]])
+            self._wrong = sorted(self._compare(), key=lambda item: order[item[0].torch[0]])
         return self._wrong
 
-    def _compare(self) -> Iterator[tuple[Match, Finding]]:
+    def _compare(self) -> Iterator[tuple[Match, Explanation]]:
         for match in self.matches:
             for name, right in zip(match.flax, self.expected(match), strict=True):
                 held = self.flax[name]
@@ -89,35 +89,35 @@ class Matched:
                     right.astype(held.dtype), held, equal_nan=True
                 ):
                     continue
-                yield match, self._finding(match, name, right, held)
+                yield match, self._why(match, name, right, held)
 
-    def _finding(self, match: Match, name: str, right: np.ndarray, held: np.ndarray) -> Finding:
-        title = match.torch[0]
+    def _why(self, match: Match, name: str, right: np.ndarray, held: np.ndarray) -> Explanation:
+        """Why Flax's tensor `name` is not what it should be."""
+        first = match.torch[0]
+        title = first
         if len(match.torch) > 1:
             title = f"{title} (and {len(match.torch) - 1} more that are joined with it)"
         if len(match.flax) > 1:
             title = f"{title} (Flax's {name})"
         ties = [n for t in match.torch for n in self.names[self.ids[t]] if n != t]
-        found = explain_tensor(title, right, held, self._others(match, right, name), match.kind)
-        if ties and (found is None or found.cause == "default"):
-            what = f"torch ties {match.torch[0]} to {ties[0]}; Flax's {name} holds other values"
-            return Finding("tied", what, f"share the tensor of {ties[0]}", match.torch[0])
-        if found is None:
+        why = explain_tensor(title, right, held, self._others(name), match.kind)
+        if ties and (why is None or why.cause == "default"):
+            return found("tied", name=first, other=ties[0], flax=name, tensor=first)
+        if why is None:
             count = int((right != held).sum()) if right.shape == held.shape else held.size
-            what = f"{title}: {count} of {held.size} values of Flax's {name} are not torch's"
-            return Finding("values", what, "load it anew", match.torch[0])
-        return Finding(found.cause, found.diagnosis, found.advice, match.torch[0])
+            return found("values", name=title, count=count, size=held.size, flax=name, tensor=first)
+        return dataclasses.replace(why, tensor=first)
 
-    def _others(self, match: Match, right: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    def _others(self, name: str) -> dict[str, np.ndarray]:
         """All other tensors of torch as Flax lays them out."""
-        found = {}
+        others = {}
         for other in self.matches:
             for path, values in zip(other.flax, self.expected(other), strict=True):
                 if path != name:
                     several = len(other.flax) > 1
                     title = f"{other.torch[0]} ({path})" if several else other.torch[0]
-                    found[title] = values
-        return found
+                    others[title] = values
+        return others
 
     def to_torch(self, match: Match, values: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Flax's values of a match, as torch lays them out."""

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.judge.noise import EXACT, MARGIN
-from convert.judge.rows import FLOOR
+from convert.diagnose.divergence import Judged
 from convert.matching.alignment import MASKED, gap, is_mask_bias
 from convert.runtime.call import Call
 from convert.runtime.torch_calls import record, record_forced
@@ -74,21 +73,6 @@ class Reference:
     def order(self) -> list[str]:
         """Submodules in the order of their first call."""
         return self.trace.names()
-
-
-class Judged:
-    """An error, and whether rounding explains it."""
-
-    def __init__(self, error: float, noise: float, scale: float, precision: str) -> None:
-        self.error, self.noise, self.scale = error, noise, scale
-        self.tolerance = (
-            EXACT * scale if precision == "float64" else MARGIN * max(noise, FLOOR * scale)
-        )
-
-    @property
-    def same(self) -> bool:
-        """Whether there is nothing to explain."""
-        return self.error <= self.tolerance
 
 
 def _buffers(module: Any) -> dict[str, np.ndarray]:

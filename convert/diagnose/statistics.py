@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from convert.diagnose.case import Candidates, Case, Finding, first_fit
+from convert.diagnose.case import Candidates, Case, first_fit
+from convert.diagnose.causes import Explanation, found
 from convert.diagnose.divergence import Divergence
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
@@ -17,8 +18,8 @@ from convert.runtime.arrays import to_numpy
 def running_statistics(reference: Reference, walk: Forward, matched: Matched) -> Divergence | None:
     """The first layer, in torch's order, whose running statistics moved to other values."""
     order = {n: i for i, n in enumerate(reference.order)}
-    found = [m for m in matched.matches if m.torch[0] in reference.after]
-    for match in sorted(found, key=lambda m: order.get(m.torch[0].rpartition(".")[0], 0)):
+    matches = [m for m in matched.matches if m.torch[0] in reference.after]
+    for match in sorted(matches, key=lambda m: order.get(m.torch[0].rpartition(".")[0], 0)):
         if not all(n in walk.values_after for n in match.flax):
             continue
         made = matched.to_torch(match, [to_numpy(walk.values_after[n]) for n in match.flax])
@@ -27,76 +28,73 @@ def running_statistics(reference: Reference, walk: Forward, matched: Matched) ->
                 continue
             judged = reference.judge(reference.after[name], reference.after_exact[name], given)
             if not judged.same:
-                finding = _why(reference, name, given, judged.tolerance)
                 layer = name.rpartition(".")[0]
                 pair = next((p for p in walk.pairs.values() if p.torch == layer), None)
-                return Divergence(
-                    layer, finding.diagnosis, finding.cause, finding.advice, "training",
-                    pair.flax if pair else None, None, name,
-                    judged.error, judged.noise, judged.scale,
-                )  # fmt: skip
+                return Divergence.of(
+                    layer,
+                    _why(reference, name, given, judged.tolerance),
+                    judged,
+                    direction="training",
+                    flax_layer=pair.flax if pair else None,
+                    tensor=name,
+                )
     return None
 
 
-def _why(reference: Reference, name: str, given: np.ndarray, tolerance: float) -> Finding:
+def _why(reference: Reference, name: str, given: np.ndarray, tolerance: float) -> Explanation:
     layer, _, leaf = name.rpartition(".")
-    calls = [c for c in reference.trace.calls if c.name == layer]
-    module = reference.modules[layer]
     right = reference.after_exact[name].astype(np.float64)
-    case = Case([given.astype(np.float64)], right, tolerance, "batchnorm", module)
-    momentum = getattr(module, "momentum", None)
-    if len(calls) == 1 and momentum is not None:
-        x = next(v for v in calls[0].inputs.values() if v.dtype.kind == "f").astype(np.float64)
-        before = reference.before[name].astype(np.float64)
-        if (finding := first_fit(case, _updates(case, before, x, leaf, momentum))) is not None:
-            return finding
-    return Finding("unknown", f"{leaf} moves to other values than torch's; no known cause fits",
-                   "compare how both update it")  # fmt: skip
+    case = Case([given.astype(np.float64)], right, tolerance, "batchnorm", reference.modules[layer])
+
+    def updates(case: Case) -> Candidates:
+        calls = [c for c in reference.trace.calls if c.name == layer]
+        momentum = getattr(case.module, "momentum", None)
+        if len(calls) == 1 and momentum is not None:
+            x = next(v for v in calls[0].inputs.values() if v.dtype.kind == "f")
+            before = reference.before[name].astype(np.float64)
+            yield from _updates(case, before, x.astype(np.float64), leaf, momentum)
+
+    return first_fit(case, updates) or found("unknown", "statistics", name=leaf)
 
 
 def _updates(
     case: Case, before: np.ndarray, x: np.ndarray, leaf: str, momentum: float
 ) -> Candidates:
     """Where the statistics would be with other shares of the batch and other variances."""
+    yield before, found("statistics", name=leaf)
+    if leaf not in ("running_mean", "running_var"):
+        return
     axes = (0, *range(2, x.ndim))
     n = x.size // x.shape[1]
     biased = x.var(axes)
-    both = {
-        "running_mean": [("", x.mean(axes))],
-        "running_var": [("", biased * n / max(n - 1, 1)), ("biased", biased)],
-    }
-    yield (
-        before,
-        Finding(
-            "statistics", f"{leaf} does not move in Flax", "mutable=['batch_stats'], in train mode"
-        ),
-    )
-    for word, new in both.get(leaf, []):
-        for share, told in _shares(case.target, before, new, momentum):
-            causes = ["momentum"] if share != momentum else []
-            causes += ["unbiased_variance"] if word else []
-            if not causes:
-                continue
-            what = f"{leaf} {told}" if share != momentum else leaf
-            if word:
-                what += (
-                    f" moves towards the biased variance in Flax, torch's is over n - 1 = {n - 1}"
-                )
-            advice = (
-                f"momentum={1 - momentum:g} in Flax, where it is the share of the old value"
-                if share != momentum
-                else "multiply the batch's variance by n / (n - 1) before it is averaged in"
-            )
-            yield (1 - share) * before + share * new, Finding(causes[0], what, advice)
+    batch = x.mean(axes) if leaf == "running_mean" else biased * n / max(n - 1, 1)
+    for share in _shares(case.target, before, batch, momentum):
+        if share != momentum:
+            yield (1 - share) * before + share * batch, found(
+                "momentum",
+                "complement" if share == 1 - momentum else "",
+                name=leaf, flax=share, torch=momentum, kept=1 - momentum,
+            )  # fmt: skip
+    if leaf == "running_var":
+        for share in _shares(case.target, before, biased, momentum):
+            yield (1 - share) * before + share * biased, _biased(leaf, share, momentum, n - 1)
+
+
+def _biased(leaf: str, share: float, momentum: float, count: int) -> Explanation:
+    if share == momentum:
+        return found("unbiased_variance", "running", name=leaf, count=count)
+    return found(
+        "momentum",
+        "complement, biased" if share == 1 - momentum else "biased",
+        name=leaf, flax=share, torch=momentum, kept=1 - momentum, count=count,
+    )  # fmt: skip
 
 
 def _shares(
     given: np.ndarray, before: np.ndarray, new: np.ndarray, momentum: float
-) -> Iterator[tuple[float, str]]:
-    yield momentum, ""
-    word = "takes {:.4g} of the batch in Flax, {:.4g} in torch"
-    yield 1 - momentum, word.format(1 - momentum, momentum) + ": momentum is the complement"
+) -> Iterator[float]:
+    """How much of the batch may go into the statistics: torch's share, its complement, what fits"""
+    yield from (momentum, 1 - momentum)
     step = new - before
     if step.any():
-        fitted = float(((given - before) * step).sum() / (step * step).sum())
-        yield fitted, word.format(fitted, momentum)
+        yield float(((given - before) * step).sum() / (step * step).sum())

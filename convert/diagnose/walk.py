@@ -8,12 +8,13 @@ call's own, and an error at a call's input is made by the code of the module aro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from convert.diagnose.reference import Judged, Reference
+from convert.diagnose.divergence import Judged
+from convert.diagnose.reference import Reference
 from convert.matching.alignment import Aligned, align, to_flax, to_torch
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
@@ -26,24 +27,41 @@ from zoo.layout.kinds import flax_kind, torch_kind
 
 
 @dataclass
+class Visit:
+    """One call of a paired layer, on both sides."""
+
+    pair: LayerPair
+    call: Recorded  # torch's
+    flax_module: Any
+    around: LayerPair | None  # the innermost paired module around it
+    flax_inputs: dict[str, np.ndarray]  # what Flax's code gives it, then what it is run with
+    again: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None  # Flax's, other inputs
+
+
+@dataclass
 class Event:
     """A value that is not what it should be; arrays have torch's axes."""
 
-    where: str  # "input", "output", "statistics", "raises", "shape"
-    pair: LayerPair  # whose input or output
-    call: Recorded  # torch's
+    where: str  # "input", "output", "raises"
+    visit: Visit  # whose input or output
     key: str  # which of its arrays
     judged: Judged
     rough: np.ndarray  # torch's value
     exact: np.ndarray  # the same in float64
     given: np.ndarray  # Flax's value
-    flax_module: Any = None
-    flax_inputs: dict[str, np.ndarray] = field(default_factory=dict)
-    around: LayerPair | None = None  # the innermost paired module around it
-    message: str = ""  # of what was raised
-    again: Callable[[dict[str, np.ndarray]], np.ndarray] | None = None  # Flax's, other inputs
-    past: list[str] = field(default_factory=list)  # torch names of paired calls that have ended
+    past: list[str]  # torch names of paired calls that have ended
     raw: np.ndarray | None = None  # Flax's value with its own axes
+    message: str = ""  # of what was raised
+
+    @property
+    def pair(self) -> LayerPair:
+        """The layer whose value it is."""
+        return self.visit.pair
+
+    @property
+    def call(self) -> Recorded:
+        """torch's call of it."""
+        return self.visit.call
 
 
 class Stop(Exception):
@@ -94,138 +112,116 @@ class Forward:
     def _around(self, path: str, module: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         function = type(module).__call__
         given = array_arguments(function, (module, *args), kwargs)
-        pair = self.pairs.get(path)
-        if pair is None or traced(given):
+        visit = None if traced(given) else self._visit(path, module, given)
+        if visit is None:
             return proceed(*args, **kwargs)
-        index = self.counts.get(path, 0)
-        self.counts[path] = index + 1
-        call = self.reference.calls.get((pair.torch, index))
-        if call is None:  # torch calls it less often: nothing to compare with
-            return proceed(*args, **kwargs)
-        arrays = {k: to_numpy(v) for k, v in given.items()}
-        forced = self._inputs(pair, call, module, arrays)
-        values = {k: _like(v, given[k]) for k, v in forced.items()}
-        all_args, kwargs = with_arguments(function, (module, *args), kwargs, values)
-        args = all_args[1:]
-        self.stack.append(pair)
+
+        def run(arrays: dict[str, np.ndarray]) -> Any:
+            values = {k: _like(v, given[k]) for k, v in arrays.items()}
+            others, keywords = with_arguments(function, (module, *args), kwargs, values)
+            return proceed(*others[1:], **keywords)
+
+        forced = self._inputs(visit)
+        visit.flax_inputs |= forced
+        self.stack.append(visit.pair)
         try:
-            output = proceed(*args, **kwargs)
+            output = run(forced)
         except Stop:
             raise
         except Exception as e:
-            event = self._event("raises", pair, call, "", None, None, module)
+            event = self._event(visit, "raises", next(iter(visit.call.outputs), ""))
             event.message = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-            event.flax_inputs = arrays | forced
             self._tell(event)
             raise
         finally:
             self.stack.pop()
 
         def again(inputs: dict[str, np.ndarray]) -> np.ndarray:
-            new = {k: _like(v, given[k]) for k, v in inputs.items()}
-            other, keywords = with_arguments(function, (module, *args), kwargs, new)
-            made = leaves(proceed(*other[1:], **keywords))
-            return to_numpy(next(iter(made.values())))
+            return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
 
+        visit.again = again
         made = leaves(output)
-        right = self._outputs(pair, call, module, made, arrays | forced, again)
-        self.past.append(pair.torch)
+        right = self._outputs(visit, {k: to_numpy(v) for k, v in made.items()})
+        self.past.append(visit.pair.torch)
         return replaced(output, {k: _like(v, made[k]) for k, v in right.items()})
 
-    def _inputs(
-        self, pair: LayerPair, call: Recorded, module: Any, arrays: dict[str, np.ndarray]
-    ) -> dict[str, np.ndarray]:
+    def _visit(self, path: str, module: Any, given: dict[str, Any]) -> Visit | None:
+        """What this call is on torch's side; None where there is nothing to compare with."""
+        pair = self.pairs.get(path)
+        if pair is None:
+            return None
+        index = self.counts.get(path, 0)
+        self.counts[path] = index + 1
+        call = self.reference.calls.get((pair.torch, index))
+        if call is None:  # torch calls it less often
+            return None
+        around = self.stack[-1] if self.stack else None
+        arrays = {k: to_numpy(v) for k, v in given.items()}
+        return Visit(pair, call, module, around, arrays)
+
+    def _inputs(self, visit: Visit) -> dict[str, np.ndarray]:
         """torch's own inputs as Flax has them, each compared with what Flax made of it."""
+        call, arrays = visit.call, visit.flax_inputs
         forced: dict[str, np.ndarray] = {}
         for a in align(call.inputs, arrays):
             right, given = call.inputs[a.torch], arrays[a.flax]
-            if right.dtype.kind != "f" and not (right.dtype.kind in "iu" and _looks_up(module)):
+            if right.dtype.kind != "f" and not (
+                right.dtype.kind in "iu" and _looks_up(visit.flax_module)
+            ):
                 continue  # masks and lengths may be meant otherwise: the output tells
-            event = self._event("input", pair, call, a.torch, a, given, module)
+            self._aligned(visit, "in", a, given)
             if not self.stack:  # the model's own inputs are the caller's to choose
-                self._aligned("in", pair, call, a, given)
                 continue
+            event = self._event(visit, "input", a.torch, given, a)
             if not event.judged.same and f"in:{a.torch}" not in self._random(call):
-                event.flax_inputs = arrays
                 self._tell(event)
             forced[a.flax] = to_flax(right, a.move, given.shape)
-            self._aligned("in", pair, call, a, given)
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
-        if (
-            self.stack
-            and unmet
-            and not forced
-            and _has_floats(arrays)
-            and _is_leaf(self.reference, pair)
-        ):
-            theirs = next(v for v in arrays.values() if v.dtype.kind == "f")
-            event = self._event("input", pair, call, unmet[0], None, theirs, module)
-            event.flax_inputs = arrays
-            self._tell(event)
+        theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
+        if self.stack and unmet and theirs and not forced and self._is_leaf(visit):
+            self._tell(self._event(visit, "input", unmet[0], theirs[0]))
         return forced
 
-    def _outputs(
-        self,
-        pair: LayerPair,
-        call: Recorded,
-        module: Any,
-        made: dict[str, Any],
-        inputs: dict[str, np.ndarray],
-        again: Any,
-    ) -> dict[str, np.ndarray]:
+    def _outputs(self, visit: Visit, made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """torch's own outputs as Flax has them, each compared with what Flax gave."""
-        arrays = {k: to_numpy(v) for k, v in made.items()}
+        call = visit.call
         right: dict[str, np.ndarray] = {}
-        pairs = align(call.outputs, arrays)
+        pairs = align(call.outputs, made)
         for a in pairs:
-            event = self._event("output", pair, call, a.torch, a, arrays[a.flax], module)
-            event.flax_inputs, event.again = inputs, again
+            event = self._event(visit, "output", a.torch, made[a.flax], a)
             if not event.judged.same and f"out:{a.torch}" not in self._random(call):
                 self._tell(event)
-            right[a.flax] = to_flax(call.outputs[a.torch], a.move, arrays[a.flax].shape)
-            self._aligned("out", pair, call, a, arrays[a.flax])
-        whole = not self.stack or _is_leaf(self.reference, pair)
-        if not pairs and call.outputs and arrays and whole:
-            key = next(iter(call.outputs))
-            event = self._event(
-                "output", pair, call, key, None, next(iter(arrays.values())), module
-            )
-            event.flax_inputs = inputs
-            self._tell(event)
+            right[a.flax] = to_flax(call.outputs[a.torch], a.move, made[a.flax].shape)
+            self._aligned(visit, "out", a, made[a.flax])
+        if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
+            key, theirs = next(iter(call.outputs)), next(iter(made.values()))
+            self._tell(self._event(visit, "output", key, theirs))
         return right
 
     def _event(
         self,
+        visit: Visit,
         where: str,
-        pair: LayerPair,
-        call: Recorded,
         key: str,
-        aligned: Aligned | None,
-        given: np.ndarray | None,
-        module: Any,
+        raw: np.ndarray | None = None,
+        aligned: Aligned | None = None,
     ) -> Event:
         side = "inputs" if where == "input" else "outputs"
-        key = key if where != "raises" else next(iter(call.outputs), "")
         empty = np.zeros(0)
-        rough = getattr(call, side).get(key, empty)
-        exact = getattr(self.reference.exact_call(call), side).get(key, empty)
-        raw = given
-        if given is None:
-            given = np.zeros(0)
-        elif aligned is not None:
+        rough = getattr(visit.call, side).get(key, empty)
+        exact = getattr(self.reference.exact_call(visit.call), side).get(key, empty)
+        given = empty if raw is None else raw
+        if aligned is not None:
             given = to_torch(given, aligned.move, rough.shape)
         judged = self.reference.judge(rough, exact, given)
-        around = self.stack[-1] if self.stack else None
-        return Event(
-            where, pair, call, key, judged, rough, exact, given, module, {}, around,
-            past=list(self.past), raw=raw,
-        )  # fmt: skip
+        return Event(where, visit, key, judged, rough, exact, given, list(self.past), raw)
 
-    def _aligned(
-        self, where: str, pair: LayerPair, call: Recorded, a: Aligned, given: np.ndarray
-    ) -> None:
+    def _aligned(self, visit: Visit, where: str, a: Aligned, given: np.ndarray) -> None:
         if given.dtype.kind == "f":
-            self.aligned[pair.flax, call.index, where, a.flax] = pair, a, given
+            self.aligned[visit.pair.flax, visit.call.index, where, a.flax] = visit.pair, a, given
+
+    def _is_leaf(self, visit: Visit) -> bool:
+        return torch_kind(self.reference.modules[visit.pair.torch]) != "other"
 
     def _tell(self, event: Event) -> None:
         try:
@@ -247,11 +243,3 @@ def _like(value: np.ndarray, given: Any) -> Any:
 
 def _looks_up(module: Any) -> bool:
     return flax_kind(module) == "embedding"
-
-
-def _has_floats(arrays: dict[str, np.ndarray]) -> bool:
-    return any(v.dtype.kind == "f" for v in arrays.values())
-
-
-def _is_leaf(reference: Reference, pair: LayerPair) -> bool:
-    return torch_kind(reference.modules[pair.torch]) != "other"

@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
-from convert.diagnose.case import Finding
+from convert.diagnose.case import first
+from convert.diagnose.causes import Explanation, found
 
-_GATES = {"recurrent": {4: "i,f,g,o", 3: "r,z,n"}}
+_GATES = {4: "i,f,g,o", 3: "r,z,n"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor whose values are not `right`, but `held`."""
+
+    name: str
+    right: np.ndarray
+    held: np.ndarray
+    others: Mapping[str, np.ndarray]  # the reference's other tensors, laid out as this one
+    kind: str | None
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both are floating-point and of one shape."""
+        return self.right.shape == self.held.shape and self.right.dtype.kind == "f"
 
 
 def diagnose_tensor(
@@ -26,8 +45,8 @@ def diagnose_tensor(
     `others` are the other tensors of the reference, laid out as `a` is; `kind` is that of the layer
     (as in zoo.layout). Nothing is said that does not fit in every element.
     """
-    finding = explain_tensor(name, a, b, others, kind)
-    return None if finding is None else finding.diagnosis
+    explanation = explain_tensor(name, a, b, others, kind)
+    return None if explanation is None else explanation.diagnosis
 
 
 def explain_tensor(
@@ -36,141 +55,135 @@ def explain_tensor(
     b: np.ndarray,
     others: Mapping[str, np.ndarray],
     kind: str | None = None,
-) -> Finding | None:
+) -> Explanation | None:
     """As `diagnose_tensor`, with the cause and what to try."""
     if _equal(a, b):
         return None
-    if "bias" in name and a.shape == b.shape and not b.any():
-        return Finding("bias_missing", f"{name} holds only zeros in Flax", "load it", name)
-    rules = (_constant, _rounded, _moved, _another, _sum, _scaled, _shuffled)
-    for rule in rules:
-        for cause, what, advice in rule(a, b, others, kind):
-            return Finding(cause, f"{name} {what}", advice, name)
-    return None
+    tensor = _Tensor(name, a, b, others, kind)
 
+    def said(rule: Callable[[_Tensor], Iterator[Explanation]]) -> Explanation | None:
+        return next(rule(tensor), None)
 
-Hints = Iterator[tuple[str, str, str]]
+    rules = (_no_bias, _constant, _rounded, _moved, _another, _sum, _scaled, _shuffled)
+    return first(*(partial(said, rule) for rule in rules))
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
 
 
-def _constant(a: np.ndarray, b: np.ndarray, others: object, kind: str | None) -> Hints:
-    if a.shape != b.shape or not b.size:
+def _no_bias(t: _Tensor) -> Iterator[Explanation]:
+    if "bias" in t.name and t.right.shape == t.held.shape and not t.held.any():
+        yield found("bias_missing", "tensor", name=t.name)
+
+
+def _constant(t: _Tensor) -> Iterator[Explanation]:
+    held = t.held
+    if t.right.shape != held.shape or not held.size:
         return
     for value, word in ((0, "zeros"), (1, "ones")):
-        if (b == value).all():
-            yield (
-                "default",
-                f"holds only {word}, as a fresh layer may: it was not loaded",
-                "load it",
-            )
-    if b.size > 1 and (b == b.flat[0]).all():
-        yield "default", f"holds only {float(b.flat[0]):g}: it was not loaded", "load it"
+        if (held == value).all():
+            yield found("default", name=t.name, value=word)
+    if held.size > 1 and (held == held.flat[0]).all():
+        yield found("default", "constant", name=t.name, value=float(held.flat[0]))
 
 
-def _rounded(a: np.ndarray, b: np.ndarray, others: object, kind: str | None) -> Hints:
-    if a.shape != b.shape or a.dtype.kind != "f":
+def _rounded(t: _Tensor) -> Iterator[Explanation]:
+    if not t.comparable:
         return
     for dtype, word in ((ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float16")):
         with np.errstate(over="ignore"):
-            if _equal(a.astype(dtype).astype(np.float64), b.astype(np.float64)):
-                yield "dtype", f"was rounded to {word} on the way", "convert without a cast"
+            if _equal(t.right.astype(dtype).astype(np.float64), t.held.astype(np.float64)):
+                yield found("dtype", "tensor", name=t.name, dtype=word)
 
 
-def _moved(a: np.ndarray, b: np.ndarray, others: object, kind: str | None) -> Hints:
+def _moved(t: _Tensor) -> Iterator[Explanation]:
     """The same elements, moved by one of the ops that layouts know."""
-    for cause, what, advice, made in moves(a, kind):
-        if _equal(made, b):
-            yield cause, what, advice
+    for made, explanation in _wrong_layouts(t):
+        if _equal(made, t.held):
+            yield explanation
 
 
-def moves(a: np.ndarray, kind: str | None = None) -> Iterator[tuple[str, str, str, np.ndarray]]:
+Layouts = Iterator[tuple[np.ndarray, Explanation]]
+
+
+def _wrong_layouts(t: _Tensor) -> Layouts:
     """Every wrong way in which a tensor's elements are known to be laid out."""
+    a = t.right
     for axes in itertools.permutations(range(a.ndim)):
         if axes != tuple(range(a.ndim)) and a.ndim <= 5:
-            square = a.ndim == 2 and a.shape[0] == a.shape[1]
-            word = "is transposed" + (", which its square shape hides" if square else "")
-            if kind == "linear" and a.ndim == 3:
-                word = f"has its heads and head_dim swapped: axes in the order {axes}"
-                yield "heads", word, "split into (heads, head_dim)", a.transpose(axes)
-                continue
-            word = word if a.ndim == 2 else f"has its axes in the order {axes}"
-            yield "transposed", word, "permute its axes as the layout says", a.transpose(axes)
+            yield a.transpose(axes), _transposed(t, axes)
     for n in range(1, a.ndim + 1):
         for axes in itertools.combinations(range(a.ndim), n):
-            word = f"is flipped along {'axis' if n == 1 else 'axes'} {', '.join(map(str, axes))}"
-            yield "flipped", word, "flip it back, or not at all", np.flip(a, axes)
+            words = f"{'axis' if n == 1 else 'axes'} {', '.join(map(str, axes))}"
+            yield np.flip(a, axes), found("flipped", "tensor", name=t.name, axes=words)
     for axis in range(a.ndim):
-        yield from _blocks(a, axis, kind)
+        yield from _blocks(t, axis)
     for axis in range(a.ndim):
-        yield from _factors(a, axis, kind)
+        yield from _factors(t, axis)
+        yield from _rope_rows(t, axis)
 
 
-def _blocks(
-    a: np.ndarray, axis: int, kind: str | None
-) -> Iterator[tuple[str, str, str, np.ndarray]]:
+def _transposed(t: _Tensor, axes: Sequence[int]) -> Explanation:
+    a = t.right
+    if t.kind == "linear" and a.ndim == 3:
+        return found("heads", "axes", name=t.name, axes=axes)
+    if a.ndim != 2:
+        return found("transposed", "tensor", name=t.name, axes=axes)
+    square = a.shape[0] == a.shape[1]
+    return found("transposed", "square matrix" if square else "matrix", name=t.name)
+
+
+def _blocks(t: _Tensor, axis: int) -> Layouts:
     """Gates, or query, key and value, in another order."""
-    recurrent = kind == "recurrent"
+    a, recurrent = t.right, t.kind == "recurrent"
     for count in (4, 3) if recurrent else (3, 2):
         if a.shape[axis] % count or a.shape[axis] < 2 * count:
             continue
         blocks = np.split(a, count, axis)
-        letters = _GATES["recurrent"].get(count, "") if recurrent else "q,k,v" if count == 3 else ""
+        usual = _GATES[count] if recurrent else "q,k,v"
         for order in itertools.permutations(range(count)):
             if order == tuple(range(count)):
                 continue
-            named = ",".join(letters.split(",")[i] for i in order) if letters else str(order)
-            usual = letters or str(tuple(range(count)))
-            word = f"has its {'gates' if recurrent else 'blocks'} along axis {axis} in the order "
-            cause = "gates" if recurrent else "blocks"
-            advice = f"reorder the blocks to {usual}"
             made = np.concatenate([blocks[i] for i in order], axis)
-            yield cause, f"{word}{named}, not {usual}", advice, made
+            if count == 2:
+                yield made, found("blocks", "halves", name=t.name, axis=axis)
+                continue
+            named = ",".join(usual.split(",")[i] for i in order)
+            if recurrent:
+                gates = found("gates", "tensor", name=t.name, axis=axis, flax=named, torch=usual)
+                yield made, gates
+            else:
+                yield made, found("blocks", name=t.name, axis=axis, flax=named, torch=usual)
 
 
-def _factors(
-    a: np.ndarray, axis: int, kind: str | None
-) -> Iterator[tuple[str, str, str, np.ndarray]]:
-    """A flattened axis read in another order: image before channels, halves before pairs."""
-    size = a.shape[axis]
-    x = np.moveaxis(a, axis, -1)
-    for n in _divisors(size):
-        if n in (1, size):
-            continue
+def _factors(t: _Tensor, axis: int) -> Layouts:
+    """A flattened axis read in another order: pixels before channels, head_dim before heads."""
+    size = t.right.shape[axis]
+    x = np.moveaxis(t.right, axis, -1)
+    for n in _divisors(size)[1:-1]:
         made = np.moveaxis(_swap(x, n), -1, axis)
-        inputs = kind == "linear" and a.ndim == 2 and axis == 0
-        word = (
-            f"has its {size} inputs flattened as ({size // n}, {n}), not as ({n}, {size // n})"
-            if inputs
-            else f"has its heads along axis {axis} in the order ({size // n}, {n}), "
-            f"not ({n}, {size // n})"
-        )
-        cause = "flatten" if inputs else "heads"
-        advice = (
-            "torch flattens images channel first, Flax channel last: reorder the rows"
-            if inputs
-            else "split the axis into (heads, head_dim), heads first"
-        )
-        yield cause, word, advice, made
-    for n in _divisors(size):
+        if t.kind == "linear" and t.right.ndim == 2 and axis == 0:
+            yield made, found("flatten", "tensor", name=t.name, size=size, channels=n,
+                              pixels=size // n)  # fmt: skip
+        else:
+            yield made, found("heads", "tensor", name=t.name, axis=axis, heads=n, width=size // n)
+
+
+def _rope_rows(t: _Tensor, axis: int) -> Layouts:
+    """The rows of each head in pairs for in halves, or the other way round."""
+    size = t.right.shape[axis]
+    x = np.moveaxis(t.right, axis, -1)
+    for n in _divisors(size)[1:]:
         width = size // n
-        if n == 1 or width % 2 or width < 4:
+        if width % 2 or width < 4:
             continue
         heads = x.reshape(*x.shape[:-1], n, width)
-        for half, word in (
-            (2, "interleaved, not in halves"),
-            (width // 2, "in halves, not interleaved"),
+        for half, explanation in (
+            (2, found("rope", "interleaved", name=t.name, heads=n)),
+            (width // 2, found("rope", "in halves", name=t.name, heads=n)),
         ):
-            made = np.moveaxis(_swap(heads, half).reshape(x.shape), -1, axis)
-            advice = "permute the rows of query and key, or rotate in the other style"
-            yield (
-                "rope",
-                f"has the rows of its {n} heads {word}, as another RoPE wants",
-                advice,
-                made,
-            )
+            yield np.moveaxis(_swap(heads, half).reshape(x.shape), -1, axis), explanation
 
 
 def _swap(x: np.ndarray, n: int) -> np.ndarray:
@@ -182,68 +195,70 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0] if n <= 65536 else []
 
 
-def _another(
-    a: np.ndarray, b: np.ndarray, others: Mapping[str, np.ndarray], kind: str | None
-) -> Hints:
-    for other, values in others.items():
-        if _equal(values, b):
-            yield "swapped", f"holds the values of {other}", f"swap it with {other}"
-    for other, values in others.items():
-        if values.ndim == 2 and _equal(values.T, b):
-            word = f"holds the values of {other}, transposed"
-            yield "swapped", word, f"swap it with {other}, and transpose"
+def _another(t: _Tensor) -> Iterator[Explanation]:
+    for other, values in t.others.items():
+        if _equal(values, t.held):
+            yield found("swapped", name=t.name, other=other)
+    for other, values in t.others.items():
+        if values.ndim == 2 and _equal(values.T, t.held):
+            yield found("swapped", "transposed", name=t.name, other=other)
 
 
-def _sum(a: np.ndarray, b: np.ndarray, others: Mapping[str, np.ndarray], kind: str | None) -> Hints:
-    if a.shape != b.shape or a.dtype.kind != "f" or a.ndim != 1:
+def _sum(t: _Tensor) -> Iterator[Explanation]:
+    """Another bias added to the whole of this one, or to some of its gates."""
+    a, b = t.right, t.held
+    if not t.comparable or a.ndim != 1:
         return
-    for other, values in others.items():
+    for other, values in t.others.items():
         if values.shape != a.shape or not values.any():
             continue
         if _close(a + values, b):
-            word = f"holds the sum of itself and {other}"
-            yield "bias_sum", word, f"keep {other} apart from it"
+            yield found("bias_sum", name=t.name, other=other)
             continue
         for count in (3, 4):
-            if a.size % count:
-                continue
-            parts = [np.split(v, count) for v in (a, a + values, np.zeros_like(a), b)]
-            which = [
-                next((w for w, p in zip(("own", "sum", "zero"), parts, strict=False)
-                      if _close(p[i], parts[3][i])), None)
-                for i in range(count)
-            ]  # fmt: skip
-            if None not in which and "sum" in which:
-                word = f"has {other} added up into some of its {count} gates ({', '.join(map(str, which))})"  # noqa: E501
-                yield "bias_sum", word, "in a GRU the two biases of gate n must stay apart"
+            parts = _gate_sums(a, values, b, count)
+            if None not in parts and "sum" in parts:
+                words = ", ".join(map(str, parts))
+                yield found("bias_sum", "gates", name=t.name, other=other, count=count, parts=words)
 
 
-def _scaled(a: np.ndarray, b: np.ndarray, others: object, kind: str | None) -> Hints:
-    if a.shape != b.shape or a.dtype.kind != "f" or a.size < 2:
+def _gate_sums(a: np.ndarray, other: np.ndarray, b: np.ndarray, count: int) -> list[str | None]:
+    """What each of `count` gates of b is: "own" (a's), "sum" of both, "zero", or neither."""
+    if a.size % count:
+        return [None]
+    known = {"own": a, "sum": a + other, "zero": np.zeros_like(a)}
+    parts = {word: np.split(values, count) for word, values in known.items()}
+    return [
+        next((word for word, values in parts.items() if _close(values[i], gate)), None)
+        for i, gate in enumerate(np.split(b, count))
+    ]
+
+
+def _scaled(t: _Tensor) -> Iterator[Explanation]:
+    if not t.comparable or t.right.size < 2:
         return
-    x, y = a.astype(np.float64), b.astype(np.float64)
+    x, y = t.right.astype(np.float64), t.held.astype(np.float64)
     if not np.isfinite(y).all() or not x.any():
         return
     factor = float((x * y).sum() / (x * x).sum())
-    if factor and _close(x * factor, y):
-        yield (
-            "scale",
-            f"is {factor_name(factor)} times what it should be",
-            "load it without a factor",
-        )
-    elif _close(x - 1, y) or _close(x + 1, y):
-        word = "is smaller" if _close(x - 1, y) else "is larger"
-        yield "scale_plus_one", f"{word} by one", "one side multiplies by 1 + scale"
+    if _close(x, y):
+        yield found("scale", "rounding", name=t.name)
+    elif factor and _close(x * factor, y):
+        yield found("scale", "tensor", name=t.name, factor=factor_name(factor))
+    elif _close(x - 1, y):
+        yield found("scale_plus_one", "smaller", name=t.name)
+    elif _close(x + 1, y):
+        yield found("scale_plus_one", "larger", name=t.name)
 
 
-def _shuffled(a: np.ndarray, b: np.ndarray, others: object, kind: str | None) -> Hints:
+def _shuffled(t: _Tensor) -> Iterator[Explanation]:
+    a, b = t.right, t.held
     if a.size == b.size > 1 and _equal(np.sort(a, None), np.sort(b, None)):
         for axis in range(a.ndim if a.shape == b.shape else 0):
             rows = [np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (a, b)]
             if len(rows[0]) > 1 and _equal(*(r[np.lexsort(r.T[::-1])] for r in rows)):
-                word = f"has the right slices along axis {axis}, in another order"
-                yield "permuted", word, "look at what that axis is made of"
-        yield "permuted", "has the right elements in other places", "reorder it as the layout says"
+                yield found("permuted", "slices", name=t.name, axis=axis)
+        yield found("permuted", name=t.name)
 
 
 def _close(a: np.ndarray, b: np.ndarray) -> bool:
