@@ -155,7 +155,7 @@ def test_the_optimizer_comes_along(tmp_path: Path) -> None:
     assert made.training["optimizers"]
     convert.convert(tmp_path / "run.flax", tmp_path / "back.pt")
     fresh = torch.optim.AdamW(module.named_parameters(), lr=1e-3)
-    convert.load_optimizer(tmp_path / "back.pt", fresh, module, layout=layout)
+    convert.load_optimizer(tmp_path / "back.pt", fresh, module)
     for mine, theirs in zip(
         optimizer.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True
     ):
