@@ -18,7 +18,7 @@ from zoo.checkpoint.certificate import now, versions
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
-from zoo.checkpoint.request import Request, make_request
+from zoo.checkpoint.request import UNSTATED, Request, make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import NotEquivalent, UsageError
@@ -112,9 +112,16 @@ def _checkpoints(
     with ExitStack() as stack:
         sides: list[tuple[Reader, Plan]] = []
         states = []
-        for source, prefer in ((a, "torch"), (b, "flax")):
-            reader = stack.enter_context(open_checkpoint(hub.locate(source), prefer))
-            made = make_plan(reader, read_label(reader), "torch", request=request)
+        readers = [
+            stack.enter_context(open_checkpoint(hub.locate(source), prefer))
+            for source, prefer in ((a, "torch"), (b, "flax"))
+        ]
+        labels = [read_label(reader) for reader in readers]
+        # A layout that came with one side is that of the other too, where it says nothing.
+        shared = Request(layout=next((x.layout for x in labels if x.layout is not None), None))
+        for reader, label in zip(readers, labels, strict=True):
+            silent = request == UNSTATED and label.model is None and label.layout is None
+            made = make_plan(reader, label, "torch", request=shared if silent else request)
             made, state = besides(reader, made, stack)
             sides.append((reader, made))
             states.append(state)
