@@ -89,7 +89,7 @@ def test_a_module_of_ones_own_comes_with_its_layout() -> None:
     state = state_of(lambda p: T.Adam(p, RATE))
     with jax.enable_x64(True):
         own = Own()
-        with pytest.raises(UsageError, match="Own is no model of the zoo") as e:
+        with pytest.raises(UsageError, match="Own is not a model of the zoo") as e:
             convert.load_optimizer(state, optax.adam(RATE), own)
         assert "layout=" in e.value.advice
         data = MLP.layout.to_json()
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[Callable[[], OptimizerState], Callable[[Any], Any], str
     "unknown": (
         lambda: state_of(lambda p: T.Adam(p, RATE)),
         lambda p: T.Rprop(p, RATE),
-        "Rprop is no optimizer that is known",
+        "Rprop is not an optimizer that is known",
     ),
 }
 

@@ -87,7 +87,7 @@ def fill_torch(state: OptimizerState, optimizer: Any, model: Any) -> Any:
     rule = rules().get(name)
     if rule is None:
         raise UsageError(
-            f"{type(optimizer).__name__} is no optimizer that is known",
+            f"{type(optimizer).__name__} is not an optimizer that is known",
             f"known are {', '.join(rules())}; a plugin can add one (docs/layout.md)",
         )
     objects = [list(group["params"]) for group in optimizer.param_groups]
