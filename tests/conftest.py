@@ -21,6 +21,39 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 DATA = Path(__file__).parent / "data"
 
 
+# Files that `scripts/test --fast` leaves out. What is slow in other files is marked there.
+SLOW = frozenset(
+    f"test_{name}.py"
+    for name in [
+        "diagnosis",
+        "divergence",
+        "generation",
+        "hub",
+        "optim",
+        "optimizer",
+        "optimizer_files",
+        "optimizer_refused",
+        "optimizer_torch",
+        "report",
+        "sharded",
+        "switch_transformer",
+        "train",
+        "training_checkpoints",
+        "transformer",
+        "translatotron",
+        "verify",
+        "wavenet",
+        "weights",
+    ]
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, as an installed package carries it."""
