@@ -23,28 +23,27 @@ DATA = Path(__file__).parent / "data"
 
 # Files that `scripts/test --fast` leaves out. What is slow in other files is marked there.
 SLOW = frozenset(
-    f"test_{name}.py"
-    for name in [
-        "diagnosis",
-        "divergence",
-        "generation",
-        "hub",
-        "optim",
-        "optimizer",
-        "optimizer_files",
-        "optimizer_refused",
-        "optimizer_torch",
-        "report",
-        "sharded",
-        "switch_transformer",
-        "train",
-        "training_checkpoints",
-        "transformer",
-        "translatotron",
-        "verify",
-        "wavenet",
-        "weights",
-    ]
+    {
+        "test_diagnosis.py",
+        "test_divergence.py",
+        "test_generation.py",
+        "test_hub.py",
+        "test_optim.py",
+        "test_optimizer.py",
+        "test_optimizer_files.py",
+        "test_optimizer_refused.py",
+        "test_optimizer_torch.py",
+        "test_report.py",
+        "test_sharded.py",
+        "test_switch_transformer.py",
+        "test_train.py",
+        "test_training_checkpoints.py",
+        "test_transformer.py",
+        "test_translatotron.py",
+        "test_verify.py",
+        "test_wavenet.py",
+        "test_weights.py",
+    }
 )
 
 

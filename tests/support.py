@@ -19,8 +19,10 @@ SLOW_FLAX = pytest.param("flax", marks=pytest.mark.slow)  # where it compiles a 
 
 
 def every_tiny() -> Any:
-    """Parametrizes a test over (model, config) for all tiny configurations; the fast lane takes the
-    first of each family."""
+    """Parametrizes a test over (model, config) for all tiny configurations.
+
+    The fast lane takes the first of each family.
+    """
     return pytest.mark.parametrize(
         ("model", "config"),
         [
@@ -40,8 +42,10 @@ def every_family() -> Any:
 
 
 def every_config() -> Any:
-    """Parametrizes a test over (model, config) for all presets and all tiny configurations; the fast
-    lane takes one tiny configuration of each family."""
+    """Parametrizes a test over (model, config) for all presets and all tiny configurations.
+
+    The fast lane takes one tiny configuration of each family.
+    """
     return pytest.mark.parametrize(
         ("model", "config"),
         [
