@@ -310,12 +310,12 @@ CAUSES: Mapping[str, Cause] = {
 
     # --- The code between layers ---
     "gelu": Cause("GELU by erf, by tanh or by a sigmoid (quick)", {
-        "": ("after {name} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
-        "jax": ("after {name} torch has {torch}, Flax's values fit {flax}",
+        "": ("{where} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
+        "jax": ("{where} torch has {torch}, Flax's values fit {flax}",
                 "jax.nn.gelu(x, approximate={approximate})"),
     }, layer="activation"),
     "activation": Cause("another activation", {
-        "": ("after {name} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
+        "": ("{where} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
         "gated": ("torch multiplies {a} of {x} by {b} of {y}, Flax {c} of {x} by {d} of {y}",
                   "swap the two, or their activations"),
         "recurrence": ("Flax's recurrence uses {flax}, torch's {torch}",

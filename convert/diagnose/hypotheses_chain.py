@@ -65,7 +65,7 @@ def _others(name: str, module: Any) -> Iterator[tuple[Function, Explanation]]:
     if kind == "activation":
         ours = _activation_name(module)
         for other, f in functions().items():
-            yield f, activation_differs(f"layer {name} ({class_name})", ours, other)
+            yield f, activation_differs(f"at layer {name} ({class_name})", ours, other)
     if kind == "flatten":
         yield lambda x: np.moveaxis(x, 1, -1).reshape(len(x), -1), found(
             "flatten", "layer", name=name)  # fmt: skip

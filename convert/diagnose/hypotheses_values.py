@@ -106,25 +106,25 @@ def activation(case: Case) -> Explanation | None:
         ours = [k for k, v in values.items() if case.is_right(v)]
         for a, b in itertools.product(ours, table):
             if a != b and case.fits(values[b]):
-                return activation_differs(name, a, b)
+                return activation_differs(f"after {name}", a, b)
     for name, x in case.past:
         if x.dtype.kind != "f" or x.shape != case.right.shape or not case.comparable:
             continue
         values = {k: f(x) for k, f in table.items()}
         for a, b in itertools.permutations(table, 2):
             if "no activation" not in (a, b) and case.fits(case.right + values[b] - values[a]):
-                return activation_differs(name, a, b)
+                return activation_differs(f"after {name}", a, b)
     return None
 
 
-def activation_differs(name: str, ours: str, theirs: str) -> Explanation:
-    """After `name`, which of `functions` torch has, and which Flax."""
+def activation_differs(where: str, ours: str, theirs: str) -> Explanation:
+    """Which of `functions` torch has in a place, and which Flax."""
     if not (ours.startswith("gelu") and theirs.startswith("gelu")):
-        return found("activation", name=name, torch=ours, flax=theirs)
+        return found("activation", where=where, torch=ours, flax=theirs)
     approximate = {"gelu (erf)": False, "gelu (tanh)": True}.get(ours)
     if approximate is None:
-        return found("gelu", name=name, torch=ours, flax=theirs)
-    return found("gelu", "jax", name=name, torch=ours, flax=theirs, approximate=approximate)
+        return found("gelu", where=where, torch=ours, flax=theirs)
+    return found("gelu", "jax", where=where, torch=ours, flax=theirs, approximate=approximate)
 
 
 def gated(case: Case) -> Explanation | None:
