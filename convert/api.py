@@ -15,9 +15,9 @@ from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
 from zoo.checkpoint.certificate import Certificate, now, versions
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.request import make_request
 from zoo.containers.errors import UsageError
-from zoo.layout import Tree
-from zoo.loading import make_request
+from zoo.layout import Layout, Tree
 
 Source = str | os.PathLike[str]
 
@@ -34,6 +34,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     learning_rate: float | None = None,
+    layout: Layout | None = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -47,8 +48,10 @@ def convert(
     orbax or safetensors). `framework` is the target's, "flax" or "torch" (None: the one that `to`
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
     "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
-    of the last update, for a momentum that optax keeps times it. `verify` re-reads the
-    result and maps it back; `level` is as in `convert.verify`: above "bits" both twins are run.
+    of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
+    where no family has them: it then travels with the result, so that the way back needs none.
+    `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
+    both twins are run.
     `on_plan` is called once everything is known and nothing is written.
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.
@@ -64,6 +67,7 @@ def convert(
         dtype=dtype,
         max_shard_size=max_shard_size,
         learning_rate=learning_rate,
+        layout=layout,
         force=force,
         verify=verify,
         level=level,

@@ -10,10 +10,12 @@ from typing import Any
 from convert.training_state.besides import besides
 from convert.training_state.summary import summary
 from zoo import hub
-from zoo.checkpoint.identification import Candidate, Request, identify_header
+from zoo.checkpoint.identification import Candidate, identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import Left
 from zoo.checkpoint.plan import make_plan
+from zoo.checkpoint.request import Request
+from zoo.checkpoint.stated_layout import identity
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import ZooError
@@ -31,6 +33,7 @@ class Inspection:
     differences: list[str]  # from the nearest miss
     unknown: list[str]  # config fields that nothing in the checkpoint tells
     tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
+    layout: str | None = None  # "entries/sha256:..." of a layout that came with the checkpoint
     ties: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # `convert.training_state.summary`
     metadata: dict[str, str] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class Inspection:
             "differences": self.differences,
             "unknown": self.unknown,
             "tree": self.tree,
+            "layout": self.layout,
             "values": self.values,
             "bytes": self.nbytes,
             "tensors": {
@@ -105,6 +109,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             differences=differences,
             unknown=unknown,
             tree=tree,
+            layout=None if label.layout is None else identity(label.layout),
             ties=dict(reader.ties),
             training=training,
             metadata=dict(reader.metadata),
@@ -117,7 +122,8 @@ def _besides(
     reader: Reader, candidate: Candidate, stack: ExitStack
 ) -> tuple[list[str], dict[str, Any]]:
     """What to tell of what the checkpoint holds besides its weights, and a summary of it."""
-    request = Request(candidate.model, candidate.config)
+    layout = None if candidate.model else candidate.layout
+    request = Request(candidate.model, candidate.config, layout)
     plan = make_plan(reader, Label(), None, request=request)
     before = len(plan.told)
     plan, state = besides(reader, plan, stack, damaged=True)

@@ -33,10 +33,11 @@ from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
-from zoo.containers import open_checkpoint
+from zoo.checkpoint.request import make_request
+from zoo.containers import filenames, open_checkpoint
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES
-from zoo.loading import dtype_code, make_request
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*(\.[a-z0-9][a-z0-9_]*)?")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*((a|b|rc)[0-9]+)?(\.post[0-9]+)?(\.dev[0-9]+)?")  # PEP 440
@@ -142,10 +143,11 @@ def _check_plan(plan: Plan, name: str) -> None:
             "name a preset with --model, or give its config.json with --config",
         )
     preset, dot, _ = name.partition(".")
-    if dot and plan.model.presets.get(preset) != plan.config:
-        fits = [n for n, c in plan.model.presets.items() if c == plan.config]
+    family = plan.family
+    if dot and family.presets.get(preset) != plan.config:
+        fits = [n for n, c in family.presets.items() if c == plan.config]
         raise UsageError(
-            f"{preset!r} is not the preset of this checkpoint, which is {plan.model.name}"
+            f"{preset!r} is not the preset of this checkpoint, which is {family.name}"
             + (f" ({', '.join(fits)})" if fits else ", with sizes of its own"),
             f"call it {fits[0]}.{name.partition('.')[2]}" if fits else "give a name without a dot",
         )
@@ -185,7 +187,7 @@ def _write_wheel(
             f"[zooconvert.weights]\n{name} = {distribution}:{name}.safetensors\n"
         ),
     }
-    files = (f"{name}.safetensors", f"{name}.json", f"{name}.safetensors.certificate.json")
+    files = (f"{name}.safetensors", f"{name}.json", f"{name}.safetensors.{filenames.CERTIFICATE}")
     record = []
     with zipfile.ZipFile(path, "w") as archive:
         for inner, text in texts.items():

@@ -79,7 +79,8 @@ def _train(
     _host_devices(framework, settings["devices"])
     from training import plots
     from training.description import make_job
-    from training.games import GAMES, play
+    from training.games import GAMES
+    from training.playing import play
     from training.run import run
     from training.tasks import find
 

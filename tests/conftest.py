@@ -11,6 +11,13 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What XLA compiled stays for the next run: most of the suite's time is compiling what no edit has
+# changed. An entry is found by its program, its compiler and the machine's kind.
+_COMPILED = Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(500 * 2**20))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 DATA = Path(__file__).parent / "data"
 
 

@@ -1,21 +1,18 @@
-"""The documents' models, held against the zoo: their own classes, written out again in the tests,
-save a checkpoint, and everything else must follow from that file alone."""
+"""What a module of torch computes, in float32 and float64, and what may be called the same."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
+from support import Arrays
 from torch import nn
+from upstream import Tensors, default_dtype, plainly, tensors
 
-import convert
-import zoo
-from convert.judge.noise import EXACT, MARGIN
+from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
+from convert.runtime.arrays import named_outputs
 from zoo import probe
 
 
@@ -35,12 +32,25 @@ def images_last(x: np.ndarray) -> np.ndarray:
 
 
 def outputs(module: nn.Module, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the module gives in float32 and, with the same weights, in float64."""
-    with torch.no_grad():
-        rough = module(torch.from_numpy(x).float()).numpy()
-        exact = module.double()(torch.from_numpy(x).double()).numpy()
+    """What the module gives for one input in float32 and, with the same weights, in float64."""
+    rough, exact = every_output(module, {"x": x})
+    return rough["output"], exact["output"]
+
+
+def every_output(module: nn.Module, given: Arrays, call: Any = plainly) -> tuple[Arrays, Arrays]:
+    """All outputs of `call(module, inputs)` by name, in float32 and in float64.
+
+    The module is in float32 before and after.
+    """
+    made = []
+    for precision in ("float32", "float64"):
+        module.to(getattr(torch, precision))
+        with default_dtype(precision):  # with gradients, or torch.nn.Transformer takes a shortcut
+            inputs: Tensors = tensors(given, precision)
+            found = named_outputs(call(module, inputs))
+        made.append({n: x.detach().numpy() for n, x in found.items()})
     module.float()
-    return rough, exact
+    return made[0], made[1]
 
 
 def same(got: Any, rough: np.ndarray, exact: np.ndarray) -> None:
@@ -51,43 +61,8 @@ def same(got: Any, rough: np.ndarray, exact: np.ndarray) -> None:
     assert np.abs(np.asarray(got) - rough).max() <= allowed
 
 
-def check_document(module: nn.Module, preset: str, x: np.ndarray, folder: Path) -> Path:
-    """Save `module`'s state_dict, convert and load it by its file name alone, compare outputs.
-
-    `x` is a float64 input, NCHW for images. Gives the Flax checkpoint that was written.
-    """
-    filled(module)
-    path = folder / "document.pt"
-    torch.save(module.state_dict(), path)
-    made = convert.convert(path)
-    found = zoo.get(preset)
-    assert made.model == found.model.name
-    assert found.model.configure(**made.config) == found.config
-    assert "unknown" not in " ".join(made.notices)
-    flax = folder / "document.flax"
-    rough, exact = outputs(module, x)
-    with torch.no_grad():
-        mine = zoo.load(path, framework="torch")(torch.from_numpy(x).float()).numpy()
-    assert np.abs(exact).max() > 0.01
-    same(mine, rough, exact)
-    for source in (path, flax):
-        same(zoo.load(source, framework="flax")(jnp.asarray(images_last(x))), rough, exact)
-    with jax.enable_x64(True):
-        wide = zoo.load(flax, framework="flax", param_dtype="float64")(jnp.asarray(images_last(x)))
-        assert wide.dtype == jnp.float64
-        assert np.abs(np.asarray(wide) - exact).max() <= EXACT * np.abs(exact).max()
-    back = convert.convert(flax, folder / "back.pt")
-    assert back.model == made.model
-    returned = torch.load(folder / "back.pt", weights_only=True)
-    assert list(returned) == list(module.state_dict()), "names and order of the document's class"
-    assert all((returned[n] == t).all() for n, t in module.state_dict().items())
-    return flax
-
-
-def check_fresh(preset: str, **overrides: Any) -> None:
-    """`zoo.create` gives one model in both frameworks."""
-    found = zoo.get(preset)
-    a, b = (zoo.create(preset, framework=f, seed=3, **overrides) for f in ("torch", "flax"))
-    ((name, x),) = found.model.inputs(found.config).items()
-    got = b(jnp.asarray(found.model.to_flax(name, x.astype(np.float32))))
-    same(got, *outputs(a, x))
+def all_same(got: Arrays, rough: Arrays, exact: Arrays) -> None:
+    """The same for every output by name."""
+    assert got.keys() == rough.keys()
+    for name, x in got.items():
+        same(x, rough[name], exact[name])

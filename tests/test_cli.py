@@ -411,3 +411,15 @@ def test_completion(shell: str) -> None:
     assert "_ZOOCONVERT_COMPLETE" in result.output
     found = options.complete_model(None, None, "mini")
     assert found == ["minilm_l6"]
+
+
+def test_windows_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as e:
+        cli_module.main()
+    assert e.value.code == 2
+    problem, advice = capsys.readouterr().err.splitlines()
+    assert problem == "error: zooconvert does not run on Windows"
+    assert advice.startswith("try: use Linux")

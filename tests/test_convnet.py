@@ -1,8 +1,7 @@
-"""Small convolutional classifiers against the documents' classes, and the blocks they stand on."""
+"""Small convolutional classifiers in Linen, their geometry, and the blocks they stand on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from documents import check_document, check_fresh, filled, images_last, outputs, same
+from documents import filled, images_last, outputs, same
 from flax import linen, nnx, serialization
 from orbax import checkpoint as ocp
 from torch import nn
+from upstream.convnet import CLASSES, Pooled
 
 import convert
 import zoo
@@ -26,72 +26,9 @@ from zoo.models.convnet.layout import infer
 from zoo.nn import conv_flax, conv_torch, pool_flax
 
 
-class Document(nn.Module):
-    """All the documents' classes: two convolutions or one, two linear layers or three."""
-
-    def __init__(self, conv1: nn.Module, conv2: nn.Module | None, *widths: int) -> None:
-        super().__init__()
-        self.conv1 = conv1
-        if conv2 is not None:
-            self.conv2 = conv2
-        self.fc1 = nn.Linear(widths[0], widths[1])
-        self.fc2 = nn.Linear(widths[1], widths[2])
-        if len(widths) > 3:
-            self.fc3 = nn.Linear(widths[2], widths[3])
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2, 2)
-        return F.max_pool2d(F.relu(self.conv2(x)), 2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.features(x)
-        x = F.relu(self.fc1(x.view(x.shape[0], -1)))
-        return self.fc3(F.relu(self.fc2(x))) if hasattr(self, "fc3") else self.fc2(x)
-
-
-class Wide(Document):
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        return F.max_pool2d(F.relu(self.conv1(x)), 2, 2)
-
-
-class Unpooled(Document):
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))))
-
-
-DOCUMENTS: dict[str, Callable[[], nn.Module]] = {
-    "mnist_cnn": lambda: Document(nn.Conv2d(1, 10, 5), nn.Conv2d(10, 20, 5), 320, 10, 10),
-    "mnist_cnn_wide": lambda: Wide(nn.Conv2d(1, 32, 3, 2, 1), None, 1568, 128, 10),
-    "image_cnn": lambda: Document(
-        nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1), 4096, 128, 10
-    ),
-    "cifar_net": lambda: Document(nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5), 400, 120, 84, 10),
-    "jax_cnn": lambda: Document(
-        nn.Conv2d(1, 32, 3, padding="same"), nn.Conv2d(32, 64, 3, padding="same"), 3136, 128, 10
-    ),
-    "flax_cnn": lambda: Unpooled(
-        nn.Conv2d(3, 32, 3, padding="same"), nn.Conv2d(32, 64, 3, padding="same"), 65536, 128, 10
-    ),
-}
-
-
 def sample(preset: str, batch: int = 2) -> np.ndarray:
     c = MODEL.presets[preset]
     return probe.normal("x", (batch, c.in_channels, c.image_size, c.image_size))
-
-
-@pytest.mark.parametrize("preset", DOCUMENTS)
-def test_the_documents_checkpoint(preset: str, tmp_path: Path) -> None:
-    check_document(DOCUMENTS[preset](), preset, sample(preset), tmp_path)
-
-
-def test_every_preset_has_its_document() -> None:
-    assert DOCUMENTS.keys() == MODEL.presets.keys()
-
-
-@pytest.mark.parametrize("preset", DOCUMENTS)
-def test_fresh_models_are_the_same(preset: str) -> None:
-    check_fresh(preset)
 
 
 @pytest.mark.parametrize("framework", ["torch", "flax"])
@@ -137,7 +74,7 @@ def test_a_linen_checkpoint(container: str, outer: bool, tmp_path: Path) -> None
     made = convert.convert(path, tmp_path / "t.pt", framework="torch")
     assert (made.model, made.source_tree) == ("convnet", "linen-compact")
     assert MODEL.configure(**made.config) == MODEL.presets["flax_cnn"]
-    module = DOCUMENTS["flax_cnn"]()
+    module = CLASSES["flax_cnn"]()
     module.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True), strict=True)
     expected = outputs(module, x)
     same(net.apply(variables, given), *expected)
@@ -145,7 +82,7 @@ def test_a_linen_checkpoint(container: str, outer: bool, tmp_path: Path) -> None
 
 
 def test_what_the_linen_class_restores(tmp_path: Path) -> None:
-    module = filled(DOCUMENTS["flax_cnn"]())
+    module = filled(CLASSES["flax_cnn"]())
     torch.save(module.state_dict(), tmp_path / "a.pt")
     convert.convert(tmp_path / "a.pt", tmp_path / "b.msgpack", tree="linen-compact")
     x = sample("flax_cnn", 1).astype(np.float32)
@@ -171,9 +108,7 @@ def test_other_widths_keep_the_presets_geometry() -> None:
 
 
 def test_an_unknown_geometry_converts_and_loading_asks(tmp_path: Path) -> None:
-    module = filled(
-        Document(nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1), 36, 7, 3)
-    )
+    module = filled(Pooled(nn.Conv2d(2, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1), 36, 7, 3))
     torch.save(module.state_dict(), tmp_path / "a.pt")
     made = convert.convert(tmp_path / "a.pt")
     assert [made.config[n] for n in ("stride", "padding", "pool")] == [None] * 3
@@ -188,7 +123,7 @@ def test_an_unknown_geometry_converts_and_loading_asks(tmp_path: Path) -> None:
     assert back.config["stride"] is None
 
 
-@pytest.mark.parametrize("preset", DOCUMENTS)
+@pytest.mark.parametrize("preset", CLASSES)
 def test_a_damaged_checkpoint_is_still_told_by_the_rest(preset: str) -> None:
     c = MODEL.presets[preset]
     shapes = MODEL.layout_of(c).shapes("torch")

@@ -17,14 +17,16 @@ from flax import nnx
 from support import every_family
 from torch import nn
 
-from convert.diagnose import first_divergence, match_layers, match_parameters
+from convert.diagnose import first_divergence
 from convert.matching.pair import Pair
+from convert.matching.pairing import pair_modules
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import trace_flax
 from convert.runtime.torch_calls import trace_torch
 from zoo import probe
 from zoo.checkpoint.apply import apply
 from zoo.containers.errors import UsageError
+from zoo.layout import Layout
 from zoo.model import Config, Model
 
 
@@ -109,7 +111,7 @@ def test_what_runs_inside_a_scan_is_noted() -> None:
 
 def test_layers_are_paired_by_order_where_names_say_nothing() -> None:
     pair = sequential_pair()
-    found = {p.torch: (p.flax, p.why) for p in match_layers(pair)}
+    found = {p.torch: (p.flax, p.why) for p in pair_modules(pair).layers}
     assert found == {
         "": ("", "name"), "0": ("Conv_0", "order"), "4": ("Dense_0", "order"),
         "6": ("Dense_1", "order"),
@@ -128,20 +130,28 @@ def test_the_users_pairs_win() -> None:
     x = probe.normal("x", (2, 4)).astype(np.float32)
     call = Call((x,))
     pair = Pair(torch_net, Net().bind({"params": params}), call, call)
-    assert [(p.torch, p.flax) for p in match_layers(pair)] == [("", ""), ("0", "a"), ("1", "b")]
+    assert [(p.torch, p.flax) for p in pair_modules(pair).layers] == [
+        ("", ""),
+        ("0", "a"),
+        ("1", "b"),
+    ]
     crossed = Pair(torch_net, pair.flax, call, call, {"0": "b", "1": "a"})
-    assert [(p.flax, p.why) for p in match_layers(crossed)][1:] == [("b", "given"), ("a", "given")]
+    assert [(p.flax, p.why) for p in pair_modules(crossed).layers][1:] == [
+        ("b", "given"),
+        ("a", "given"),
+    ]
     assert first_divergence(pair) is None
     assert first_divergence(crossed) is not None
     unknown = Pair(torch_net, pair.flax, call, call, {"0": "c"})
     with pytest.raises(UsageError, match="no 'c'"):
-        match_layers(unknown)
+        pair_modules(unknown)
 
 
 @pytest.mark.parametrize("make", [encoder_pair, sequential_pair])
 def test_matched_parameters_hold_equal_values(make: Callable[[], Pair]) -> None:
     pair = make()
-    matches, torch_left, flax_left = match_parameters(pair)
+    found = pair_modules(pair)
+    matches, (torch_left, flax_left) = found.matches, found.tensors_left
     assert not torch_left
     assert not flax_left
     state = arrays(pair.torch)
@@ -153,10 +163,15 @@ def test_matched_parameters_hold_equal_values(make: Callable[[], Pair]) -> None:
             for part in name.split("."):
                 held = held[part]
             assert (np.asarray(held) == array).all(), name
+    layout = found.layout()
+    assert found.complete
+    assert layout.shapes("torch") == {n: x.shape for n, x in state.items()}
+    assert Layout.from_json(layout.to_json()) == layout, "a layout like any other"
 
 
 def test_two_biases_for_one_have_no_match_and_are_listed() -> None:
-    matches, torch_left, flax_left = match_parameters(reader_pair())
+    found = pair_modules(reader_pair())
+    matches, (torch_left, flax_left) = found.matches, found.tensors_left
     assert torch_left == ["lstm.bias_ih_l0", "lstm.bias_hh_l0"]
     assert flax_left == ["lstm.cell.dense_h.bias"]
     assert [m.kind for m in matches] == ["recurrent", "recurrent", "linear", "linear"]
@@ -164,9 +179,9 @@ def test_two_biases_for_one_have_no_match_and_are_listed() -> None:
 
 def test_given_matches_are_used_as_they_are() -> None:
     pair = sequential_pair()
-    matches, _, _ = match_parameters(pair)
+    matches = pair_modules(pair).matches
     given = Pair(pair.torch, pair.flax, pair.call, pair.flax_call, matches=tuple(matches[:1]))
-    assert match_parameters(given)[0] == matches[:1]
+    assert pair_modules(given).matches == matches[:1]
 
 
 def test_a_flax_module_that_cannot_run_is_walked_as_far_as_it_goes() -> None:

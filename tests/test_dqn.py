@@ -1,23 +1,20 @@
-"""DQN against upstream's golden outputs and against a plain copy of upstream's classes."""
+"""DQN against a plain copy of upstream's classes, and how it acts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.numpy import load_file
 from support import canonical
 from torch import nn
 
 import convert
 import zoo
-from convert.compare.outputs import run
-from convert.judge.noise import EXACT, MARGIN
+from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.loading import build
@@ -25,37 +22,6 @@ from zoo.models.dqn import MODEL
 from zoo.models.dqn.config import Config
 
 # Mnih 2015, table 1 of its methods, for 4 actions and 6: weights and biases counted by hand.
-PARAMETERS = {
-    "dqn_nature": (4 * 64 + 1) * 32
-    + (32 * 16 + 1) * 64
-    + (64 * 9 + 1) * 64
-    + (3136 + 1) * 512
-    + (512 + 1) * 6,
-    "dqn_cartpole": (4 + 1) * 64 + (64 + 1) * 64 + (64 + 1) * 2,
-}
-
-
-@pytest.mark.parametrize("framework", ["torch", "flax"])
-def test_golden(fixtures: Path, framework: str) -> None:
-    golden = load_file(fixtures / "golden" / "dqn.safetensors")
-    config = MODEL.presets["dqn_nature"]
-    weights = probe.weights(MODEL.layout_of(config).shapes("torch"))
-    inputs = {"obs": golden["in.x"].astype(np.float64)}
-    with jax.enable_x64(True):
-        exact = run(MODEL, config, framework, weights, inputs, "float64")["output.q_values"]
-        rough = run(MODEL, config, framework, weights, inputs, "float32")["output.q_values"]
-    expected = golden["out.f64"]
-    scale = np.abs(expected).max()
-    assert np.abs(exact - expected).max() <= EXACT * scale
-    noise = np.abs(golden["out.f32"] - expected).max()
-    assert np.abs(rough - golden["out.f32"]).max() <= MARGIN * max(noise, FLOOR * scale)
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters_are_as_many_as_published(name: str) -> None:
-    assert MODEL.layout_of(MODEL.presets[name]).parameters == PARAMETERS[name]
-
-
 # --- Upstream's classes, written again here ---
 
 
@@ -237,15 +203,3 @@ def test_a_network_of_other_names_is_another_model() -> None:
     assert MODEL.infer({**shapes, "v_net.0.weight": (3, 3)}) is None
     assert MODEL.infer({n.removeprefix("q_net."): s for n, s in shapes.items()}) is None
     assert MODEL.infer({}) is None
-
-
-@pytest.mark.parametrize("name", sorted(MODEL.presets))
-def test_presets_start_alike_in_both_frameworks(name: str) -> None:
-    config = MODEL.presets[name]
-    obs = MODEL.inputs(config)["obs"].astype(np.float32)
-    a = zoo.create(name, framework="torch", seed=3)
-    b = zoo.create(name, framework="flax", seed=3)
-    with torch.no_grad():
-        expected = a(torch.from_numpy(obs)).q_values.numpy()
-    got = np.asarray(nnx.jit(b)(MODEL.to_flax("obs", obs)).q_values)
-    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,9 +30,9 @@ FLOORS = (
     ("convert.runtime",),
     ("convert.judge", "convert.tensors"),
     ("zoo",),
-    ("zoo.hub",),
     ("zoo.loading",),
     ("zoo.checkpoint",),
+    ("zoo.hub",),
     ("zoo.card",),
     ("zoo.registry",),
     ("zoo.models",),
@@ -40,6 +41,7 @@ FLOORS = (
     ("zoo.layout",),
     ("zoo.nn",),
     ("zoo.containers",),
+    ("zoo.plugins",),
 )
 
 
@@ -61,6 +63,7 @@ def imports(path: Path, module: str, known: Iterable[str]) -> set[str]:
     return found - {module}
 
 
+@functools.cache  # a comprehension below asks for it once a module
 def house() -> dict[str, set[str]]:
     """Module -> what it imports of the house."""
     paths = {

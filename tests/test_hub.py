@@ -11,7 +11,7 @@ import pytest
 from support import canonical, write
 
 import zoo
-from zoo import hub
+from zoo import hub, plugins
 from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
@@ -77,7 +77,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_plugin_adds_a_model_and_weights(plugin: Path) -> None:
     code = """
 import zoo
-from zoo import hub
+from zoo import hub, plugins
 assert "tiny_twin" in zoo.names()
 assert zoo.get("tiny_twin").model.name == "twin"
 assert "tiny_twin.test" in hub.pretrained()
@@ -104,7 +104,7 @@ def test_a_broken_plugin_does_not_take_the_others_along(monkeypatch: pytest.Monk
             raise ModuleNotFoundError("nowhere")
 
     registry.families.cache_clear()
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken])
     try:
         with pytest.warns(UserWarning, match="plugin broken"):
             assert "bert" in registry.families()
@@ -126,7 +126,7 @@ def test_two_owners_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
             return MODEL
 
     registry.families.cache_clear()
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Point])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Point])
     try:
         with pytest.raises(UsageError, match="claimed by bert and by bert"):
             registry.families()

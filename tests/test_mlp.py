@@ -1,11 +1,10 @@
-"""Multilayer perceptrons against the documents' classes, in PyTorch and in Linen."""
+"""Multilayer perceptrons: the command, Linen's checkpoints, and sizes that no preset has."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from documents import check_document, check_fresh, filled, outputs, same
+from documents import filled, outputs, same
 from flax import linen, serialization
 from orbax import checkpoint as ocp
-from torch import nn
+from upstream.mlp import CLASSES, Three
 
 import convert
 import zoo
@@ -28,66 +26,8 @@ from zoo.models.mlp import MODEL
 from zoo.models.mlp.layout import infer
 
 
-class Two(nn.Module):
-    """mlp_10_20_10, mlp_2_3_1 and robot."""
-
-    def __init__(self, a: int, b: int, c: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(a, b)
-        self.fc2 = nn.Linear(b, c)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x)))
-
-
-class Three(nn.Module):
-    """mlp_10_20_10_1 and recommendation; with sigmoids sigmoid_mlp."""
-
-    def __init__(self, a: int, b: int, c: int, d: int, sigmoid: bool = False) -> None:
-        super().__init__()
-        self.sigmoid = sigmoid
-        self.fc1 = nn.Linear(a, b)
-        self.fc2 = nn.Linear(b, c)
-        self.fc3 = nn.Linear(c, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.sigmoid:
-            x = torch.sigmoid(self.fc2(torch.sigmoid(self.fc1(x))))
-            return torch.sigmoid(self.fc3(x))
-        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x)))))
-
-
-DOCUMENTS: dict[str, Callable[[], nn.Module]] = {
-    "mlp_10_20_10": lambda: Two(10, 20, 10),
-    "mlp_10_20_10_1": lambda: Three(10, 20, 10, 1),
-    "mlp_2_3_1": lambda: Two(2, 3, 1),
-    "binary_mlp": lambda: nn.Sequential(
-        nn.Linear(10, 100), nn.ReLU(), nn.Linear(100, 10), nn.ReLU(), nn.Linear(10, 1), nn.Sigmoid()
-    ),
-    "sigmoid_mlp": lambda: Three(10, 100, 10, 1, sigmoid=True),
-    "recommendation": lambda: Three(10, 10, 10, 10),
-    "robot": lambda: Two(10, 10, 10),
-}
-
-
-@pytest.mark.parametrize("preset", DOCUMENTS)
-def test_the_documents_checkpoint(preset: str, tmp_path: Path) -> None:
-    module = DOCUMENTS[preset]()
-    n_in = next(module.parameters()).shape[1]
-    check_document(module, preset, probe.normal("x", (6, n_in)), tmp_path)
-
-
-def test_every_preset_has_its_document() -> None:
-    assert DOCUMENTS.keys() == MODEL.presets.keys()
-
-
-@pytest.mark.parametrize("preset", DOCUMENTS)
-def test_fresh_models_are_the_same(preset: str) -> None:
-    check_fresh(preset)
-
-
 def test_the_command_needs_the_file_name_alone(tmp_path: Path) -> None:
-    module = filled(DOCUMENTS["binary_mlp"]())
+    module = filled(CLASSES["binary_mlp"]())
     torch.save(module.state_dict(), tmp_path / "binary.pt")
     command = [sys.executable, "-c", "from convert.cli.main import main; main()"]
     done = subprocess.run(
@@ -153,7 +93,7 @@ def test_a_linen_checkpoint(preset: str, container: str, outer: bool, tmp_path: 
     made = convert.convert(path, tmp_path / "t.pt", framework="torch")
     assert (made.model, made.source_tree) == ("mlp", "linen-compact")
     assert MODEL.configure(**made.config) == MODEL.presets[preset]
-    module = DOCUMENTS[preset]()
+    module = CLASSES[preset]()
     module.load_state_dict(torch.load(tmp_path / "t.pt", weights_only=True), strict=True)
     expected = outputs(module, x)
     same(net.apply(variables, jnp.asarray(x)), *expected)
@@ -164,7 +104,7 @@ def test_a_linen_checkpoint(preset: str, container: str, outer: bool, tmp_path: 
 @pytest.mark.parametrize("preset", LINEN)
 def test_what_the_linen_class_restores(preset: str, tmp_path: Path) -> None:
     n_in, widths = LINEN[preset]
-    module = filled(DOCUMENTS[preset]())
+    module = filled(CLASSES[preset]())
     torch.save(module.state_dict(), tmp_path / "a.pt")
     convert.convert(tmp_path / "a.pt", tmp_path / "b.msgpack", tree="linen-compact")
     x = probe.normal("x", (6, n_in)).astype(np.float32)

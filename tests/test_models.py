@@ -13,9 +13,12 @@ import jax
 import numpy as np
 import pytest
 import torch
+from documents import all_same, every_output
 from flax import nnx
-from support import Arrays, canonical, every_config, every_tiny
+from support import Arrays, canonical, every_config, every_family, every_tiny
+from upstream import tensors
 
+import zoo
 from convert.compare.outputs import compare_outputs, run
 from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
@@ -29,7 +32,7 @@ from zoo.layout import Layout, View, between
 from zoo.loading import build
 from zoo.loading.fresh import initial
 from zoo.model import Config, Model
-from zoo.registry import families
+from zoo.registry import families, get, names
 
 
 @every_config()
@@ -103,6 +106,88 @@ def test_fresh_weights_follow_from_seed_and_name_alone(model: Model, config: Con
     assert all((a[n] == b[n]).all() for n in names), "a tensor depends on which others are drawn"
     other = initial(model, config, names, 1)
     assert any((a[n] != other[n]).any() for n in names)
+
+
+LARGE = 10_000_000  # parameters: presets beyond are not made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in names() if get(n).model.layout_of(get(n).config).parameters <= LARGE],
+)
+def test_presets_start_alike_in_both_frameworks(name: str) -> None:
+    model, config = get(name).model, get(name).config
+    a, b = (zoo.create(name, framework=f, seed=3) for f in ("torch", "flax"))
+    held = to_canonical(model, config, nnx.state(b, nnx.Any(nnx.Param, nnx.BatchStat)))
+    state = {n: t.numpy() for n, t in a.state_dict().items()}
+    assert held.keys() == canonical(model, config).keys()
+    assert all((state[n] == x).all() for n, x in held.items())
+    assert all(x.std() > 0 for x in held.values() if x.ndim > 1 and x.size > 1)
+    given = model.inputs(config)
+    rough, exact = every_output(a, given, by_name)
+    all_same(flax_outputs(model, b, given), rough, exact)
+
+
+def by_name(module: Any, given: Any) -> Any:
+    return module(**given)
+
+
+def flax_outputs(model: Model, module: Any, given: Arrays) -> Arrays:
+    """What an NNX module gives for float32 inputs, by name, axes as in PyTorch."""
+    cast = {
+        n: jax.numpy.asarray(model.to_flax(n, x.astype(np.float32) if x.dtype.kind == "f" else x))
+        for n, x in given.items()
+    }
+    found = named_outputs(nnx.jit(lambda module, given: module(**given))(module, cast))
+    return {n: model.from_flax(n, np.asarray(x)) for n, x in found.items()}
+
+
+@every_family()
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+def test_computation_in_bfloat16_over_float32_parameters(
+    model: Model, config: Config, framework: str
+) -> None:
+    weights, given = canonical(model, config), model.inputs(config)
+    exact = run(model, config, "torch", weights, given, "float32")
+    module = build(model, config, framework, weights, dtype="bfloat16")
+    if framework == "torch":
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+        with torch.no_grad():
+            found = named_outputs(module(**tensors(given)))
+        assert torch.bfloat16 in {x.dtype for x in found.values()}
+        got = {n: x.double().numpy() for n, x in found.items()}
+    else:
+        params = jax.tree.leaves(nnx.state(module, nnx.Param))
+        assert all(p.dtype == jax.numpy.float32 for p in params)
+        got = flax_outputs(model, module, given)
+        assert "bfloat16" in {str(x.dtype) for x in got.values()}
+    first = next(iter(got))
+    gap = np.abs(got[first].astype(np.float64) - exact[first]).max() / np.abs(exact[first]).max()
+    assert 2.0**-12 < gap < 2.0**-3, "bfloat16 has 8 bits: coarser than that, finer than this"
+
+
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+@pytest.mark.parametrize("model", [pytest.param(m, id=m.name) for m in families().values()])
+def test_dropout_acts_in_training_only(model: Model, framework: str) -> None:
+    config = next(iter(model.tiny.values()))
+    rates = {f: 0.5 for f in vars(config) if "drop" in f and isinstance(vars(config)[f], float)}
+    if not rates:
+        return
+    config = dataclasses.replace(config, **rates)
+    module = build(model, config, framework, canonical(model, config))
+    given = model.inputs(config)
+
+    def call() -> Arrays:
+        if framework == "flax":
+            return flax_outputs(model, module, given)
+        return {n: x.detach().numpy() for n, x in named_outputs(module(**tensors(given))).items()}
+
+    still = call(), call()
+    module.train()
+    moving = call(), call()
+    name = next(iter(still[0]))
+    assert (still[0][name] == still[1][name]).all()
+    assert (moving[0][name] != moving[1][name]).any()
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from optimizer_bench import (
 from support import every_family
 
 import convert
-from convert.training_state import rules
-from convert.training_state import torch_rules as reference
+from convert.training_state import explanation, rules
 from convert.training_state.canonical_names import layout_of, part
 from convert.training_state.optax_state import from_optax, module_shapes
 from convert.training_state.state import Group, OptimizerState
@@ -261,7 +260,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_the_rules_in_numpy_are_torchs(name: str) -> None:
+def test_the_rules_that_others_are_held_against_are_torchs(name: str) -> None:
     rng = np.random.default_rng(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # NAdam keeps a product in the default dtype
@@ -286,15 +285,30 @@ def test_the_rules_in_numpy_are_torchs(name: str) -> None:
         torch.set_default_dtype(before)
 
 
+@pytest.mark.parametrize("name", [n for n in REFERENCES if n != "SGD"])
+def test_a_rule_takes_elements_with_numbers_of_updates_of_their_own(name: str) -> None:
+    rng = np.random.default_rng(0)
+    optimizer = REFERENCES[name]([torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))])
+    rule, options = rules.rules()[type(optimizer).__name__], optimizer.param_groups[0]
+    slots = {s: rng.uniform(0.1, 0.2, 6) for s in rule.kept(options)}
+    t, (g, p) = np.array([1.0, 2, 3, 9, 300, 5000]), rng.normal(size=(2, 6))
+    together, _ = rule.update(options, slots, t, g, p)
+    for i in range(6):
+        one = {s: a[i : i + 1] for s, a in slots.items()}
+        alone, _ = rule.update(options, one, t[i], g[i : i + 1], p[i : i + 1])
+        assert alone == pytest.approx(together[i], rel=1e-14)
+
+
 def test_stock_variants_of_the_rules() -> None:
     """What the refusals name is what optax does."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        for rule, tx, options, slots in (
-            (reference.adam, optax.nadam(1.0), {"nesterov": True}, ("exp_avg", "exp_avg_sq")),
-            (reference.adam, optax.adam(1.0, eps_root=1e-3), {"eps_root": 1e-3}, ()),
-            (reference.radam, optax.radam(1.0, eps=1e-3), {"eps": 1e-3, "eps_in_sqrt": True}, ()),
+        for name, tx, options in (
+            ("Adam", optax.nadam(1.0), {"nesterov": True}),
+            ("Adam", optax.adam(1.0, eps_root=1e-3), {"eps_root": 1e-3}),
+            ("RAdam", optax.radam(1.0, eps=1e-3), {"eps": 1e-3}),
         ):
+            rule = explanation.STOCK[name]
             base = {"betas": (0.9, 0.999), "eps": 1e-8, **options}
             p = rng.normal(size=9)
             state = tx.init(jnp.asarray(p))
@@ -304,7 +318,7 @@ def test_stock_variants_of_the_rules() -> None:
                 u, state = tx.update(jnp.asarray(g), state, jnp.asarray(p))
                 direction, kept = rule(base, kept, t, g, p)
                 assert np.abs(np.asarray(u) + direction).max() < 1e-12
-            assert set(slots) <= kept.keys()
+            assert kept.keys() == {"exp_avg", "exp_avg_sq"}
 
 
 def test_a_plugin_gives_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import levels
 from zoo.checkpoint.plan import make_plan
+from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.layout import Constant, Entry, Layout, Tensor, batchnorm, constant, conv, linear, tie
 from zoo.layout.ops import Permute
-from zoo.loading import make_request
 from zoo.models.bert import MODEL
 
 CONFIG = MODEL.tiny["encoder"]
@@ -284,6 +284,10 @@ def test_a_config_that_the_user_gives_replaces_a_bad_one(tmp_path: Path) -> None
         {"vocab_size": [1]},
         {"vocab_size": -5},
         {"layer_norm_eps": float("nan")},
+        {"hidden_act": "softplus"},
+        {"hidden_act": ["gelu"]},
+        {"classifier_dropout": "0.1"},
+        {"pad_token_id": 0.5},
     ],
 )
 def test_values_that_no_config_can_have(change: dict[str, object], tmp_path: Path) -> None:
@@ -306,7 +310,7 @@ def test_an_absurd_name_asks_for_no_absurd_layout() -> None:
 def test_dtypes_may_be_given_in_any_form() -> None:
     import jax.numpy as jnp
 
-    from zoo.loading import dtype_code
+    from zoo.containers.dtypes import dtype_code
 
     for dtype in (
         "bfloat16",

@@ -1,4 +1,4 @@
-"""Recurrent layers against torch.nn, and the family against the documents' own classes."""
+"""Recurrent layers against torch.nn, lengths, and what the names of a net do not tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from flax import nnx
 from safetensors.numpy import load_file
 from support import Arrays, canonical
@@ -215,108 +214,6 @@ def test_a_nonlinearity_that_torch_does_not_have() -> None:
             make()
 
 
-# --- The documents' classes, written again here ---
-
-
-class RNNRegressor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn = nn.RNN(10, 50)
-        self.fc = nn.Linear(50, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h0 = torch.zeros(1, x.size(1), 50)
-        out, _ = self.rnn(x, h0)
-        return self.fc(out[-1, :, :])
-
-
-class LSTMRegressor(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(10, 50)
-        self.fc = nn.Linear(50, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        zeros = torch.zeros(1, x.size(1), 50)
-        out, _ = self.lstm(x, (zeros, zeros))
-        return self.fc(out[-1, :, :])
-
-
-class LSTMTagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(10, 10)
-        self.fc1 = nn.Linear(10, 10)
-        self.fc2 = nn.Linear(10, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, _ = self.lstm(x)
-        x = F.relu(x)
-        x = F.relu(self.fc1(x))
-        return self.fc2(x)
-
-
-class ImdbRNN(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(25002, 100)
-        self.rnn = nn.RNN(100, 128, num_layers=2, batch_first=True)
-        self.fc = nn.Linear(128, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _, hidden = self.rnn(self.embedding(x))
-        return self.fc(hidden[-1])
-
-
-DOCUMENTS = {
-    "rnn_regressor": (RNNRegressor, (7, 2, 10)),
-    "lstm_regressor": (LSTMRegressor, (7, 2, 10)),
-    "lstm_tagger": (LSTMTagger, (7, 2, 10)),
-    "imdb_rnn": (ImdbRNN, (2, 7)),
-}
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_a_documents_checkpoint_converts_by_its_name_alone(name: str, tmp_path: Path) -> None:
-    cls, shape = DOCUMENTS[name]
-    theirs = cls()
-    theirs.load_state_dict(
-        {
-            n: torch.from_numpy(probe.weight(n, tuple(t.shape)))
-            for n, t in theirs.state_dict().items()
-        }
-    )
-    ids = name == "imdb_rnn"
-    x = probe.integers("x", shape, 25002) if ids else probe.normal("x", shape).astype(np.float32)
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(x)).numpy()
-        exact = theirs.double()  # a wider copy of the same weights: the noise of float32
-        torch.set_default_dtype(torch.float64)
-        try:
-            wide = exact(torch.from_numpy(x if ids else x.astype(np.float64))).numpy()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    bound = MARGIN * max(np.abs(expected - wide).max(), FLOOR * np.abs(wide).max())
-    theirs.float()
-    torch.save(theirs.state_dict(), tmp_path / "model.pth")
-
-    made = convert.convert(tmp_path / "model.pth")
-    assert made.model == "recurrent"
-    assert not [n for n in made.notices if "unknown" in n]
-    flax = zoo.load(tmp_path / "model.flax", framework="flax")
-    assert np.abs(np.asarray(flax(x)) - expected).max() <= bound
-    mine = zoo.load(tmp_path / "model.pth", framework="torch")
-    with torch.no_grad():
-        assert np.abs(mine(torch.from_numpy(x)).numpy() - expected).max() <= bound
-
-    convert.convert(tmp_path / "model.flax", tmp_path / "back.pt", to="pt")
-    back = torch.load(tmp_path / "back.pt", weights_only=True)
-    theirs.load_state_dict(back, strict=True)
-    (identity,) = zoo.identify(tmp_path / "model.pth")
-    assert identity.presets == [name]
-    assert not identity.unknown
-
-
 # --- What names and shapes do not tell ---
 
 
@@ -398,15 +295,3 @@ def test_what_lies_behind_the_end_does_not_matter(framework: str) -> None:
     assert np.allclose(whole[0], short[0], rtol=0, atol=MARGIN * FLOOR)
     assert np.abs(whole[1] - unbounded[1]).max() <= MARGIN * FLOOR, "all of it is inside"
     assert np.abs(whole[0] - unbounded[0]).max() > 1e-3
-
-
-@pytest.mark.parametrize("name", sorted(MODEL.presets))
-def test_presets_start_alike_in_both_frameworks(name: str) -> None:
-    config = MODEL.presets[name]
-    given = MODEL.inputs(config)
-    given = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in given.items()}
-    a = zoo.create(name, framework="torch", seed=3)
-    b = zoo.create(name, framework="flax", seed=3)
-    with torch.no_grad():
-        expected = a(**{k: torch.from_numpy(v) for k, v in given.items()}).numpy()
-    assert np.abs(np.asarray(b(**given)) - expected).max() <= 1e-5 * np.abs(expected).max()

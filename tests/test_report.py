@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -23,10 +24,12 @@ from support import canonical, write
 import convert
 from convert.compare.html import render
 from convert.compare.report import Report, Training
+from convert.compare.report_file import check_report
 from convert.diagnose.divergence import Divergence
 from convert.judge.bits import TensorDifference
 from convert.judge.rows import FLOOR, Row, Statistics
 from zoo.checkpoint.label import Label
+from zoo.containers.errors import MissingExtra, UsageError
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.models.mlp import MODEL
 
@@ -273,6 +276,25 @@ def luminance(colour: str) -> float:
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
+def test_what_the_page_is_made_of_is_installed_with_it() -> None:
+    """As package data: a wheel holds every file of a package that git does not ignore."""
+    room = files("convert.compare.html")
+    page = (room / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("{% from")
+    for other in re.findall(r'{% from "(.*?)"', page):
+        assert (room / other).is_file()
+
+
+def test_a_page_needs_the_report_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_report(tmp_path / "report.html")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingExtra, match=r"zooconvert\[report\]"):
+        check_report(tmp_path / "report.html")
+    check_report(tmp_path / "report.json")
+    with pytest.raises(UsageError, match="does not exist"):
+        check_report(tmp_path / "none" / "report.html")
+
+
 def test_many_rows_stay_within_bounds() -> None:
     report = Report("a", "b", "outputs", 1, 4, outputs=rows(20_000, differ_from=19_990))
     start = time.perf_counter()
@@ -467,7 +489,8 @@ def test_themes(show: Open, scheme: str) -> None:
 @pytest.mark.parametrize("width", [360, 700, 1200])
 def test_no_page_is_wider_than_the_window(show: Open, width: int) -> None:
     report = different()
-    report.outputs[3] = dataclasses.replace(report.outputs[3], name="x" * 300, note="y" * 300)
+    long = {"name": "x" * 300, "note": "y" * 300, "layer": "w" * 300}
+    report.outputs[3] = dataclasses.replace(report.outputs[3], **long)
     report.differences[0] = dataclasses.replace(report.differences[0], diagnosis="z" * 300)
     page = show(report, width)
     page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")

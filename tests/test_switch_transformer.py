@@ -1,4 +1,4 @@
-"""The Switch Transformer against upstream: golden outputs, transformers itself, its files."""
+"""The Switch Transformer: sparse layers, routing, and parts of it against transformers."""
 
 from __future__ import annotations
 
@@ -14,117 +14,28 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from generators import GENERATORS, STEPS
 from safetensors.numpy import load_file
-from support import Arrays, canonical
+from support import canonical
 from transformers.models.switch_transformers import modeling_switch_transformers as hf
+from upstream import load
+from upstream.switch_transformer import make
 
 import convert
 import zoo
 from convert.compare.outputs import run
-from convert.judge.noise import EXACT, MARGIN
-from convert.judge.rows import FLOOR
 from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.loading import build
 from zoo.models.switch_transformer import MODEL
 from zoo.models.switch_transformer.config import Config, from_hf, to_hf
-from zoo.nn import attention_flax, attention_torch, routing_flax, routing_torch
+from zoo.nn import routing_flax, routing_torch
 from zoo.nn.attention_torch import relative_bucket
 from zoo.nn.relative_positions import bucket_table
 
 TIED, DROPPING = MODEL.tiny["tied"], MODEL.tiny["dropping"]
+GENERATOR = GENERATORS["switch_transformer"]
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
-CONFIGS = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
-
-
-def load(module: Any, config: Config, weights: Arrays) -> Any:
-    """transformers' module with these weights, ties filled in, in eval mode."""
-    given = {n: torch.from_numpy(a) for n, a in weights.items()}
-    for entry in MODEL.layout_of(config).entries:
-        if entry.tied_to is not None:
-            given[entry.torch[0].name] = given[entry.tied_to]
-    module.load_state_dict(given)
-    return module.eval()
-
-
-def upstream(config: Config, weights: Arrays | None = None) -> Any:
-    """transformers' own model of this config, with eager attention."""
-    settings = transformers.SwitchTransformersConfig(**to_hf(config), attn_implementation="eager")
-    module = transformers.SwitchTransformersForConditionalGeneration(settings)
-    return load(module, config, canonical(MODEL, config) if weights is None else weights)
-
-
-@pytest.fixture
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream without its float32: the norms' variance, the routers and the share of tokens."""
-
-    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(variance + self.variance_epsilon))
-
-    route = hf.SwitchTransformersTop1Router.forward
-
-    def router(self: Any, x: torch.Tensor) -> Any:
-        self.dtype = torch.float64
-        return route(self, x)
-
-    monkeypatch.setattr(hf.SwitchTransformersLayerNorm, "forward", norm)
-    monkeypatch.setattr(hf.SwitchTransformersTop1Router, "forward", router)
-
-
-@pytest.mark.parametrize(("name", "capacity"), [("switch", 64), ("switch_dropping", 2)])
-def test_golden(fixtures: Path, name: str, capacity: int) -> None:
-    golden = load_file(fixtures / "golden" / f"{name}.safetensors")
-    config = Config(
-        vocab_size=99,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=4,
-        num_decoder_layers=4,
-        num_heads=4,
-        num_experts=4,
-        expert_capacity=capacity,
-        num_sparse_encoder_layers=2,
-        num_sparse_decoder_layers=2,
-    )
-    weights = canonical(MODEL, config)
-    weights["shared.weight"] = probe.weight("lm_head.weight", (99, 32))  # by its last name
-    inputs = {k.removeprefix("in."): v for k, v in golden.items() if k.startswith("in.")}
-    exact, rough = golden["logits.f64"], golden["logits.f32"]
-    scale, noise = np.abs(exact).max(), np.abs(rough - exact).max()
-    for framework in ("torch", "flax"):
-        with jax.enable_x64(True):
-            got = run(MODEL, config, framework, weights, inputs, "float64")["output.logits"]
-        # Upstream's float64 has parts in float32, ours has none.
-        assert np.abs(got - exact).max() <= MARGIN * FLOOR * scale
-    # The Flax twin's float32 is held against this one's in test_models.
-    got = run(MODEL, config, "torch", weights, inputs, "float32")["output.logits"]
-    assert np.abs(got - rough).max() <= MARGIN * max(noise, FLOOR * scale)
-
-
-@CONFIGS
-@pytest.mark.usefixtures("wide")
-def test_the_twin_computes_what_transformers_computes(config: Config) -> None:
-    """In float64 to the last digits; the Flax twin is held against this one in test_models."""
-    inputs = MODEL.inputs(config)
-    given = {k: torch.from_numpy(v) for k, v in inputs.items()}
-    with torch.no_grad():
-        expected = upstream(config).double()(**given, output_router_logits=True)
-    got = run(MODEL, config, "torch", canonical(MODEL, config), inputs, "float64")
-    outputs = {n: x for n, x in got.items() if n.startswith("output.")}
-    losses = 0
-    for name, have in outputs.items():
-        _, field, *index = name.split(".")
-        want = getattr(expected, field)
-        if field.endswith("loss") and config is DROPPING:
-            continue  # where all layers are sparse upstream forgets their losses
-        losses += field.endswith("loss")
-        want = want[int(index[0])] if index else want
-        # float32 remains in upstream's share of tokens, of which the aux loss is made.
-        bound = MARGIN * FLOOR if field.endswith("aux_loss") else EXACT
-        assert np.abs(have - want.numpy()).max() <= bound * want.abs().max().item(), name
-    assert losses == (4 if config is TIED else 0)
 
 
 def test_losses_follow_the_paper() -> None:
@@ -170,26 +81,8 @@ def test_buckets_are_upstreams(bidirectional: bool) -> None:
 # --- Files ---
 
 
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-@CONFIGS
-def test_what_transformers_saves_is_loaded(config: Config, safe: bool, tmp_path: Path) -> None:
-    module = upstream(config)
-    if safe:
-        module.save_pretrained(tmp_path)
-    else:
-        module.config.save_pretrained(tmp_path)
-        torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
-    mine = zoo.load(tmp_path, framework="torch")
-    assert mine.config == config
-    expected = module.state_dict()
-    assert list(mine.state_dict()) == list(expected)
-    assert all(torch.equal(t, expected[n]) for n, t in mine.state_dict().items())
-    assert (mine.lm_head.weight is mine.shared.weight) == config.tie_word_embeddings
-    assert mine.encoder.embed_tokens.weight is mine.shared.weight
-
-
 def test_there_and_back(tmp_path: Path) -> None:
-    module = upstream(DROPPING)
+    module = load(make(DROPPING), MODEL, DROPPING)
     torch.save(module.state_dict(), tmp_path / "model.pt")
     (tmp_path / "config.json").write_text(json.dumps(to_hf(DROPPING)))
     convert.convert(tmp_path / "model.pt", tmp_path / "flax")
@@ -242,17 +135,6 @@ def test_other_models_are_not_taken_for_it() -> None:
     assert MODEL.infer({n: s for n, s in names(TIED).items() if n[0] != "d"}) is None
 
 
-def test_parameters_of_switch_base_8() -> None:
-    """google/switch-base-8: 619 million, counted from upstream's own definition."""
-    config = MODEL.presets["switch_base_8"]
-    with torch.device("meta"):
-        settings = transformers.SwitchTransformersConfig(**to_hf(config))
-        module = transformers.SwitchTransformersForConditionalGeneration(settings)
-    counted = MODEL.layout_of(config).parameters
-    assert counted == sum(p.numel() for p in module.parameters())
-    assert round(counted / 1e6) == 619
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -303,7 +185,7 @@ def test_tokens_beyond_the_capacity_pass_through(framework: str) -> None:
     assert dropped > 3
 
 
-@CONFIGS
+@pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
 def test_every_expert_is_visited(config: Config) -> None:
     """The faults that test_models plants leave out what is stacked: these are seen too."""
     weights, inputs = canonical(MODEL, config), MODEL.inputs(config)
@@ -342,47 +224,15 @@ def test_the_router_never_computes_in_half_precision(framework: str) -> None:
 
 # --- Generation ---
 
-STEPS = 64
-
-
-def lively() -> Arrays:
-    """Weights with which the likeliest token changes from step to step."""
-    weights = canonical(MODEL, TIED)
-    return {n: a * 10 if n.endswith("wo.weight") else a for n, a in weights.items()}
-
-
-def decode(framework: str, config: Config = TIED, **options: Any) -> np.ndarray:
-    inputs = MODEL.inputs(config)
-    model = build(MODEL, config, framework, lively())
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    options = {"eos_token": -1} | options  # never
-    if framework == "torch":
-        options = {
-            k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()
-        }
-        ids, mask = torch.from_numpy(ids), torch.from_numpy(mask)
-        return model.generate(ids, STEPS, attention_mask=mask, **options).numpy()
-    return np.asarray(model.generate(ids, STEPS, attention_mask=mask, **options))
-
 
 @pytest.fixture(scope="module")
 def greedy() -> np.ndarray:
-    return decode("torch")
-
-
-def test_greedy_tokens_are_the_same_cached_or_not_in_both(greedy: np.ndarray) -> None:
-    """Where every token finds room: capacity is 64, and there are 65 positions at most."""
-    assert greedy.shape == (2, STEPS)
-    assert len(np.unique(greedy[0])) > 5, "too dull to show a mistake"
-    assert (greedy[0] != greedy[1]).any()
-    assert (decode("torch", use_cache=False) == greedy).all()
-    assert (decode("flax") == greedy).all()
-    assert (decode("flax", use_cache=False) == greedy).all()
+    return GENERATOR.decode("torch")
 
 
 def test_greedy_tokens_are_those_of_transformers(greedy: np.ndarray) -> None:
     inputs = MODEL.inputs(TIED)
-    made = upstream(TIED, lively()).generate(
+    made = load(make(TIED), MODEL, TIED, GENERATOR.weights()).generate(
         torch.from_numpy(inputs["input_ids"]),
         attention_mask=torch.from_numpy(inputs["attention_mask"]),
         max_new_tokens=STEPS,
@@ -392,53 +242,17 @@ def test_greedy_tokens_are_those_of_transformers(greedy: np.ndarray) -> None:
         eos_token_id=None,
     )
     assert (made[:, 0] == TIED.decoder_start_token_id).all()
-    free = decode("torch", replace(TIED, eos_token_id=-1))
+    free = GENERATOR.decode("torch", replace(TIED, eos_token_id=-1))
     assert (made[:, 1:].numpy() == free).all()
     assert (free == greedy).all()
-
-
-@FRAMEWORKS
-def test_one_token_at_a_time_has_the_logits_of_all_at_once(framework: str) -> None:
-    weights, inputs = canonical(MODEL, TIED), MODEL.inputs(TIED)
-    names = ("input_ids", "decoder_input_ids", "attention_mask")
-    given = {n: inputs[n] for n in names}
-    whole = run(MODEL, TIED, "torch", weights, given, "float64")["output.logits"]
-    source, target, mask = (inputs[n] for n in names)
-    T = target.shape[1]
-    with jax.enable_x64(True), torch.no_grad():
-        model = build(MODEL, TIED, framework, weights, param_dtype="float64")
-        step, empty = model.decode, attention_flax.empty_cache
-        if framework == "torch":
-            source, target, mask = map(torch.from_numpy, (source, target, mask))
-            empty = attention_torch.empty_cache
-        else:
-            graph, state = nnx.split(model)
-            step = jax.jit(lambda *a: nnx.merge(graph, state).decode(*a))
-        memory = model.remember(source, mask)
-        past = [empty(kv, T) for kv in memory]
-        logits = []
-        for i in range(T):
-            made, past, _ = step(target[:, i : i + 1], memory, None, mask, past, i)
-            logits.append(np.asarray(made))
-    assert np.abs(np.concatenate(logits, 1) - whole).max() <= EXACT * np.abs(whole).max()
-
-
-def test_sampled_tokens_are_the_same_for_the_same_numbers(greedy: np.ndarray) -> None:
-    uniforms = np.random.default_rng(0).random((2, STEPS), np.float32)
-    options = {"uniforms": uniforms, "temperature": 0.7, "top_k": 9}
-    a = decode("torch", **options)
-    assert (a != greedy).any()
-    eos = int(a[0, 7])
-    options |= {"eos_token": eos, "pad_token": 3}
-    a, b = (decode(f, **options) for f in ("torch", "flax"))
-    assert (a == b).all()
-    assert (a[0, np.nonzero(a[0] == eos)[0][0] + 1 :] == 3).all()
 
 
 def test_one_token_at_a_time_always_finds_room() -> None:
     """Once capacity binds, a cached decode differs from an uncached one, upstream too."""
     config = replace(TIED, expert_capacity=2)
-    assert (decode("torch", config) != decode("torch", config, use_cache=False)).any()
+    assert (
+        GENERATOR.decode("torch", config) != GENERATOR.decode("torch", config, use_cache=False)
+    ).any()
 
 
 # --- The transformations of either framework ---

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from flax import serialization
+from test_house import circles, imports
 from training_support import SCRIPTS
 
 # isort: split
@@ -496,6 +497,14 @@ def test_the_command(tmp_path: Path) -> None:
     assert told["score"]["metric"] == "accuracy"
     assert (tmp_path / "o" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert not run_.stderr
+
+
+def test_the_scripts_import_each_other_without_circles() -> None:
+    paths = {
+        ".".join(path.relative_to(SCRIPTS).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SCRIPTS.rglob("*.py")
+    }
+    assert not circles({module: imports(path, module, paths) for module, path in paths.items()})
 
 
 def test_the_list() -> None:

@@ -1,8 +1,7 @@
-"""Translatotron against a second writing of it, and frames made one step at a time."""
+"""Translatotron: frames made one step at a time, and what it draws in training."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,9 @@ import pytest
 import torch
 from flax import nnx
 from support import Arrays, canonical
-from torch import nn
-from torch.nn.functional import pad
+from upstream import load, tensors
+from upstream.translatotron import Plain
 
-import convert
 import zoo
 from convert.compare.outputs import run
 from convert.judge.noise import EXACT, MARGIN
@@ -33,139 +31,6 @@ from zoo.models.translatotron.layout import infer
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
 CONFIGS = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
 TINY = MODEL.tiny["auxiliary"]
-
-
-class PlainRNN(nn.Module):
-    """LSTM cells with zoneout, and additive attention, one head after another."""
-
-    def __init__(self, c: Config, n_in: int, size: int, layers: int, units: int, heads: int):
-        super().__init__()
-        self.heads, self.zoneout = heads, c.zoneout
-        self.cells = nn.ModuleList(
-            nn.LSTMCell(size if i else n_in + units, size) for i in range(layers)
-        )
-        self.attention = nn.Module()
-        self.attention.score = nn.Parameter(torch.zeros(heads, units // heads))
-        self.attention.query = nn.Linear(size, units, bias=False)
-        self.attention.key = nn.Linear(2 * c.encoder_size, units)
-        self.attention.value = nn.Linear(2 * c.encoder_size, units)
-        self.attention.out = nn.Linear(units, units)
-
-    def attend(self, query: Any, memory: Any) -> Any:
-        """One utterance: query (H,), memory (S, M) -> context (units,), weights (heads, S)."""
-        a = self.attention
-        q, k, v = (
-            x.chunk(self.heads, -1) for x in (a.query(query), a.key(memory), a.value(memory))
-        )
-        weights = [((q[n] + k[n]).tanh() @ a.score[n]).softmax(0) for n in range(self.heads)]
-        found = [w @ values for w, values in zip(weights, v, strict=True)]
-        return a.out(torch.cat(found)), torch.stack(weights)
-
-    def forward(self, inputs: Any, memory: Any) -> Any:
-        """One utterance: (T, n_in), (S, M) -> (T, H + units), weights (T, heads, S)."""
-        zeros = memory.new_zeros
-        states = [(zeros(cell.hidden_size), zeros(cell.hidden_size)) for cell in self.cells]
-        context = zeros(self.attention.out.out_features)
-        made, attended = [], []
-        for x in inputs:
-            x = torch.cat([x, context])
-            for i, cell in enumerate(self.cells):
-                new = cell(x[None], tuple(s[None] for s in states[i]))
-                z = self.zoneout
-                states[i] = tuple(
-                    z * s + (1 - z) * n[0] for s, n in zip(states[i], new, strict=True)
-                )
-                x = states[i][0]
-            context, weights = self.attend(x, memory)
-            made.append(torch.cat([x, context]))
-            attended.append(weights)
-        return torch.stack(made), torch.stack(attended)
-
-
-class Plain(nn.Module):
-    """The model in eval mode, one utterance at a time, with nothing of the zoo in it."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.c = c
-        H, D, A = c.encoder_size, c.decoder_size, c.attention_size
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(
-            nn.LSTM(2 * H if i else c.mel_channels, H, bidirectional=True)
-            for i in range(c.encoder_layers)
-        )
-        d = self.decoder = nn.Module()
-        d.prenet = nn.Module()
-        d.prenet.fc1 = nn.Linear(c.frame_size, c.prenet_size)
-        d.prenet.fc2 = nn.Linear(c.prenet_size, c.prenet_size)
-        d.rnn = PlainRNN(c, c.prenet_size, D, c.decoder_layers, A, c.attention_heads)
-        d.frame = nn.Linear(D + A, c.reduction * c.frame_size)
-        d.stop = nn.Linear(D + A, 1)
-        inner = [c.postnet_size] * (c.postnet_layers - 1)
-        widths = [c.frame_size, *inner, c.frame_size]
-        self.postnet = nn.Module()
-        self.postnet.convs = nn.ModuleList(
-            nn.Conv1d(n, m, c.postnet_kernel, padding="same", bias=False)
-            for n, m in itertools.pairwise(widths)
-        )
-        self.postnet.norms = nn.ModuleList(nn.BatchNorm1d(m) for m in widths[1:])
-        size = c.auxiliary_size
-        for name, symbols in (("source", c.source_phonemes), ("target", c.target_phonemes)):
-            if symbols:
-                decoder = nn.Module()
-                decoder.embedding = nn.Embedding(symbols, size)
-                decoder.rnn = PlainRNN(c, size, size, c.auxiliary_layers, size, 1)
-                decoder.output = nn.Linear(2 * size, symbols)
-                setattr(self, f"{name}_decoder", decoder)
-        self.eval()
-
-    def forward(self, **given: Any) -> dict[str, Any]:
-        B = len(given["source"])
-        parts = [self.one(**{n: x[b] for n, x in given.items()}) for b in range(B)]
-        return {f"output.{n}": torch.stack([p[n] for p in parts]) for n in parts[0]}
-
-    def one(self, source: Any, target: Any, source_lengths: Any, **phonemes: Any) -> dict[str, Any]:
-        c, d = self.c, self.decoder
-        x = source[:source_lengths]
-        layers = []
-        for lstm in self.encoder.layers:
-            x, _ = lstm(x)
-            layers.append(x)
-        groups = target.reshape(-1, c.reduction, c.frame_size)
-        last = torch.cat([torch.zeros_like(groups[:1, -1]), groups[:-1, -1]])
-        y, weights = d.rnn(d.prenet.fc2(d.prenet.fc1(last).relu()).relu(), x)
-        beyond = (0, len(source) - source_lengths)  # frames that are padding have no weight
-        before = d.frame(y).reshape(target.shape)
-        z = before.T[None]
-        for i, (conv, norm) in enumerate(zip(self.postnet.convs, self.postnet.norms, strict=True)):
-            z = norm(conv(z))
-            z = z.tanh() if i + 1 < c.postnet_layers else z
-        found = {"frames": before + z[0].T, "frames_before": before, "stop": d.stop(y)[:, 0]}
-        found["attention_weights"] = pad(weights, beyond)
-        for name, layer in (("source", c.source_layer), ("target", c.target_layer)):
-            if f"{name}_phonemes" in phonemes:
-                decoder = getattr(self, f"{name}_decoder")
-                x = decoder.embedding(phonemes[f"{name}_phonemes"])
-                y, weights = decoder.rnn(x, layers[layer - 1])
-                found[f"{name}_logits"] = decoder.output(y)
-                found[f"{name}_attention_weights"] = pad(weights, beyond)
-        return found
-
-
-def plain(config: Config) -> Plain:
-    """The class above with name-seeded weights, in float32."""
-    module = Plain(config)
-    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if "num_batches" not in n}
-    weights = {n: torch.from_numpy(a) for n, a in probe.weights(shapes).items()}
-    module.load_state_dict(weights, strict=False)
-    return module
-
-
-def tensors(given: Arrays, precision: str = "float32") -> dict[str, torch.Tensor]:
-    return {
-        n: torch.from_numpy(a.astype(precision) if a.dtype.kind == "f" else a)
-        for n, a in given.items()
-    }
 
 
 def arrays(given: Arrays) -> dict[str, jax.Array]:
@@ -189,58 +54,6 @@ def caller(model: Any, framework: str) -> Callable[[Arrays], Arrays]:
     }
 
 
-def both_precisions(module: Plain, given: Arrays) -> tuple[Arrays, Arrays]:
-    with torch.no_grad():
-        rough = {n: x.numpy() for n, x in module(**tensors(given)).items()}
-        exact = {n: x.numpy() for n, x in module.double()(**tensors(given, "float64")).items()}
-    return rough, exact
-
-
-def assert_close(got: Arrays, rough: Arrays, exact: Arrays) -> None:
-    """In float32: as far apart as rounding explains."""
-    for name, x in exact.items():
-        noise = max(np.abs(rough[name] - x).max(), FLOOR * np.abs(x).max())
-        assert np.abs(got[name] - rough[name]).max() <= MARGIN * noise, name
-
-
-@FRAMEWORKS
-@CONFIGS
-def test_a_second_writing_of_the_model(config: Config, framework: str) -> None:
-    given = MODEL.inputs(config)
-    rough, exact = both_precisions(plain(config), given)
-    weights = canonical(MODEL, config)
-    with jax.enable_x64(True):
-        got = run(MODEL, config, framework, weights, given, "float64")
-        for name, x in exact.items():
-            assert np.abs(got[name] - x).max() <= EXACT * np.abs(x).max(), name
-        assert exact.keys() == {n for n in got if n.startswith("output.")}
-        if framework == "torch":  # the other twin's float32: below, and in test_models
-            assert_close(run(MODEL, config, framework, weights, given, "float32"), rough, exact)
-
-
-def test_a_plain_checkpoint_converts_and_loads(tmp_path: Path) -> None:
-    config = MODEL.presets["translatotron_small"]
-    module = plain(config)
-    torch.save(module.state_dict(), tmp_path / "model.pt")
-    made = convert.convert(tmp_path / "model.pt")
-    loaded = zoo.load(tmp_path / made.target, framework="flax")
-    assert loaded.config == config
-    given = MODEL.inputs(config)
-    rough, exact = both_precisions(module, given)
-    assert_close(caller(loaded, "flax")(given), rough, exact)
-
-
-def test_presets_start_alike() -> None:
-    a = zoo.create("translatotron_small", framework="torch")
-    b = zoo.create("translatotron_small", framework="flax")
-    for x, y in (
-        (a.decoder.rnn.cells[1].weight_hh, b.decoder.rnn.cells[1].weight_hh),
-        (a.target_decoder.rnn.attention.score, b.target_decoder.rnn.attention.score),
-    ):
-        assert (x.detach().numpy() == np.asarray(y[...])).all()
-    assert a.decoder.rnn.cells[1].weight_hh.std() > 0.01
-
-
 @pytest.mark.parametrize("preset", list(MODEL.presets))
 def test_sizes_of_a_preset_tell_all_of_it(preset: str) -> None:
     config = MODEL.presets[preset]
@@ -250,7 +63,7 @@ def test_sizes_of_a_preset_tell_all_of_it(preset: str) -> None:
 
 
 def test_other_sizes_need_the_layers(tmp_path: Path) -> None:
-    torch.save(plain(TINY).state_dict(), tmp_path / "model.pt")
+    torch.save(load(Plain(TINY), MODEL, TINY).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UsageError, match="source_layer, target_layer, zoneout"):
         zoo.load(tmp_path / "model.pt", framework="torch")
     with pytest.warns(zoo.LoadNotice, match="source_layer"):
@@ -309,7 +122,7 @@ def test_frame_by_frame_alike_in_both_frameworks(config: Config) -> None:
 def test_cached_steps_are_the_teacher_forced_ones(config: Config) -> None:
     """Its own frames as the target, to the second writing: the same frames come out."""
     weights = never_ending(config)
-    module = plain(config).double()
+    module = load(Plain(config), MODEL, config).double()
     with torch.no_grad():
         module.decoder.stop.bias.fill_(-50)
     after, before, _ = translate(config, "torch", weights, "float64")
@@ -317,7 +130,7 @@ def test_cached_steps_are_the_teacher_forced_ones(config: Config) -> None:
     with torch.no_grad():
         forced = module(**tensors(given, "float64"))
     for name, x in (("frames", after), ("frames_before", before)):
-        want = forced[f"output.{name}"].numpy()
+        want = forced[name].numpy()
         assert np.abs(x - want).max() <= EXACT * np.abs(want).max()
     assert np.abs(before[:, 1:] - before[:, :-1]).max() > 1e-3, "all frames are one"
 

@@ -1,4 +1,4 @@
-"""WaveNet against a second writing of it, its causality, and samples made one by one."""
+"""WaveNet: its causality, and samples made one by one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from support import Arrays, canonical
-from torch import nn
+from upstream import load, tensors
+from upstream.wavenet import Plain
 
-import convert
 import zoo
-from convert.compare.outputs import run
-from convert.judge.noise import EXACT, MARGIN
-from convert.judge.rows import FLOOR
 from zoo import probe
 from zoo.containers.errors import UsageError
 from zoo.loading import build
@@ -27,70 +23,6 @@ from zoo.models.wavenet.config import Config
 
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
 CONFIGS = pytest.mark.parametrize("config", [pytest.param(c, id=n) for n, c in MODEL.tiny.items()])
-
-
-class Plain(nn.Module):
-    """The paper's equations, with nothing of the zoo in them."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.c = c
-        R, D, S, k = c.residual_channels, c.gate_channels, c.skip_channels, c.kernel_size
-        self.input = nn.Conv1d(c.classes, R, k, padding=k - 1)
-        self.layers = nn.ModuleList()
-        for i in range(c.layers):
-            d = 2 ** (i % c.dilation_cycle)
-            layer = nn.Module()
-            layer.filter = nn.Conv1d(R, D, k, dilation=d, padding=(k - 1) * d)
-            layer.gate = nn.Conv1d(R, D, k, dilation=d, padding=(k - 1) * d)
-            if c.global_channels:
-                layer.filter_global = nn.Linear(c.global_channels, D, bias=False)
-                layer.gate_global = nn.Linear(c.global_channels, D, bias=False)
-            if c.local_channels:
-                layer.filter_local = nn.Conv1d(c.local_channels, D, 1, bias=False)
-                layer.gate_local = nn.Conv1d(c.local_channels, D, 1, bias=False)
-            layer.skip = nn.Conv1d(D, S, 1)
-            if i + 1 < c.layers:
-                layer.residual = nn.Conv1d(D, R, 1)
-            self.layers.append(layer)
-        self.output1 = nn.Conv1d(S, S, 1)
-        self.output2 = nn.Conv1d(S, c.classes, 1)
-
-    def forward(
-        self, samples: Any, global_condition: Any = None, local_condition: Any = None
-    ) -> Any:
-        T = samples.shape[1]
-        eye = torch.eye(self.c.classes, dtype=self.input.weight.dtype)
-        x = self.input(eye[samples].transpose(1, 2))[:, :, :T]
-        total = 0.0
-        for layer in self.layers:
-            f, g = layer.filter(x)[:, :, :T], layer.gate(x)[:, :, :T]
-            if global_condition is not None:
-                f = f + layer.filter_global(global_condition).unsqueeze(-1)
-                g = g + layer.gate_global(global_condition).unsqueeze(-1)
-            if local_condition is not None:
-                f = f + layer.filter_local(local_condition.transpose(1, 2))
-                g = g + layer.gate_local(local_condition.transpose(1, 2))
-            z = f.tanh() * g.sigmoid()
-            total = total + layer.skip(z)
-            if hasattr(layer, "residual"):
-                x = x + layer.residual(z)
-        return self.output2(F.relu(self.output1(F.relu(total)))).transpose(1, 2)
-
-
-def plain(config: Config) -> Plain:
-    """The class above with name-seeded weights, in float32."""
-    module = Plain(config)
-    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-    module.load_state_dict({n: torch.from_numpy(a) for n, a in probe.weights(shapes).items()})
-    return module
-
-
-def tensors(given: Arrays, precision: str) -> dict[str, torch.Tensor]:
-    return {
-        n: torch.from_numpy(a.astype(precision) if a.dtype.kind == "f" else a)
-        for n, a in given.items()
-    }
 
 
 def numpy(x: Any) -> np.ndarray:
@@ -103,41 +35,9 @@ def call(model: Any, framework: str, given: Arrays) -> np.ndarray:
     return np.asarray(model(**{n: jax.numpy.asarray(a) for n, a in given.items()}))
 
 
-@FRAMEWORKS
-@CONFIGS
-def test_the_papers_equations(config: Config, framework: str) -> None:
-    given = MODEL.inputs(config)
-    with torch.no_grad():
-        rough = plain(config)(**tensors(given, "float32")).numpy()
-        exact = plain(config).double()(**tensors(given, "float64")).numpy()
-    with jax.enable_x64(True):
-        for precision in ("float32", "float64"):
-            got = run(MODEL, config, framework, canonical(MODEL, config), given, precision)
-            scale = np.abs(exact).max()
-            if precision == "float64":
-                assert np.abs(got["output"] - exact).max() <= EXACT * scale
-            else:
-                noise = max(np.abs(rough - exact).max(), FLOOR * scale)
-                assert np.abs(got["output"] - rough).max() <= MARGIN * noise
-
-
-def test_a_plain_checkpoint_converts_and_loads(tmp_path: Path) -> None:
-    config = MODEL.presets["wavenet_small"]
-    module = plain(config)
-    torch.save(module.state_dict(), tmp_path / "model.pt")
-    made = convert.convert(tmp_path / "model.pt")
-    loaded = zoo.load(tmp_path / made.target, framework="flax")
-    given = {"samples": probe.integers("samples", (1, 40), config.classes)}
-    with torch.no_grad():
-        rough = module(**tensors(given, "float32")).numpy()
-        exact = module.double()(**tensors(given, "float64")).numpy()
-    noise = max(np.abs(rough - exact).max(), FLOOR * np.abs(exact).max())
-    assert np.abs(call(loaded, "flax", given) - rough).max() <= MARGIN * noise
-
-
 def test_other_sizes_need_the_dilations(tmp_path: Path) -> None:
     config = MODEL.tiny["plain"]
-    torch.save(plain(config).state_dict(), tmp_path / "model.pt")
+    torch.save(load(Plain(config), MODEL, config).state_dict(), tmp_path / "model.pt")
     with pytest.raises(UsageError, match="dilation_cycle"):
         zoo.load(tmp_path / "model.pt", framework="torch")
     with pytest.warns(zoo.LoadNotice, match="dilation_cycle"):
@@ -145,11 +45,7 @@ def test_other_sizes_need_the_dilations(tmp_path: Path) -> None:
     assert loaded.config == config
 
 
-def test_presets_start_alike() -> None:
-    a = zoo.create("wavenet_small", framework="torch")
-    b = zoo.create("wavenet_small", framework="flax")
-    kernel = np.asarray(b.layers[3].gate.kernel[...])
-    assert (kernel.transpose(2, 1, 0) == numpy(a.layers[3].gate.weight)).all()
+def test_the_papers_dilations() -> None:
     big = MODEL.presets["wavenet"]
     assert big.dilations == tuple(2**i for i in range(10)) * 3
     assert big.receptive_field == 3071
@@ -200,7 +96,7 @@ def conditions(config: Config, batch: int, steps: int) -> Arrays:
 
 def uncached(config: Config, prompt: np.ndarray, given: Arrays, u: np.ndarray | None) -> Any:
     """All of the past anew for every sample, by the plain class; inverse of the distribution."""
-    module = plain(config).double()
+    module = load(Plain(config), MODEL, config).double()
     samples = torch.from_numpy(prompt)
     local = given.get("local_condition")
     for i in range(STEPS):

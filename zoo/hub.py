@@ -20,10 +20,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from zoo import registry
+from zoo.containers import filenames
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".msgpack", ".flax", ".json")
-_HF_FILES = ("*.safetensors", "*.index.json", "config.json", "*.msgpack", "*.bin")
+_SUFFIXES = (*filenames.CHECKPOINT_SUFFIXES, ".flax", ".json")
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -116,7 +116,9 @@ def _from_hub(source: str) -> Path:
         raise MissingExtra(f"reading {source}", "hub") from None
     try:
         return Path(
-            snapshot_download(repo, revision=revision or None, allow_patterns=list(_HF_FILES))
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(filenames.HUB_PATTERNS)
+            )
         )
     except HFValidationError as e:
         raise UsageError(f"{source!r} names no repository: {e}", "write hf://org/repo") from None

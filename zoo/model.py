@@ -11,10 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from zoo import plugins
 from zoo.containers.errors import UsageError
 from zoo.layout import Entry, Layout
 from zoo.layout.ops import Shape
@@ -87,9 +89,20 @@ class Model:
         return override(self.config(), fields)
 
     def definition(self, framework: str) -> Callable[..., Any]:
-        """The class or function that builds the module; imports the framework."""
+        """The class or function that builds the module; imports the framework.
+
+        Raises UsageError for a twin that was written for an earlier zoo, with the edit it needs;
+        warns of one that still takes `taps`.
+        """
         module, _, attribute = getattr(self, framework).partition(":")
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+        try:
+            built = getattr(importlib.import_module(module), attribute)
+        except ImportError as e:
+            if edit := plugins.edit(e):
+                raise UsageError(f"{module} {edit}", "edit it, or uninstall it") from None
+            raise
+        plugins.warn_of_taps(built, f"{module}:{attribute}")
+        return built  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,18 +112,19 @@ def _layout_of(layout: Callable[[Config], Iterable[Entry]], config: Config) -> L
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:
     """`config` with other values in these fields; UsageError for what it cannot have."""
-    known = {f.name: str(f.type) for f in dataclasses.fields(config)}
+    known = [f.name for f in dataclasses.fields(config)]
     if wrong := [name for name in fields if name not in known]:
         raise UsageError(
             f"{type(config).__module__}.Config has no field {', '.join(wrong)}",
             f"it has {', '.join(known)}",
         )
-    values = {name: getattr(config, name) for name in known} | dict(fields)
-    for name, annotation in known.items():
-        if not _CHECKS.get(annotation, lambda _: True)(values[name]):
+    family: Any = type(config)
+    types = _types(family)
+    for name in known:
+        value = fields.get(name, getattr(config, name))
+        if name in types and not _fits(value, types[name]):
             raise UsageError(
-                f"impossible configuration: {name} is {values[name]!r}",
-                f"it is of type {annotation}",
+                f"impossible configuration: {name} is {value!r}", f"it is {_told(types[name])}"
             )
     try:
         return dataclasses.replace(config, **fields)
@@ -118,14 +132,37 @@ def override(config: Config, fields: Mapping[str, Any]) -> Config:
         raise UsageError(f"impossible configuration: {e}", "give values that fit together") from e
 
 
-# What a field of a Config may hold, by its annotation; others are the family's to check.
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "int": lambda v: type(v) is int and v >= 0,
-    "int | None": lambda v: v is None or type(v) is int,
-    "float": lambda v: type(v) in (int, float) and math.isfinite(v),
-    "bool": lambda v: type(v) is bool,
-    "str": lambda v: type(v) is str,
-}
+@functools.cache
+def _types(config: Any) -> dict[str, Any]:
+    """The types of a Config's fields; none where a plugin's cannot be resolved."""
+    try:
+        return get_type_hints(config)
+    except (NameError, TypeError):
+        return {}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a field of this type may hold a value. Numbers are finite, a count is not negative;
+    what is no plain type is the family's to check."""
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(x) and value == x for x in get_args(kind))
+    if get_origin(kind) in (Union, UnionType):  # there -1 may mean none
+        plain = type(value) is int and int in get_args(kind)
+        return plain or any(_fits(value, k) for k in get_args(kind))
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if kind in (bool, str, NoneType):
+        return type(value) is kind
+    return True
+
+
+def _told(kind: Any) -> str:
+    """A type in words: "one of 'tanh', 'relu'", "of type int | None"."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    return f"of type {kind.__name__ if isinstance(kind, type) else kind}"
 
 
 def dim(shapes: Mapping[str, Shape], pattern: str, axis: int) -> int | None:

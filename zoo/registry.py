@@ -6,11 +6,10 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
-import warnings
-from importlib.metadata import entry_points
 from typing import NamedTuple
 
 import zoo.models
+from zoo import plugins
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
 
@@ -31,11 +30,11 @@ def families() -> dict[str, Model]:
         for module in pkgutil.iter_modules(zoo.models.__path__)
         if module.ispkg
     ]
-    for point in entry_points(group="zooconvert.models"):
-        try:
-            found.append(point.load())
-        except Exception as e:  # whatever a stranger's module raises, the others are still there
-            warnings.warn(f"the plugin {point.name} ({point.value}) is broken: {e}", stacklevel=2)
+    for point, model in plugins.load("zooconvert.models"):
+        if isinstance(model, Model):
+            found.append(model)
+        else:
+            plugins.refuse(point, f"gives {model!r}, which is not a zoo.Model: not used")
     owner: dict[str, str] = {}
     for model in found:
         for name in {model.name, *model.presets}:

@@ -193,10 +193,12 @@ def _show(source: str, prepared: Prepared, certificate: Certificate) -> None:
 
 def _data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
     """The same for machines."""
+    from zoo.containers import filenames
+
     target = prepared.target
     return {
         "target": str(target.path),
-        "certificate": str(target.path.parent / target.beside("certificate.json")),
+        "certificate": str(target.path.parent / target.beside(filenames.CERTIFICATE)),
         "container": target.to,
         "tree": prepared.plan.target_tree,
         "model": certificate.model,
@@ -254,7 +256,7 @@ def _plan_data(prepared: Prepared) -> dict[str, Any]:
         "target": str(prepared.target.path),
         "container": prepared.target.to,
         "tree": p.target_tree,
-        "model": p.model.name,
+        "model": p.model.name if p.model else "",
         "memory": prepared.memory,
         "disk": prepared.disk,
         "training": summary(prepared.training),
@@ -290,10 +292,10 @@ def _beside(target: Target) -> str:
     """The name of the optimizer.safetensors that belongs to the target."""
     from pathlib import Path
 
-    from convert.training_state import storage
+    from zoo.containers import filenames
     from zoo.containers.errors import printable
 
-    return printable(Path(target.beside(storage.NAME)).name)
+    return printable(Path(target.beside(filenames.OPTIMIZER)).name)
 
 
 def _is_cast(step: Any) -> bool:

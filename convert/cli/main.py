@@ -51,6 +51,8 @@ def completion(shell: str) -> None:
 
 def main() -> NoReturn:
     """The console script. Every way out is an exit code of DESIGN: 0, 1, 2, 3, 4, 5, 6, 7, 130."""
+    if sys.platform == "win32":
+        _fail("zooconvert does not run on Windows", "use Linux, or the Linux of Windows (WSL)", 2)
     signal.signal(signal.SIGTERM, _interrupt)
     debug = "--debug" in sys.argv
     try:

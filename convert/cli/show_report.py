@@ -111,29 +111,36 @@ def _differences(found: Report) -> None:
     by_reason: dict[str, list[TensorDifference]] = {}
     for d in found.differences:
         by_reason.setdefault(d.why, []).append(d)
-    rows = []
+    single: list[TensorDifference] = []
     groups = 0
     for why, group in by_reason.items():
         if len(group) > _GROUP and groups < _GROUP:
             groups += 1
             first = printable(group[0].name)
             click.echo(f"  {len(group)} tensors: {printable(why)} ({first}, ...)")
-            continue
-        rows += [
-            (
-                d.name,
-                d.why,
-                "" if d.max_error is None else f"{d.max_error:.2e}",
-                "" if d.first is None else str(list(d.first)),
-                d.diagnosis or "",
-            )
-            for d in group
-        ]
-    if rows:
-        header = ("tensor", "difference", "max error", "first at", "diagnosis")
-        table(header, rows[:_SHOWN])
-    if len(rows) > _SHOWN:
-        click.echo(f"  ... and {len(rows) - _SHOWN} more")
+        else:
+            single += group
+    shown = single[:_SHOWN]
+    if shown:
+        table(
+            ("tensor", "difference", "max error", "first at"),
+            [
+                (
+                    d.name,
+                    d.why,
+                    "" if d.max_error is None else f"{d.max_error:.2e}",
+                    "" if d.first is None else str(list(d.first)),
+                )
+                for d in shown
+            ],
+        )
+    # Sentences, which would make the table wider than a terminal.
+    for d in shown:
+        if d.diagnosis:
+            told = d.diagnosis if d.name in d.diagnosis else f"{d.name}: {d.diagnosis}"
+            click.echo("  " + "\n    ".join(_wrapped(told)))
+    if len(single) > len(shown):
+        click.echo(f"  ... and {len(single) - len(shown)} more")
 
 
 def _times(ratio: float) -> str:
@@ -143,4 +150,4 @@ def _times(ratio: float) -> str:
 def _wrapped(text: str) -> list[str]:
     import textwrap
 
-    return textwrap.wrap(printable(text), _WIDTH)[:3]
+    return textwrap.wrap(printable(text), _WIDTH, break_long_words=False)[:3]

@@ -22,11 +22,12 @@ from convert.matching.pair import Pair
 from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
-from zoo.checkpoint.identification import Request, title
+from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
-from zoo.containers import open_checkpoint
+from zoo.checkpoint.request import Request
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
 from zoo.model import Config, Model
@@ -59,11 +60,13 @@ def verify_checkpoints(
             states.append(state)
         first, second = sides
         if first[1].model is not second[1].model:
-            names = first[1].model.name, second[1].model.name
+            names = first[1].title, second[1].title
             raise UsageError(f"{a} is {names[0]}, {b} is {names[1]}", "compare two of one model")
         report.notices = list(dict.fromkeys(n for _, p in sides for n in p.notices))
         report.certificate = certificate_beside([reader.path for reader, _ in sides])
-        compare_training(states[0], states[1], report)
+        found = compare_training(states[0], states[1], (report.a, report.b))
+        report.differences += found.differences
+        report.notices += found.notices
         compare_checkpoints(first, second, report, inputs, options, progress)
     return report
 
@@ -80,11 +83,8 @@ def compare_checkpoints(
     known = next((p for _, p in (a, b) if not p.unknown), None)
     titled = known or a[1]
     report.model = title(titled.model, titled.config, titled.unknown)
-    report.config = dataclasses.asdict(titled.config) | dict.fromkeys(
-        sorted(a[1].unknown & b[1].unknown)
-    )
-    if report.level != "bits" and known is None:
-        check_known(a[1], b[1])
+    report.config = titled.fields | dict.fromkeys(sorted(a[1].unknown & b[1].unknown))
+    family = None if report.level == "bits" else runnable(a[1], b[1])
     compare_bits(a, b, report, progress)
     _diagnose(report, a, b)
     configs = _contradictions(a[1], b[1])
@@ -93,25 +93,27 @@ def compare_checkpoints(
         report.first_divergence = weights_differ(report)
         return
     report.differences += [TensorDifference("config", what) for what in configs]
-    assert known is not None
+    assert family is not None
     sides = [
         Weights(
             "torch" if plan.source_tree == "torch" else "flax",
-            known.config if plan.unknown else plan.config,
+            titled.config if plan.unknown else plan.config,
             _canonical(reader, plan),
         )
         for reader, plan in (a, b)
     ]
-    run_twins(known.model, sides[0], sides[1], report, inputs, options)
+    run_twins(family, sides[0], sides[1], report, inputs, options)
 
 
-def check_known(*plans: Plan) -> None:
-    """UsageError where none of these tells a field that running the model needs."""
+def runnable(*plans: Plan) -> Model:
+    """The family whose twins can be run; UsageError where there is none, or where none of these
+    tells a field that running them needs."""
     if unknown := frozenset.intersection(*(p.unknown for p in plans)):
         raise UsageError(
             f"running the model needs {', '.join(sorted(unknown))}, which the tensors do not tell",
             "name a preset with --model, or give its config.json with --config",
         )
+    return plans[0].family
 
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:
@@ -135,7 +137,7 @@ class _Tensors(Mapping[str, np.ndarray]):
 
     def __init__(self, opened: Opened) -> None:
         self._reader, plan = opened
-        prefix = plan.model.base_prefix
+        prefix = plan.prefix
         self._steps = {n.removeprefix(prefix): s for s in plan.steps for n in s.names}
         self._names = {n.removeprefix(prefix): n for s in plan.steps for n in s.names}
         self.shapes = {
@@ -245,6 +247,8 @@ def _inputs(model: Model, config: Config, given: Any) -> dict[str, np.ndarray]:
 
 def _contradictions(a: Plan, b: Plan) -> list[str]:
     """Fields that both sides state, and state differently."""
+    if a.config is None or b.config is None:
+        return []
     fields = [f.name for f in dataclasses.fields(a.config) if f.name not in a.unknown | b.unknown]
     pairs = [(f, getattr(a.config, f), getattr(b.config, f)) for f in fields]
     return [f"{f} {x!r} and {y!r}" for f, x, y in pairs if x != y]
@@ -253,13 +257,13 @@ def _contradictions(a: Plan, b: Plan) -> list[str]:
 def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
     """The first certificate that lies beside one of these checkpoints and is one of ours."""
     for path in paths:
-        for file in (path / "certificate.json", path.with_name(f"{path.name}.certificate.json")):
-            try:
-                if file.stat().st_size > _CERTIFICATE_MAX:
-                    continue
-                data = json.loads(file.read_text())
-            except (OSError, ValueError, RecursionError):
+        file = filenames.beside(path, filenames.CERTIFICATE)
+        try:
+            if file.stat().st_size > _CERTIFICATE_MAX:
                 continue
-            if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
-                return data
+            data = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
+            return data
     return None

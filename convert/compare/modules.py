@@ -18,9 +18,8 @@ from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.weights import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
-from convert.matching.layers import pair_traces
-from convert.matching.pair import LayerPair, Match, Pair, layout_matches
-from convert.matching.parameters import parameters, unmatched
+from convert.matching.pair import Match, Pair, layout_matches
+from convert.matching.pairing import pair_traces
 from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
@@ -82,13 +81,8 @@ class ModulePair:
                 "see that it takes these inputs",
             )
         found = pair_traces(pair, self.torch_trace, side, self.flax_trace)
-        self.layers: list[LayerPair] = found.layers
         report.notices += found.notes
-        matches, *self.unmatched = parameters(pair, found, side)
-        if pair.matches is not None:
-            matches = list(pair.matches)
-            self.unmatched = list(unmatched(pair.torch, side, matches))
-        self.matches: tuple[Match, ...] = tuple(matches)
+        self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
 
     def bits(self) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
 
 from convert.compare.report import Report
 from zoo.containers.base import fsync_directory
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import MissingExtra, UsageError
 
 SUFFIXES = (".html", ".json")
 
 
 def check_report(path: Path) -> None:
-    """UsageError if no report can be written there, before any work is done."""
+    """UsageError if no report can be written there, before any work is done; MissingExtra without
+    what a page needs."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
-            f"a report {path} has no suffix that says what it shall be",
+            f"the report {path} has no suffix that says what it is to be",
             "name it FILE.html (a page) or FILE.json (data)",
         )
     if path.is_dir():
@@ -26,10 +28,12 @@ def check_report(path: Path) -> None:
         raise UsageError(f"the directory {path.parent} does not exist", "make it first")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UsageError(f"{path} cannot be written to", "name another file")
+    if path.suffix.lower() == ".html" and importlib.util.find_spec("jinja2") is None:
+        raise MissingExtra("writing an HTML report", "report")
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write it whole: whoever reads the file meanwhile has the old one."""
+    """Write it whole: whoever reads the file meanwhile sees the old one."""
     if path.suffix.lower() == ".html":
         from convert.compare.html import render
 

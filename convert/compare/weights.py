@@ -47,7 +47,7 @@ def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
     brings, so that an encoder is compared with the same encoder under a head."""
 
     def bare(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(n.removeprefix(plan.model.base_prefix) for n in names)
+        return tuple(n.removeprefix(plan.prefix) for n in names)
 
     found: dict[tuple[str, ...], _Values] = {
         bare(step.names): partial(read_step, reader, step) for step in plan.steps
@@ -57,8 +57,8 @@ def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
 
 def _stated(plan: Plan, names: tuple[str, ...]) -> _Values | None:
     """The value that the layout states for a tensor that one side does not hold, if it does."""
-    for entry in plan.model.layout_of(plan.config).entries:
-        name = entry.torch[0].name.removeprefix(plan.model.base_prefix)
+    for entry in plan.layout.entries:
+        name = entry.torch[0].name.removeprefix(plan.prefix)
         if entry.constant is not None and names == (name,):
             info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
             return partial(_made, Made(names[0], info, entry.constant, None))

@@ -28,12 +28,12 @@ from convert.diagnose.reference import Reference
 from convert.diagnose.walk import Event
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import align, best_move, moves, to_flax, to_torch
-from convert.matching.kinds import flax_kind, torch_kind
-from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
+from convert.matching.pairing import Pairing
 from convert.runtime.flax_calls import attributes
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
+from zoo.layout.kinds import flax_kind, torch_kind
 
 _RULES: dict[str, Rule] = {
     "linear": linear, "embedding": embedding, "norm": norm, "batchnorm": norm,

@@ -11,9 +11,8 @@ from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.walk import Forward
-from convert.matching.layers import Pairing, pair_traces
-from convert.matching.pair import Match, Pair
-from convert.matching.parameters import parameters
+from convert.matching.pair import Pair
+from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 
@@ -38,14 +37,11 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
     trace = record(side, pair.flax_call)
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
-    matches = pair.matches
-    if matches is None:
-        matches = tuple(parameters(pair, pairing, side)[0])
-    matched = Matched(pair.torch, side, matches)
+    matched = Matched(pair.torch, side, pairing.matches)
     walk = Forward(reference, side, pairing, Explainer(reference, side, pairing, matched, False))
     found: Divergence | None = walk.run(pair.flax_call)
     if found is None and mode == "forward" and not reference.random:
-        found = _in_float64(pair, pairing, matches)
+        found = _in_float64(pair, pairing)
     if found is None and mode == "training":
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
@@ -53,11 +49,11 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
     return found
 
 
-def _in_float64(pair: Pair, pairing: Pairing, matches: tuple[Match, ...]) -> Divergence | None:
+def _in_float64(pair: Pair, pairing: Pairing) -> Divergence | None:
     """What float32's rounding hides, if it can be named."""
     exact = Reference(pair.torch, pair.call, "float64")
     wide = flax_module(pair.flax, "float64")
     exact.step(pairing.of_torch())
-    explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, matches), sure=True)
+    explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, pairing.matches), sure=True)
     found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)
     return found

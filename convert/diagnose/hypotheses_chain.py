@@ -14,8 +14,8 @@ from convert.diagnose.hypotheses_pool import Pool, pools
 from convert.diagnose.hypotheses_values import Function, activation_differs, functions
 from convert.diagnose.reference import Reference
 from convert.matching.alignment import gap
-from convert.matching.kinds import torch_kind
 from convert.runtime.trace import Recorded
+from zoo.layout.kinds import torch_kind
 
 
 def replay(

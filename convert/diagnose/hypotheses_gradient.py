@@ -14,7 +14,7 @@ from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
 from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
-from convert.matching.kinds import torch_kind
+from zoo.layout.kinds import torch_kind
 
 
 @dataclass

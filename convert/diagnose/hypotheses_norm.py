@@ -10,6 +10,7 @@ import numpy as np
 from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
 from convert.diagnose.causes import Explanation, found
 from convert.matching.alignment import gap
+from zoo.layout.kinds import kinds
 
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-8, 1e-7, 1e-4, 1e-2, 1e-10, 0.0)
 
@@ -21,7 +22,7 @@ def norm(case: Case) -> Explanation | None:
 
 def epsilon_name(module: Any) -> str | None:
     """What a torch layer calls its epsilon."""
-    names = ("eps", "epsilon", "variance_epsilon")
+    names = kinds()["norm"].attribute("eps").torch_names
     return next((n for n in names if isinstance(getattr(module, n, None), float)), None)
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from convert.diagnose.causes import Explanation, found
 from convert.diagnose.weights import explain_tensor
-from convert.matching.kinds import torch_kind
 from convert.matching.pair import Match
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes
 
 

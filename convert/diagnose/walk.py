@@ -16,14 +16,14 @@ import numpy as np
 from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
 from convert.matching.alignment import Aligned, align, to_flax, to_torch
-from convert.matching.kinds import flax_kind, torch_kind
-from convert.matching.layers import Pairing
 from convert.matching.pair import LayerPair
+from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
+from zoo.layout.kinds import flax_kind, torch_kind
 
 
 @dataclass

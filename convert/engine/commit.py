@@ -8,29 +8,25 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import os
-import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.training_state.storage import NAME, in_directory, of_directory
-from zoo.containers import open_checkpoint
+from convert.training_state.storage import of_directory
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
 
+if sys.platform == "win32":
+    raise ImportError("zooconvert does not run on Windows, which lacks fcntl: use Linux, or WSL")
+import fcntl
+
 _MARK = ".zooconvert-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_SUFFIXES = (".safetensors", ".msgpack", ".pt", ".pth", ".bin", ".ckpt")
-# What the directories that we write may hold; one that holds more is not ours to replace whole.
-_OURS = re.compile(
-    r"config\.json|certificate\.json|optimizer\.safetensors|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|orbax\.checkpoint"
-    r"|manifest\.ocdbt|d|ocdbt\.process_\d+|array_metadatas|pytree|state"
-)
 
 
 def check_paths(target: Path, source: Path) -> None:
@@ -53,12 +49,12 @@ def check_paths(target: Path, source: Path) -> None:
 def check_replaceable(target: Path, force: bool) -> None:
     """UsageError if something stands at `target` that may not be replaced. Asked before any work is
     done, and again when it is: another process may have been faster."""
-    moments = target.with_name(f"{target.name}.{NAME}")
+    moments = target.with_name(f"{target.name}.{filenames.OPTIMIZER}")
     if moments.exists() and not force:
         raise UsageError(
             f"{moments} exists already", "replace it with --force, or name another target"
         )
-    if in_directory(target) and (theirs := of_directory(target.parent)):
+    if filenames.is_whole(target) and (theirs := of_directory(target.parent)):
         raise UsageError(
             f"{theirs} would be taken for the optimizer of {target.name}",
             f"name another target, or the directory: {target.parent}",
@@ -66,7 +62,7 @@ def check_replaceable(target: Path, force: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     strangers = (
-        [p.name for p in target.iterdir() if not _OURS.fullmatch(p.name)]
+        [p.name for p in target.iterdir() if not filenames.is_ours(p.name)]
         if (target.is_dir() and not target.is_symlink())
         else []
     )
@@ -75,7 +71,11 @@ def check_replaceable(target: Path, force: bool) -> None:
             f"{target} holds more than a checkpoint: {', '.join(sorted(strangers)[:3])}",
             "name another target; it would be replaced whole",
         )
-    if target.is_file() and target.suffix not in _SUFFIXES and not _is_checkpoint(target):
+    if (
+        target.is_file()
+        and target.suffix not in filenames.CHECKPOINT_SUFFIXES
+        and not _is_checkpoint(target)
+    ):
         raise UsageError(f"{target} exists and is no checkpoint", "name another target")
     if not force:
         raise UsageError(
@@ -141,7 +141,7 @@ def commit(place: Path, target: Path, force: bool) -> None:
     names = sorted((p.name for p in place.iterdir()), key=lambda n: n != target.name)
     with _locked(target.parent, wait=True):
         check_replaceable(target, force)
-        old = target.with_name(f"{target.name}.{NAME}")
+        old = target.with_name(f"{target.name}.{filenames.OPTIMIZER}")
         if old.exists():
             old.unlink()
             fsync_directory(target.parent)

@@ -4,7 +4,7 @@ time, while the next ones are read, moved and hashed."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from zoo.checkpoint.certificate import Certificate, TensorRecord, now, sha256, v
 from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
+from zoo.containers import filenames
 from zoo.containers.base import Reader, Writer, fsync_directory
 from zoo.containers.errors import NotEquivalent
 from zoo.layout.ops import describe
@@ -56,10 +57,10 @@ def run(
                 certificate.verified |= prove(plan, kept.values, prepared.level)
         training = prepared.training
         if training.optimizers or training.ema or training.data:
-            path = place / target.beside(storage.NAME)
+            path = place / target.beside(filenames.OPTIMIZER)
             certificate.training = _write_training(path, training, verify)
         certificate.versions, certificate.created = versions(), now()
-        write_text(place / target.beside("certificate.json"), certificate.to_json())
+        write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):
             if directory.is_dir():
                 fsync_directory(directory)
@@ -80,7 +81,6 @@ def _write_training(path: Path, training: TrainingState, verify: bool) -> dict[s
 
 
 def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
-    config = asdict(plan.config) | dict.fromkeys(plan.unknown)
     return Certificate(
         source=reader.path.name,
         source_container=reader.container,
@@ -88,9 +88,9 @@ def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
         target=target.path.name,
         target_container=target.to,
         target_tree=plan.target_tree,
-        model=plan.model.name,
-        layout=f"{plan.model.name}/{plan.model.version}",
-        config=config,
+        model=plan.model.name if plan.model else "",
+        layout=plan.layout_id,
+        config=plan.fields,
         notices=list(plan.notices),
     )
 
@@ -162,7 +162,9 @@ def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
 
 def _write_label(target: Target, place: Path, label: Label) -> None:
     if target.is_directory or target.to in ("msgpack", "pt"):
-        write_text(place / target.beside("config.json"), label.to_config_json())
+        write_text(place / target.beside(filenames.CONFIG), label.to_config_json())
+    for name, text in label.files().items():
+        write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)
 
 
 class _Moved(NamedTuple):

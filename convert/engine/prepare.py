@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.compare.checkpoints import check_known
+from convert.compare.checkpoints import runnable
 from convert.compare.settings import Level, check_level
 from convert.engine.ahead import WORKERS
 from convert.engine.commit import check_paths, check_replaceable, check_space
@@ -21,11 +21,13 @@ from zoo import hub
 from zoo.checkpoint.identification import FLAX_TREES
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
-from zoo.layout import TREES, Tree
-from zoo.loading import FRAMEWORKS, dtype_code, make_request
+from zoo.layout import TREES, Layout, Tree
+from zoo.loading import FRAMEWORKS
 
 Source = str | os.PathLike[str]
 
@@ -72,6 +74,7 @@ class Order:
     dtype: str | None = None
     max_shard_size: int | None = None
     learning_rate: float | None = None
+    layout: Layout | None = None
     force: bool = False
     verify: bool = True
     level: Level = "bits"
@@ -112,13 +115,13 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         reader,
         read_label(reader),
         None if wanted is None else "torch" if wanted == "torch" else order.tree,
-        request=make_request(order.model, order.config),
+        request=make_request(order.model, order.config, order.layout),
         sources=TREES if wanted is None else FLAX_TREES if wanted == "torch" else ("torch",),
         dtype=None if order.dtype is None else dtype_code(order.dtype),
     )
     target, told = chosen or _target(order, "torch" if plan.target_tree == "torch" else "flax")
     if order.level != "bits":
-        check_known(plan)
+        runnable(plan)
     check_paths(target.path, reader.path)
     check_replaceable(target.path, order.force)
     plan, training = besides(reader, plan, stack, order.learning_rate)

@@ -22,7 +22,7 @@ def prove(plan: Plan, canonical: Mapping[str, np.ndarray], level: Level) -> dict
 
     report = Report("torch", "flax", level)
     sides = [Weights(framework, plan.config, canonical) for framework in ("torch", "flax")]
-    run_twins(plan.model, sides[0], sides[1], report, None, Settings())
+    run_twins(plan.family, sides[0], sides[1], report, None, Settings())
     if report.verdict == "different":
         bad = next(row.name for row in report.rows if row.judged and not row.same)
         raise NotEquivalent(

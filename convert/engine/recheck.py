@@ -79,12 +79,11 @@ class Canonical:
 
     def __init__(self, plan: Plan) -> None:
         self.values: dict[str, np.ndarray] = {}
-        layout = plan.model.layout_of(plan.config)
         self._undo = {
             tuple(t.name for t in view.entry.torch): inverse(
                 view.ops, [t.shape for t in view.entry.torch]
             )
-            for view in layout.view(plan.target_tree)
+            for view in plan.layout.view(plan.target_tree)
             if view.tensors
         }
 
@@ -94,8 +93,8 @@ class Canonical:
 
 
 def _same_label(read: Label, meant: Label) -> bool:
-    told = (read.model, read.config, read.carried) == (meant.model, meant.config, meant.carried)
-    return told and read.problem is None
+    told = [(label.model, label.config, label.layout, label.carried) for label in (read, meant)]
+    return told[0] == told[1] and read.problem is None
 
 
 def _same(reader: Reader, a: str, b: str) -> bool:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Plan
+from zoo.containers import filenames
 from zoo.containers.base import TensorInfo, Writer
 from zoo.containers.errors import MissingExtra, UsageError
 
-TO = ("orbax", "msgpack", "safetensors", "pt")
-_SUFFIX = {"orbax": "", "msgpack": ".msgpack", "safetensors": ".safetensors", "pt": ".pt"}
+TO = tuple(filenames.SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def choose(
         or (to == "safetensors" and dst.suffix == "")
     )
     if directory and to in ("msgpack", "pt"):
-        dst, directory = dst / f"{source.stem}{_SUFFIX[to]}", False
+        dst, directory = dst / f"{source.stem}{filenames.SUFFIXES[to]}", False
     return Target(dst, to, directory, max_shard_size), told
 
 
@@ -121,7 +121,7 @@ def by_suffix(dst: Path | None) -> str | None:
     suffix = dst.suffix if dst else ""
     if suffix in (".pth", ".bin"):
         return "pt"
-    return next((to for to, s in _SUFFIX.items() if s and s == suffix), None)
+    return next((to for to, s in filenames.SUFFIXES.items() if s and s == suffix), None)
 
 
 def _default(source: Path, to: str, framework: str, sharded: bool) -> Path:
@@ -130,9 +130,9 @@ def _default(source: Path, to: str, framework: str, sharded: bool) -> Path:
     if source.is_dir() or not source.exists():
         stem = source.name.removesuffix(".flax")
     else:
-        stem = Path(source.name.removesuffix(".index.json")).stem
+        stem = Path(source.name.removesuffix(filenames.INDEX)).stem
     if framework == "flax":
-        name = f"{stem}.flax" + ("" if to == "orbax" or sharded else _SUFFIX[to])
+        name = f"{stem}.flax" + ("" if to == "orbax" or sharded else filenames.SUFFIXES[to])
     else:
-        name = stem.removesuffix(".flax") + ("" if sharded else _SUFFIX[to])
+        name = stem.removesuffix(".flax") + ("" if sharded else filenames.SUFFIXES[to])
     return source.with_name(name)

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from convert.linting.findings import Finding, braced, ranged
 from convert.linting.subject import Layer, Subject
 from zoo.checkpoint.identification import dims
+from zoo.layout.kinds import of_group
 from zoo.layout.ops import Shape
 
 _VERIFY = "run `zooconvert verify A B --level outputs`: only outputs can show it"
-DENSE = ("linear", "linear_in_out", "attention", "gate")
-CONV = ("conv1d", "conv2d", "conv3d", "conv_transpose")
+DENSE = ("linear", "attention", "linear_in_out", "gate")  # the last two are lint's own
+CONV = of_group("conv", "conv_transpose")
 
 
 def ambiguous(s: Subject) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from convert.linting.findings import SEVERITIES, Finding, Lint
 from convert.linting.hyperparameters import parameters
 from convert.linting.pairs import contradictions
 from convert.linting.subject import read
-from zoo.loading import make_request
+from zoo.checkpoint.request import make_request
 
 Source = str | os.PathLike[str]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.checkpoint.identification import Candidate, Request, identify_header
-from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.identification import Candidate, identify_header
+from zoo.checkpoint.label import Label, config_files, read_label
 from zoo.checkpoint.peel import NOT_WEIGHTS, levels
+from zoo.checkpoint.request import Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, ZooError
@@ -120,7 +121,7 @@ def _known(
     grouped: dict[tuple[str, str], dict[str, Shape]] = {}
     tied: set[str] = set()
     flattened: dict[str, Shape] = {}
-    for view in c.model.layout_of(c.config).view(c.tree):
+    for view in c.layout.view(c.tree):
         e = view.entry
         present = [c.names[t.name] for t in view.tensors if t.name in c.names]
         for t in e.torch:
@@ -142,20 +143,22 @@ def _known(
         Layer(module, kind, shapes, module in tied, flattened.get(module))
         for (module, kind), shapes in grouped.items()
     ]
-    fields = {f.name: getattr(c.config, f.name) for f in dataclasses.fields(c.config)}
+    fields: dict[str, Any] = {}
+    if c.config is not None:
+        fields = {f.name: getattr(c.config, f.name) for f in dataclasses.fields(c.config)}
     known = {k: v for k, v in fields.items() if k not in c.unknown}
     stated_type = stated.get("model_type")
     return Subject(
         source,
         c.title(),
-        c.model.name,
+        c.model.name if c.model else None,
         "torch" if c.tree == "torch" else "flax",
         tensors,
         layers,
         {**stated, **known} if used else {**known, **stated},
         c.unknown - (set() if used else stated.keys()),
         frozenset(constants),
-        None if stated_type in (None, c.model.hf_type) else str(stated_type),
+        None if c.model is None or stated_type in (None, c.model.hf_type) else str(stated_type),
         notices,
     )
 
@@ -223,10 +226,8 @@ def _kind(module: str, shapes: Mapping[str, Shape]) -> str:
 
 def _config(reader: Reader, label: Label) -> tuple[dict[str, Any], list[str]]:
     """What lies beside the checkpoint or in it, the zoo's own fields first; and what to tell."""
-    path = reader.path
-    beside = [path.with_name(path.name + ".config.json"), path.with_name("config.json")]
     found: dict[str, Any] = dict(label.hf)
-    for place in [path / "config.json"] if path.is_dir() else beside:
+    for place in config_files(reader.path):
         if found or not place.is_file():
             continue
         data, told = _json(place)

@@ -6,26 +6,25 @@ aligned like two sequences; containers are those that hold the same layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from convert.matching.alignment import moves
-from convert.matching.kinds import compatible, flax_kind, normal, torch_kind
 from convert.matching.pair import LayerPair, Pair
-from convert.runtime.flax_calls import record
-from convert.runtime.flax_module import FlaxModule, flax_module
-from convert.runtime.torch_calls import trace_torch
+from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
+from zoo.layout.kinds import compatible, flax_kind, torch_kind
 
 _ZOO_KINDS = {"linear", "conv1d", "conv2d", "embedding", "norm", "batchnorm", "recurrent"}
 
 
 @dataclass
-class Layer:
+class CalledLayer:
     """A submodule that was called, on either side."""
 
     name: str
@@ -36,45 +35,21 @@ class Layer:
     shape: tuple[int, ...]  # of what its first call gives
 
 
-@dataclass
-class Pairing:
-    """The pairs, in torch's order of execution, and what has no counterpart."""
-
-    layers: list[LayerPair]
-    torch_unpaired: list[str]
-    flax_unpaired: list[str]
-    notes: list[str] = field(default_factory=list)
-
-    def of_flax(self) -> dict[str, LayerPair]:
-        """Flax path -> pair."""
-        return {p.flax: p for p in self.layers}
-
-    def of_torch(self) -> dict[str, LayerPair]:
-        """torch name -> pair."""
-        return {p.torch: p for p in self.layers}
+Layers = dict[str, CalledLayer]  # by dotted name
+Found = dict[str, tuple[str, str]]  # torch name -> Flax path, and by what it was found
+May = Callable[[CalledLayer, CalledLayer], bool]  # whether two layers are to be considered
 
 
-def match_layers(pair: Pair) -> list[LayerPair]:
-    """The pairs of layers of `pair`, in torch's order of execution. Both modules are run once.
+def pair_layers(
+    pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Trace
+) -> tuple[list[LayerPair], list[str], list[str]]:
+    """The pairs in torch's order of execution, and torch's and Flax's layers without a counterpart.
 
-    UsageError where a pair that the user gives names a layer that there is not.
+    UsageError where a pair that the user gives names a layer that is not called.
     """
-    return match(pair).layers
-
-
-def match(pair: Pair) -> Pairing:
-    """As `match_layers`, with what stays unpaired on either side."""
-    torch_trace = trace_torch(pair.torch, pair.call)
-    side = flax_module(pair.flax, "float32")
-    flax_trace = record(side, pair.flax_call)
-    return pair_traces(pair, torch_trace, side, flax_trace)
-
-
-def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Trace) -> Pairing:
-    """As `match`, from runs that were made before."""
     ours = torch_layers(pair.torch, torch_trace)
     theirs = flax_layers(side, flax_trace)
-    found: dict[str, tuple[str, str]] = {"": ("", "name")} if "" in theirs and "" in ours else {}
+    found: Found = {"": ("", "name")} if "" in theirs and "" in ours else {}
     _given(pair, ours, theirs, found)
     _by_name(side, ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
@@ -85,21 +60,24 @@ def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Tr
     for name, layer in ours.items():
         if name in found:
             kind = layer.kind if layer.kind in _ZOO_KINDS else type(modules[name]).__name__
-            layers.append(LayerPair(name, found[name][0], kind, found[name][1]))
+            other, why = found[name]
+            layers.append(LayerPair(name, other, kind, why, _alternatives(layer, theirs)))
     used = {f for f, _ in found.values()}
-    return Pairing(
-        layers,
-        [n for n in ours if n not in found],
-        [n for n in theirs if n not in used],
-        [*torch_trace.notes, *flax_trace.notes],
-    )
+    return layers, [n for n in ours if n not in found], [n for n in theirs if n not in used]
 
 
-def torch_layers(module: Any, trace: Trace) -> dict[str, Layer]:
+def _alternatives(ours: CalledLayer, theirs: Layers) -> int:
+    """How many other layers of Flax's are of the same kind and sizes."""
+    if ours.kind == "other":
+        return 0
+    return max(0, sum(_score(ours, x, lambda a, b: True) > 0 for x in theirs.values()) - 1)
+
+
+def torch_layers(module: Any, trace: Trace) -> Layers:
     """The submodules that were called, in the order of their first call."""
     modules = dict(module.named_modules())
     return {
-        name: Layer(
+        name: CalledLayer(
             name,
             torch_kind(modules[name]),
             _sizes(p.shape for p in modules[name].parameters(recurse=False)),
@@ -109,10 +87,10 @@ def torch_layers(module: Any, trace: Trace) -> dict[str, Layer]:
     }
 
 
-def flax_layers(side: FlaxModule, trace: Trace) -> dict[str, Layer]:
+def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
     """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
     return {
-        name: Layer(
+        name: CalledLayer(
             name,
             flax_kind(side.modules[name]),
             _sizes(
@@ -146,7 +124,10 @@ def _sizes(shapes: Any) -> tuple[int, ...]:
 
 
 def _given(
-    pair: Pair, ours: dict[str, Layer], theirs: dict[str, Layer], found: dict[str, tuple[str, str]]
+    pair: Pair,
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
 ) -> None:
     wrong = [f"torch calls no {t!r}" for t in pair.layers if t not in ours]
     wrong += [f"Flax calls no {f!r}" for f in pair.layers.values() if f not in theirs]
@@ -161,9 +142,9 @@ def _given(
 
 def _by_name(
     side: FlaxModule,
-    ours: dict[str, Layer],
-    theirs: dict[str, Layer],
-    found: dict[str, tuple[str, str]],
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
 ) -> None:
     used = {f for f, _ in found.values()}
     by_name: dict[str, str] = {}
@@ -190,24 +171,24 @@ def _without_sequential(side: FlaxModule, path: str) -> str:
     return ".".join(made)
 
 
-def _same_sort(ours: Layer, theirs: Layer) -> bool:
+def _same_sort(ours: CalledLayer, theirs: CalledLayer) -> bool:
     if ours.kind == "other" or theirs.kind == "other":
         return True  # one's own class may stand for any: the name says it
     same_kind = compatible(ours.kind, theirs.kind)
     return same_kind and _same_sizes(ours, theirs)
 
 
-def _same_sizes(ours: Layer, theirs: Layer) -> bool:
+def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
     if ours.kind in ("attention", "recurrent"):  # fused on one side, apart on the other
         return sum(ours.sizes) <= sum(theirs.sizes)
     return ours.sizes == theirs.sizes
 
 
 def _by_order(
-    ours: dict[str, Layer],
-    theirs: dict[str, Layer],
-    found: dict[str, tuple[str, str]],
-    may: Callable[[Layer, Layer], bool],
+    ours: Layers,
+    theirs: Layers,
+    found: Found,
+    may: May,
 ) -> None:
     """Leaves that are left, aligned in their order; a pair must be of one kind and size.
 
@@ -233,18 +214,18 @@ def _by_order(
             j += 1
 
 
-def _within(layer: Layer, found: dict[str, tuple[str, str]]) -> str | None:
+def _within(layer: CalledLayer, found: Found) -> str | None:
     """The innermost paired module around a torch layer, as Flax calls it."""
     return next((found[p][0] for p in reversed(layer.parents) if p in found), None)
 
 
-def _around(layer: Layer, found: dict[str, tuple[str, str]]) -> str | None:
+def _around(layer: CalledLayer, found: Found) -> str | None:
     """The innermost paired module around a Flax layer."""
     paired = {f for f, _ in found.values()}
     return next((p for p in reversed(layer.parents) if p in paired), None)
 
 
-def _score(ours: Layer, theirs: Layer, may: Callable[[Layer, Layer], bool]) -> float:
+def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
     if not (compatible(ours.kind, theirs.kind) and _same_sizes(ours, theirs) and may(ours, theirs)):
         return -1.0
     if not ours.sizes and not moves(ours.shape, theirs.shape):
@@ -253,9 +234,7 @@ def _score(ours: Layer, theirs: Layer, may: Callable[[Layer, Layer], bool]) -> f
     return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1])
 
 
-def _containers(
-    ours: dict[str, Layer], theirs: dict[str, Layer], found: dict[str, tuple[str, str]]
-) -> None:
+def _containers(ours: Layers, theirs: Layers, found: Found) -> None:
     """Modules of one's own that hold the same paired layers, the innermost first."""
     used = {f for f, _ in found.values()}
     back = {f: t for t, (f, _) in found.items()}
@@ -273,3 +252,8 @@ def _containers(
             found[t] = candidates.pop(), "container"
     for t, (f, why) in list(found.items()):
         found[t] = f, "order" if why == "container" else why
+
+
+def normal(name: str) -> str:
+    """A path as both frameworks would spell it: `layers_0` is `layers.0`, case does not count."""
+    return re.sub(r"_(\d+)(?=\.|$)", r".\1", name).lower()

@@ -31,7 +31,8 @@ class LayerPair:
     torch: str  # dotted name, "" for the whole
     flax: str  # dotted path
     kind: str  # as in zoo.layout where it is one of those, else the torch class's name
-    why: str = "name"  # "name", "order", "given"
+    why: str = "name"  # "name", "order", "given": by what it was found
+    alternatives: int = 0  # other layers of Flax's that would fit by kind and sizes
 
 
 @dataclass(frozen=True)

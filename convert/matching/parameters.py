@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.kinds import normal, torch_kind
-from convert.matching.layers import Pairing, match
-from convert.matching.pair import LayerPair, Match, Pair
-from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.matching.layers import normal
+from convert.matching.pair import LayerPair, Match
+from convert.runtime.flax_module import FlaxModule
+from convert.runtime.torch_module import state
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -29,61 +30,42 @@ _GATES = {
 }
 
 
-def match_parameters(pair: Pair) -> tuple[list[Match], list[str], list[str]]:
-    """The matches, and the names on either side that none has. Both modules are run once.
-
-    `pair.matches`, where given, are taken as they are. The two biases of a torch recurrent layer
-    have no match where Flax's cell has one: their sum is no op.
-    """
-    side = flax_module(pair.flax, "float32")
-    if pair.matches is not None:
-        return list(pair.matches), *unmatched(pair.torch, side, pair.matches)
-    return parameters(pair, match(pair), side)
-
-
-def parameters(
-    pair: Pair, pairing: Pairing, side: FlaxModule
-) -> tuple[list[Match], list[str], list[str]]:
-    """As `match_parameters`, from layers that are paired already."""
-    modules = dict(pair.torch.named_modules())
+def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list[Match]:
+    """The matches of a torch module's tensors, from layers that are paired already."""
+    modules = dict(module.named_modules())
     flax = {n: tuple(np.shape(v)) for n, v in side.values.items()}
     found: list[Match] = []
     taken: set[str] = set()
-    uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, pairing, side)]
-    for layer in [*pairing.layers, *uncalled]:
+    uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, layers, side)]
+    for layer in [*layers, *uncalled]:
         for m in _of_layer(layer, modules[layer.torch], side, flax):
             if not taken & set(m.flax):
                 found.append(m)
                 taken |= set(m.flax)
-    found += _bare(pair.torch, found, flax, taken)
-    return found, *unmatched(pair.torch, side, found)
+    return found + _bare(module, found, flax, taken)
 
 
 def _uncalled(
-    modules: Mapping[str, Any], pairing: Pairing, side: FlaxModule
+    modules: Mapping[str, Any], layers: list[LayerPair], side: FlaxModule
 ) -> list[tuple[str, str]]:
     """Layers of equal names that no recorded call paired: inside a scan, or not called at all."""
     flax = {normal(n.rpartition(".")[0]): n.rpartition(".")[0] for n in side.values}
-    paired = pairing.of_torch()
+    paired = {p.torch for p in layers}
     return [(n, flax[normal(n)]) for n in modules if n not in paired and normal(n) in flax]
 
 
 def unmatched(module: Any, side: FlaxModule, matches: Any) -> tuple[list[str], list[str]]:
     """Names of torch's state (ties count once) and of Flax's values that no match has."""
     ours, theirs = ({n for m in matches for n in getattr(m, s)} for s in ("torch", "flax"))
-    state = _state(module)
-    alias = {id(t): n for n, t in state.items() if n in ours}
+    tensors = state(module)
+    alias = {id(t): n for n, t in tensors.items() if n in ours}
     skip = ("num_batches_tracked",)
     left = [
-        n for n, t in state.items() if n not in ours and id(t) not in alias and not n.endswith(skip)
+        n
+        for n, t in tensors.items()
+        if n not in ours and id(t) not in alias and not n.endswith(skip)
     ]
     return left, [n for n in side.values if n not in theirs]
-
-
-def _state(module: Any) -> dict[str, Any]:
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
 
 
 def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> list[Match]:
@@ -212,11 +194,11 @@ def _ending(below: Shapes, *ends: str) -> str | None:
 def _bare(module: Any, found: list[Match], flax: Shapes, taken: set[str]) -> list[Match]:
     """What no layer's call covers, by name and shape: parameters of layers never called, and
     bare ones (`cls_token`)."""
-    state = _state(module)
-    done = {id(state[n]) for m in found for n in m.torch if n in state}
+    tensors = state(module)
+    done = {id(tensors[n]) for m in found for n in m.torch if n in tensors}
     free = {normal(n): n for n in flax if n not in taken}
     made = []
-    for name, value in state.items():
+    for name, value in tensors.items():
         if id(value) in done:
             continue
         stem, _, leaf = name.rpartition(".")

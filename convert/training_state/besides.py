@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +18,17 @@ from typing import Any
 from convert.training_state import averages, data, files_flax, files_torch, storage
 from convert.training_state.lazy import info_of, loaded
 from convert.training_state.ownership import Parameters
+from convert.training_state.rules import rules
 from convert.training_state.state import OptimizerState, TrainingState
 from zoo import hub
 from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
-from zoo.containers import open_checkpoint
+from zoo.checkpoint.request import make_request
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
-from zoo.loading import make_request
 
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_REST = ("rng_state*.pth", "training_args.bin", "scaler.pt")
@@ -35,7 +36,7 @@ _MEMBER = "optimizer.pth"  # what stable-baselines3's optimizers are called, aft
 
 
 @dataclass
-class Training:
+class Found:
     """What was found. Arrays are read when they are looked at, while the checkpoint is open."""
 
     state: TrainingState = field(default_factory=TrainingState)
@@ -73,7 +74,7 @@ def read_training(
                 raise
         if layout is None:
             assert plan is not None
-            layout = plan.model.layout_of(plan.config)
+            layout = plan.layout
         found = find(reader, layout, plan, stack, learning_rate)
         if found.problems and not found.state.optimizers:
             raise found.problems[0]
@@ -92,22 +93,27 @@ def find(
     plan: Plan | None,
     stack: ExitStack,
     learning_rate: float | None = None,
-) -> Training:
+) -> Found:
     """What is in an open checkpoint besides its weights, and in the files that belong to it.
 
     Files that have to stay open are entered into `stack`. An optimizer that is not understood is
     one of `problems`.
     """
     stored = list(reader.tensors) if plan and reader.container == "torch" else []
-    parameters = Parameters.of(layout, plan, stored)
+    search = _Search(
+        reader, layout, plan, stack, learning_rate, Parameters.of(layout, plan, stored)
+    )
     if "zoo.optimizer" in reader.metadata:
-        return _checked(Training(storage.read_from(reader)), parameters)
-    found = _inside(reader, layout, plan, parameters, learning_rate)
-    _members(reader, parameters, found, stack)
-    _trainer(reader, parameters, found, stack)
+        search.found = Found(storage.read_from(reader))
+        search.leave_out_strangers()
+        return search.found
+    search.inside()
+    search.in_members()
+    search.beside_trainer()
+    found = search.found
     found.state.notices += data.schedule_notices(found.state.data)
-    _ours(reader, parameters, found, stack)
-    _checked(found, parameters)
+    search.ours()
+    search.leave_out_strangers()
     _name(found.state.optimizers)
     state = found.state
     for o in state.optimizers:
@@ -126,7 +132,7 @@ def besides(
     """What is in an open checkpoint besides its weights; and the plan, whose notices then say what
     of it was not understood. `learning_rate` is as in `read_training`. What is damaged is an error,
     or with `damaged` a notice too."""
-    found = find(reader, plan.model.layout_of(plan.config), plan, stack, learning_rate)
+    found = find(reader, plan.layout, plan, stack, learning_rate)
     told = [*found.state.notices]
     for e in found.problems:
         if isinstance(e, CorruptInput) and not damaged:
@@ -137,207 +143,189 @@ def besides(
     return replace(plan, left=left, told=(*plan.told, *told)), found.state
 
 
-def _inside(
-    reader: Reader,
-    layout: Layout,
-    plan: Plan | None,
-    parameters: Parameters,
-    learning_rate: float | None,
-) -> Training:
-    """What lies in the checkpoint's own tree."""
-    found = Training()
-    tree: Tree = plan.source_tree if plan else "torch" if reader.container == "torch" else "nnx"
-    tensors = list(plan.left.tensors if plan else reader.tensors)
-    counts = files_torch.find(reader)
-    for root, count in counts.items():
-        _torch(reader, root, count, parameters, files_torch.title(root), found)
-    roots = set(counts)
-    if tree != "torch":
-        places = files_flax.find((*tensors, *reader.extras), alone=plan is None)
-        for root, names in places.items():
-            _flax(reader, root, names, layout, learning_rate, found)
-        roots |= set(places)
-    _rest(reader, layout, tree, plan, parameters, roots, found)
-    return found
+@dataclass
+class _Search:
+    """Of one open checkpoint: every step adds to what was found."""
 
+    reader: Reader
+    layout: Layout
+    plan: Plan | None
+    stack: ExitStack
+    learning_rate: float | None
+    parameters: Parameters
+    found: Found = field(default_factory=Found)
 
-def _rest(
-    reader: Reader,
-    layout: Layout,
-    tree: Tree,
-    plan: Plan | None,
-    parameters: Parameters,
-    roots: set[str],
-    found: Training,
-) -> None:
-    """Averages and plain data: what does not lie below the `roots` of optimizers."""
-    state = found.state
-    tensors = plan.left.tensors if plan else reader.tensors
-    free = [n for n in tensors if n not in found.used and not _below_any(n, roots)]
-    for root, names in averages.find(free).items():
-        if state.ema:
-            state.notices.append(f"of several averages the first is kept, not {root}")
-            continue
+    def inside(self) -> None:
+        """What lies in the checkpoint's own tree."""
+        reader, plan = self.reader, self.plan
+        tree: Tree = plan.source_tree if plan else "torch" if reader.container == "torch" else "nnx"
+        tensors = plan.left.tensors if plan else reader.tensors
+        roots = set(files_torch.find(reader))
+        self.torch_optimizers(reader, files_torch.title)
+        if tree != "torch":
+            places = files_flax.find((*tensors, *reader.extras), alone=plan is None)
+            for root, names in places.items():
+                self.flax_optimizers(root, names)
+            roots |= set(places)
+        used = self.found.used
+
+        def free(names: Iterable[str]) -> list[str]:
+            return [n for n in names if n not in used and not _below_any(n, roots)]
+
+        self.averaged_weights(free(tensors), tree)
+        extras, scalars = free(reader.extras), free(tensors) if plan else []
+        self.found.state.data, rest = data.collect(reader, extras, scalars)
+        used |= {*extras, *scalars} - set(rest)
+
+    def torch_optimizers(
+        self, reader: Reader, name_of: Callable[[str], str], trainer: bool = False
+    ) -> None:
+        """torch's optimizers in a file; `name_of` a place there is what the one there is called."""
+        for root, count in files_torch.find(reader).items():
+            try:
+                state, used = files_torch.read(
+                    reader, root, count, self.parameters, name_of(root), trainer
+                )
+            except ZooError as e:
+                self.found.problems.append(e)
+                continue
+            self.found.state.optimizers.append(state)
+            self.found.used |= used
+
+    def flax_optimizers(self, root: str, names: list[str]) -> None:
+        """The optimizers in one optax state."""
         try:
-            state.ema, used = averages.read(reader, root, names, layout, tree, parameters)
-            found.used |= used
+            states = files_flax.read(self.reader, root, names, self.layout, self.learning_rate)
         except ZooError as e:
-            found.problems.append(e)
-    extras = [n for n in reader.extras if n not in found.used and not _below_any(n, roots)]
-    free = [n for n in free if n not in found.used] if plan else []
-    state.data, rest = data.collect(reader, extras, free)
-    found.used |= {n for n in (*extras, *free) if n not in set(rest)}
+            self.found.problems.append(e)
+            return
+        for state in states:
+            state.name = state.name or files_torch.title(root)
+        self.found.state.optimizers += states
+        self.found.used |= set(names)
+
+    def averaged_weights(self, names: Iterable[str], tree: Tree) -> None:
+        """Averaged weights; of several the first."""
+        state = self.found.state
+        for root, below in averages.find(names).items():
+            if state.ema:
+                state.notices.append(f"of several averages the first is kept, not {root}")
+                continue
+            try:
+                state.ema, used = averages.read(
+                    self.reader, root, below, self.layout, tree, self.parameters
+                )
+                self.found.used |= used
+            except ZooError as e:
+                self.found.problems.append(e)
+
+    def in_members(self) -> None:
+        """The optimizers in a file of stable-baselines3."""
+        from zoo.containers.torch_file import TorchReader
+
+        for member in self.reader.beside:
+            if not member.endswith(_MEMBER):
+                continue
+            name = files_torch.title(member.removesuffix(".pth"))
+            try:
+                inner = self.stack.enter_context(TorchReader(self.reader.path, member))
+            except ZooError as e:
+                self.found.problems.append(e)
+                continue
+            before = len(self.found.state.optimizers)
+            self.torch_optimizers(inner, lambda root, name=name: name)  # type: ignore[misc]
+            if len(self.found.state.optimizers) > before:
+                self.found.used.add(member)
+
+    def beside_trainer(self) -> None:
+        """What transformers' Trainer puts beside `model.safetensors`."""
+        folder, state = self.reader.path.parent, self.found.state
+        if not filenames.is_whole(self.reader.path) or state.optimizers:
+            return
+        for name in filenames.TRAINER_OPTIMIZERS:
+            if inner := self._opened(folder / name):
+                self.torch_optimizers(inner, lambda root: "", trainer=True)
+        kept = dict(state.data)
+        if (folder / _TRAINER_STATE).is_file():
+            kept |= self._json(folder / _TRAINER_STATE)
+        if inner := self._opened(folder / "scheduler.pt"):
+            try:
+                numbers, _ = data.collect(inner, inner.extras, inner.tensors)
+                kept |= {f"scheduler.{name}": value for name, value in numbers.items()}
+            except ZooError as e:
+                self.found.problems.append(e)
+        state.data = kept
+        if kept or state.optimizers:
+            rest = sorted(p.name for pattern in _TRAINER_REST for p in folder.glob(pattern))
+            if rest:
+                state.notices.append(f"not kept, code or random states: {', '.join(rest)}")
+
+    def _opened(self, path: Path) -> Reader | None:
+        """The file, if it is there and can be read."""
+        if not path.is_file():
+            return None
+        try:
+            return self.stack.enter_context(open_checkpoint(path))
+        except ZooError as e:
+            self.found.problems.append(e)
+            return None
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text())
+            if not isinstance(value, dict):
+                raise ValueError("not a JSON object")
+        except (ValueError, RecursionError) as e:
+            problem = CorruptInput(f"{path} cannot be read: {e}", "mend or remove it")
+            self.found.problems.append(problem)
+            return {}
+        return value
+
+    def ours(self) -> None:
+        """The `optimizer.safetensors` that a conversion put beside the weights."""
+        path = storage.beside(self.reader.path)
+        if path is None:
+            return
+        state = self.found.state
+        if state.optimizers or state.ema:
+            state.notices.append(f"not read: {path.name}; the checkpoint holds its own")
+            return
+        from zoo.containers.safetensors_file import SafetensorsReader
+
+        try:
+            ours = storage.read_from(self.stack.enter_context(SafetensorsReader(path)))
+        except ZooError as e:
+            self.found.problems.append(e)
+            return
+        ours.data = {**ours.data, **state.data}
+        ours.notices = state.notices
+        self.found.state = ours
+
+    def leave_out_strangers(self) -> None:
+        """Optimizers whose names and shapes are not the model's become problems."""
+        good, shapes = [], self.parameters.shapes
+        for optimizer in self.found.state.optimizers:
+            scalars = rules()[optimizer.rule].scalars
+            wrong = [f"{n} is not a parameter" for n in optimizer.params if n not in shapes]
+            wrong += [
+                f"{slot} of {name} is {dims(shape)}, the parameter is {dims(shapes[name])}"
+                for slot, arrays in optimizer.slots.items()
+                for name in arrays
+                if name in shapes
+                and slot not in scalars
+                and (shape := info_of(arrays, name).shape) != shapes[name]
+            ]
+            if not wrong:
+                good.append(optimizer)
+                continue
+            problem = f"the {optimizer.rule} state is not of this model: {len(wrong)} differ"
+            advice = "give the checkpoint that it belongs to"
+            self.found.problems.append(ZooError(problem, advice, wrong[:8]))
+        self.found.state.optimizers = good
 
 
 def _below_any(name: str, roots: Iterable[str]) -> bool:
     return any(name.startswith(f"{root}.") or not root for root in roots)
-
-
-def _torch(
-    reader: Reader,
-    root: str,
-    count: int,
-    parameters: Parameters,
-    name: str,
-    found: Training,
-    trainer: bool = False,
-) -> None:
-    try:
-        state, used = files_torch.read(reader, root, count, parameters, name, trainer)
-    except ZooError as e:
-        found.problems.append(e)
-        return
-    found.state.optimizers.append(state)
-    found.used |= used
-
-
-def _flax(
-    reader: Reader,
-    root: str,
-    names: list[str],
-    layout: Layout,
-    learning_rate: float | None,
-    found: Training,
-) -> None:
-    try:
-        states = files_flax.read(reader, root, names, layout, learning_rate)
-    except ZooError as e:
-        found.problems.append(e)
-        return
-    for state in states:
-        state.name = state.name or files_torch.title(root)
-    found.state.optimizers += states
-    found.used |= set(names)
-
-
-def _members(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
-    """The optimizers in a file of stable-baselines3."""
-    from zoo.containers.torch_file import TorchReader
-
-    for member in reader.beside:
-        if not member.endswith(_MEMBER):
-            continue
-        name = files_torch.title(member.removesuffix(".pth"))
-        try:
-            inner = stack.enter_context(TorchReader(reader.path, member))
-        except ZooError as e:
-            found.problems.append(e)
-            continue
-        before = len(found.state.optimizers)
-        for root, count in files_torch.find(inner).items():
-            _torch(inner, root, count, parameters, name, found)
-        if len(found.state.optimizers) > before:
-            found.used.add(member)
-
-
-def _trainer(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
-    """What transformers' Trainer puts beside `model.safetensors`."""
-    folder = reader.path.parent
-    if not storage.in_directory(reader.path) or found.state.optimizers:
-        return
-    for name in storage.TRAINER:
-        if (folder / name).is_file():
-            try:
-                inner = stack.enter_context(open_checkpoint(folder / name))
-            except ZooError as e:
-                found.problems.append(e)
-                continue
-            for root, count in files_torch.find(inner).items():
-                _torch(inner, root, count, parameters, "", found, trainer=True)
-    kept = dict(found.state.data)
-    if (folder / _TRAINER_STATE).is_file():
-        kept |= _json(folder / _TRAINER_STATE, found)
-    if (folder / "scheduler.pt").is_file():
-        try:
-            inner = stack.enter_context(open_checkpoint(folder / "scheduler.pt"))
-            numbers, _ = data.collect(inner, inner.extras, inner.tensors)
-            kept |= {f"scheduler.{name}": value for name, value in numbers.items()}
-        except ZooError as e:
-            found.problems.append(e)
-    found.state.data = kept
-    if kept or found.state.optimizers:
-        rest = sorted(p.name for pattern in _TRAINER_REST for p in folder.glob(pattern))
-        if rest:
-            found.state.notices.append(f"not kept, code or random states: {', '.join(rest)}")
-
-
-def _json(path: Path, found: Training) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-    except (ValueError, RecursionError) as e:
-        found.problems.append(CorruptInput(f"{path} cannot be read: {e}", "mend or remove it"))
-        return {}
-    return value
-
-
-def _ours(reader: Reader, parameters: Parameters, found: Training, stack: ExitStack) -> None:
-    """The `optimizer.safetensors` that a conversion put beside the weights."""
-    path = storage.beside(reader.path)
-    if path is None:
-        return
-    state = found.state
-    if state.optimizers or state.ema:
-        state.notices.append(f"not read: {path.name}; the checkpoint holds its own")
-        return
-    from zoo.containers.safetensors_file import SafetensorsReader
-
-    try:
-        ours = storage.read_from(stack.enter_context(SafetensorsReader(path)))
-    except ZooError as e:
-        found.problems.append(e)
-        return
-    ours.data = {**ours.data, **state.data}
-    ours.notices = state.notices
-    found.state = ours
-
-
-def _checked(found: Training, parameters: Parameters) -> Training:
-    """Leave out optimizers whose names and shapes are not the model's, as problems."""
-    good = []
-    for optimizer in found.state.optimizers:
-        wrong = [f"{n} is no parameter" for n in optimizer.params if n not in parameters.shapes]
-        wrong += [
-            f"{slot} of {name} is {dims(shape)}, the parameter is {dims(parameters.shapes[name])}"
-            for slot, arrays in optimizer.slots.items()
-            for name in arrays
-            if name in parameters.shapes
-            and (shape := info_of(arrays, name).shape) != parameters.shapes[name]
-            and slot not in files_torch.SCALARS
-        ]
-        if wrong:
-            found.problems.append(
-                ZooError(
-                    f"the {optimizer.rule} state is not of this model: {len(wrong)} differ",
-                    "give the checkpoint that it belongs to",
-                    wrong[:8],
-                )
-            )
-        else:
-            good.append(optimizer)
-    found.state.optimizers = good
-    return found
 
 
 def _name(optimizers: list[OptimizerState]) -> None:

@@ -15,8 +15,9 @@ import numpy as np
 
 from convert.training_state.lazy import Lazy, Read, info_of, moved
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import Request, dims, identify_header
+from zoo.checkpoint.identification import dims, identify_header
 from zoo.checkpoint.label import Label
+from zoo.checkpoint.request import Request
 from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import NUMPY
 from zoo.containers.errors import UsageError, ZooError
@@ -80,7 +81,7 @@ def layout_of(
             "of a part of a model, `convert.training_state.canonical_names.part(layout, 'actor')`",
             e.details,
         ) from None
-    layouts = list(dict.fromkeys(c.model.layout_of(c.config) for c in found))
+    layouts = list(dict.fromkeys(c.layout for c in found))
     parameters = [[e for e in layout.entries if e.collection == "params"] for layout in layouts]
     if any(entries != parameters[0] for entries in parameters[1:]):
         raise UsageError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from convert.compare.report import Report
 from convert.judge.bits import TensorDifference, compare
 from convert.training_state.data import listed
 from convert.training_state.state import OptimizerState, TrainingState
@@ -15,28 +15,40 @@ from convert.training_state.summary import line, summary
 _ALIKE = {"Adam", "AdamW", "RAdam"}  # their states are, and optax's do not say which it is
 
 
-def compare_training(a: TrainingState, b: TrainingState, report: Report) -> None:
-    """Add to `report` where the optimizers and averages of the two differ.
+@dataclass
+class StateComparison:
+    """Where two training states differ, and what a user should know besides."""
+
+    differences: list[TensorDifference] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def compare_training(
+    a: TrainingState, b: TrainingState, titles: tuple[str, str]
+) -> StateComparison:
+    """Where the optimizers and averages of the two differ. `titles` are what they are called.
 
     What only one of the two has is told as a notice, and so is data that differs: neither makes
     another model.
     """
+    found = StateComparison()
     for what, has in (("an optimizer", _optimizers), ("averaged weights", _averages)):
         if has(a) and has(b):
             continue
-        for title, state in ((report.a, a), (report.b, b)):
+        for title, state in zip(titles, (a, b), strict=True):
             if has(state):
-                report.notices.append(f"only {title} holds {what}: {line(summary(state))}")
+                found.notices.append(f"only {title} holds {what}: {line(summary(state))}")
     if a.optimizers and b.optimizers:
-        report.differences += list(_of_optimizers(a, b, report))
+        found.differences += _of_optimizers(a, b, titles)
         moments = sum(len(arrays) for o in a.optimizers for arrays in o.slots.values())
-        report.notices.append(f"the optimizers were compared too: {moments} moments")
+        found.notices.append(f"the optimizers were compared too: {moments} moments")
     if a.ema and b.ema:
-        report.differences += _of_arrays("ema", a.ema, b.ema, report)
-        report.notices.append(f"the averaged weights were compared too: {len(a.ema)} tensors")
+        found.differences += _of_arrays("ema", a.ema, b.ema, titles)
+        found.notices.append(f"the averaged weights were compared too: {len(a.ema)} tensors")
     for name in a.data.keys() & b.data.keys():
         if a.data[name] != b.data[name]:
-            report.notices.append(f"{name} is {a.data[name]!r} and {b.data[name]!r}")
+            found.notices.append(f"{name} is {a.data[name]!r} and {b.data[name]!r}")
+    return found
 
 
 def _optimizers(state: TrainingState) -> bool:
@@ -48,13 +60,13 @@ def _averages(state: TrainingState) -> bool:
 
 
 def _of_optimizers(
-    a: TrainingState, b: TrainingState, report: Report
+    a: TrainingState, b: TrainingState, titles: tuple[str, str]
 ) -> Iterator[TensorDifference]:
     left, right = ({o.name: o for o in state.optimizers} for state in (a, b))
     for name in dict.fromkeys((*left, *right)):
         title = f"optimizer {name}" if name else "optimizer"
         if name not in left or name not in right:
-            missing = report.a if name not in left else report.b
+            missing = titles[name in left]
             yield TensorDifference(title, f"not in {missing}")
             continue
         x, y = left[name], right[name]
@@ -64,7 +76,7 @@ def _of_optimizers(
         yield from _of_numbers(title, x, y)
         for slot in dict.fromkeys((*x.slots, *y.slots)):
             pair = x.slots.get(slot, {}), y.slots.get(slot, {})
-            yield from _of_arrays(f"{title}: {slot}", *pair, report)
+            yield from _of_arrays(f"{title}: {slot}", *pair, titles)
 
 
 def _of_numbers(title: str, x: OptimizerState, y: OptimizerState) -> Iterator[TensorDifference]:
@@ -88,10 +100,10 @@ def _of_numbers(title: str, x: OptimizerState, y: OptimizerState) -> Iterator[Te
 
 
 def _of_arrays(
-    title: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], report: Report
+    title: str, a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], titles: tuple[str, str]
 ) -> Iterator[TensorDifference]:
     for name in dict.fromkeys((*a, *b)):
-        for side, arrays in ((report.a, a), (report.b, b)):
+        for side, arrays in zip(titles, (a, b), strict=True):
             if name not in arrays:
                 yield TensorDifference(f"{title}.{name}", f"not in {side}")
         if name in a and name in b and (d := compare(f"{title}.{name}", a[name], b[name])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ from zoo.containers.errors import CorruptInput, UsageError
 from zoo.layout.ops import Shape
 
 _GROUP = re.compile(r"(?:(.*)\.)?param_groups\.(\d{1,6})\.params", re.DOTALL)
-SCALARS = ("mu_product",)  # slots that are one number for a parameter
 _WORD = re.compile(r"_?(optimizers?|optim|opt)(_?states?)?(_?dict)?_?", re.IGNORECASE)
 
 
@@ -86,7 +85,7 @@ def read(
     rule = rule_of(raw.options[0], slots)
     if rule is None:
         raise _unknown(raw, slots)
-    shapes = [_shape(reader, raw, key) for key in keys]
+    shapes = [_shape(reader, raw, key, rules()[rule].scalars) for key in keys]
     sizes = [len(group) for group in raw.groups]
     found = pair(parameters, sizes, raw.names, shapes, name, trainer)
     notices = list(raw.notices)
@@ -173,11 +172,11 @@ def _state(reader: Reader, start: str, raw: _Raw) -> None:
             raw.notices.append(f"not kept, no plain value: {name}")
 
 
-def _shape(reader: Reader, raw: _Raw, key: str) -> Shape | None:
+def _shape(reader: Reader, raw: _Raw, key: str, scalars: Sequence[str]) -> Shape | None:
     """The shape of a parameter's moments; None where it has none."""
     state = raw.state.get(key, {})
     shapes = {
-        reader.tensors[name].shape for slot, name in state.items() if slot not in ("step", *SCALARS)
+        reader.tensors[name].shape for slot, name in state.items() if slot not in ("step", *scalars)
     }
     if len(shapes) > 1:
         raise CorruptInput(

@@ -9,7 +9,7 @@ from typing import Any
 from convert.training_state import behaviour
 from convert.training_state.canonical_names import flax_shapes, some
 from convert.training_state.optax_leaves import Content, content_of, fill_leaves, flatten, shapes_of
-from convert.training_state.optax_tree import Tree, classes_of, read_tree
+from convert.training_state.optax_tree import StateTree, classes_of, read_tree
 from convert.training_state.optax_trial import make_trial
 from convert.training_state.rules import rules
 from convert.training_state.state import OptimizerState
@@ -70,7 +70,7 @@ def fill_optax(
 
 
 def _check(
-    trial: behaviour.Trial, tree: Tree, leaves: Sequence[Any], params: Any
+    trial: behaviour.Trial, tree: StateTree, leaves: Sequence[Any], params: Any
 ) -> behaviour.Verdict:
     """Whether it follows torch's rule; a refusal names the states that no rule of torch's has."""
     try:
@@ -88,7 +88,7 @@ def _check(
         raise UsageError(e.problem, e.advice, [*e.details, *more]) from None
 
 
-def check_tree(tree: Tree) -> None:
+def check_tree(tree: StateTree) -> None:
     """UsageError for states that cannot be filled, and for two optimizers of one parameter."""
     if tree.refused:
         raise UsageError(
@@ -119,7 +119,7 @@ def check_tree(tree: Tree) -> None:
 
 
 def _check_params(
-    content: Content, tree: Tree, shapes: Mapping[str, tuple[int, ...]], notices: list[str]
+    content: Content, tree: StateTree, shapes: Mapping[str, tuple[int, ...]], notices: list[str]
 ) -> None:
     """UsageError where the tree trains other parameters than the state is of."""
     moments = [s for s in content.slots if s not in content.rule.scalars]
@@ -151,7 +151,7 @@ def _check_params(
         notices.append("the optimizer in the checkpoint has made no update: the state is fresh")
 
 
-def _check_slots(content: Content, tree: Tree) -> None:
+def _check_slots(content: Content, tree: StateTree) -> None:
     """UsageError where the tree keeps other things than the state."""
     rule = content.rule
     if not tree.holdings and any(content.slots.values()):
@@ -180,7 +180,7 @@ def _check_slots(content: Content, tree: Tree) -> None:
 
 def _scale(
     content: Content,
-    tree: Tree,
+    tree: StateTree,
     verdict: behaviour.Verdict,
     tried: bool,
     learning_rate: float | None,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.training_state.canonical_names import canonical_of, some, to_flax
-from convert.training_state.optax_tree import COUNTS, Holding, Spot, Tree
+from convert.training_state.optax_tree import COUNTS, Holding, Spot, StateTree
 from convert.training_state.rules import Rule, rules
 from convert.training_state.state import OptimizerState
 from zoo.checkpoint.apply import lost
@@ -115,7 +115,7 @@ def _differing(what: str, steps: Iterable[int]) -> UsageError:
 
 
 def fill_leaves(
-    tree: Tree,
+    tree: StateTree,
     leaves: Sequence[Any],
     content: Content,
     scale: Mapping[str, float],
@@ -147,7 +147,7 @@ def _times(array: np.ndarray, factor: float) -> np.ndarray:
     return (array.astype(np.float64) * factor).astype(array.dtype)
 
 
-def _count(spot: Spot, held: Holding | None, tree: Tree, content: Content) -> int | None:
+def _count(spot: Spot, held: Holding | None, tree: StateTree, content: Content) -> int | None:
     """The number of updates. What counts for moments must be the same for all of them."""
     if held is None:
         return content.latest(tree.scope(spot.place))
@@ -173,7 +173,9 @@ def _shared(slot: str, held: Holding, content: Content) -> Any:
     return values[0] if values else None
 
 
-def _hyper(spot: Spot, leaf: Any, tree: Tree, content: Content, notices: list[str]) -> float | None:
+def _hyper(
+    spot: Spot, leaf: Any, tree: StateTree, content: Content, notices: list[str]
+) -> float | None:
     """An injected hyper-parameter, where the checkpoint knows it."""
     key = "lr" if spot.field == "learning_rate" else content.rule.hyperparams.get(spot.field, "")
     name, _, index = key.partition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from convert.training_state.optax_leaves import flatten
 from convert.training_state.optax_tree import (
     COUNTS,
     Holding,
-    Tree,
+    StateTree,
     ancestors,
     classes_of,
     read_tree,
@@ -31,8 +32,7 @@ from convert.training_state.state import UNCOUNTED, Group, OptimizerState
 from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import code_of
 from zoo.containers.errors import UsageError
-from zoo.layout import Layout
-from zoo.layout import Tree as TreeName
+from zoo.layout import Layout, Tree
 
 Flat = Mapping[str, Any]  # dotted names -> arrays, or what reads them
 
@@ -60,7 +60,7 @@ def from_optax(
     names, leaves, _ = flatten(opt_state)
     flat = dict(zip(names, leaves, strict=True))
     tree = read_tree(names, flax_shapes(layout), classes_of(opt_state))
-    found = _read(flat, tree, layout, "nnx", learning_rate, step, name)
+    found = _Source(flat, tree, layout, "nnx", learning_rate, step).states(name)
     if len(found) > 1:
         raise UsageError(
             "the tree holds several kinds of optimizers: "
@@ -88,16 +88,17 @@ def from_flat(
     arguments do, and what is raised, is as in `from_optax`. `flat` has arrays, or what reads them;
     of a `Lazy` mapping moments stay unread until they are looked at.
     """
-    best: tuple[int, Tree, TreeName] | None = None
-    trees: tuple[TreeName, ...] = ("nnx", "linen", "linen-compact")
+    best: tuple[int, StateTree, Tree] | None = None
+    trees: tuple[Tree, ...] = ("nnx", "linen", "linen-compact")
     for tree_name in trees:
         for params in _spellings(layout, tree_name):
-            tree = read_tree(flat, params)
-            count = sum(len(h.params) for h in tree.holdings) + len(tree.refused)
+            spelled = read_tree(flat, params)
+            count = sum(len(h.params) for h in spelled.holdings) + len(spelled.refused)
             if best is None or count > best[0]:
-                best = (count, _renamed(tree, params), tree_name)
+                best = (count, _renamed(spelled, params), tree_name)
     assert best is not None
-    found = _read(flat, best[1], layout, best[2], learning_rate, step, name)
+    _, tree, tree_name = best
+    found = _Source(flat, tree, layout, tree_name, learning_rate, step).states(name)
     for state in found:
         if not isinstance(flat, Lazy):
             state.slots = {slot: loaded(values) for slot, values in state.slots.items()}
@@ -112,7 +113,7 @@ def module_shapes(module: Any) -> dict[str, tuple[int, ...]]:
     return {".".join(map(str, path)): tuple(v.shape) for path, v in state}
 
 
-def _spellings(layout: Layout, tree: TreeName) -> Iterable[dict[str, str]]:
+def _spellings(layout: Layout, tree: Tree) -> Iterable[dict[str, str]]:
     """What a checkpoint may call the parameters -> the tree's name; Linen with or without the
     collection before it."""
     names = list(flax_shapes(layout, tree))
@@ -121,7 +122,7 @@ def _spellings(layout: Layout, tree: TreeName) -> Iterable[dict[str, str]]:
         yield {n.partition(".")[2]: n for n in names}
 
 
-def _renamed(tree: Tree, params: Mapping[str, str]) -> Tree:
+def _renamed(tree: StateTree, params: Mapping[str, str]) -> StateTree:
     for h in tree.holdings:
         h.params = [params[p] for p in h.params]
     tree.spots = [
@@ -131,77 +132,175 @@ def _renamed(tree: Tree, params: Mapping[str, str]) -> Tree:
     return tree
 
 
-def _read(
-    flat: Flat,
-    tree: Tree,
-    layout: Layout,
-    tree_name: TreeName,
-    learning_rate: float | None,
-    step: int | None,
-    name: str,
-) -> list[OptimizerState]:
-    """One state for each rule that is found."""
-    check_tree(tree)
-    canonical = canonical_of(layout, tree_name)
-    parts: dict[tuple[str, ...], list[str]] = {}
-    for param in canonical:
-        if places := tuple(h.place for h in tree.holdings_of(param)):
-            parts.setdefault(places, []).append(param)
-    by_rule: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for places, params in parts.items():
-        by_rule.setdefault(_rule(tree, params[0]).name, {})[places] = params
-    if not by_rule:
-        return [_without_moments(flat, tree, canonical, name)]
-    states = []
-    for rule, some_parts in by_rule.items():
-        label = name if len(by_rule) == 1 else _label(next(iter(some_parts))[0]) or name
-        state = OptimizerState(rule, [], {}, {}, label)
-        values: dict[str, Lazy] = {}
-        scalars: dict[str, dict[str, np.ndarray]] = {}
-        for places, params in some_parts.items():
-            names = tuple(dict.fromkeys(n for p in params for n in canonical[p]))
-            _read_part(
-                flat, tree, places, params, names, state, values, scalars, learning_rate, step
+@dataclass(frozen=True)
+class _Source:
+    """A tree to read: its leaves by name, what stands where, and what it may not tell."""
+
+    flat: Flat
+    tree: StateTree
+    layout: Layout
+    tree_name: Tree
+    learning_rate: float | None
+    step: int | None
+
+    def states(self, name: str) -> list[OptimizerState]:
+        """One state for each rule that is found."""
+        tree = self.tree
+        check_tree(tree)
+        canonical = canonical_of(self.layout, self.tree_name)
+        parts: dict[tuple[str, ...], list[str]] = {}  # places -> the parameters kept in them
+        for param in canonical:
+            if places := tuple(h.place for h in tree.holdings_of(param)):
+                parts.setdefault(places, []).append(param)
+        by_rule: dict[str, dict[tuple[str, ...], list[str]]] = {}
+        for places, params in parts.items():
+            by_rule.setdefault(_rule(tree, params[0]).name, {})[places] = params
+        if not by_rule:
+            return [self.without_moments(canonical, name)]
+        states = []
+        for rule, of_rule in by_rule.items():
+            label = name if len(by_rule) == 1 else _label(next(iter(of_rule))[0]) or name
+            state = OptimizerState(rule, [], {}, {}, label)
+            moments: dict[str, Lazy] = {}
+            scalars: dict[str, dict[str, np.ndarray]] = {}
+            for places, params in of_rule.items():
+                names = tuple(dict.fromkeys(n for p in params for n in canonical[p]))
+                holdings = self.add_group(state, places, names)
+                self.add_moments(moments, holdings, params, state.groups[-1].options)
+                for slot, value in self.numbers(holdings, rules()[rule]).items():
+                    scalars.setdefault(slot, {}).update(dict.fromkeys(names, value))
+            if rules()[rule].counts and not state.steps:
+                state.notices.append(UNCOUNTED)
+            state.slots = {
+                s: scalars[s]
+                if s in scalars
+                else to_canonical(moments[s], self.layout, self.tree_name)
+                for s in rules()[rule].slots
+                if s in moments or s in scalars
+            }
+            self.tell_what_is_left_out(state)
+            states.append(state)
+        return states
+
+    def without_moments(
+        self, canonical: Mapping[str, tuple[str, ...]], name: str
+    ) -> OptimizerState:
+        """Plain SGD: nothing but counts and hyper-parameters."""
+        if self.tree.unknown:
+            raise UsageError(
+                f"no optimizer that is known: it keeps {', '.join(self.tree.unknown.values())}",
+                f"known are {', '.join(rules())}",
             )
-        if rules()[rule].counts and not state.steps:
-            state.notices.append(UNCOUNTED)
-        state.slots = {
-            s: scalars[s] if s in scalars else to_canonical(values[s], layout, tree_name)
-            for s in rules()[rule].slots
-            if s in values or s in scalars
+        names = tuple(dict.fromkeys(n for group in canonical.values() for n in group))
+        told = "the optimizer keeps no moments: taken for SGD without momentum"
+        group = Group(names, self.options("", rules()["SGD"]))
+        return OptimizerState("SGD", [group], {}, {}, name, [told])
+
+    def add_group(
+        self, state: OptimizerState, places: Sequence[str], names: tuple[str, ...]
+    ) -> list[Holding]:
+        """Add the parameters whose moments are in the same places, which are returned."""
+        rule = rules()[state.rule]
+        holdings = [h for h in self.tree.holdings if h.place in places]
+        state.groups.append(Group(names, self.options(places[0], rule)))
+        steps = self.steps(holdings)
+        if steps is not None and rule.counts:
+            state.steps |= dict.fromkeys(names, steps)
+        return holdings
+
+    def add_moments(
+        self,
+        into: dict[str, Lazy],
+        holdings: Sequence[Holding],
+        params: Sequence[str],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Add the arrays of some parameters by slot; none is read but for its shape."""
+        rate = self.learning_rate if self.learning_rate is not None else options.get("lr")
+        divide, wanted = _divisor(self.tree, holdings, rate), set(params)
+        fields = {h.place: h.fields for h in holdings}
+        for spot in self.tree.spots:
+            slot = fields.get(spot.place, {}).get(spot.field)
+            if slot is None or spot.param is None or spot.param not in wanted:
+                continue
+            read = functools.partial(self.value, spot.name)
+            if slot == "momentum_buffer" and divide is not None:
+                read = functools.partial(_divided, read, divide)
+            into.setdefault(slot, Lazy()).add(spot.param, self.info(spot.name), read)
+
+    def value(self, name: str) -> np.ndarray:
+        """One leaf."""
+        value = self.flat[name]
+        return np.asarray(value() if callable(value) else value)
+
+    def info(self, name: str) -> TensorInfo:
+        """Its dtype and shape."""
+        if isinstance(self.flat, Lazy):
+            return self.flat.infos[name]
+        value = self.flat[name]
+        array = value() if callable(value) else value
+        return TensorInfo(code_of(np.dtype(array.dtype)), tuple(array.shape))
+
+    def numbers(self, holdings: Sequence[Holding], rule: Rule) -> dict[str, np.ndarray]:
+        """Slots that one state keeps as one number for all its parameters."""
+        places = {h.place for h in holdings}
+        return {
+            s.field: self.value(s.name)
+            for s in self.tree.spots
+            if s.place in places and s.param is None and s.field in rule.scalars
         }
-        _tell_waiting(flat, tree, state)
-        states.append(state)
-    return states
+
+    def options(self, place: str, rule: Rule) -> dict[str, Any]:
+        """The hyper-parameters that were injected nearest around a place, by torch's names."""
+        for around in ancestors(place):
+            injected = {s.field: s.name for s in self.tree.spots if s.hyper and s.place == around}
+            if not injected:
+                continue
+            found: dict[str, Any] = {}
+            betas: dict[int, float] = {}
+            for key, name in injected.items():
+                option = "lr" if key == "learning_rate" else rule.hyperparams.get(key)
+                if option is None:
+                    continue
+                base, _, index = option.partition(".")
+                if index:
+                    betas[int(index)] = _decimal(self.value(name))
+                else:
+                    found[base] = _decimal(self.value(name))
+            if len(betas) == 2:
+                found["betas"] = (betas[0], betas[1])
+            return found
+        return {}
+
+    def steps(self, holdings: Sequence[Holding]) -> int | None:
+        """The count beside the moments, else the one that is nearest around them, else `step`."""
+        spots = (s for s in self.tree.spots if s.field in COUNTS and s.param is None)
+        counts = {s.place: s.name for s in spots}
+        for h in holdings:
+            if h.place in counts:
+                return int(self.value(counts[h.place]))
+        for around in ancestors(holdings[0].place):
+            inner = {int(self.value(n)) for p, n in counts.items() if _beside(p, around)}
+            if inner:
+                return max(inner)
+        return self.step
+
+    def tell_what_is_left_out(self, state: OptimizerState) -> None:
+        """Gradients that MultiSteps has gathered, and what no torch optimizer keeps."""
+        waiting = [s for s in self.tree.spots if s.field == "mini_step"]
+        if any(int(self.value(s.name)) for s in waiting):
+            state.notices.append(
+                "gradients that MultiSteps had gathered for the next update are left out"
+            )
+        strangers = set(self.tree.unknown.values())
+        if isinstance(self.flat, Lazy):  # all of it is the optimizer's, and no class is known
+            strangers |= {f"{s.place}.{s.field}".lstrip(".") for s in self.tree.strangers()}
+        if strangers:
+            told = f"left out, no torch optimizer keeps it: {some(sorted(strangers))}"
+            state.notices.append(told)
 
 
-def _read_part(
-    flat: Flat,
-    tree: Tree,
-    places: Sequence[str],
-    params: Sequence[str],
-    names: tuple[str, ...],
-    state: OptimizerState,
-    values: dict[str, Lazy],
-    scalars: dict[str, dict[str, np.ndarray]],
-    learning_rate: float | None,
-    step: int | None,
-) -> None:
-    """Add a group: the parameters whose moments are in the same places."""
-    rule = rules()[state.rule]
-    holdings = [h for h in tree.holdings if h.place in places]
-    options = _options(flat, tree, places[0], rule)
-    rate = learning_rate if learning_rate is not None else options.get("lr")
-    state.groups.append(Group(names, options))
-    _slots(flat, tree, holdings, params, _divisor(tree, holdings, rate), values)
-    for slot, value in _numbers(flat, tree, holdings, rule).items():
-        scalars.setdefault(slot, {}).update(dict.fromkeys(names, value))
-    steps = _steps(flat, tree, holdings, step)
-    if steps is not None and rule.counts:
-        state.steps |= dict.fromkeys(names, steps)
-
-
-def _rule(tree: Tree, param: str) -> Rule:
+def _rule(tree: StateTree, param: str) -> Rule:
     """The first rule that keeps what is kept of a parameter: Adam stands for AdamW and RAdam,
     whose states are alike."""
     slots = tree.slots_of(param)
@@ -214,74 +313,13 @@ def _label(place: str) -> str:
     return parts[parts.index("inner_states") + 1] if "inner_states" in parts[:-1] else ""
 
 
-def _without_moments(
-    flat: Flat, tree: Tree, canonical: Mapping[str, tuple[str, ...]], name: str
-) -> OptimizerState:
-    """Plain SGD: nothing but counts and hyper-parameters."""
-    if tree.unknown:
-        raise UsageError(
-            f"no optimizer that is known: it keeps {', '.join(tree.unknown.values())}",
-            f"known are {', '.join(rules())}",
-        )
-    names = tuple(dict.fromkeys(n for group in canonical.values() for n in group))
-    told = "the optimizer keeps no moments: taken for SGD without momentum"
-    group = Group(names, _options(flat, tree, "", rules()["SGD"]))
-    return OptimizerState("SGD", [group], {}, {}, name, [told])
-
-
-def _slots(
-    flat: Flat,
-    tree: Tree,
-    holdings: Sequence[Holding],
-    params: Sequence[str],
-    divide: float | None,
-    into: dict[str, Lazy],
-) -> None:
-    wanted = set(params)
-    fields = {h.place: h for h in holdings}
-    for spot in tree.spots:
-        held = fields.get(spot.place)
-        if held is None or spot.param not in wanted or spot.field not in held.fields:
-            continue
-        assert spot.param is not None
-        slot = held.fields[spot.field]
-        read = functools.partial(_value, flat, spot.name)
-        if slot == "momentum_buffer" and divide is not None:
-            read = functools.partial(_divided, read, divide)
-        value = flat[spot.name] if not isinstance(flat, Lazy) else None
-        array = value() if callable(value) else value
-        info = flat.infos[spot.name] if isinstance(flat, Lazy) else _info(array)
-        into.setdefault(slot, Lazy()).add(spot.param, info, read)
-
-
-def _info(array: Any) -> TensorInfo:
-    return TensorInfo(code_of(np.dtype(array.dtype)), tuple(array.shape))
-
-
 def _divided(read: Read, divisor: float) -> np.ndarray:
     """Unscaled with one rounding."""
     array = read()
     return (array.astype(np.float64) / divisor).astype(array.dtype)
 
 
-def _value(flat: Flat, name: str) -> np.ndarray:
-    value = flat[name]
-    return np.asarray(value() if callable(value) else value)
-
-
-def _numbers(
-    flat: Flat, tree: Tree, holdings: Sequence[Holding], rule: Rule
-) -> dict[str, np.ndarray]:
-    """Slots that one state keeps as one number for all its parameters."""
-    places = {h.place for h in holdings}
-    return {
-        s.field: _value(flat, s.name)
-        for s in tree.spots
-        if s.place in places and s.param is None and s.field in rule.scalars
-    }
-
-
-def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> float | None:
+def _divisor(tree: StateTree, holdings: Sequence[Holding], rate: float | None) -> float | None:
     """What a momentum was multiplied by; None where it was not."""
     if not any(h.scalable for h in holdings) or not tree.behind_the_rate():
         return None
@@ -297,63 +335,13 @@ def _divisor(tree: Tree, holdings: Sequence[Holding], rate: float | None) -> flo
     return -float(rate)
 
 
-def _options(flat: Flat, tree: Tree, place: str, rule: Rule) -> dict[str, Any]:
-    """The hyper-parameters that were injected nearest around a place, by torch's names."""
-    for around in ancestors(place):
-        injected = {s.field: s.name for s in tree.spots if s.hyper and s.place == around}
-        if not injected:
-            continue
-        found: dict[str, Any] = {}
-        betas: dict[int, float] = {}
-        for key, name in injected.items():
-            option = "lr" if key == "learning_rate" else rule.hyperparams.get(key)
-            if option is None:
-                continue
-            base, _, index = option.partition(".")
-            if index:
-                betas[int(index)] = _decimal(_value(flat, name))
-            else:
-                found[base] = _decimal(_value(flat, name))
-        if len(betas) == 2:
-            found["betas"] = (betas[0], betas[1])
-        return found
-    return {}
-
-
 def _decimal(value: Any) -> float:
     """The number that somebody wrote: 0.1, not the float32 nearest to it."""
     array = np.asarray(value)
     return float(str(array.item() if array.dtype == np.float64 else array.astype(np.float32)))
 
 
-def _steps(flat: Flat, tree: Tree, holdings: Sequence[Holding], step: int | None) -> int | None:
-    """The count beside the moments, else the one that is nearest around them, else `step`."""
-    counts = {s.place: s.name for s in tree.spots if s.field in COUNTS and s.param is None}
-    for h in holdings:
-        if h.place in counts:
-            return int(_value(flat, counts[h.place]))
-    for around in ancestors(holdings[0].place):
-        inner = {int(_value(flat, n)) for p, n in counts.items() if _beside(p, around)}
-        if inner:
-            return max(inner)
-    return step
-
-
 def _beside(place: str, around: str) -> bool:
     """Whether a count stands directly in `around`, or in a member of its chain."""
     outer, _, last = place.rpartition(".")
     return place == around or (outer == around and last.isdigit())
-
-
-def _tell_waiting(flat: Flat, tree: Tree, state: OptimizerState) -> None:
-    """Gradients that MultiSteps has gathered are lost: torch keeps none in its optimizers."""
-    waiting = [s for s in tree.spots if s.field == "mini_step"]
-    if any(int(_value(flat, s.name)) for s in waiting):
-        state.notices.append(
-            "gradients that MultiSteps had gathered for the next update are left out"
-        )
-    strangers = set(tree.unknown.values())
-    if isinstance(flat, Lazy):  # all of it is the optimizer's, and no class is known
-        strangers |= {f"{s.place}.{s.field}".lstrip(".") for s in tree.strangers()}
-    if strangers:
-        state.notices.append(f"left out, no torch optimizer keeps it: {some(sorted(strangers))}")

@@ -71,7 +71,7 @@ class Holding:
 
 
 @dataclass
-class Tree:
+class StateTree:
     """All spots of a tree, sorted."""
 
     spots: list[Spot]
@@ -124,13 +124,13 @@ class Tree:
 
 def read_tree(
     names: Iterable[str], params: Collection[str], classes: Mapping[str, str] | None = None
-) -> Tree:
+) -> StateTree:
     """Sort the leaves. `classes` is the class of the state at each place, where it is known.
 
     Of a checkpoint it is not: then fields that no optimizer has are somebody else's.
     """
     known = set(params)
-    tree = Tree([parse(name, known) for name in names], classes=classes)
+    tree = StateTree([parse(name, known) for name in names], classes=classes)
     found: dict[str, list[Spot]] = {}
     for spot in tree.spots:
         if not spot.hyper:
@@ -145,7 +145,12 @@ def read_tree(
 
 
 def _sort(
-    tree: Tree, place: str, fields: set[str], numbers: set[str], params: list[str], cls: str | None
+    tree: StateTree,
+    place: str,
+    fields: set[str],
+    numbers: set[str],
+    params: list[str],
+    cls: str | None,
 ) -> None:
     torch_slots = {slot for rule in rules().values() for slot in rule.slots}
     if fields <= torch_slots:

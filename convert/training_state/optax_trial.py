@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from convert.training_state.behaviour import MOST_STEPS, Sample, Trial
 from convert.training_state.optax_leaves import Content, fill_leaves, flatten, shapes_of
-from convert.training_state.optax_tree import Tree
+from convert.training_state.optax_tree import StateTree
 
 _SMALL = 3  # elements along each axis of the parameters that a transformation is tried on
 _SMALL_VECTOR = 8
@@ -19,7 +19,7 @@ _SMALL_VECTOR = 8
 
 def make_trial(
     content: Content,
-    tree: Tree,
+    tree: StateTree,
     tx: Any,
     params: Any,
     names: Sequence[str],
@@ -42,10 +42,6 @@ def make_trial(
         groups.setdefault(id(options), ([], options))[0].append(p)
     shapes = {p: _tiny(s) for p, s in shapes_of(params).items()}
     slots = [s for s, values in content.slots.items() if values]
-    import jax
-
-    accumulates = any(s.field == "mini_step" for s in tree.spots)
-    update = jax.jit(tx.update) if accumulates else tx.update  # it would be traced at every call
     trial = Trial(
         rule,
         shapes,
@@ -53,8 +49,10 @@ def make_trial(
         {p: content.steps.get(p, content.step or 0) for p in stepped},
         slots,
         scales="momentum_buffer" in slots and any(h.scalable for h in tree.holdings),
-        update=functools.partial(_update, tx, update, accumulates, params, tree, content),
+        update=_Updates(tx, params, tree, content),
     )
+    import jax
+
     with jax.enable_x64(True):
         tiny = flatten(tx.init(_like(params, shapes)))[0]
         same = list(map(_bare, tiny)) == list(map(_bare, names))
@@ -88,7 +86,7 @@ def _like(params: Any, values: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def _disturbed(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
+def _disturbed(tree: StateTree, leaves: Sequence[Any]) -> list[Any]:
     """With other than fresh values where torch keeps nothing (an average of the updates): what
     depends on them follows no rule of torch's."""
     import jax.numpy as jnp
@@ -103,38 +101,55 @@ def _disturbed(tree: Tree, leaves: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _update(
-    tx: Any,
-    update: Callable[..., Any],
-    accumulates: bool,
-    params: Any,
-    tree: Tree,
-    content: Content,
-    sample: Sample,
-    scale: Mapping[str, float],
-    later: int,
-) -> tuple[dict[str, np.ndarray], int]:
-    """One update of made-up values, in float64 and on the CPU."""
-    import jax
+@dataclass(frozen=True)
+class _Updates:
+    """Makes single updates of made-up values, in float64 and on the CPU."""
 
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        weights = _like(params, sample.params)
-        gradients = _like(params, sample.gradients)
-        _, leaves, structure = flatten(tx.init(weights))
-        stepped = replace(
-            content,
-            slots=sample.slots,
-            steps={p: n + later for p, n in content.steps.items()},
-            step=None if content.step is None else content.step + later,
-        )
-        made = fill_leaves(tree, leaves, stepped, scale, [])
-        filled = jax.tree.unflatten(structure, _disturbed(tree, made))
-        calls = 0
-        while calls < MOST_STEPS:
-            updates, filled = update(gradients, filled, weights)
-            calls += 1
-            names, values, _ = flatten(updates)
-            if not accumulates or any(np.any(np.asarray(v)) for v in values):
-                break
-        found = {_bare(n): np.asarray(v, np.float64) for n, v in zip(names, values, strict=True)}
-        return found, calls
+    tx: Any
+    params: Any
+    tree: StateTree
+    content: Content
+
+    @functools.cached_property
+    def accumulates(self) -> bool:
+        """Whether several calls are needed before there is an update."""
+        return any(s.field == "mini_step" for s in self.tree.spots)
+
+    @functools.cached_property
+    def update(self) -> Callable[..., Any]:
+        """The transformation's; compiled where it would otherwise be traced at every call."""
+        import jax
+
+        update: Callable[..., Any] = jax.jit(self.tx.update) if self.accumulates else self.tx.update
+        return update
+
+    def __call__(
+        self, sample: Sample, scale: Mapping[str, float], later: int
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """As `Trial.update` says."""
+        import jax
+
+        with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+            weights = _like(self.params, sample.params)
+            gradients = _like(self.params, sample.gradients)
+            _, leaves, structure = flatten(self.tx.init(weights))
+            step = self.content.step
+            stepped = replace(
+                self.content,
+                slots=sample.slots,
+                steps={p: n + later for p, n in self.content.steps.items()},
+                step=None if step is None else step + later,
+            )
+            made = fill_leaves(self.tree, leaves, stepped, scale, [])
+            filled = jax.tree.unflatten(structure, _disturbed(self.tree, made))
+            calls = 0
+            while calls < MOST_STEPS:
+                updates, filled = self.update(gradients, filled, weights)
+                calls += 1
+                names, values, _ = flatten(updates)
+                if not self.accumulates or any(np.any(np.asarray(v)) for v in values):
+                    break
+            found = {
+                _bare(n): np.asarray(v, np.float64) for n, v in zip(names, values, strict=True)
+            }
+            return found, calls

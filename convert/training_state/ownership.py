@@ -59,7 +59,8 @@ class Parameters:
             steps = sorted(plan.steps, key=lambda step: at[step.sources[0]])
             first = [n for step in steps for n in step.names if n in shapes]
             shapes = {n: shapes[n] for n in dict.fromkeys((*first, *shapes))}
-        model = plan.model
+        if (model := plan.model) is None:
+            return cls(shapes, ties, frozenset(norms))
         return cls(shapes, ties, frozenset(norms), model.respell, model.base_prefix)
 
     def resolve(self, name: str) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+Update = Callable[[Mapping[str, Any], dict[str, Any], Any, Any, Any], tuple[Any, dict[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -26,9 +28,15 @@ class Rule:
 
     `slots` may be kept (some only with certain options), `needs` are those that always are once it
     has stepped. `marks` are options that no other optimizer here has: a torch state_dict does not
-    say its class; where that does not do, `fits(options, slots)` decides. `update` is the rule in
-    NumPy (see `convert.training_state.torch_rules` for the form), `options` what it must be told.
-    A plugin gives one under the entry point group `zooconvert.optimizers`.
+    say its class; where that is not enough, `fits(options, slots)` decides. `options` are those
+    that `update` must be told. A plugin gives a Rule under the entry point group
+    `zooconvert.optimizers`.
+
+    `update(options, slots, t, gradients, parameters)` is the rule in NumPy float64, for the options
+    of a param group, slots by name, and the number `t` of this update (1 for the first); arrays are
+    of one shape, or scalars. It gives the direction (parameters change by -lr times it) and what is
+    kept then. It is also called with an option that is a column of values, to find the one that
+    explains a difference, and then gives a row for each.
     """
 
     name: str
@@ -38,7 +46,7 @@ class Rule:
     needs: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()  # slots that are one number for a parameter
     options: tuple[str, ...] = ()
-    update: Callable[..., tuple[Any, dict[str, Any]]] | None = None
+    update: Update | None = None
     stock: tuple[Stock, ...] = ()
     # What `optax.inject_hyperparams` calls a hyper-parameter -> torch's option, "betas.0" within.
     hyperparams: Mapping[str, str] = field(default_factory=dict)

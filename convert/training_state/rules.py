@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from convert.training_state import torch_rules as reference
+from convert.training_state import reference_rules as reference
 from convert.training_state.rule import Rule, Stock
 
 __all__ = ["PLUGINS", "RULES", "Rule", "Stock", "rule_of", "rules"]

@@ -18,40 +18,26 @@ from convert.training_state.lazy import Lazy, info_of
 from convert.training_state.rules import rules
 from convert.training_state.state import Group, OptimizerState, TrainingState
 from zoo.checkpoint.certificate import sha256
+from zoo.containers import filenames
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.safetensors_file import SafetensorsReader, SafetensorsWriter
 
 VERSION = 1
-NAME = "optimizer.safetensors"
 _AGAIN = "convert the checkpoint again, or move the file away to go on without it"
-TRAINER = ("optimizer.pt", "optimizer.bin")  # what transformers' Trainer calls it, in a directory
-# What the weights beside it may be called, in a directory.
-_WEIGHTS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 
 
 def beside(checkpoint: Path) -> Path | None:
     """The `optimizer.safetensors` that belongs to a checkpoint, if there is one."""
-    if checkpoint.is_dir():
-        places = [checkpoint / NAME]
-    else:
-        places = [checkpoint.with_name(f"{checkpoint.name}.{NAME}")]
-        if in_directory(checkpoint):
-            places.append(checkpoint.with_name(NAME))
+    places = [filenames.beside(checkpoint, filenames.OPTIMIZER)]
+    if filenames.is_whole(checkpoint):
+        places.append(checkpoint.with_name(filenames.OPTIMIZER))
     return next((place for place in places if place.is_file()), None)
-
-
-def in_directory(checkpoint: Path) -> bool:
-    """Whether a file has the name that it has in a directory which is the checkpoint as a whole."""
-    return checkpoint.name in _WEIGHTS
 
 
 def of_directory(directory: Path) -> Path | None:
     """The file in a directory that holds the optimizer of the checkpoint which the directory is."""
-    places = (directory / name for name in (NAME, *TRAINER))
+    places = (directory / name for name in (filenames.OPTIMIZER, *filenames.TRAINER_OPTIMIZERS))
     return next((place for place in places if place.is_file()), None)
 
 

@@ -14,7 +14,7 @@ from flax import nnx, serialization
 
 from training import checkpoints
 from training.games import Game, Play, Transitions, title
-from training.loop_flax import _host, narrow, plain
+from training.loop_flax import host, narrow, plain
 from training.optimizers import optax_transformation, set_rate
 
 
@@ -78,7 +78,7 @@ class Agent:
             name = key.replace("optimizer", "opt_state")
             state[name] = serialization.to_state_dict(plain(held))
         state |= checkpoints.facts(self.play.job, step)
-        data = serialization.msgpack_serialize(jax.tree.map(_host, state))
+        data = serialization.msgpack_serialize(jax.tree.map(host, state))
         checkpoints.write(path, lambda file: file.write(data), self.play.job)
 
     def resume(self, path: Path) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 import convert
 from training import checkpoints
 from training.description import make_job
-from training.games import GAMES, agent, noise, recorded, settle
+from training.games import GAMES, noise, recorded, settle
+from training.playing import agent
 from training.run import run
 from training.tasks import find
 

@@ -1,26 +1,20 @@
-"""Tasks that play: DQN on CartPole, SAC on Pendulum, by gymnasium.
+"""The games of tasks that play, by gymnasium: settings, episodes, the replay buffer, the score.
 
-The game, the replay buffer and every random number are NumPy's and shared; a framework's agent
-only acts and updates. A resumed game goes on with its networks, optimizers and step count; the
-replay buffer is not in a checkpoint, and is filled anew by the policy before updates go on.
+All of it and every random number are NumPy's and shared; a framework's agent only acts and updates
+(`agents_torch`, `agents_flax`; `playing` trains them).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from training import checkpoints
 from training.description import Data, Job, Schedule, Task, schedule
 from training.optimizers import recipe
-from training.run import Result, _finite, _tensorboard
 from training.score import Score, mean
 from zoo.containers.errors import UsageError
 from zoo.model import override
@@ -176,71 +170,6 @@ def environment(name: str) -> Any:
 def title(key: str) -> str:
     """What an optimizer is called among several: "actor" for `actor_optimizer`."""
     return key.removesuffix("optimizer").removesuffix("_")
-
-
-def agent(play_: Play) -> Any:
-    """The agent of the framework: acts, updates, saves."""
-    if play_.framework == "torch":
-        from training import agents_torch as agents
-    else:
-        from training import agents_flax as agents  # type: ignore[no-redef]
-    return {"dqn": agents.DQN, "sac": agents.SAC}[play_.game.kind](play_)
-
-
-def play(
-    name: str,
-    framework: str,
-    overrides: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    *,
-    out: Path | None = None,
-    resume: Path | None = None,
-    every: int | None = None,
-    log_dir: Path | None = None,
-    on_step: Callable[[int, float], None] | None = None,
-    episodes: int = EPISODES,
-) -> Result:
-    """Train by playing; the losses are those of the (critic's) updates. As `run.run` otherwise."""
-    started = time.perf_counter()
-    settled = settle(GAMES[name], framework, overrides, **settings)
-    game, job = settled.game, settled.job
-    player = agent(settled)
-    first = player.resume(resume) if resume else 0
-    result = Result(first=first)
-    every = every or max(game.steps // 10, 1)
-    place = out / f"checkpoint{checkpoints.SUFFIX[framework]}" if out else None
-    episode = Episodes(game, job.seed)
-    with _tensorboard(log_dir) as log:
-        for step in range(first, game.steps):
-            ended = episode.step(player, step, random=step - first < game.starts and not resume)
-            if ended is not None:
-                log(step, {"return": ended})
-            if step - first >= game.starts and step % game.every == 0:
-                for i in range(game.updates):
-                    count = len(result.losses)
-                    loss, *others = player.update(episode.draw(), count, game.rate_at(step))
-                    _finite(loss, step)
-                    result.losses.append(loss)
-                    if i == 0:
-                        log(step, {"loss": loss, **{f"loss {k}": v for k, v in enumerate(others)}})
-            if on_step:
-                on_step(step, result.losses[-1] if result.losses else float("nan"))
-            if place and ((step + 1) % every == 0 or step + 1 == game.steps):
-                player.save(place, step + 1)
-    result.score = evaluate(game.environment, player.act, episodes)
-    result.seconds = time.perf_counter() - started
-    if out:
-        write(out, settled, player, result)
-    return result
-
-
-def write(out: Path, settled: Play, player: Any, result: Result) -> None:
-    """The weights without target networks, which only training needs, and the curve."""
-    bare = dataclasses.replace(settled.job, config=override(settled.job.config, {"target": False}))
-    checkpoints.write_weights(out / "model.safetensors", bare, player.weights())
-    told = dataclasses.asdict(settled.game) | {"seed": settled.job.seed, "dtype": settled.dtype}
-    data = {**told, "framework": settled.framework, **result.to_json()}
-    checkpoints.write_text(out / "curve.json", json.dumps(data) + "\n")
 
 
 class Episodes:

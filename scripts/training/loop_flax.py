@@ -86,7 +86,7 @@ class Trainer:
             "opt_state": serialization.to_state_dict(plain(self.state)),
             **checkpoints.facts(self.job, step),
         }
-        data = serialization.msgpack_serialize(jax.tree.map(_host, state))
+        data = serialization.msgpack_serialize(jax.tree.map(host, state))
         checkpoints.write(path, lambda file: file.write(data), self.job)
 
     def resume(self, path: Path) -> int:
@@ -216,7 +216,8 @@ def _strings(tree: Any) -> Any:
     return {str(k): _strings(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-def _host(leaf: Any) -> Any:
+def host(leaf: Any) -> Any:
+    """A NumPy array of a jax.Array; anything else as it is."""
     return np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf
 
 

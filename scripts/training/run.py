@@ -61,7 +61,7 @@ def run(
     """Train from the start, or from the checkpoint `resume`, up to `job.steps` or to step `stop`.
 
     With `out`: the checkpoint every `every` steps (None: ten times) and at the end, the weights,
-    the curve. Raises ZooError where the loss is no number any more.
+    the curve. Raises ZooError where the loss is no longer a number.
     """
     started = time.perf_counter()
     loop = trainer(job)
@@ -71,11 +71,11 @@ def run(
         last = min(stop or job.steps, job.steps)
         every = every or max(job.steps // 10, 1)
         place = out / f"checkpoint{checkpoints.SUFFIX[job.framework]}" if out else None
-        with _tensorboard(log_dir if loop.rank == 0 else None) as log:
+        with tensorboard(log_dir if loop.rank == 0 else None) as log:
             for step in range(first, last):
                 rate = job.rate_at(step)
                 loss = loop.step(job.batch(step), rate)
-                _finite(loss, step)
+                check_finite(loss, step)
                 result.losses.append(loss)
                 log(step, {"loss": loss, "learning rate": rate})
                 if on_step:
@@ -104,7 +104,8 @@ def write_curve(path: Path, job: Job, result: Result) -> None:
     checkpoints.write_text(path, json.dumps(data) + "\n")
 
 
-def _finite(loss: float, step: int) -> None:
+def check_finite(loss: float, step: int) -> None:
+    """ZooError where the loss is no longer a number."""
     if not np.isfinite(loss):
         raise ZooError(
             f"the loss is {loss} at step {step}",
@@ -113,7 +114,8 @@ def _finite(loss: float, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _tensorboard(folder: Path | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
+def tensorboard(folder: Path | None) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """What logs values at a step, into `folder`; with None it does nothing."""
     if folder is None:
         yield lambda step, values: None
         return

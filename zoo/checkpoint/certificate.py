@@ -41,8 +41,8 @@ class Certificate:
     target: str
     target_container: str
     target_tree: str
-    model: str
-    layout: str
+    model: str  # "" where there is no family
+    layout: str  # "bert/1", or "entries/sha256:..." of a layout that came with the checkpoint
     config: dict[str, Any]  # null where the checkpoint does not tell
     tensors: list[TensorRecord] = field(default_factory=list)
     verified: dict[str, Any] = field(default_factory=lambda: {"level": "none"})

@@ -7,17 +7,18 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
+from zoo import hub
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import Peeled, levels
+from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
-from zoo.layout import TREES, Tree, canonical_guess
-from zoo.layout.ops import Shape
+from zoo.layout import TREES, Layout, Shape, Tree, canonical_guess
 from zoo.model import Config, Model, override
 from zoo.registry import families
 
@@ -62,17 +63,19 @@ class Problems:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One reading of a header: this model, this config, spelled as this tree, at this level."""
+    """One reading of a header: this layout, spelled as this tree, at this level; and the model and
+    config that it is of, where it is one of a family."""
 
-    model: Model
-    config: Config
-    unknown: frozenset[str]  # config fields that nothing stated
+    layout: Layout
     tree: Tree
     peeled: Peeled
     names: Mapping[str, str]  # the tree's name -> the file's name
-    stated_by: str  # where the config was read, "" if it was inferred
     problems: Problems
     fit: float  # tensors that pair, as a fraction of all on either side
+    model: Model | None = None
+    config: Config | None = None
+    unknown: frozenset[str] = frozenset()  # config fields that nothing stated
+    stated_by: str = ""  # where the config was read, "" if it was inferred
 
     def title(self) -> str:
         """The family, and its presets of this size."""
@@ -80,22 +83,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user said of the model: nothing, a family, or a config of it."""
-
-    model: Model | None = None
-    config: Config | None = None
-
-
-UNSTATED = Request()
-
-
-@dataclass(frozen=True)
 class Identity:
-    """What a checkpoint is. Fields of `config` in `unknown` are defaults that nothing stated."""
+    """What a checkpoint is. Fields of `config` in `unknown` are defaults that nothing stated.
 
-    model: Model
-    config: Config
+    `model` and `config` are None where it came with a layout of its own instead of a family.
+    """
+
+    model: Model | None
+    config: Config | None
     unknown: frozenset[str]
     presets: list[str]  # those of the same size
     tree: Tree
@@ -106,9 +101,7 @@ def identify(source: str | os.PathLike[str]) -> list[Identity]:
 
     Reads names and shapes only. Raises ZooError, listing all differences, if none fits.
     """
-    from zoo.hub import locate
-
-    with open_checkpoint(locate(source)) as reader:
+    with open_checkpoint(hub.locate(source)) as reader:
         found = identify_header(reader.tensors, read_label(reader))
     return [
         Identity(
@@ -138,7 +131,8 @@ def identify_header(
             f"convert it the other way (zooconvert {other}), or copy it",
         )
     best = max(found, key=lambda c: c.fit, default=None)
-    if best is None or (best.fit < 0.5 and request.model is None and label.model is None):
+    stated = request.model or request.layout or label.model or label.layout
+    if best is None or (best.fit < 0.5 and stated is None):
         raise _unknown_model(tensors)
     raise mismatch(best)
 
@@ -150,14 +144,18 @@ def mismatch(candidate: Candidate) -> ZooError:
         f"the tensors are not those of {candidate.title()}: {count} "
         f"{'differs' if count == 1 else 'differ'}"
         + (f" (sizes from {candidate.stated_by})" if candidate.stated_by else ""),
-        "if it is another model or size, name it with --model or --config; "
+        "give the layout that the checkpoint was made with; else it is incomplete"
+        if candidate.model is None
+        else "if it is another model or size, name it with --model or --config; "
         "else the checkpoint is incomplete",
         candidate.problems.lines(),
     )
 
 
-def title(model: Model, config: Config, unknown: frozenset[str]) -> str:
-    """The family, and its presets of this size: "bert (minilm_l6)"."""
+def title(model: Model | None, config: Config | None, unknown: frozenset[str]) -> str:
+    """The family, and its presets of this size: "bert (minilm_l6)"; or "the given layout"."""
+    if model is None:
+        return "the given layout"
     presets = matching_presets(model, config, unknown)
     return f"{model.name} ({' or '.join(presets)})" if presets else model.name
 
@@ -168,8 +166,12 @@ def only_training(field: str) -> bool:
     return "dropout" in field or field.startswith("initializer")
 
 
-def matching_presets(model: Model, config: Config, unknown: frozenset[str]) -> list[str]:
+def matching_presets(
+    model: Model | None, config: Config | None, unknown: frozenset[str]
+) -> list[str]:
     """The presets that differ from `config` in nothing that is known of it."""
+    if model is None:
+        return []
     ignored = unknown | model.structure | {f for f in _fields(config) if only_training(f)}
     known = {f: v for f, v in _fields(config).items() if f not in ignored}
     return [
@@ -182,6 +184,9 @@ def matching_presets(model: Model, config: Config, unknown: frozenset[str]) -> l
 def _readings(
     tensors: Mapping[str, TensorInfo], label: Label, request: Request, trees: tuple[Tree, ...]
 ) -> Iterator[Candidate]:
+    if (layout := request.layout or (label.layout if request == UNSTATED else None)) is not None:
+        yield from _readings_of(layout, tensors, trees)
+        return
     only = request.model or label.model
     stated_by = label.source if request.config is None and label.config is not None else ""
     for model in [only] if only else families().values():
@@ -189,7 +194,31 @@ def _readings(
             shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
             for tree in trees:
                 for config, unknown, spelled in _configs(model, shapes, tree, label, request):
-                    yield _reading(model, config, unknown, tree, peeled, spelled, shapes, stated_by)
+                    layout = model.layout_of(config)
+                    bare = _reading(layout, tree, peeled, spelled, shapes)
+                    yield replace(
+                        bare, model=model, config=config, unknown=unknown, stated_by=stated_by
+                    )
+
+
+def _readings_of(
+    layout: Layout, tensors: Mapping[str, TensorInfo], trees: tuple[Tree, ...]
+) -> Iterator[Candidate]:
+    """The readings of a header by one layout, of no family."""
+    for peeled in levels(tensors):
+        shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
+        for tree in trees:
+            spelled = {n: n for n in shapes}
+            if tree == "linen-compact":
+                spelled = _with_collections(spelled)
+            yield _reading(layout, tree, peeled, spelled, shapes)
+
+
+def _with_collections(spelled: dict[str, str]) -> dict[str, str]:
+    """Names of `@nn.compact`, also where they were saved without collections."""
+    if any(n.startswith(("params.", "batch_stats.")) for n in spelled):
+        return spelled
+    return {f"params.{n}": s for n, s in spelled.items()}
 
 
 def _configs(
@@ -205,8 +234,7 @@ def _configs(
         spelled = {n: n for n in shapes}
     if tree == "linen-compact":
         # Automatic names say nothing about sizes: only stated configs and presets can be tried.
-        if not any(n.startswith(("params.", "batch_stats.")) for n in spelled):
-            spelled = {f"params.{n}": s for n, s in spelled.items()}  # saved without collections
+        spelled = _with_collections(spelled)
         if stated is not None:
             yield stated, unstated, spelled
         elif any(_AUTOMATIC.search(n) for n in spelled):
@@ -252,18 +280,16 @@ def _as_the_names_say(
 
 
 def _reading(
-    model: Model,
-    config: Config,
-    unknown: frozenset[str],
+    layout: Layout,
     tree: Tree,
     peeled: Peeled,
     spelled: Mapping[str, str],
     shapes: Mapping[str, Shape],
-    stated_by: str,
 ) -> Candidate:
+    """What is at this level of the header, held against a layout of no family."""
     required: dict[str, Shape] = {}
     optional: dict[str, Shape] = {}
-    for view in model.layout_of(config).view(tree):
+    for view in layout.view(tree):
         e = view.entry
         group = required if e.constant is None and e.tied_to is None else optional
         group.update({t.name: t.shape for t in view.tensors})
@@ -278,13 +304,10 @@ def _reading(
     problems.surplus = [n for n in spelled if n not in required and n not in optional]
     paired = len(required) - len(problems.missing) - len(problems.misshaped)
     return Candidate(
-        model,
-        config,
-        unknown,
+        layout,
         tree,
         peeled,
         {n: peeled.names[s] for n, s in spelled.items()},
-        stated_by,
         problems,
         paired / max(1, len(required) + len(problems.surplus)),
     )

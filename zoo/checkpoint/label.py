@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: its model, its config, and what its tensors cannot hold.
 
-A safetensors file says it in its metadata (`zoo.model`, `zoo.layout`, `zoo.config`, ...). A
+A safetensors file says it in its metadata (`zoo.model`, `zoo.layout`, `zoo.config`, ...; or
+`zoo.entries`, a layout, where there is no family). A
 directory has a `config.json`, whose keys are those of transformers where the family has them there,
 and whose key "zoo" holds the same; a file of a container without metadata has FILE.config.json.
 """
@@ -17,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from zoo.containers import dtypes
+from zoo.checkpoint import stated_layout
+from zoo.containers import dtypes, filenames
 from zoo.containers.base import Reader, TensorInfo, as_array
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
+from zoo.layout import Layout
 from zoo.model import Config, Model, override
 from zoo.registry import families
 
@@ -48,6 +51,7 @@ class Label:
     model: Model | None = None
     config: Config | None = None
     unknown: frozenset[str] = frozenset()  # fields of `config` that nobody ever stated
+    layout: Layout | None = None  # that came with the checkpoint, where there is no family
     carried: Mapping[str, Carried] = field(default_factory=dict)
     ties: tuple[str, ...] = ()  # tied names that the source spelled out
     hf: Mapping[str, Any] = field(default_factory=dict)  # a transformers config.json, whole
@@ -69,6 +73,10 @@ class Label:
         ours = self._data() | ({"metadata": dict(self.metadata)} if self.metadata else {})
         return json.dumps(data | {"zoo": ours}, indent=2) + "\n"
 
+    def files(self) -> dict[str, str]:
+        """Name -> text of what belongs beside the checkpoint besides a config.json."""
+        return {} if self.layout is None else stated_layout.stated(self.layout)[1]
+
     def _hf(self) -> dict[str, Any]:
         """transformers' keys: what the source wrote, changed only where it says something else."""
         if self.model is None or self.model.to_hf is None or self.model.from_hf is None:
@@ -85,15 +93,17 @@ class Label:
         return dict(self.hf) | changed
 
     def _data(self) -> dict[str, Any]:
-        assert self.model is not None
-        assert self.config is not None
-        config = dataclasses.asdict(self.config)
-        config |= dict.fromkeys(self.unknown)
-        data: dict[str, Any] = {
-            "model": self.model.name,
-            "layout": f"{self.model.name}/{self.model.version}",
-            "config": config,
-        }
+        data: dict[str, Any]
+        if self.layout is not None:
+            data = {"entries": stated_layout.stated(self.layout)[0]}
+        else:
+            assert self.model is not None
+            assert self.config is not None
+            data = {
+                "model": self.model.name,
+                "layout": f"{self.model.name}/{self.model.version}",
+                "config": dataclasses.asdict(self.config) | dict.fromkeys(self.unknown),
+            }
         if self.carried:
             data["carried"] = {
                 name: {"dtype": c.info.dtype, "shape": list(c.info.shape)}
@@ -117,7 +127,7 @@ def read_label(reader: Reader) -> Label:
 
 
 def _read_label(reader: Reader) -> Label:
-    if "zoo.model" in reader.metadata:
+    if "zoo.model" in reader.metadata or "zoo.entries" in reader.metadata:
         data: dict[str, Any] = {
             key.removeprefix("zoo."): value
             for key, value in reader.metadata.items()
@@ -126,12 +136,14 @@ def _read_label(reader: Reader) -> Label:
         source = f"{reader.path}'s metadata"
         try:
             data |= {
-                k: json.loads(data[k]) for k in ("config", "carried", "ties", "hf") if k in data
+                k: json.loads(data[k])
+                for k in ("config", "carried", "ties", "hf", "entries")
+                if k in data
             }
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise _bad(source, str(e)) from None
-        return dataclasses.replace(_from_zoo(data, source), hf=data.get("hf", {}))
-    for path in _config_files(reader.path):
+        return dataclasses.replace(_from_zoo(data, source, reader.path), hf=data.get("hf", {}))
+    for path in config_files(reader.path):
         if path.is_file():
             return read_config_file(path)
     return Label()
@@ -146,7 +158,7 @@ def read_config_file(path: Path) -> Label:
     except (ValueError, RecursionError) as e:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):
-        label = _from_zoo(data["zoo"], str(path))
+        label = _from_zoo(data["zoo"], str(path), path)
         return dataclasses.replace(label, hf={k: v for k, v in data.items() if k != "zoo"})
     for model in families().values():
         if model.hf_type == data.get("model_type") and model.hf_type and model.from_hf:
@@ -180,14 +192,20 @@ def _classes(path: Path, model: Model, config: Config, data: Mapping[str, Any]) 
     return (f"{path} is of {', '.join(map(str, named))}, read as {', '.join(read_as or ())}",)
 
 
-def _config_files(path: Path) -> list[Path]:
+def config_files(path: Path) -> list[Path]:
+    """Where the config of a checkpoint may lie, best first."""
     if path.is_dir():
-        return [path / "config.json"]
-    return [path.with_name(path.name + ".config.json"), path.with_name("config.json")]
+        return [path / filenames.CONFIG]
+    return [filenames.beside(path, filenames.CONFIG), path.with_name(filenames.CONFIG)]
 
 
-def _from_zoo(data: Mapping[str, Any], source: str) -> Label:
+def _from_zoo(data: Mapping[str, Any], source: str, beside: Path) -> Label:
+    """The label in our own keys. `beside` is the checkpoint, or a file in it: where to find what
+    the keys name."""
     try:
+        if "entries" in data and "model" not in data:
+            layout = stated_layout.read(data["entries"], source, beside)
+            return Label(layout=layout, **_besides_config(data), source=source)
         name = data["model"]
         model = families().get(name)
         if model is None:
@@ -205,12 +223,18 @@ def _from_zoo(data: Mapping[str, Any], source: str) -> Label:
         unknown = frozenset(k for k, v in fields.items() if v is None and k in model.unknown)
         known = {k: v for k, v in fields.items() if k not in unknown}
         config = override(model.config(), {**model.placeholders, **known})
-        carried = {n: _carried(c) for n, c in data.get("carried", {}).items()}
-        metadata = {str(k): str(v) for k, v in dict(data.get("metadata", {})).items()}
-        ties = tuple(data.get("ties", ()))
-        return Label(model, config, unknown, carried, ties, metadata=metadata, source=source)
+        return Label(model, config, unknown, **_besides_config(data), source=source)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _bad(source, f"{type(e).__name__}: {e}") from None
+
+
+def _besides_config(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a label keeps whatever the model is."""
+    return {
+        "carried": {n: _carried(c) for n, c in data.get("carried", {}).items()},
+        "ties": tuple(data.get("ties", ())),
+        "metadata": {str(k): str(v) for k, v in dict(data.get("metadata", {})).items()},
+    }
 
 
 def _carried(item: Mapping[str, Any]) -> Carried:

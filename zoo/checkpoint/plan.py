@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import UNSTATED, Candidate, Request, identify_header
+from zoo.checkpoint.identification import Candidate, identify_header, title
 from zoo.checkpoint.label import Carried, Label
 from zoo.checkpoint.peel import Left
+from zoo.checkpoint.request import UNSTATED, Request
+from zoo.checkpoint.stated_layout import identity
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError, ZooError
-from zoo.layout import TREES, Constant, Tree, View, between
+from zoo.layout import TREES, Constant, Layout, Tree, View, between
 from zoo.layout.ops import Ops
 from zoo.model import Config, Model
 
@@ -76,10 +79,15 @@ class Made:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a conversion or a load will do, before it does it."""
+    """Everything that a conversion or a load will do, before it does it.
 
-    model: Model
-    config: Config
+    `model` and `config` are None where a layout was given, or came with the checkpoint, and no
+    family has it.
+    """
+
+    layout: Layout
+    model: Model | None
+    config: Config | None
     unknown: frozenset[str]
     source_tree: Tree
     target_tree: Tree
@@ -91,6 +99,40 @@ class Plan:
     left: Left  # what the file holds besides
     label: Label  # for the target, but for what is only known once tensors have been read
     fresh: tuple[str, ...] = ()  # canonical tensors that the file lacks (only after `transfer`)
+
+    @property
+    def family(self) -> Model:
+        """The family; UsageError where there is none, and so no definition of a module."""
+        if self.model is None:
+            raise UsageError(
+                "the checkpoint came with a layout and is of no family in the zoo: there is no "
+                "definition of its model",
+                "convert it to your framework, and load its tensors into your own definition; "
+                "only bits can be compared",
+            )
+        return self.model
+
+    @property
+    def title(self) -> str:
+        """The family, and its presets of this size; or "the given layout"."""
+        return title(self.model, self.config, self.unknown)
+
+    @property
+    def layout_id(self) -> str:
+        """What a certificate calls the layout: "bert/1", or "entries/sha256:..."."""
+        return f"{self.model.name}/{self.model.version}" if self.model else identity(self.layout)
+
+    @property
+    def prefix(self) -> str:
+        """What upstream puts before the tensors of a model that got a head."""
+        return self.model.base_prefix if self.model else ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's fields as data, null where nothing tells them; none without a family."""
+        if self.config is None:
+            return {}
+        return dataclasses.asdict(self.config) | dict.fromkeys(self.unknown)
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -122,7 +164,7 @@ def make_plan(
     spelled as; `dtype` a dtype code for floating-point tensors. Raises ZooError listing everything
     that is missing, surplus or of the wrong shape.
     """
-    if label.problem is not None and request.config is None:
+    if label.problem is not None and request.config is None and request.layout is None:
         raise label.problem
     try:
         found = identify_header(reader.tensors, label, request, sources)
@@ -137,20 +179,20 @@ def make_plan(
             f"the tensors fit {len(titles)} models that differ: {', '.join(titles)}",
             "say which with --model",
         )
-    if len(others := sorted({p.model.name for p in plans[1:]} - {first.model.name})) > 0:
+    names = {p.model.name for p in plans if p.model}
+    if others := sorted(names - {first.model.name if first.model else ""}):
         told = f"names and shapes are also those of {', '.join(others)}; the tensors are the same"
         return dataclasses.replace(first, told=(*first.told, told))
     return first
 
 
 def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str | None) -> Plan:
-    layout = c.model.layout_of(c.config)
     steps: list[Step] = []
     aside: list[Aside] = []
     made: list[Made] = []
     ties: dict[str, str] = {}
     spelled = set(label.ties)
-    for source, view in zip(layout.view(c.tree), layout.view(target), strict=True):
+    for source, view in zip(c.layout.view(c.tree), c.layout.view(target), strict=True):
         e, name = source.entry, source.entry.torch[0].name
         held = c.names.get(name) if c.tree == "torch" else None
         if e.tied_to is not None:
@@ -171,6 +213,7 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
     if c.unknown:
         notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
     return Plan(
+        layout=c.layout,
         model=c.model,
         config=c.config,
         unknown=c.unknown,
@@ -187,6 +230,7 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             model=c.model,
             config=c.config,
             unknown=c.unknown,
+            layout=None if c.model else c.layout,
             carried={} if target == "torch" else label.carried,
             ties=tuple(sorted(spelled)),
             notices=(),
@@ -232,11 +276,12 @@ def transfer(plan: Plan, config: Config) -> Plan:
     are read as before. `fresh` of the result names those that the file cannot give; a notice says
     what is new and what goes unused.
     """
-    model = plan.model
+    model = plan.family
+    layout = model.layout_of(config)
     by_name = {step.names: step for step in plan.steps}
     steps: list[Step] = []
     fresh: list[str] = []
-    for view in model.layout_of(config).view(plan.target_tree):
+    for view in layout.view(plan.target_tree):
         if view.entry.tied_to is not None:
             continue
         names = tuple(t.name for t in view.entry.torch)
@@ -255,6 +300,7 @@ def transfer(plan: Plan, config: Config) -> Plan:
     told += [f"in the checkpoint, not used: {', '.join(unused)}"] if unused else []
     return dataclasses.replace(
         plan,
+        layout=layout,
         config=config,
         steps=tuple(steps),
         fresh=tuple(fresh),
@@ -293,7 +339,7 @@ def refuse_broken_ties(reader: Reader, plan: Plan) -> None:
         of = {a.name: a for a in plan.aside}
         raise ZooError(
             f"{broken[0]} and {of[broken[0]].tied_to} are tied, but hold different values",
-            f"{plan.model.name} has them once: make them equal, or remove one",
+            f"{plan.title} has them once: make them equal, or remove one",
         )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from zoo.containers import filenames
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UsageError
 
@@ -19,32 +20,6 @@ _KNOWN = (
 )
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OLD_PICKLE = re.compile(rb"[(\]}]*c[\w.]+\n[\w.]+\n")  # protocol 0 that begins with a global
-# What a training run keeps beside its weights: ours, and that of transformers' Trainer.
-_NO_MODEL = re.compile(
-    r"(.+\.)?optimizer\.safetensors|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth"
-    r"|training_args\.bin"
-)
-# What a directory may call its one checkpoint, best first, by the side that wrote it.
-_TORCH_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "*.safetensors.index.json",
-    "*.safetensors",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.bin",
-    "*.ckpt",
-)
-_FLAX_FILES = (
-    "flax_model.msgpack.index.json",
-    "flax_model.msgpack",
-    "*.msgpack",
-    "*.safetensors.index.json",
-    "*.safetensors",
-)
 
 
 def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
@@ -62,16 +37,16 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
 def _open_directory(path: Path, prefer: str) -> Reader:
     from zoo.containers.orbax_dir import OrbaxReader, is_orbax
 
-    if any((path / name).exists() for name in ("_METADATA", "_CHECKPOINT_METADATA")):
+    if any((path / name).exists() for name in (filenames.ORBAX_TREE, filenames.ORBAX_CHECKPOINT)):
         return OrbaxReader(path)
-    sides = (_FLAX_FILES, _TORCH_FILES) if prefer == "flax" else (_TORCH_FILES, _FLAX_FILES)
-    for pattern in (*sides[0], *sides[1]):
+    ours, theirs = filenames.TORCH_PATTERNS, filenames.FLAX_PATTERNS
+    patterns = (*theirs, *ours) if prefer == "flax" else (*ours, *theirs)
+    for pattern in patterns:
         found = _models(path, pattern)
         if len(found) == 1:
             reader = _open_file(found[0])
-            patterns = (*sides[0], *sides[1])
             others = sorted({p.name for q in patterns for p in _models(path, q)})
-            if len(others) > 1 and not pattern.endswith(".index.json"):
+            if len(others) > 1 and not pattern.endswith(filenames.INDEX):
                 reader.notices.append(f"of {', '.join(others[:5])} in {path}, took {found[0].name}")
             return reader
         if found:
@@ -91,7 +66,7 @@ def _open_directory(path: Path, prefer: str) -> Reader:
 
 def _models(folder: Path, pattern: str) -> list[Path]:
     """The files that match, but for those that a training run keeps beside its weights."""
-    return sorted(p for p in folder.glob(pattern) if not _NO_MODEL.fullmatch(p.name))
+    return sorted(p for p in folder.glob(pattern) if not filenames.is_training(p.name))
 
 
 def _open_file(path: Path) -> Reader:
@@ -163,7 +138,7 @@ def _open_msgpack(path: Path) -> Reader:
 
 
 def _open_index(path: Path) -> Reader:
-    if not path.name.endswith(".index.json") and b'"weight_map"' not in path.read_bytes():
+    if not path.name.endswith(filenames.INDEX) and b'"weight_map"' not in path.read_bytes():
         raise CorruptInput(f"{path} is a JSON file, not a checkpoint", _KNOWN)
     from zoo.containers.sharded import ShardedReader
 

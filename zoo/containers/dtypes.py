@@ -6,8 +6,12 @@ taken through another dtype on the way.
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
+
+from zoo.containers.errors import UsageError
 
 NUMPY: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -50,3 +54,15 @@ def is_float(code: str) -> bool:
 def code_of(dtype: np.dtype) -> str:
     """The code of a NumPy dtype in native byte order; KeyError for one that we do not carry."""
     return CODE[dtype]
+
+
+def dtype_code(dtype: Any) -> str:
+    """The code of a floating-point dtype that is named ("bfloat16", "BF16") or given as NumPy's,
+    JAX's or torch's own. UsageError for any other, and for F8_E8M0, which has no sign."""
+    inner = getattr(dtype, "dtype", dtype)  # jnp.bfloat16 is not a dtype but has one
+    name = inner if isinstance(inner, str) else getattr(inner, "name", None) or str(inner)
+    code = FROM_NAME.get(name.removeprefix("torch."), name.upper())
+    if code not in NUMPY or not is_float(code) or code == "F8_E8M0":
+        floats = [NAME[c] for c in NUMPY if is_float(c) and c != "F8_E8M0"]
+        raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
+    return code

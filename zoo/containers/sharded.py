@@ -14,6 +14,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
+from zoo.containers import filenames
 from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
 from zoo.containers.safetensors_file import SafetensorsWriter, check_names, parse_json
@@ -167,11 +168,10 @@ class ShardedSafetensorsWriter(Writer):
         check_names(self.tensors)
         shards = _split(self.tensors, max_shard_size)
         if len(shards) == 1:
-            self._shards = {"model.safetensors": shards[0]}
+            self._shards = {filenames.SAFETENSORS: shards[0]}
         else:
             self._shards = {
-                f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard
-                for i, shard in enumerate(shards, 1)
+                filenames.shard(i, len(shards)): shard for i, shard in enumerate(shards, 1)
             }
         self._where = {n: file for file, shard in self._shards.items() for n in shard}
         self._missing = {file: set(shard) for file, shard in self._shards.items()}
@@ -198,13 +198,13 @@ class ShardedSafetensorsWriter(Writer):
 
     def _finish(self) -> None:
         if not self.tensors:
-            self._complete("model.safetensors")
+            self._complete(filenames.SAFETENSORS)
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(t.nbytes for t in self.tensors.values())},
                 "weight_map": self._where,
             }
-            with (self.path / "model.safetensors.index.json").open("x") as file:
+            with (self.path / filenames.SAFETENSORS_INDEX).open("x") as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

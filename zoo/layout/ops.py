@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, ...]
+_STACKED = 4096  # arrays that one op may make of one: a layout may come from anywhere
 
 
 class Op(ABC):
@@ -81,7 +82,7 @@ class Flip(_Single):
     axes: tuple[int, ...]
 
     def _shape(self, shape: Shape) -> Shape:
-        if any(not 0 <= a < len(shape) for a in self.axes):
+        if any(not 0 <= a < len(shape) for a in self.axes) or len(set(self.axes)) < len(self.axes):
             raise ValueError(f"{shape} has no axes {self.axes}")
         return shape
 
@@ -105,7 +106,9 @@ class Reorder(_Single):
 
     def _shape(self, shape: Shape) -> Shape:
         if self.axis >= len(shape) or shape[self.axis] != math.prod(self.sizes):
-            raise ValueError(f"axis {self.axis} of {shape} is no flattened {self.sizes}")
+            raise ValueError(f"axis {self.axis} of {shape} is not a flattened {self.sizes}")
+        if sorted(self.order) != list(range(len(self.sizes))):
+            raise ValueError(f"{self.order} is not an order of {self.sizes}")
         return shape
 
     def _run(self, array: np.ndarray) -> np.ndarray:
@@ -248,6 +251,8 @@ class Unstack(Op):
         lengths = {s[self.axis] if self.axis < len(s) else -1 for s in shapes}
         if len(shapes) != self.groups or len(lengths) != 1 or -1 in lengths:
             raise ValueError(f"{list(shapes)} are not {self.groups} stacked along {self.axis}")
+        if max(lengths) > _STACKED:
+            raise ValueError(f"axis {self.axis} of {list(shapes)} is no stack: over {_STACKED}")
         return [s[: self.axis] + s[self.axis + 1 :] for s in shapes] * lengths.pop()
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

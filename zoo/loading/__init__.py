@@ -6,18 +6,18 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from zoo import hub, registry
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import Request
-from zoo.checkpoint.label import read_config_file, read_label
+from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties, transfer
+from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import MissingExtra, UsageError
 from zoo.layout import Tree
 from zoo.loading.fresh import initial
@@ -87,51 +87,14 @@ def load(
         code = None if param_dtype is None else dtype_code(param_dtype)
         tree: Tree = "torch" if framework == "torch" else "nnx"
         plan = make_plan(reader, read_label(reader), tree, request=request, dtype=code)
+        family = plan.family
         _check_known(plan, overrides)
         plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
         for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
         values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))
-        return build_from_tree(plan.model, plan.config, framework, values, dtype, seed)
-
-
-def make_request(
-    model: str | None, config: str | os.PathLike[str] | Mapping[str, Any] | None
-) -> Request:
-    """What the user said of the model, looked up. Raises UsageError for names that nothing has."""
-    found = registry.get(model) if model else None
-    family = found.model if found else None
-    stated: Config | None = found.config if found else None
-    if isinstance(config, Mapping):
-        if family is None:
-            raise UsageError(
-                "the fields of a config do not say of which model", "name it: model=..."
-            )
-        stated = override(stated or family.config(), config)
-    elif config is not None:
-        path = Path(config)
-        if path.is_file():
-            label = read_config_file(path)
-            if label.model is None:
-                raise UsageError(
-                    f"{path} does not describe a model of the zoo", "`zooconvert models` lists them"
-                )
-            named, stated = label.model, label.config
-        else:
-            try:
-                preset = registry.get(os.fspath(config))
-            except UsageError as e:
-                raise UsageError(
-                    f"the config {config} is neither a file here nor a preset", e.advice
-                ) from None
-            named, stated = preset.model, preset.config or stated
-        if family is not None and named.name != family.name:
-            raise UsageError(
-                f"{config} is a config of {named.name}, not of {family.name}", "name the same twice"
-            )
-        family = named
-    return Request(family, stated)
+        return build_from_tree(family, plan.config, framework, values, dtype, seed)
 
 
 def build(
@@ -193,18 +156,6 @@ def build_from_tree(
         raise
 
 
-def dtype_code(dtype: Any) -> str:
-    """The code of a floating-point dtype that is named ("bfloat16", "BF16") or given as NumPy's,
-    JAX's or torch's own. UsageError for any other, and for F8_E8M0, which has no sign."""
-    inner = getattr(dtype, "dtype", dtype)  # jnp.bfloat16 is no dtype but has one
-    name = inner if isinstance(inner, str) else getattr(inner, "name", None) or str(inner)
-    code = dtypes.FROM_NAME.get(name.removeprefix("torch."), name.upper())
-    if code not in dtypes.NUMPY or not dtypes.is_float(code) or code == "F8_E8M0":
-        floats = [dtypes.NAME[c] for c in dtypes.NUMPY if dtypes.is_float(c) and c != "F8_E8M0"]
-        raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
-    return code
-
-
 def _read(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
     """The target's tensors, each read when it is asked for."""
     for step in plan.steps:
@@ -218,8 +169,8 @@ def _fresh(plan: Plan, seed: int, code: str | None) -> Iterator[tuple[str, np.nd
     if not plan.fresh:
         return
     stored = [i.dtype for s in plan.steps for i in s.target_infos if dtypes.is_float(i.dtype)]
-    values = initial(plan.model, plan.config, plan.fresh, seed)
-    for view in plan.model.layout_of(plan.config).view(plan.target_tree):
+    values = initial(plan.family, plan.config, plan.fresh, seed)
+    for view in plan.layout.view(plan.target_tree):
         names = [t.name for t in view.entry.torch]
         if names[0] in values:
             made = apply(view.ops, [values[n] for n in names], code or (stored or ["F32"])[0])

@@ -1,30 +1,8 @@
-"""Values as text of an HTML page. Nothing from a report reaches the page but through here."""
+"""Numbers as people read them. The page escapes what it shows, these too."""
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Mapping
-from typing import Any
-
-from zoo.containers.errors import printable
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def text(value: Any) -> str:
-    """Any value, escaped: what could end a tag, move a cursor or reorder text is written out."""
-    return html.escape(printable(str(value)))
-
-
-def name(value: str) -> str:
-    """A tensor's or layer's name; lines may break after its dots."""
-    return "<wbr>".join(f"{part}" for part in text(value).replace(".", ".\0").split("\0"))
-
-
-def code(value: str) -> str:
-    """A name within a sentence."""
-    return f"<code>{name(value)}</code>" if value else "<em>the whole model</em>"
 
 
 def number(value: float | None) -> str:
@@ -53,32 +31,11 @@ def plain(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
 
 
-def size(nbytes: int) -> str:
-    """Bytes in powers of ten."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def shape(sizes: tuple[int, ...]) -> str:
-    """2×8×384."""
-    return "×".join(map(str, sizes)) if sizes else "scalar"
-
-
-def decade(exponent: int) -> str:
-    """A power of ten: 10⁻⁷."""
-    return "10" + str(exponent).translate(_SUPERSCRIPT)
-
-
-def some(count: int, one: str, many: str | None = None) -> str:
+def some(count: int, noun: str) -> str:
     """A count with its noun: "1 tensor", "1,204 tensors"."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def definitions(pairs: Mapping[str, str]) -> str:
-    """A list of terms, and of what they are: HTML already. Empty ones are left out."""
-    items = "".join(f"<div><dt>{text(k)}</dt><dd>{v}</dd></div>" for k, v in pairs.items() if v)
-    return f"<dl>{items}</dl>" if items else ""
+def listed(items: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))

@@ -20,14 +20,17 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UnsafeInput
+from zoo.containers.filenames import (
+    ORBAX_CHECKPOINT,
+    ORBAX_COMMITTED,
+    ORBAX_MANIFEST,
+    ORBAX_MARKER,
+    ORBAX_TREE,
+)
 from zoo.containers.orbax_dir.write import OrbaxWriter
 from zoo.containers.orbax_dir.zarr import (
     AGAIN,
-    CHECKPOINT,
-    COMMITTED,
     CONTEXT,
-    MANIFEST,
-    TREE,
     ZarrArray,
     guarded,
     load_json,
@@ -38,7 +41,6 @@ from zoo.containers.orbax_dir.zarr import (
 
 __all__ = ["OrbaxReader", "OrbaxWriter", "is_orbax"]
 
-_MARKER = "orbax.checkpoint"
 _STRINGS = "_strings.json"
 _DELETION = "_CHECKPOINT_DELETION"
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -69,9 +71,9 @@ class OrbaxReader(Reader):
         super().__init__(path)
         checkpoint = self._choose()
         disk = _survey(checkpoint, path.resolve())
-        trees = [checkpoint] if (checkpoint / TREE).exists() else _items(checkpoint)
+        trees = [checkpoint] if (checkpoint / ORBAX_TREE).exists() else _items(checkpoint)
         if not trees:
-            missing = TREE if (checkpoint / MANIFEST).exists() else "tree of arrays"
+            missing = ORBAX_TREE if (checkpoint / ORBAX_MANIFEST).exists() else "tree of arrays"
             raise CorruptInput(f"{checkpoint}: the checkpoint has no {missing}", AGAIN)
         items = [_Tree(tree, disk) for tree in trees]
         holding = [item for item in items if item.arrays]
@@ -85,8 +87,10 @@ class OrbaxReader(Reader):
                 for child in sorted(checkpoint.iterdir())
                 if child.is_dir() and child not in trees
             ]
-        if (checkpoint / CHECKPOINT).exists():
-            self.metadata |= _strings(_read_json(checkpoint / CHECKPOINT).get("custom_metadata"))
+        if (checkpoint / ORBAX_CHECKPOINT).exists():
+            self.metadata |= _strings(
+                _read_json(checkpoint / ORBAX_CHECKPOINT).get("custom_metadata")
+            )
 
     def _choose(self) -> Path:
         """The checkpoint at `path`, or its latest complete step; refuses an unfinished one."""
@@ -131,13 +135,13 @@ class _Tree:
         self.path = path
         self.arrays: dict[str, ZarrArray] = {}
         self.extras: dict[str, Any] = {}
-        meta = _read_json(path / TREE)
+        meta = _read_json(path / ORBAX_TREE)
         self._zarr3 = meta.get("use_zarr3") is True
         # Orbax has TensorStore write chunks of zeros like any other and notes it here, so an
         # absent chunk is a lost one. Releases before that note left such chunks out: absent
         # means zeros. Orbax's own restore draws the line at the same place.
         self._fill = meta.get("store_array_data_equal_to_fill_value") is not True
-        manifest = (path / MANIFEST).exists()
+        manifest = (path / ORBAX_MANIFEST).exists()
         self._ocdbt = manifest if meta.get("use_ocdbt") is None else meta["use_ocdbt"] is True
         self.metadata = _strings(meta.get("custom_metadata"))
         self._ts = tensorstore()
@@ -153,7 +157,7 @@ class _Tree:
                 stored.append(name)
                 scalars += [name] if kind == "scalar" else []
         if stored and self._ocdbt and not manifest:
-            raise CorruptInput(f"{path}: {MANIFEST} is missing", AGAIN)
+            raise CorruptInput(f"{path}: {ORBAX_MANIFEST} is missing", AGAIN)
         self.arrays = self._headers(stored, disk)
         for name in scalars:
             if self.arrays[name].info.size != 1:
@@ -165,7 +169,7 @@ class _Tree:
         """Name and kind of each leaf; refuses names that cannot be, and two of one name."""
         entries = meta.get("tree_metadata")
         if not isinstance(entries, dict):
-            raise CorruptInput(f"{self.path / TREE}: holds no tree", AGAIN)
+            raise CorruptInput(f"{self.path / ORBAX_TREE}: holds no tree", AGAIN)
         seen = set()
         for where, entry in entries.items():
             match entry:
@@ -174,15 +178,15 @@ class _Tree:
                 case _:
                     keys, path, kind = [None], [], ""
             if len(path) != len(keys) or not all(isinstance(key, str) for key in path):
-                raise CorruptInput(f"{self.path / TREE}: {where!r} is malformed", AGAIN)
+                raise CorruptInput(f"{self.path / ORBAX_TREE}: {where!r} is malformed", AGAIN)
             if reason := wrong_name(path):
                 raise UnsafeInput(
-                    f"{self.path / TREE}: the key {where!r} {reason}",
+                    f"{self.path / ORBAX_TREE}: the key {where!r} {reason}",
                     "no checkpoint needs that: do not trust it",
                 )
             name = ".".join(path)
             if name in seen:
-                raise CorruptInput(f"{self.path / TREE}: {name} stands twice", AGAIN)
+                raise CorruptInput(f"{self.path / ORBAX_TREE}: {name} stands twice", AGAIN)
             seen.add(name)
             yield name, kind
 
@@ -211,7 +215,7 @@ class _Tree:
             store = self._ts.KvStore.open(self._kvstore(""), context=self._context)
             reads = guarded(
                 lambda: [store.result().read(f"{name}/{file}") for name in names],
-                f"{self.path / MANIFEST}",
+                f"{self.path / ORBAX_MANIFEST}",
             )
             raws = []
             for name, read in zip(names, reads, strict=True):
@@ -250,13 +254,16 @@ class _Tree:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether `path` holds a checkpoint, or parts of one, and not only numbered ones."""
-    if any((path / name).exists() for name in (TREE, CHECKPOINT, MANIFEST, _MARKER)):
+    if any(
+        (path / name).exists()
+        for name in (ORBAX_TREE, ORBAX_CHECKPOINT, ORBAX_MANIFEST, ORBAX_MARKER)
+    ):
         return True
     return any(not _STEP.fullmatch(_final_name(item)) for item in _items(path))
 
 
 def _items(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if (child / TREE).is_file())
+    return sorted(child for child in path.iterdir() if (child / ORBAX_TREE).is_file())
 
 
 def _steps(path: Path) -> list[Path]:
@@ -285,14 +292,14 @@ def _unfinished(path: Path) -> str | None:
             return f"{name} is a temporary name"
     if (path / _DELETION).exists():
         return "one of its items is being deleted"
-    if (path / COMMITTED).exists() or not (path / CHECKPOINT).exists():
+    if (path / ORBAX_COMMITTED).exists() or not (path / ORBAX_CHECKPOINT).exists():
         return None
     try:
-        meta = _read_json(path / CHECKPOINT)
+        meta = _read_json(path / ORBAX_CHECKPOINT)
     except CorruptInput:
-        return f"{CHECKPOINT} cannot be read"
+        return f"{ORBAX_CHECKPOINT} cannot be read"
     if meta.get("init_timestamp_nsecs") and not meta.get("commit_timestamp_nsecs"):
-        return f"{CHECKPOINT} has no commit time and there is no {COMMITTED}"
+        return f"{ORBAX_CHECKPOINT} has no commit time and there is no {ORBAX_COMMITTED}"
     return None
 
 

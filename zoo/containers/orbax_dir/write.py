@@ -16,11 +16,9 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, Writer, fsync_directory
 from zoo.containers.errors import UsageError, ZooError
+from zoo.containers.filenames import ORBAX_CHECKPOINT, ORBAX_COMMITTED, ORBAX_TREE
 from zoo.containers.orbax_dir.zarr import (
-    CHECKPOINT,
-    COMMITTED,
     CONTEXT,
-    TREE,
     guarded,
     tensorstore,
     wrong_name,
@@ -147,10 +145,10 @@ class OrbaxWriter(Writer):
             "commit_timestamp_nsecs": time.time_ns(),
             "custom_metadata": dict(sorted(self.metadata.items())),
         }
-        (self.path / TREE).write_text(json.dumps(tree))
-        (self.path / CHECKPOINT).write_text(json.dumps(checkpoint))
+        (self.path / ORBAX_TREE).write_text(json.dumps(tree))
+        (self.path / ORBAX_CHECKPOINT).write_text(json.dumps(checkpoint))
         _sync(self.path)
-        (self.path / COMMITTED).write_text("Checkpoint commit was successful")
+        (self.path / ORBAX_COMMITTED).write_text("Checkpoint commit was successful")
         _sync(self.path)
 
     def close(self) -> None:

@@ -20,11 +20,6 @@ from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, MissingExtra, NoSpace, ZooError
 
-TREE = "_METADATA"
-CHECKPOINT = "_CHECKPOINT_METADATA"
-COMMITTED = "commit_success.txt"
-MANIFEST = "manifest.ocdbt"
-
 # Orbax's own settings: the nodes of OCDBT's tree are cached, the data are not.
 CONTEXT = {
     "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 Head = Literal[
     "none", "pretraining", "masked_lm", "sequence_classification", "token_classification"
 ]
 
-ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 # transformers' class for each head; the encoder alone is BertModel.
 CLASSES: dict[Head, str] = {
@@ -31,7 +33,7 @@ class Config:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"  # gelu (by erf), gelu_new (by tanh), relu or silu
+    hidden_act: Activation = "gelu"  # gelu is by erf, gelu_new by tanh
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     max_position_embeddings: int = 512

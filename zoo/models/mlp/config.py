@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-ACTIVATIONS = ("relu", "sigmoid", "tanh", "none")
+Activation = Literal["relu", "sigmoid", "tanh", "none"]
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -13,8 +15,8 @@ class Config:
     """Defaults are those of mlp_10_20_10."""
 
     sizes: tuple[int, ...] = (10, 20, 10)  # of the input, of every hidden layer, of the output
-    activation: str = "relu"  # after every layer but the last
-    output_activation: str = "none"  # after the last
+    activation: Activation = "relu"  # after every layer but the last
+    output_activation: Activation = "none"  # after the last
     # Layers `fc1`, `fc2`, ..., or `0`, `2`, ... as in an nn.Sequential with activations between.
     naming: Literal["fc", "sequential"] = "fc"
 

@@ -20,7 +20,7 @@ class Config:
     hidden_size: int = 50
     num_layers: int = 1
     bidirectional: bool = False
-    nonlinearity: str = "tanh"  # of cell "rnn": tanh or relu
+    nonlinearity: Literal["tanh", "relu"] = "tanh"  # of cell "rnn"
     batch_first: bool = False  # (B, T, ...), else (T, B, ...)
     vocab_size: int | None = None  # ids through an embedding; None: features as they are
     head: Head = "last"  # `fc` on the last layer's final state, or `fc1`, `fc2` on every step

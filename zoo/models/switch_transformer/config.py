@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-ACTIVATIONS = ("relu", "gelu", "gelu_new", "silu")
+Activation = Literal["relu", "gelu", "gelu_new", "silu"]
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Config:
     router_z_loss_coef: float = 0.001  # for whoever trains: the losses in Output are bare
     router_aux_loss_coef: float = 0.001
     initializer_factor: float = 1.0
-    dense_act_fn: str = "relu"  # relu, gelu (by erf), gelu_new (by tanh) or silu
+    dense_act_fn: Activation = "relu"  # gelu is by erf, gelu_new by tanh
     tie_word_embeddings: bool = True
     pad_token_id: int = 0
     eos_token_id: int = 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-ACTIVATIONS = ("relu", "gelu")
+Activation = Literal["relu", "gelu"]
+
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Config:
     num_decoder_layers: int = 6
     dim_feedforward: int = 2048
     dropout: float = 0.1
-    activation: str = "relu"  # relu or gelu (by erf)
+    activation: Activation = "relu"  # gelu is by erf
     layer_norm_eps: float = 1e-5
     norm_first: bool = False  # False: norms after the residual sums, as in the paper
     tie_embeddings: bool = True  # one matrix for both embeddings and the generator

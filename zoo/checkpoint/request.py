@@ -1,0 +1,78 @@
+"""What the user says of the model in a checkpoint, looked up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo import registry
+from zoo.checkpoint.label import read_config_file
+from zoo.containers.errors import UsageError
+from zoo.layout import Layout
+from zoo.model import Config, Model, override
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user said of the model: nothing, a family, a config of it, or the layout itself."""
+
+    model: Model | None = None
+    config: Config | None = None
+    layout: Layout | None = None
+
+
+UNSTATED = Request()
+
+
+def make_request(
+    model: str | None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+    layout: Layout | None = None,
+) -> Request:
+    """What the user said of the model, looked up.
+
+    `model` names a family or a preset; `config` is a config.json, a preset or the fields
+    themselves; a `layout` takes the place of both. Raises UsageError for names that nothing has.
+    """
+    if layout is not None:
+        if model is not None or config is not None:
+            raise UsageError(
+                "a layout says what the tensors are, and so does a model or a config",
+                "give the layout, or the other two",
+            )
+        return Request(layout=layout)
+    found = registry.get(model) if model else None
+    family = found.model if found else None
+    stated: Config | None = found.config if found else None
+    if isinstance(config, Mapping):
+        if family is None:
+            raise UsageError(
+                "the fields of a config do not say of which model", "name it: model=..."
+            )
+        stated = override(stated or family.config(), config)
+    elif config is not None:
+        path = Path(config)
+        if path.is_file():
+            label = read_config_file(path)
+            if label.model is None:
+                raise UsageError(
+                    f"{path} does not describe a model of the zoo", "`zooconvert models` lists them"
+                )
+            named, stated = label.model, label.config
+        else:
+            try:
+                preset = registry.get(os.fspath(config))
+            except UsageError as e:
+                raise UsageError(
+                    f"the config {config} is neither a file here nor a preset", e.advice
+                ) from None
+            named, stated = preset.model, preset.config or stated
+        if family is not None and named.name != family.name:
+            raise UsageError(
+                f"{config} is a config of {named.name}, not of {family.name}", "name the same twice"
+            )
+        family = named
+    return Request(family, stated)
