@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from faults import FAULTS, Fault
+from test_docs import script
 
 from convert.diagnose import diagnose_tensor, first_divergence
 from zoo import probe
@@ -17,13 +19,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.family}: {f.title}")
-def test_a_planted_fault_is_found_and_named(fault: Fault) -> None:
+def test_a_planted_fault_is_found_and_named(fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "convert.diagnose")
     found = first_divergence(fault.plant(), fault.mode)  # type: ignore[arg-type]
     assert found is not None, "not found"
     assert found.layer in fault.layers
     assert found.cause in fault.causes, found.diagnosis
     assert found.ratio > 8 or found.cause == "epsilon"
     assert found.advice
+    failed = [r.getMessage() for r in caplog.records if r.name.startswith("convert.diagnose")]
+    assert not failed, "hypotheses that raise"
 
 
 def test_the_table_holds_these_faults() -> None:
@@ -33,6 +38,7 @@ def test_the_table_holds_these_faults() -> None:
     assert sum(f["cause_right"] for f in table) >= 0.9 * len(table) >= 18
     text = (ROOT / "docs" / "faults.md").read_text()
     assert all(f.title in text for f in FAULTS)
+    assert text == script("faults").document(table), "stale: run scripts/faults.py --text"
 
 
 A = probe.weight("a.weight", (12, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from fault_modules import RIGHT, arrays, encoder_pair, reader_pair, seeded, sequential_pair
 from fault_plants import behaviour, setting, twins
+from faults import FAULTS
 from flax import nnx
 from support import every_family
 from torch import nn
@@ -204,6 +206,45 @@ def test_a_layer_that_raises_is_where_they_part() -> None:
 
 def refuse(self: Any, x: Any) -> Any:
     raise ValueError("not today")
+
+
+RAISING = {
+    "BatchNorm by the batch in eval": ["hypotheses_norm._epsilon", "hypotheses_norm._affine"],
+    "square kernel not transposed": ["hypotheses_tensors._constant", "hypotheses_tensors._rounded"],
+    "GELU by tanh": ["explain.replay", "explain.pooling", "explain.attention"],
+    "gradient stopped": ["hypotheses_gradient._rows"],
+}
+
+
+def fail(*_: Any) -> Any:
+    raise ZeroDivisionError("planted")
+
+
+@pytest.mark.parametrize("title", RAISING)
+def test_a_hypothesis_that_raises_does_not_take_the_others_with_it(
+    title: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "convert.diagnose")
+    for name in RAISING[title]:
+        monkeypatch.setattr(f"convert.diagnose.{name}", fail)
+    fault = next(f for f in FAULTS if f.title == title)
+    found = first_divergence(fault.plant(), fault.mode)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.layer in fault.layers
+    assert found.cause in fault.causes
+    assert "planted" in caplog.text
+
+
+def test_where_every_hypothesis_raises_the_layer_is_still_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("convert.diagnose.explain._RULES", {"batchnorm": fail})
+    for name in ("low_precision", "attention", "pooling", "values"):
+        monkeypatch.setattr(f"convert.diagnose.explain.{name}", fail)
+    fault = next(f for f in FAULTS if f.title == "BatchNorm by the batch in eval")
+    found = first_divergence(fault.plant())
+    assert found is not None
+    assert (found.layer, found.cause) == (fault.layers[0], "unknown")
 
 
 def test_what_is_wrong_twice_is_reported_first_where_it_is_first() -> None:

@@ -125,7 +125,7 @@ def runnable(*plans: Plan) -> Model:
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:
     """Say of the first tensors that differ what would make them fit."""
-    from convert.diagnose.weights import diagnose_tensor
+    from convert.diagnose.hypotheses_tensors import diagnose_tensor
 
     differing = [d for d in report.differences if d.count][:_DIAGNOSED]
     if not differing:

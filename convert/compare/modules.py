@@ -16,7 +16,7 @@ from convert.compare.report import Report
 from convert.compare.settings import Settings
 from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
-from convert.diagnose.weights import diagnose_tensor
+from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from convert.diagnose.causes import Explanation
+from convert.diagnose.causes import Reason
 from convert.matching.alignment import gap
 from convert.runtime.torch_calls import again
 from convert.runtime.trace import Recorded
@@ -78,7 +78,7 @@ class Case:
             return None
         try:
             made = again(changed(self.module, attributes or {}, tensors or {}), self.call)
-        except Exception:  # a setting that the layer cannot run with is no explanation
+        except Exception:  # a setting that the layer cannot run with explains nothing
             return None
         return made.get(self.key)
 
@@ -109,26 +109,26 @@ def tensors_of(module: Any) -> dict[str, np.ndarray]:
     return {n: t.detach().double().numpy() for n, t in own.items() if t.is_floating_point()}
 
 
-Rule = Callable[[Case], Explanation | None]
+Rule = Callable[[Case], Reason | None]
 # What a hypothesis predicts, each prediction with what it would explain.
-Candidates = Iterator[tuple[np.ndarray | None, Explanation]]
+Candidates = Iterator[tuple[np.ndarray | None, Reason]]
 
 
 def first(*hypotheses: Callable[[], Found | None]) -> Found | None:
     """What the first hypothesis that holds says; one that raises explains nothing."""
     for hypothesis in hypotheses:
         try:
-            if (explanation := hypothesis()) is not None:
-                return explanation
+            if (reason := hypothesis()) is not None:
+                return reason
         except Exception:
             LOG.debug("%s failed", hypothesis, exc_info=True)
     return None
 
 
-def first_fit(case: Case, *hypotheses: Callable[[Case], Candidates]) -> Explanation | None:
-    """The first explanation whose prediction is what Flax gave."""
+def first_fit(case: Case, *hypotheses: Callable[[Case], Candidates]) -> Reason | None:
+    """The first reason whose prediction is what Flax gave."""
 
-    def fitting(hypothesis: Callable[[Case], Candidates]) -> Explanation | None:
+    def fitting(hypothesis: Callable[[Case], Candidates]) -> Reason | None:
         return next((said for made, said in hypothesis(case) if case.fits(made)), None)
 
     return first(*(partial(fitting, hypothesis) for hypothesis in hypotheses))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Reason:
     """A cause that fits."""
 
     cause: str  # a word of CAUSES
@@ -32,11 +32,11 @@ class Cause:
 
 def found(
     cause: str, variant: str = "", /, *, tensor: str | None = None, **values: object
-) -> Explanation:
-    """An explanation by a cause of the list; KeyError for one that is not on it, or for a value
+) -> Reason:
+    """A reason by a cause of the list; KeyError for one that is not on it, or for a value
     that its variant needs and does not get. `tensor` is the parameter at fault."""
     sentence, advice = CAUSES[cause].variants[variant]
-    return Explanation(cause, sentence.format(**values), advice.format(**values), tensor)
+    return Reason(cause, sentence.format(**values), advice.format(**values), tensor)
 
 
 _SAME_SIZES = "compare sizes, strides and padding"
@@ -79,8 +79,8 @@ CAUSES: Mapping[str, Cause] = {
             "transpose_kernel=True in Flax, or flip the kernel's spatial axes"),
     }),
     "flatten": Cause("an image is flattened channel last on one side, channel first on the other", {
-        "tensor": ("{name} has its {size} inputs flattened as ({pixels}, {channels}) (pixels, "
-                   "channels), not as ({channels}, {pixels}) (channels, pixels)",
+        "tensor": ("{name} has its {size} inputs flattened as ({pixels}, {channels}), pixels "
+                   "before channels, not as ({channels}, {pixels}), channels before pixels",
                    "torch flattens images channel first, Flax channel last: reorder the rows"),
         "value": ("torch flattens {name} channel first ({channels} x {pixels}), "
                   "Flax channel last ({pixels} x {channels})", _CHANNELS_FIRST),
@@ -239,7 +239,8 @@ CAUSES: Mapping[str, Cause] = {
                  "use_running_average=True in Flax: both in one mode, train or eval"),
     }),
     "statistics": Cause("running statistics that do not move in training", {
-        "": ("{name} does not move in Flax", "mutable=['batch_stats'], in train mode"),
+        "": ("{name} does not move in Flax",
+             "run Flax in train mode (Linen: with mutable=['batch_stats'])"),
     }),
     "momentum": Cause("another share of the batch in the running statistics", {
         "": (_SHARES, _MOMENTUM),
@@ -310,12 +311,12 @@ CAUSES: Mapping[str, Cause] = {
 
     # --- The code between layers ---
     "gelu": Cause("GELU by erf, by tanh or by a sigmoid (quick)", {
-        "": ("after {name} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
-        "jax": ("after {name} torch has {torch}, Flax's values fit {flax}",
+        "": ("{where} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
+        "jax": ("{where} torch has {torch}, Flax's values fit {flax}",
                 "jax.nn.gelu(x, approximate={approximate})"),
     }, layer="activation"),
     "activation": Cause("another activation", {
-        "": ("after {name} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
+        "": ("{where} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
         "gated": ("torch multiplies {a} of {x} by {b} of {y}, Flax {c} of {x} by {d} of {y}",
                   "swap the two, or their activations"),
         "recurrence": ("Flax's recurrence uses {flax}, torch's {torch}",
@@ -325,8 +326,9 @@ CAUSES: Mapping[str, Cause] = {
         "": ("Flax leaves out layer {name} ({type})", "add {type} in Flax"),
     }),
     "dropout": Cause("dropout is on", {
-        "": ("dropout is on in Flax: {zeros:.0%} are zero and the rest {factor:.4g} times larger, "
-             "as p = {p:.3g} makes them", "deterministic=True, or model.eval(), in Flax"),
+        "": ("dropout is on in Flax: {zeros:.0%} of the values are zero and the rest {factor:.4g} "
+             "times larger, as p = {p:.3g} makes them",
+             "deterministic=True, or model.eval(), in Flax"),
     }, layer="dropout"),
     "scale": Cause("a factor too many or too few", {
         "tensor": ("{name} is {factor} times what it should be", "load it without a factor"),
@@ -357,10 +359,11 @@ CAUSES: Mapping[str, Cause] = {
         "": ("torch takes {torch} of {name}, Flax {flax}", "take {torch}"),
     }),
     "concat": Cause("two parts are concatenated in the other order", {
-        "": ("the two halves of the last axis are swapped", "concatenate in the same order"),
+        "": ("the two halves of the last axis are swapped in Flax",
+             "concatenate in the same order"),
     }),
     "reversed": Cause("a sequence or image is gone through back to front", {
-        "": ("axis {axis} is back to front", "go through it in one direction"),
+        "": ("axis {axis} is back to front in Flax", "go through it in one direction"),
     }),
 
     # --- Precision, gradients ---
@@ -384,7 +387,7 @@ CAUSES: Mapping[str, Cause] = {
 
     # --- No cause that is known ---
     "raises": Cause("Flax's code raises an error", {
-        "": ("Flax's layer raises {message} for torch's inputs",
+        "": ("given torch's inputs, Flax's layer raises {message}",
              "compare its sizes and settings with torch's"),
     }),
     "shape": Cause("a value of another shape", {

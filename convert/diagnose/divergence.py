@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from convert.diagnose.causes import Explanation
+from convert.diagnose.causes import Reason
 from convert.judge.noise import EXACT, MARGIN
 from convert.judge.rows import FLOOR
 
@@ -43,12 +43,12 @@ class Divergence:
     scale: float = 0.0
 
     @classmethod
-    def of(cls, layer: str, explanation: Explanation, judged: Judged, **fields: Any) -> Divergence:
-        """A divergence at a layer, with an explanation; `fields` are those of this class."""
+    def of(cls, layer: str, reason: Reason, judged: Judged, **fields: Any) -> Divergence:
+        """A divergence at a layer, with its reason; `fields` are those of this class."""
         return cls(
-            layer, explanation.diagnosis, explanation.cause, explanation.advice,
+            layer, reason.diagnosis, reason.cause, reason.advice,
             error=judged.error, noise=judged.noise, scale=judged.scale,
-            **{"tensor": explanation.tensor} | fields,
+            **{"tensor": reason.tensor} | fields,
         )  # fmt: skip
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.case import Case, Rule, first
-from convert.diagnose.causes import CAUSES, Explanation, found
+from convert.diagnose.causes import CAUSES, Reason, found
 from convert.diagnose.divergence import Divergence
 from convert.diagnose.hypotheses_attention import attention
 from convert.diagnose.hypotheses_chain import replay
@@ -65,22 +65,22 @@ class Explainer:
 
     def _layer(self, event: Event) -> Divergence:
         name = event.pair.torch
-        explanation = first(partial(self.matched.of_layer, name, event.pair.flax))
-        if explanation is None and event.where == "raises":
-            explanation = self._raised(event)
-        elif explanation is None:
+        reason = first(partial(self.matched.of_layer, name, event.pair.flax))
+        if reason is None and event.where == "raises":
+            reason = self._raised(event)
+        elif reason is None:
             case = self._case(event, self._inputs(event))
             rules = [_RULES[kind]] if (kind := self._kind(name)) in _RULES else []
-            explanation = first(*(partial(rule, case) for rule in rules))
-            explanation = explanation or self._general(case, event)
-        return self._divergence(event, name or self._last(event), explanation, None)
+            reason = first(*(partial(rule, case) for rule in rules))
+            reason = reason or self._general(case, event)
+        return self._divergence(event, name or self._last(event), reason, None)
 
-    def _general(self, case: Case, event: Event) -> Explanation | None:
+    def _general(self, case: Case, event: Event) -> Reason | None:
         case.past += self._nearest(event, inside=event.pair.torch)
         rules: tuple[Rule, ...] = (low_precision, attention, pooling, values)
         return first(*(partial(rule, case) for rule in rules))
 
-    def _raised(self, event: Event) -> Explanation:
+    def _raised(self, event: Event) -> Reason:
         return found("raises", message=event.message)
 
     # --- The code between layers ---
@@ -88,10 +88,10 @@ class Explainer:
     def _between(self, event: Event) -> Divergence:
         container = event.visit.around if event.where == "input" else event.pair
         name = container.torch if container is not None else ""
-        explanation = first(partial(self.matched.unverified, name, event.past, self.paired))
-        if explanation is not None and explanation.tensor is not None:
-            owner = self.matched.owner(explanation.tensor)
-            return self._divergence(event, owner, explanation, None)
+        reason = first(partial(self.matched.unverified, name, event.past, self.paired))
+        if reason is not None and reason.tensor is not None:
+            owner = self.matched.owner(reason.tensor)
+            return self._divergence(event, owner, reason, None)
         between = self._neighbours(event)
         if event.where == "raises":
             layer = name or self._last(event)
@@ -104,19 +104,19 @@ class Explainer:
         case.call = self._open_call(name, event) or event.call
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
-        explanation = first(
+        reason = first(
             partial(values, case, CERTAIN),
             partial(self._ordered, event),
             partial(pooling, case),
             partial(attention, case),
             partial(values, case, LIKELY),
         )
-        layer = self._unpaired(event, explanation) or name
+        layer = self._unpaired(event, reason) or name
         if not layer:
             layer = event.pair.torch if event.where == "input" else self._last(event)
-        return self._divergence(event, layer, explanation, between)
+        return self._divergence(event, layer, reason, between)
 
-    def _ordered(self, event: Event) -> Explanation | None:
+    def _ordered(self, event: Event) -> Reason | None:
         """Flax calls a normalisation before the layer whose result torch normalises, or after."""
         if event.where != "input":
             return None
@@ -130,10 +130,10 @@ class Explainer:
             return None
         return found("norm_order", layer=event.pair.torch, other=before[0])
 
-    def _unpaired(self, event: Event, explanation: Explanation | None) -> str | None:
+    def _unpaired(self, event: Event, reason: Reason | None) -> str | None:
         """torch's own layer without a counterpart that ran just before the value went wrong."""
         between = [c.name for c in self._skipped(event)]
-        wanted = CAUSES[explanation.cause].layer if explanation else None
+        wanted = CAUSES[reason.cause].layer if reason else None
         named = [n for n in between if self._kind(n) == wanted]
         return next(iter((*named, *between)), None)
 
@@ -285,15 +285,15 @@ class Explainer:
         self,
         event: Event,
         layer: str,
-        explanation: Explanation | None,
+        reason: Reason | None,
         between: tuple[str, str] | None,
     ) -> Divergence:
-        explanation = explanation or self._unknown(event, between)
+        reason = reason or self._unknown(event, between)
         pair = self.paired.get(layer)
         flax = pair.flax if pair else None
-        return Divergence.of(layer, explanation, event.judged, flax_layer=flax, between=between)
+        return Divergence.of(layer, reason, event.judged, flax_layer=flax, between=between)
 
-    def _unknown(self, event: Event, between: tuple[str, str] | None) -> Explanation:
+    def _unknown(self, event: Event, between: tuple[str, str] | None) -> Reason:
         if event.given.shape != event.rough.shape:
             return found("shape", torch=event.rough.shape, flax=event.given.shape)
         if between is None:

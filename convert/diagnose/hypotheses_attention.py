@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.case import Case, tensors_of
-from convert.diagnose.causes import Explanation, found
-from convert.diagnose.weights import factor_name
+from convert.diagnose.causes import Reason, found
+from convert.diagnose.hypotheses_tensors import factor_name
 from convert.matching.alignment import MASKED
 
 
@@ -29,7 +29,7 @@ class Formula:
     mask: str | None = None
     softmax: str = "keys"  # the axis that it sums to one over
     split: str = "heads first"  # how E becomes (N, D); "heads last": (D, N)
-    rope: str | None = None  # "in halves", "interleaved"
+    rope: str | None = None  # "in halves", "in interleaved pairs"
     constant: float = -np.inf  # what is added where nothing shall be attended to
     swap: str | None = None  # "query and key", ...
 
@@ -84,19 +84,19 @@ class Core:
         return (q, v, k) if swap == "key and value" else (v, k, q)
 
 
-def attention(case: Case) -> Explanation | None:
+def attention(case: Case) -> Reason | None:
     """Any attention whose queries, keys and values are known."""
     for core in _cores(case):
         base = _base(case, core)
-        if base is not None and (explanation := _changed(case, core, base)) is not None:
-            return explanation
+        if base is not None and (reason := _changed(case, core, base)) is not None:
+            return reason
     return None
 
 
-def _changed(case: Case, core: Core, base: Formula) -> Explanation | None:
-    for formula, explanation in _variants(core, base):
+def _changed(case: Case, core: Core, base: Formula) -> Reason | None:
+    for formula, reason in _variants(core, base):
         if any(case.fits(way) for way in _ways(case, core.run(formula))):
-            return explanation
+            return reason
     return None
 
 
@@ -120,7 +120,7 @@ def _base(case: Case, core: Core) -> Formula | None:
     divisors = [n for n in range(1, min(E, 64) + 1) if E % n == 0]
     heads = list(dict.fromkeys([n for n in said if isinstance(n, int) and n] + divisors))
     for n, mask, rope in itertools.product(
-        heads, (None, *core.masks), (None, "in halves", "interleaved")
+        heads, (None, *core.masks), (None, "in halves", "in interleaved pairs")
     ):
         for scale in ((E // n) ** -0.5, 1.0, E**-0.5, n / E):
             formula = Formula(n, scale, mask, rope=rope)
@@ -130,14 +130,14 @@ def _base(case: Case, core: Core) -> Formula | None:
     return None
 
 
-def _variants(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+def _variants(core: Core, base: Formula) -> Iterator[tuple[Formula, Reason]]:
     """Every way to attend that is one change away from torch's."""
     yield from _scales(core, base)
     yield from _masks(core, base)
     for axis in ("queries", "heads"):
         yield replace(base, softmax=axis), found("softmax_axis", "attention", axis=axis)
     yield from _heads(core, base)
-    for rope in (None, "in halves", "interleaved"):
+    for rope in (None, "in halves", "in interleaved pairs"):
         if rope != base.rope:
             said = found("rope", "code", torch=base.rope or "nothing", flax=rope or "nothing")
             yield replace(base, rope=rope), said
@@ -145,7 +145,7 @@ def _variants(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]
         yield replace(base, swap=swap), found("swapped", "arguments", names=swap)
 
 
-def _scales(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+def _scales(core: Core, base: Formula) -> Iterator[tuple[Formula, Reason]]:
     E = core.query.shape[-1]
     D = E // base.heads
     scales = {"1 (it does not scale them)": 1.0, "1 / sqrt(head_dim)": D**-0.5,
@@ -157,7 +157,7 @@ def _scales(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
             yield replace(base, scale=scale), said
 
 
-def _heads(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+def _heads(core: Core, base: Formula) -> Iterator[tuple[Formula, Reason]]:
     E, N = core.query.shape[-1], base.heads
     yield replace(base, split="heads last"), found(
         "heads", "split", size=E, heads=N, width=E // N)  # fmt: skip
@@ -167,7 +167,7 @@ def _heads(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
             yield replace(base, heads=other, scale=scale), said
 
 
-def _masks(core: Core, base: Formula) -> Iterator[tuple[Formula, Explanation]]:
+def _masks(core: Core, base: Formula) -> Iterator[tuple[Formula, Reason]]:
     used = core.masks.get(base.mask or "")
     if base.mask is not None:
         causal = "causal" in base.mask

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.case import Case
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 from convert.diagnose.hypotheses_pool import Pool, pools
 from convert.diagnose.hypotheses_values import Function, activation_differs, functions
 from convert.diagnose.reference import Reference
@@ -20,7 +20,7 @@ from zoo.layout.kinds import torch_kind
 
 def replay(
     reference: Reference, calls: Sequence[Recorded], case: Case
-) -> tuple[str, Explanation] | None:
+) -> tuple[str, Reason] | None:
     """The layer and the cause, if with another activation, pool or flattening in the place of
     one of `calls` the chain gives what Flax has; the chain must give torch's own value."""
     chain = [c for c in calls if c.inputs and c.outputs]
@@ -31,9 +31,9 @@ def replay(
     if not case.is_right(_run(modules, start, {})):
         return None
     for i, (call, module) in enumerate(zip(chain, modules, strict=True)):
-        for other, explanation in _others(call.name, module):
+        for other, reason in _others(call.name, module):
             if case.fits(_run(modules, start, {i: other})):
-                return call.name, explanation
+                return call.name, reason
     return None
 
 
@@ -59,13 +59,13 @@ def _run(modules: Sequence[Any], x: np.ndarray, changes: dict[int, Function]) ->
     return x
 
 
-def _others(name: str, module: Any) -> Iterator[tuple[Function, Explanation]]:
+def _others(name: str, module: Any) -> Iterator[tuple[Function, Reason]]:
     kind, class_name = torch_kind(module), type(module).__name__
     yield lambda x: x, found("missing_layer", name=name, type=class_name)
     if kind == "activation":
         ours = _activation_name(module)
         for other, f in functions().items():
-            yield f, activation_differs(f"layer {name} ({class_name})", ours, other)
+            yield f, activation_differs(f"at layer {name} ({class_name})", ours, other)
     if kind == "flatten":
         yield lambda x: np.moveaxis(x, 1, -1).reshape(len(x), -1), found(
             "flatten", "layer", name=name)  # fmt: skip

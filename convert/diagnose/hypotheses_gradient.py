@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from convert.diagnose.case import first
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 from convert.diagnose.divergence import Judged
+from convert.diagnose.hypotheses_tensors import factor_name
 from convert.diagnose.reference import Reference
-from convert.diagnose.weights import factor_name
 from convert.matching.alignment import gap
 from zoo.layout.kinds import torch_kind
 
@@ -35,18 +35,18 @@ class Wrong:
         return f"the gradient of {of[self.where]}"
 
 
-def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Explanation:
+def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Reason:
     """The first cause that fits. `others` are torch's cotangents elsewhere, float32."""
-    explanation = first(
+    reason = first(
         partial(_rows, wrong, reference),
         partial(_stopped, wrong),
         partial(_of_statistics, wrong, reference),
         partial(_summand, wrong, others),
     )
-    return explanation or found("unknown", "gradient", gradient=wrong.title)
+    return reason or found("unknown", "gradient", gradient=wrong.title)
 
 
-def _stopped(wrong: Wrong) -> Explanation | None:
+def _stopped(wrong: Wrong) -> Reason | None:
     quiet = wrong.judged.tolerance
     if np.abs(wrong.given).max(initial=0.0) <= quiet:
         return found("stop_gradient", gradient=wrong.title)
@@ -58,7 +58,7 @@ def _stopped(wrong: Wrong) -> Explanation | None:
     return None
 
 
-def _rows(wrong: Wrong, reference: Reference) -> Explanation | None:
+def _rows(wrong: Wrong, reference: Reference) -> Reason | None:
     """An embedding's row of padding, which torch gives no gradient."""
     module = reference.modules[wrong.layer]
     if wrong.where != "parameter" or torch_kind(module) != "embedding":
@@ -75,7 +75,7 @@ def _rows(wrong: Wrong, reference: Reference) -> Explanation | None:
     return None
 
 
-def _of_statistics(wrong: Wrong, reference: Reference) -> Explanation | None:
+def _of_statistics(wrong: Wrong, reference: Reference) -> Reason | None:
     """A normalisation whose mean and variance are not differentiated."""
     module = reference.modules[wrong.layer]
     if wrong.where != "in" or torch_kind(module) not in ("norm", "batchnorm"):
@@ -100,7 +100,7 @@ def _of_statistics(wrong: Wrong, reference: Reference) -> Explanation | None:
     return None
 
 
-def _summand(wrong: Wrong, others: Mapping[str, np.ndarray]) -> Explanation | None:
+def _summand(wrong: Wrong, others: Mapping[str, np.ndarray]) -> Reason | None:
     """Another layer's share of the gradient is left out, or counted again."""
     difference = wrong.given - wrong.exact
     for name, x in others.items():

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 
 
-def linear(case: Case) -> Explanation | None:
+def linear(case: Case) -> Reason | None:
     """nn.Linear."""
     return first_fit(case, _bias, _transposed)
 
@@ -20,12 +20,12 @@ def linear(case: Case) -> Explanation | None:
 def _bias(case: Case) -> Candidates:
     if (bias := tensors_of(case.module).get("bias")) is None:
         return
-    for factor, explanation in (
+    for factor, reason in (
         (0.0, found("bias_missing", tensor="bias")),
         (2.0, found("bias_twice", tensor="bias")),
         (-1.0, found("bias_negated", tensor="bias")),
     ):
-        yield case.variant(tensors={"bias": bias * factor}), explanation
+        yield case.variant(tensors={"bias": bias * factor}), reason
 
 
 def _transposed(case: Case) -> Candidates:
@@ -35,7 +35,7 @@ def _transposed(case: Case) -> Candidates:
         yield made, found("transposed", "kernel", tensor="weight")
 
 
-def embedding(case: Case) -> Explanation | None:
+def embedding(case: Case) -> Reason | None:
     """nn.Embedding."""
     return first_fit(case, _other_rows)
 
@@ -54,7 +54,7 @@ def _other_rows(case: Case) -> Candidates:
             yield own[shifted], found("offset", "rows", offset=k)
 
 
-def convolution(case: Case) -> Explanation | None:
+def convolution(case: Case) -> Reason | None:
     """nn.Conv1d to Conv3d."""
     return first_fit(case, _bias, _padding, _kernels, _strides, _dilations)
 
@@ -172,7 +172,7 @@ def _others(case: Case, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray
                 yield new, _conv(case, pads=pads, **{name: new})
 
 
-def transposed_convolution(case: Case) -> Explanation | None:
+def transposed_convolution(case: Case) -> Reason | None:
     """nn.ConvTranspose1d to 3d."""
     return first_fit(case, _bias, _not_flipped, _cut)
 

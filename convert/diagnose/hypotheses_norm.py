@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 from convert.matching.alignment import gap
 from zoo.layout.kinds import kinds
 
 EPSILONS = (1e-5, 1e-6, 1e-12, 1e-3, 1e-8, 1e-7, 1e-4, 1e-2, 1e-10, 0.0)
 
 
-def norm(case: Case) -> Explanation | None:
+def norm(case: Case) -> Reason | None:
     """LayerNorm, GroupNorm, RMSNorm, BatchNorm and their like."""
     return first_fit(case, _epsilon, _affine, _mode, _groups, _variances, _means, _centred_inputs)
 
@@ -150,5 +150,5 @@ def _centred_inputs(case: Case) -> Candidates:
     made = case.rerun({name: x - mean})
     if made.shape == case.right.shape and gap(made, case.right) <= case.tolerance * 3:
         worst = float(np.abs(mean).max() / max(x.std(), 1e-30))
-        # How it rounds cannot be predicted: that it agrees when centred is the explanation.
+        # How it rounds cannot be predicted: that it agrees when centred is the reason.
         yield case.target, found("fast_variance", worst=worst)

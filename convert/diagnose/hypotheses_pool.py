@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.diagnose.case import Case
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def pools() -> Iterator[Pool]:
                         yield Pool(kind, window, stride, edge, ceil, False)
 
 
-def pooling(case: Case) -> Explanation | None:
+def pooling(case: Case) -> Reason | None:
     """One pool in torch, another in Flax, of something that came before (or of its ReLU)."""
     for name, x in case.past:
         if x.ndim not in (3, 4) or x.dtype.kind != "f" or x.size > 10**6:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from convert.diagnose.case import Candidates, Case, first_fit, tensors_of
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 
 GATES = {4: "ifgo", 3: "rzn", 1: "h"}
 
 
-def recurrent(case: Case) -> Explanation | None:
+def recurrent(case: Case) -> Reason | None:
     """nn.RNN, nn.GRU, nn.LSTM and their cells."""
     return first_fit(case, _biases, _gru_biases, _gates, _nonlinearity, _formulas)
 
@@ -105,8 +105,8 @@ def _formulas(case: Case) -> Candidates:
     if steps is None:
         return
     x, batch_first = steps
-    for made, explanation in _unrolled(tensors_of(m), _count(case), x):
-        yield made.swapaxes(0, 1) if made.ndim == 3 and batch_first else made, explanation
+    for made, reason in _unrolled(tensors_of(m), _count(case), x):
+        yield made.swapaxes(0, 1) if made.ndim == 3 and batch_first else made, reason
 
 
 def _steps(case: Case) -> tuple[np.ndarray, bool] | None:
@@ -119,7 +119,7 @@ def _steps(case: Case) -> tuple[np.ndarray, bool] | None:
 
 def _unrolled(
     own: dict[str, np.ndarray], count: int, x: np.ndarray
-) -> Iterator[tuple[np.ndarray, Explanation]]:
+) -> Iterator[tuple[np.ndarray, Reason]]:
     """Outputs of all steps by each formula."""
     w_ih, w_hh = (
         next(v for k, v in own.items() if k.startswith(p)) for p in ("weight_ih", "weight_hh")
@@ -129,12 +129,12 @@ def _unrolled(
         for p in ("bias_ih", "bias_hh")
     )
     if count == 3:
-        for variant, explanation in (
+        for variant, reason in (
             ("reset", found("gru_reset")),
             ("update", found("gru_update")),
             ("bias", found("gru_bias")),
         ):
-            yield _gru(x, (w_ih, w_hh), (b_ih, b_hh), variant), explanation
+            yield _gru(x, (w_ih, w_hh), (b_ih, b_hh), variant), reason
     if count == 4:
         yield _lstm(x, (w_ih, w_hh), b_ih + b_hh, 1.0), found("forget_bias")
 

@@ -9,8 +9,8 @@ from functools import partial
 import numpy as np
 
 from convert.diagnose.case import Candidates, Case, Rule, first, first_fit
-from convert.diagnose.causes import Explanation, found
-from convert.diagnose.weights import factor_name
+from convert.diagnose.causes import Reason, found
+from convert.diagnose.hypotheses_tensors import factor_name
 from convert.matching.alignment import MASKED, gap, is_mask_bias
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -47,7 +47,7 @@ def functions() -> dict[str, Function]:
     }
 
 
-def dtype_cast(case: Case) -> Explanation | None:
+def dtype_cast(case: Case) -> Reason | None:
     """Every number is one of bfloat16 or float16, which torch's are not."""
     import torch
 
@@ -67,7 +67,7 @@ def dtype_cast(case: Case) -> Explanation | None:
     return None
 
 
-def low_precision(case: Case) -> Explanation | None:
+def low_precision(case: Case) -> Reason | None:
     """A layer's parameters rounded to 16 bits, and computed with in more."""
     import torch
 
@@ -81,7 +81,7 @@ def low_precision(case: Case) -> Explanation | None:
     return None
 
 
-def dropout(case: Case) -> Explanation | None:
+def dropout(case: Case) -> Reason | None:
     """Zeros here and there, and the rest larger by 1 / (1 - p)."""
     if not case.comparable:
         return None
@@ -96,7 +96,7 @@ def dropout(case: Case) -> Explanation | None:
     return found("dropout", zeros=gone.mean(), factor=factor, p=1 - 1 / factor)
 
 
-def activation(case: Case) -> Explanation | None:
+def activation(case: Case) -> Reason | None:
     """Another activation of something that came before, whatever was added to it."""
     table = functions()
     for name, x in case.past:
@@ -106,28 +106,28 @@ def activation(case: Case) -> Explanation | None:
         ours = [k for k, v in values.items() if case.is_right(v)]
         for a, b in itertools.product(ours, table):
             if a != b and case.fits(values[b]):
-                return activation_differs(name, a, b)
+                return activation_differs(f"after {name}", a, b)
     for name, x in case.past:
         if x.dtype.kind != "f" or x.shape != case.right.shape or not case.comparable:
             continue
         values = {k: f(x) for k, f in table.items()}
         for a, b in itertools.permutations(table, 2):
             if "no activation" not in (a, b) and case.fits(case.right + values[b] - values[a]):
-                return activation_differs(name, a, b)
+                return activation_differs(f"after {name}", a, b)
     return None
 
 
-def activation_differs(name: str, ours: str, theirs: str) -> Explanation:
-    """After `name`, which of `functions` torch has, and which Flax."""
+def activation_differs(where: str, ours: str, theirs: str) -> Reason:
+    """Which of `functions` torch has in a place, and which Flax."""
     if not (ours.startswith("gelu") and theirs.startswith("gelu")):
-        return found("activation", name=name, torch=ours, flax=theirs)
+        return found("activation", where=where, torch=ours, flax=theirs)
     approximate = {"gelu (erf)": False, "gelu (tanh)": True}.get(ours)
     if approximate is None:
-        return found("gelu", name=name, torch=ours, flax=theirs)
-    return found("gelu", "jax", name=name, torch=ours, flax=theirs, approximate=approximate)
+        return found("gelu", where=where, torch=ours, flax=theirs)
+    return found("gelu", "jax", where=where, torch=ours, flax=theirs, approximate=approximate)
 
 
-def gated(case: Case) -> Explanation | None:
+def gated(case: Case) -> Reason | None:
     """A product of two activations, each of the wrong one."""
     table = {k: f for k, f in functions().items() if k.split(" ")[0] in
              ("no", "gelu", "relu", "silu", "tanh", "sigmoid")}  # fmt: skip
@@ -144,7 +144,7 @@ def gated(case: Case) -> Explanation | None:
     return None
 
 
-def softmax_axis(case: Case) -> Explanation | None:
+def softmax_axis(case: Case) -> Reason | None:
     """A softmax over another axis."""
 
     def softmax(x: np.ndarray, axis: int) -> np.ndarray:
@@ -165,7 +165,7 @@ def softmax_axis(case: Case) -> Explanation | None:
     return None
 
 
-def order(case: Case) -> Explanation | None:
+def order(case: Case) -> Reason | None:
     """The right numbers in another order: flattened otherwise, heads, halves, steps."""
     return first_fit(case, _last_axis, _heads_apart, _reversed, _axes)
 
@@ -207,7 +207,7 @@ def _axes(case: Case) -> Candidates:
             yield r.swapaxes(a, b), found("transposed", "value", a=a, b=b)
 
 
-def scaled(case: Case) -> Explanation | None:
+def scaled(case: Case) -> Reason | None:
     """A factor too many or too few, of the whole or of one summand."""
     r = case.right
     if not case.comparable or r.size < 2 or not r.any() or not np.isfinite(case.target).all():
@@ -227,7 +227,7 @@ def scaled(case: Case) -> Explanation | None:
     return None
 
 
-def _summand(name: str, c: float) -> Explanation:
+def _summand(name: str, c: float) -> Reason:
     """What it means that Flax has `c` times a summand more than torch."""
     if abs(c + 1) < 1e-4:
         return found("residual", "missing", name=name)
@@ -241,7 +241,7 @@ def _summand(name: str, c: float) -> Explanation:
     return found("scale", "added", factor=c, name=name)
 
 
-def wiring(case: Case) -> Explanation | None:
+def wiring(case: Case) -> Reason | None:
     """Another value in the place of the right one, alone or as a summand."""
     past = [(n, x) for n, x in case.past if x.dtype.kind == "f"]
     for name, x in past:
@@ -257,7 +257,7 @@ def wiring(case: Case) -> Explanation | None:
     return None
 
 
-def picked(case: Case) -> Explanation | None:
+def picked(case: Case) -> Reason | None:
     """One step of a sequence, or a mean over it."""
     ways: dict[str, Function] = {
         "the first step": lambda x: x[:, 0],
@@ -280,7 +280,7 @@ def picked(case: Case) -> Explanation | None:
     return None
 
 
-def mask_values(case: Case) -> Explanation | None:
+def mask_values(case: Case) -> Reason | None:
     """What is added to logits: inverted, too small to mask, absent, or of other positions."""
     r, t = case.right, case.target
     if not case.comparable or not is_mask_bias(r):
@@ -302,7 +302,7 @@ def mask_values(case: Case) -> Explanation | None:
     return None
 
 
-def offset(case: Case) -> Explanation | None:
+def offset(case: Case) -> Reason | None:
     """Integers (ids, positions) that count from another number."""
     r, t = case.right, case.target
     if not case.comparable or not r.size or (r != np.rint(r)).any() or (t != np.rint(t)).any():
@@ -318,6 +318,6 @@ CERTAIN: tuple[Rule, ...] = (dtype_cast, dropout, mask_values, offset)
 LIKELY: tuple[Rule, ...] = (activation, softmax_axis, order, scaled, picked, wiring, gated)
 
 
-def values(case: Case, rules: Sequence[Rule] = (*CERTAIN, *LIKELY)) -> Explanation | None:
+def values(case: Case, rules: Sequence[Rule] = (*CERTAIN, *LIKELY)) -> Reason | None:
     """What the first of these rules that fits says."""
     return first(*(partial(rule, case) for rule in rules))

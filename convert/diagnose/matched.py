@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.diagnose.causes import Explanation, found
-from convert.diagnose.weights import explain_tensor
+from convert.diagnose.causes import Reason, found
+from convert.diagnose.hypotheses_tensors import explain_tensor
 from convert.matching.pair import Match
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
@@ -35,33 +35,33 @@ class Matched:
             for m in matches
             if all(n in self.torch for n in m.torch) and all(n in self.flax for n in m.flax)
         ]
-        self._wrong: list[tuple[Match, Explanation]] | None = None
+        self._wrong: list[tuple[Match, Reason]] | None = None
 
     def expected(self, match: Match) -> list[np.ndarray]:
         """What Flax should hold."""
         return run(match.ops, [self.torch[n] for n in match.torch])
 
-    def of_layer(self, name: str, path: str) -> Explanation | None:
+    def of_layer(self, name: str, path: str) -> Reason | None:
         """What is wrong with a layer's own parameters."""
-        for match, explanation in self.wrong():
+        for match, reason in self.wrong():
             below = f"{path}."
             if self._owner(match) == name or any(f.startswith(below) for f in match.flax if path):
-                return explanation
+                return reason
         return None
 
     def unverified(
         self, container: str, past: Collection[str], paired: Collection[str]
-    ) -> Explanation | None:
+    ) -> Reason | None:
         """What is wrong with parameters inside a container that no layer's own call will show.
 
         `past` are the layers that were seen to be right, `paired` those that are looked at.
         """
-        for match, explanation in self.wrong():
+        for match, reason in self.wrong():
             owner = self._owner(match)
             inside = not container or owner == container or owner.startswith(f"{container}.")
             plain = torch_kind(self.modules[owner]) not in ("other", "attention")
             if inside and owner not in past and not (plain and owner in paired):
-                return explanation
+                return reason
         return None
 
     def owner(self, tensor: str) -> str:
@@ -74,14 +74,14 @@ class Matched:
     def _owner(self, match: Match) -> str:
         return match.torch[0].rpartition(".")[0]
 
-    def wrong(self) -> list[tuple[Match, Explanation]]:
+    def wrong(self) -> list[tuple[Match, Reason]]:
         """Every match whose values differ, and why, in torch's order."""
         if self._wrong is None:
             order = {n: i for i, n in enumerate(self.torch)}
             self._wrong = sorted(self._compare(), key=lambda item: order[item[0].torch[0]])
         return self._wrong
 
-    def _compare(self) -> Iterator[tuple[Match, Explanation]]:
+    def _compare(self) -> Iterator[tuple[Match, Reason]]:
         for match in self.matches:
             for name, right in zip(match.flax, self.expected(match), strict=True):
                 held = self.flax[name]
@@ -91,7 +91,7 @@ class Matched:
                     continue
                 yield match, self._why(match, name, right, held)
 
-    def _why(self, match: Match, name: str, right: np.ndarray, held: np.ndarray) -> Explanation:
+    def _why(self, match: Match, name: str, right: np.ndarray, held: np.ndarray) -> Reason:
         """Why Flax's tensor `name` is not what it should be."""
         first = match.torch[0]
         title = first

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from convert.diagnose.case import Candidates, Case, first_fit
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 from convert.diagnose.divergence import Divergence
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
@@ -41,7 +41,7 @@ def running_statistics(reference: Reference, walk: Forward, matched: Matched) ->
     return None
 
 
-def _why(reference: Reference, name: str, given: np.ndarray, tolerance: float) -> Explanation:
+def _why(reference: Reference, name: str, given: np.ndarray, tolerance: float) -> Reason:
     layer, _, leaf = name.rpartition(".")
     right = reference.after_exact[name].astype(np.float64)
     case = Case([given.astype(np.float64)], right, tolerance, "batchnorm", reference.modules[layer])
@@ -80,7 +80,7 @@ def _updates(
             yield (1 - share) * before + share * biased, _biased(leaf, share, momentum, n - 1)
 
 
-def _biased(leaf: str, share: float, momentum: float, count: int) -> Explanation:
+def _biased(leaf: str, share: float, momentum: float, count: int) -> Reason:
     if share == momentum:
         return found("unbiased_variance", "running", name=leaf, count=count)
     return found(

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.diagnose.case import first
-from convert.diagnose.causes import Explanation, found
+from convert.diagnose.causes import Reason, found
 
 _GATES = {4: "i,f,g,o", 3: "r,z,n"}
 
@@ -45,8 +45,8 @@ def diagnose_tensor(
     `others` are the other tensors of the reference, laid out as `a` is; `kind` is that of the layer
     (as in zoo.layout). Nothing is said that does not fit in every element.
     """
-    explanation = explain_tensor(name, a, b, others, kind)
-    return None if explanation is None else explanation.diagnosis
+    reason = explain_tensor(name, a, b, others, kind)
+    return None if reason is None else reason.diagnosis
 
 
 def explain_tensor(
@@ -55,13 +55,13 @@ def explain_tensor(
     b: np.ndarray,
     others: Mapping[str, np.ndarray],
     kind: str | None = None,
-) -> Explanation | None:
+) -> Reason | None:
     """As `diagnose_tensor`, with the cause and what to try."""
     if _equal(a, b):
         return None
     tensor = _Tensor(name, a, b, others, kind)
 
-    def said(rule: Callable[[_Tensor], Iterator[Explanation]]) -> Explanation | None:
+    def said(rule: Callable[[_Tensor], Iterator[Reason]]) -> Reason | None:
         return next(rule(tensor), None)
 
     rules = (_no_bias, _constant, _rounded, _moved, _another, _sum, _scaled, _shuffled)
@@ -72,12 +72,12 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
 
 
-def _no_bias(t: _Tensor) -> Iterator[Explanation]:
+def _no_bias(t: _Tensor) -> Iterator[Reason]:
     if "bias" in t.name and t.right.shape == t.held.shape and not t.held.any():
         yield found("bias_missing", "tensor", name=t.name)
 
 
-def _constant(t: _Tensor) -> Iterator[Explanation]:
+def _constant(t: _Tensor) -> Iterator[Reason]:
     held = t.held
     if t.right.shape != held.shape or not held.size:
         return
@@ -88,7 +88,7 @@ def _constant(t: _Tensor) -> Iterator[Explanation]:
         yield found("default", "constant", name=t.name, value=float(held.flat[0]))
 
 
-def _rounded(t: _Tensor) -> Iterator[Explanation]:
+def _rounded(t: _Tensor) -> Iterator[Reason]:
     if not t.comparable:
         return
     for dtype, word in ((ml_dtypes.bfloat16, "bfloat16"), (np.float16, "float16")):
@@ -97,14 +97,14 @@ def _rounded(t: _Tensor) -> Iterator[Explanation]:
                 yield found("dtype", "tensor", name=t.name, dtype=word)
 
 
-def _moved(t: _Tensor) -> Iterator[Explanation]:
+def _moved(t: _Tensor) -> Iterator[Reason]:
     """The same elements, moved by one of the ops that layouts know."""
-    for made, explanation in _wrong_layouts(t):
+    for made, reason in _wrong_layouts(t):
         if _equal(made, t.held):
-            yield explanation
+            yield reason
 
 
-Layouts = Iterator[tuple[np.ndarray, Explanation]]
+Layouts = Iterator[tuple[np.ndarray, Reason]]
 
 
 def _wrong_layouts(t: _Tensor) -> Layouts:
@@ -124,7 +124,7 @@ def _wrong_layouts(t: _Tensor) -> Layouts:
         yield from _rope_rows(t, axis)
 
 
-def _transposed(t: _Tensor, axes: Sequence[int]) -> Explanation:
+def _transposed(t: _Tensor, axes: Sequence[int]) -> Reason:
     a = t.right
     if t.kind == "linear" and a.ndim == 3:
         return found("heads", "axes", name=t.name, axes=axes)
@@ -179,11 +179,11 @@ def _rope_rows(t: _Tensor, axis: int) -> Layouts:
         if width % 2 or width < 4:
             continue
         heads = x.reshape(*x.shape[:-1], n, width)
-        for half, explanation in (
+        for half, reason in (
             (2, found("rope", "interleaved", name=t.name, heads=n)),
             (width // 2, found("rope", "in halves", name=t.name, heads=n)),
         ):
-            yield np.moveaxis(_swap(heads, half).reshape(x.shape), -1, axis), explanation
+            yield np.moveaxis(_swap(heads, half).reshape(x.shape), -1, axis), reason
 
 
 def _swap(x: np.ndarray, n: int) -> np.ndarray:
@@ -195,7 +195,7 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0] if n <= 65536 else []
 
 
-def _another(t: _Tensor) -> Iterator[Explanation]:
+def _another(t: _Tensor) -> Iterator[Reason]:
     for other, values in t.others.items():
         if _equal(values, t.held):
             yield found("swapped", name=t.name, other=other)
@@ -204,7 +204,7 @@ def _another(t: _Tensor) -> Iterator[Explanation]:
             yield found("swapped", "transposed", name=t.name, other=other)
 
 
-def _sum(t: _Tensor) -> Iterator[Explanation]:
+def _sum(t: _Tensor) -> Iterator[Reason]:
     """Another bias added to the whole of this one, or to some of its gates."""
     a, b = t.right, t.held
     if not t.comparable or a.ndim != 1:
@@ -234,7 +234,7 @@ def _gate_sums(a: np.ndarray, other: np.ndarray, b: np.ndarray, count: int) -> l
     ]
 
 
-def _scaled(t: _Tensor) -> Iterator[Explanation]:
+def _scaled(t: _Tensor) -> Iterator[Reason]:
     if not t.comparable or t.right.size < 2:
         return
     x, y = t.right.astype(np.float64), t.held.astype(np.float64)
@@ -251,7 +251,7 @@ def _scaled(t: _Tensor) -> Iterator[Explanation]:
         yield found("scale_plus_one", "larger", name=t.name)
 
 
-def _shuffled(t: _Tensor) -> Iterator[Explanation]:
+def _shuffled(t: _Tensor) -> Iterator[Reason]:
     a, b = t.right, t.held
     if a.size == b.size > 1 and _equal(np.sort(a, None), np.sort(b, None)):
         for axis in range(a.ndim if a.shape == b.shape else 0):
