@@ -78,7 +78,7 @@ class Inspection:
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """Look into a checkpoint of any container. Reads no weight and imports no framework.
 
-    Raises ZooError for what is no checkpoint; one of an unknown model is no error.
+    Raises ZooError for what is not a checkpoint; one of an unknown model is not an error.
     """
     path = hub.locate(source)
     with ExitStack() as stack:

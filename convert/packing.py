@@ -123,7 +123,7 @@ def _check_names(name: str, version: str) -> None:
             "use small letters, digits and _, as in my_digits or mnist_cnn.my_digits",
         )
     if not _VERSION.fullmatch(version):
-        raise UsageError(f"{version!r} is no version", "write one such as 1.0 or 2.1.post1")
+        raise UsageError(f"{version!r} is not a version", "write one such as 1.0 or 2.1.post1")
     home = hub.pretrained().get(name)
     if home is not None and home.is_relative_to(Path(zoo.__file__).parent):
         raise UsageError(
@@ -164,7 +164,7 @@ def _read_card(card: str | os.PathLike[str] | Mapping[str, Any] | None) -> Card:
         raise UsageError(f"{card}: {e.strerror}", "give a JSON file") from None
     except ValueError as e:
         raise UsageError(
-            f"{card} is no JSON: {e}", "give a JSON file with the card's fields"
+            f"{card} is not JSON: {e}", "give a JSON file with the card's fields"
         ) from e
     return Card.from_dict(data, str(card))
 

@@ -194,7 +194,7 @@ def test_bad_input(
         (["--max-shard-size", "many"], 2, "no size"),
         (["--to", "gguf"], 2, "gguf"),
         (["no/such/place/x.msgpack"], 2, "does not exist"),
-        (["x.pt"], 2, "pt is no container of Flax"),
+        (["x.pt"], 2, "pt is not a container of Flax"),
         (["x.safetensors", "--to", "msgpack"], 2, "has the suffix of safetensors"),
     ],
 )

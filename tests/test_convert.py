@@ -309,7 +309,7 @@ def test_force_does_not_overwrite_what_is_no_checkpoint(tmp_path: Path) -> None:
     src = source(tmp_path / "a")
     notes = tmp_path / "notes.txt"
     notes.write_text("precious")
-    with pytest.raises(UsageError, match="exists and is no checkpoint"):
+    with pytest.raises(UsageError, match="exists and is not a checkpoint"):
         convert.convert(src, notes, "msgpack", force=True)
     assert notes.read_text() == "precious"
 
@@ -385,8 +385,8 @@ def test_the_wrong_direction_is_recognised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "pt", "framework": "flax"}, "pt is no container of Flax"),
-        ({"to": "msgpack", "framework": "torch"}, "msgpack is no container of PyTorch"),
+        ({"to": "pt", "framework": "flax"}, "pt is not a container of Flax"),
+        ({"to": "msgpack", "framework": "torch"}, "msgpack is not a container of PyTorch"),
         ({"to": "npz"}, "no container 'npz'"),
         ({"tree": "haiku"}, "no tree 'haiku'"),
         ({"dtype": "int8"}, "no floating-point dtype"),

@@ -181,7 +181,7 @@ HOSTILE: dict[str, Any] = {
     "null": None,
     "no entry": [3],
     "no kind": [{"torch": {"a": [4]}, "flax": {"a": [4]}}],
-    "a kind that is no text": entry(kind=[]),
+    "a kind that is not a text": entry(kind=[]),
     "no sides": [{"kind": "param", "torch": {}}],
     "one side": [{"kind": "param", "torch": {"a": [4]}}],
     "shape of text": entry(torch={"a": "44"}),

@@ -254,7 +254,7 @@ def test_unknown_layers_by_name_and_shape(tmp_path: Path) -> None:
     assert one(found, "rope").here == "style unknown"
     assert one(found, "fused-qkv").tensors == ("attn 12x4",)
     assert one(found, "square-kernel").tensors == ("attn 12x4", "attn.out_proj 4x4")
-    assert "flatten-order" not in ids(found), "100 is no multiple of 6 channels"
+    assert "flatten-order" not in ids(found), "100 is not a multiple of 6 channels"
     recurrent = "recurrent 12: rnn.{bias_hh_l0,bias_ih_l0}"
     assert recurrent in one(found, "equal-neighbours").tensors
 

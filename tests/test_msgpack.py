@@ -529,7 +529,9 @@ def test_chunked_helper_is_itself_sound(path: Path) -> None:
 def test_a_file_of_plain_data_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(msgpack_scan, "_MAX_HEADER", 1000)
     path.write_bytes(packed(w=b"x" * 2000))
-    with pytest.raises(CorruptInput, match="w: more than 1000 bytes of the file are no tensor's"):
+    with pytest.raises(
+        CorruptInput, match="w: more than 1000 bytes of the file belong to no tensor"
+    ):
         MsgpackReader(path)
     path.write_bytes(packed(w=ext([2000], "uint8", b"x" * 2000)))
     assert read_all(path)["w"][1] == (2000,)

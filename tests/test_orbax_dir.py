@@ -242,7 +242,7 @@ def test_items_are_prefixed_only_where_there_are_several(tmp_path: Path) -> None
         c.save(tmp_path / "json", args=ocp.args.Composite(**args))
     assert_same(read_all(tmp_path / "json"), {"w": np.ones(2)})
     assert OrbaxReader(tmp_path / "json").notices == [
-        "item info is no tree of arrays and was left out"
+        "item info is not a tree of arrays and was left out"
     ]
 
 
@@ -529,7 +529,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert int(done.stdout) < 150 << 10
 
 
-# What is no Orbax checkpoint, or a hostile one.
+# What is not an Orbax checkpoint, or a hostile one.
 
 
 def test_is_orbax_says_no(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def arrays_of(state: TrainingState) -> dict[str, Any]:
 
 
 def described(state: TrainingState) -> Any:
-    """Everything that is no array."""
+    """Everything that is not an array."""
     groups = [(o.name, o.rule, o.groups, o.steps) for o in state.optimizers]
     return groups, dict(state.data)
 

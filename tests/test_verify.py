@@ -544,7 +544,7 @@ def test_pairs_and_layouts_that_do_not_fit() -> None:
 
 
 class TwoOutputs(nn.Module):
-    """Outputs by name, of two shapes, and one that is no array."""
+    """Outputs by name, of two shapes, and one that is not an array."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -752,7 +752,7 @@ def test_a_failure_is_one_screen_and_exit_code_3(folder: Path) -> None:
         (["user_nets:module", "user_nets:nnx_net", "--inputs", "user_nets.py"], "no plain arrays"),
         (
             ["user_nets:module", "user_nets:nnx_net", "--inputs", "x.npz", "--pair", "a"],
-            "is no pair",
+            "is not a pair",
         ),
         (["user_nets:module", "user_nets", "--inputs", "x.npz"], "a module is user_nets:NAME"),
         (["user_nets:module", "user_nets:nnx_net", "--inputs", "cut.npz"], "no plain arrays"),

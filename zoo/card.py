@@ -57,7 +57,9 @@ class Card:
     def from_dict(cls, data: Any, what: str) -> Card:
         """The card in a JSON object; UsageError, naming `what`, lists what no card has."""
         if not isinstance(data, dict):
-            raise UsageError(f"{what} is no JSON object", "a card has fields such as data, license")
+            raise UsageError(
+                f"{what} is not a JSON object", "a card has fields such as data, license"
+            )
         fields = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(data.keys() - fields):
             raise UsageError(
@@ -81,11 +83,13 @@ def path_beside(weights: Path) -> Path:
 
 
 def read_card(weights: Path) -> Card | None:
-    """The card beside a file of weights, if there is one. Raises CorruptInput if it is no JSON."""
+    """The card beside a file of weights, if there is one. Raises CorruptInput if it is not JSON."""
     path = path_beside(weights)
     if not path.is_file():
         return None
     try:
         return Card.from_dict(json.loads(path.read_text()), str(path))
     except ValueError as e:
-        raise CorruptInput(f"{path} is no JSON: {e}", "mend it, or reinstall its package") from None
+        raise CorruptInput(
+            f"{path} is not JSON: {e}", "mend it, or reinstall its package"
+        ) from None

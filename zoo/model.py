@@ -144,7 +144,7 @@ def _types(config: Any) -> dict[str, Any]:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a field of this type may hold a value. Numbers are finite, a count is not negative;
-    what is no plain type is the family's to check."""
+    what is not a plain type is the family's to check."""
     if get_origin(kind) is Literal:
         return any(type(value) is type(x) and value == x for x in get_args(kind))
     if get_origin(kind) in (Union, UnionType):  # there -1 may mean none

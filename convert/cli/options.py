@@ -21,7 +21,7 @@ class Size(click.ParamType):
         except (ValueError, OverflowError):
             size = 0
         if size <= 0:
-            self.fail(f"{value!r} is no size; write 5GB or 500MB", param, ctx)
+            self.fail(f"{value!r} is not a size; write 5GB or 500MB", param, ctx)
         return size
 
 

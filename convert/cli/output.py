@@ -62,7 +62,7 @@ def size(nbytes: int) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns, as wide as they need to be: a name that is broken in two is no name."""
+    """Columns, as wide as they need to be: a name broken in two is not a name."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -163,7 +163,7 @@ def _compare(
             click.echo(f"note: {text}", err=True)
         said.add(text)
 
-    # What the user's code prints is no result of ours.
+    # What the user's code prints is not our result.
     with contextlib.redirect_stdout(sys.stderr):
         modules = [load(text, options["seed"], say) for text in (a, b)]
         return run(modules[0], modules[1], titles=(a, b), **options)
@@ -173,5 +173,5 @@ def _pairs(pairs: tuple[str, ...]) -> dict[str, str]:
     from zoo.containers.errors import UsageError
 
     if wrong := [p for p in pairs if not all(p.partition("="))]:
-        raise UsageError(f"--pair {wrong[0]} is no pair", "write --pair torch.name=flax.path")
+        raise UsageError(f"--pair {wrong[0]} is not a pair", "write --pair torch.name=flax.path")
     return {p.partition("=")[0]: p.partition("=")[2] for p in pairs}

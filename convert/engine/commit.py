@@ -76,7 +76,7 @@ def check_replaceable(target: Path, force: bool) -> None:
         and target.suffix not in filenames.CHECKPOINT_SUFFIXES
         and not _is_checkpoint(target)
     ):
-        raise UsageError(f"{target} exists and is no checkpoint", "name another target")
+        raise UsageError(f"{target} exists and is not a checkpoint", "name another target")
     if not force:
         raise UsageError(
             f"{target} exists already", "replace it with --force, or name another target"

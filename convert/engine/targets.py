@@ -52,9 +52,9 @@ def choose(
     if to not in TO:
         raise UsageError(f"there is no container {to!r}", f"known are {', '.join(TO)}")
     if framework == "torch" and to in ("orbax", "msgpack"):
-        raise UsageError(f"{to} is no container of PyTorch's", "it is safetensors or pt")
+        raise UsageError(f"{to} is not a container of PyTorch's", "it is safetensors or pt")
     if framework == "flax" and to == "pt":
-        raise UsageError("pt is no container of Flax's", "it is orbax, msgpack or safetensors")
+        raise UsageError("pt is not a container of Flax's", "it is orbax, msgpack or safetensors")
     if max_shard_size is not None and to != "safetensors":
         raise UsageError("only safetensors is written in shards", "add --to safetensors")
     if to == "orbax" and importlib.util.find_spec("tensorstore") is None:

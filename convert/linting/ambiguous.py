@@ -141,7 +141,7 @@ def _ranges(places: Iterable[tuple[str, int]]) -> Iterator[str]:
 
 
 def _weighty(s: Subject) -> list[Layer]:
-    """Layers that hold something and are no second name of another; of recurrent ones, whose
+    """Layers that hold something and are not a second name of another; of recurrent ones, whose
     matrices are alike, each tensor by itself."""
     found: list[Layer] = []
     for layer in s.layers:

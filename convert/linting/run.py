@@ -29,7 +29,7 @@ def lint(
     tensor, and imports no framework. A model that the zoo does not have is looked at by its names
     and the `config.json` beside it. `model` and `config` are as in `convert.convert`.
 
-    Raises ZooError for what is no checkpoint.
+    Raises ZooError for what is not a checkpoint.
     """
     request = make_request(model, config)
     subject = read(path, request)

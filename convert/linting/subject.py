@@ -246,4 +246,6 @@ def _json(place: Path) -> tuple[dict[str, Any], str]:
         data = json.loads(place.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         return {}, f"{place.name} beside it cannot be read: {e}"
-    return (data, "") if isinstance(data, dict) else ({}, f"{place.name} beside it is no object")
+    return (
+        (data, "") if isinstance(data, dict) else ({}, f"{place.name} beside it is not an object")
+    )

@@ -19,7 +19,7 @@ def is_array(x: Any) -> bool:
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Every array of a tree by its dotted path; what is no container and no array is left out."""
+    """Every array of a tree by its dotted path; leaves that are not arrays are left out."""
     if is_array(tree):
         return {path: tree}
     found: dict[str, Any] = {}

@@ -28,7 +28,7 @@ def read_inputs(path: Path) -> Any:
     """The arrays of an .npz, by name, or positional where they have none (arr_0, ...); or of an
     .npy. Never unpickles. UsageError for anything else."""
     try:
-        with path.open("rb") as file:  # which numpy leaves open where it is no whole zip
+        with path.open("rb") as file:  # which numpy leaves open where it is not a whole zip
             found = np.load(file, allow_pickle=False)
             if isinstance(found, np.ndarray):
                 return found

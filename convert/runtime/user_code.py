@@ -20,7 +20,7 @@ _EXAMPLE = "write pkg.mod:Net or path/to/file.py:Net"
 
 
 def is_target(text: str) -> bool:
-    """Whether this names something in Python code, and is no checkpoint."""
+    """Whether this names something in Python code, and is not a checkpoint."""
     found = _SPEC.fullmatch(text)
     return found is not None and found["where"] not in ("pkg", "hf") and not os.path.exists(text)
 

@@ -45,7 +45,7 @@ def create(job: Job, dtype: str | None = None) -> Any:
 def load(path: Path, job: Job) -> Any:
     """The module in a checkpoint of either framework, as the job computes it."""
     with warnings.catch_warnings():
-        # That an optimizer lies beside the weights is no news here.
+        # That an optimizer lies beside the weights is not news here.
         warnings.simplefilter("ignore", zoo.LoadNotice)
         return zoo.load(
             path,

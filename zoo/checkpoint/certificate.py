@@ -67,7 +67,7 @@ class Certificate:
         """The certificate in a file; ValueError if it is none of this format."""
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{path} is no certificate of format {FORMAT}")
+            raise ValueError(f"{path} is not a certificate of format {FORMAT}")
         data["tensors"] = [TensorRecord(**t) for t in data["tensors"]]
         return cls(**data)
 

@@ -74,7 +74,7 @@ class Peeled:
 
     names: dict[str, str]
     wrappers: tuple[str, ...] = ()  # what was taken off, outermost first
-    set_aside: tuple[str, ...] = ()  # tensors of the file that are no weights
+    set_aside: tuple[str, ...] = ()  # tensors of the file that are not weights
 
     def notices(self) -> list[str]:
         """What a user should be told of the names."""
@@ -91,12 +91,12 @@ def levels(names: Iterable[str], base_prefix: str = "") -> Iterator[Peeled]:
 
 
 def _inside(level: Peeled, base: str, seen: Peeled) -> Iterator[Peeled]:
-    """The levels within one, once what is no weight has been set aside."""
+    """The levels within one, once what is not a weight has been set aside."""
     for step in (_without_rng, _without_value, _without_compile):
         level = step(level)
     if level.names and level != seen:
         yield level
-    whole = {_head(n) for n in level.names} == {base}  # with a head beside it, it is no wrapper
+    whole = {_head(n) for n in level.names} == {base}  # with a head beside it, it is not a wrapper
     for wrapper in (*WRAPPERS, *([base] if whole else [])):
         inner = {n.partition(".")[2]: s for n, s in level.names.items() if _head(n) == wrapper}
         if inner and "" not in inner:

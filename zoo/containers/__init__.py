@@ -71,7 +71,7 @@ def _models(folder: Path, pattern: str) -> list[Path]:
 
 def _open_file(path: Path) -> Reader:
     if not path.is_file():
-        raise UsageError(f"{path} is no regular file", "give the path of a file or a directory")
+        raise UsageError(f"{path} is not a regular file", "give the path of a file or a directory")
     with path.open("rb") as f:
         start = f.read(512)
     if not start:

@@ -64,5 +64,7 @@ def dtype_code(dtype: Any) -> str:
     code = FROM_NAME.get(name.removeprefix("torch."), name.upper())
     if code not in NUMPY or not is_float(code) or code == "F8_E8M0":
         floats = [NAME[c] for c in NUMPY if is_float(c) and c != "F8_E8M0"]
-        raise UsageError(f"{name!r} is no floating-point dtype", f"known are {', '.join(floats)}")
+        raise UsageError(
+            f"{name!r} is not a floating-point dtype", f"known are {', '.join(floats)}"
+        )
     return code

@@ -121,7 +121,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     strange = [shard for shard in dict.fromkeys(found.values()) if not _is_plain(shard)]
     if strange:
         raise UnsafeInput(
-            f"{path} names shards that are no plain file names: {', '.join(map(repr, strange))}",
+            f"{path} names shards that are not plain file names: {', '.join(map(repr, strange))}",
             "a checkpoint's shards lie beside its index: do not use this one",
         )
     return found

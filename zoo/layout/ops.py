@@ -252,7 +252,7 @@ class Unstack(Op):
         if len(shapes) != self.groups or len(lengths) != 1 or -1 in lengths:
             raise ValueError(f"{list(shapes)} are not {self.groups} stacked along {self.axis}")
         if max(lengths) > _STACKED:
-            raise ValueError(f"axis {self.axis} of {list(shapes)} is no stack: over {_STACKED}")
+            raise ValueError(f"axis {self.axis} of {list(shapes)} is not a stack: over {_STACKED}")
         return [s[: self.axis] + s[self.axis + 1 :] for s in shapes] * lengths.pop()
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -39,7 +39,7 @@ def adaptive_avg_pool2d(x: Array, output_size: int | tuple[int, int]) -> Array:
     """(B, H, W, C) -> (B, *output_size, C): the mean of the windows that torch chooses.
 
     Window i of n over an axis of size s goes from floor(i*s/n) to ceil((i+1)*s/n): windows differ
-    in length, overlap where s is no multiple of n, and repeat where s is less than n.
+    in length, overlap where s is not a multiple of n, and repeat where s is less than n.
     """
     for axis, n in zip((1, 2), pair(output_size), strict=True):
         size = x.shape[axis]

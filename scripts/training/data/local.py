@@ -52,7 +52,7 @@ def read_idx(path: Path) -> np.ndarray:
         with opener(path, "rb") as file:
             head = file.read(4)
             if len(head) < 4 or head[:3] != b"\0\0\x08":
-                raise CorruptInput(f"{path} is no idx file of bytes", "download it again")
+                raise CorruptInput(f"{path} is not an idx file of bytes", "download it again")
             sizes = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
             data = np.frombuffer(file.read(), np.uint8)
     except (OSError, EOFError, struct.error) as e:
@@ -99,7 +99,7 @@ def _cifar_file(path: Path) -> dict[str, np.ndarray]:
         images, labels = found[b"data"], np.array(found[b"labels"], np.int64)
         x = np.asarray(images, np.uint8).reshape(-1, 3, 32, 32)
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError) as e:
-        raise CorruptInput(f"{path} is no batch of CIFAR-10: {e}", "download it again") from None
+        raise CorruptInput(f"{path} is not a batch of CIFAR-10: {e}", "download it again") from None
     if len(x) != len(labels) or (labels.size and not 0 <= labels.min() <= labels.max() <= 9):
         raise CorruptInput(f"{path}: labels and images do not fit", "download it again")
     return {"x": x, "y": labels}
@@ -197,7 +197,7 @@ def _picture(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             square = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE))
     except (OSError, ValueError) as e:
-        raise CorruptInput(f"{path} is no picture: {e}", "remove it") from None
+        raise CorruptInput(f"{path} is not a picture: {e}", "remove it") from None
     return np.moveaxis(np.asarray(square), -1, 0).copy()
 
 

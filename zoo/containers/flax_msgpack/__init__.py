@@ -53,7 +53,7 @@ class MsgpackReader(Reader):
     """One file of `flax.serialization.to_bytes` or `msgpack_serialize`.
 
     Keys are joined with dots, integer keys and the places in a list written as decimals. What
-    is no array, an empty map included, is in `extras` under the same kind of name.
+    is not an array, an empty map included, is in `extras` under the same kind of name.
     """
 
     container: ClassVar[str] = "msgpack"

@@ -52,7 +52,7 @@ class Scanner:
         self._at = 0
         self._window = b""
         self._window_at = 0
-        self._read = 0  # bytes taken that are no tensor's
+        self._read = 0  # bytes taken that belong to no tensor
         self._keys: list[str] = []  # where in the tree we are, for messages
 
     def root(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Scanner:
         self._need(n)
         self._read += n
         if self._read > _MAX_HEADER:
-            self._fail(f"more than {_MAX_HEADER} bytes of the file are no tensor's")
+            self._fail(f"more than {_MAX_HEADER} bytes of the file belong to no tensor")
         start = self._at - self._window_at
         if start + n > len(self._window):
             length = min(max(n, _WINDOW), self._size - self._at)

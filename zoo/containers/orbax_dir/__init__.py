@@ -83,7 +83,7 @@ class OrbaxReader(Reader):
             self._add(item, "" if alone else f"{item.path.name}.")
         if checkpoint not in trees:
             self.notices += [
-                f"item {child.name} is no tree of arrays and was left out"
+                f"item {child.name} is not a tree of arrays and was left out"
                 for child in sorted(checkpoint.iterdir())
                 if child.is_dir() and child not in trees
             ]
@@ -95,7 +95,9 @@ class OrbaxReader(Reader):
     def _choose(self) -> Path:
         """The checkpoint at `path`, or its latest complete step; refuses an unfinished one."""
         if not self.path.is_dir():
-            raise CorruptInput(f"{self.path}: is no directory", "give the checkpoint's directory")
+            raise CorruptInput(
+                f"{self.path}: is not a directory", "give the checkpoint's directory"
+            )
         if _is_checkpoint(self.path):
             if reason := _unfinished(self.path):
                 raise CorruptInput(
@@ -346,11 +348,11 @@ def _bytes_below(path: Path) -> int:
 
 
 def _read_small(path: Path) -> bytes | None:
-    """A metadata file, or None where there is none. Never one that is no metadata by its size."""
+    """A metadata file, or None where there is none. Never one that is not metadata by its size."""
     if not path.is_file():
         return None
     if (size := path.stat().st_size) > _MAX_JSON:
-        raise CorruptInput(f"{path}: {size} bytes are no metadata", AGAIN)
+        raise CorruptInput(f"{path}: {size} bytes are not metadata", AGAIN)
     return path.read_bytes()
 
 

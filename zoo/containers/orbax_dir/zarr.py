@@ -75,7 +75,7 @@ def tensorstore() -> ModuleType:
 def parse(raw: bytes, zarr3: bool, disk: int, what: str) -> ZarrArray:
     """The header in `.zarray` (v2) or `zarr.json` (v3); `disk` bytes lie behind it at most.
 
-    Raises CorruptInput for what is no array of a dtype that we carry, or claims too much.
+    Raises CorruptInput for what is not an array of a dtype that we carry, or claims too much.
     """
     meta = load_json(raw, what)
     dtype, shape, chunks = _fields3(meta) if zarr3 else _fields2(meta)
@@ -162,7 +162,7 @@ def wrong_name(keys: Sequence[str]) -> str | None:
     if ".." in parts or any(".." in key.split("/") for key in keys):
         return "leaves its directory"
     if "" in parts or "." in parts:
-        return "is no path"
+        return "is not a path"
     try:
         name.encode()
     except UnicodeEncodeError:

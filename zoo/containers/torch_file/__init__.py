@@ -37,7 +37,7 @@ _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 class TorchReader(Reader):
     """One `.pt`, `.pth` or `.bin` file, in the zip format or in that of before torch 1.6.
 
-    Dicts and lists are flattened with dots; keys that are no strings are written as str() does.
+    Dicts and lists are flattened with dots; keys that are not strings are written as str() does.
     Of a stable-baselines3 `.zip` the file `member` is read, and a notice says so; the others are
     `beside`. A pickled module gives what its state_dict() would. Values that only running the
     file's code could build are dropped, with a notice for each kind. A file that would run what no

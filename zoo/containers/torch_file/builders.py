@@ -75,7 +75,7 @@ class NumpyDtype:
 
 
 class NumpyArray:
-    """A NumPy array in the making. None where its dtype is no plain number."""
+    """A NumPy array in the making. None where its dtype is not a plain number."""
 
     __slots__ = ("array",)
 

@@ -45,7 +45,7 @@ _DTYPES = frozenset(dtypes.FROM_NAME) | _words(
 
 # Modules and functions that no checkpoint has any business calling; a module stands for all
 # that is in it. The list only decides between "refused" and "dropped with a notice": nothing
-# is ever called, so what is missing here is no hole.
+# is ever called, so what is missing here is not a hole.
 _BANNED = _words(
     """
     os posix nt ntpath posixpath subprocess _posixsubprocess commands popen2 sys shutil socket

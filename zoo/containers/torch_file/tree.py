@@ -24,7 +24,7 @@ _ADVICE = "save the plain state_dict instead"
 class Tree:
     """The tensors and the plain data below `root`, and notices on the rest.
 
-    Keys that are no strings are written as str() does. Lists without tensors, dicts or other
+    Keys that are not strings are written as str() does. Lists without tensors, dicts or other
     objects in them stay whole, and so do empty dicts. Raises CorruptInput, naming `what`, where
     two things get one name, and for what is nested without end.
     """
