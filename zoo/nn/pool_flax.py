@@ -19,7 +19,7 @@ def max_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The largest value of every window; padding is less than anything."""
+    """The largest value of every window; padding is -inf."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.max_pool(x, window, window if stride is None else pair(stride), edges)
 
@@ -30,7 +30,7 @@ def avg_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The mean of every window; padding is zero, and is counted."""
+    """The mean of every window; padding is zeros, which count."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.avg_pool(x, window, window if stride is None else pair(stride), edges)
 
@@ -39,7 +39,7 @@ def adaptive_avg_pool2d(x: Array, output_size: int | tuple[int, int]) -> Array:
     """(B, H, W, C) -> (B, *output_size, C): the mean of the windows that torch chooses.
 
     Window i of n over an axis of size s goes from floor(i*s/n) to ceil((i+1)*s/n): windows differ
-    in length, overlap where s is no multiple of n, and repeat where s is less than n.
+    in length, overlap where s is not a multiple of n, and repeat where s is less than n.
     """
     for axis, n in zip((1, 2), pair(output_size), strict=True):
         size = x.shape[axis]
