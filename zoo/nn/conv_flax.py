@@ -1,7 +1,7 @@
 """NNX convolutions with torch's arguments and padding, channels last.
 
-With a stride, Flax's "SAME" differs from torch's `padding=k//2`: for stride 2 it pads one more on
-the right than on the left, where torch pads both sides alike. Here padding is always explicit.
+With a stride, Flax's "SAME" differs from torch's `padding=k//2`: for stride 2 and an even size
+it pads one more on the right than on the left; torch pads both alike. Here padding is explicit.
 """
 
 from __future__ import annotations
