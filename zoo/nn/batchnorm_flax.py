@@ -34,7 +34,7 @@ class BatchNorm(nnx.BatchNorm):
         self.mean = nnx.BatchStat(self.mean[...].astype(self.param_dtype))
         self.var = nnx.BatchStat(self.var[...].astype(self.param_dtype))
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # no mask
         self, x: Array, use_running_average: bool | None = None
     ) -> Array:
         """(..., C) -> (..., C)."""
