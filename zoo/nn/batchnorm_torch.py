@@ -1,4 +1,4 @@
-"""torch BatchNorm that keeps the dtype of computation apart from that of the parameters.
+"""torch BatchNorm with NNX's `dtype` and `param_dtype`, as in `zoo.nn.layers_torch`.
 
 It computes in float32 or wider and returns `dtype`: in 16 bits, running statistics would not move.
 """

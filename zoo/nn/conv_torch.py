@@ -1,4 +1,4 @@
-"""torch convolutions that keep the dtype of computation apart from that of the parameters."""
+"""torch convolutions with NNX's `dtype` and `param_dtype`, as in `zoo.nn.layers_torch`."""
 
 from __future__ import annotations
 

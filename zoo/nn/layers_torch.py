@@ -1,4 +1,4 @@
-"""torch layers that keep the dtype of computation apart from that of the parameters, as NNX does.
+"""torch layers that compute in one dtype and keep their parameters in another, as NNX's can.
 
 `dtype` is what inputs and parameters are cast to before the computation; None promotes them to
 their common dtype. `param_dtype` is the dtype of the parameters themselves.

@@ -183,7 +183,7 @@ class SpectrogramDecoder(nnx.Module):
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Array, Array]:
-        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), and stop
+        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), stop
         logits (B, K)."""
         B, dtype = memory.keys.shape[0], memory.keys.dtype
 
@@ -299,7 +299,7 @@ class Translatotron(nnx.Module):
         """source (B, S, C) -> Translation, each step from the frames of the step before.
 
         Always takes `steps` steps. An utterance ends with the first step whose stop logit is
-        positive, and the post-net sees zeros after that. Compiled as one scan, anew for other sizes.
+        positive, and the post-net sees zeros after that. Compiled as one scan, for each size anew.
 
         Unlike in Tacotron 2 the pre-net's dropout is off, so that two runs are alike. ValueError in
         training mode, or if `steps` is below 1.
@@ -321,7 +321,7 @@ class Translatotron(nnx.Module):
         return self.encoder(source, lengths), mask
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("graph", "steps"))
 def _translate(
     graph: nnx.GraphDef[Translatotron],
     state: nnx.State,

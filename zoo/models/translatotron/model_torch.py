@@ -182,7 +182,7 @@ class SpectrogramDecoder(nn.Module):
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Tensor, Tensor]:
-        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), and stop
+        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), stop
         logits (B, K)."""
         B = memory.keys.shape[0]
         masks = self.rnn.masks(steps, memory)

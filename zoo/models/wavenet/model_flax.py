@@ -203,7 +203,7 @@ class WaveNet(nnx.Module):
         return self.input.dtype or self.input.kernel[...].dtype
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("graph", "steps"))
 def _generate(
     graph: nnx.GraphDef[WaveNet],
     state: nnx.State,
