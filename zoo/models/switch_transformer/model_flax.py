@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         """x (B, S, M) -> the keys and values to attend to."""
         return KeyValue(self._heads(self.k(x)), self._heads(self.v(x)))
 
-    def __call__(self, x: Array, attended: KeyValue, bias: Array | None) -> Array:
+    def __call__(self, x: Array, attended: KeyValue, bias: Array | None = None) -> Array:
         """(B, T, M) -> (B, T, M); `bias`, added to the logits, broadcasts to (B, N, T, S)."""
         query = self._heads(self.q(x))
         bias = None if bias is None else bias.astype(query.dtype)
@@ -175,7 +175,11 @@ class LayerSelfAttention(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def __call__(
-        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike
+        self,
+        x: Array,
+        bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue]:
         """(B, T, M) -> (B, T, M), and the cache with the keys and values of these positions."""
         y = self.layer_norm(x)
@@ -191,7 +195,7 @@ class LayerCrossAttention(nnx.Module):
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, memory: KeyValue, bias: Array | None) -> Array:
+    def __call__(self, x: Array, memory: KeyValue, bias: Array | None = None) -> Array:
         """(B, T, M) -> (B, T, M)."""
         return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
@@ -210,11 +214,11 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        bias: Array,
-        memory: KeyValue | None,
-        memory_bias: Array | None,
-        past: KeyValue | None,
-        position: ArrayLike,
+        bias: Array | None = None,
+        memory: KeyValue | None = None,
+        memory_bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue, Array | None]:
         """(B, T, M) -> (B, T, M), the cache, and the router's logits; None in a dense block."""
         x, cache = self.layer[0](x, bias, past, position)
@@ -241,7 +245,7 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Array,
-        mask: Array | None,
+        mask: Array | None = None,
         memory: list[KeyValue] | None = None,
         memory_mask: Array | None = None,
         past: list[KeyValue] | None = None,

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         heads = (self.num_heads, -1)
         return KeyValue(self.k(x).unflatten(-1, heads), self.v(x).unflatten(-1, heads))
 
-    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None = None) -> Tensor:
         """(B, T, M) -> (B, T, M); `bias`, added to the logits, broadcasts to (B, N, T, S)."""
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
         bias = None if bias is None else bias.to(query.dtype)
@@ -162,7 +162,11 @@ class LayerSelfAttention(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def forward(
-        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue]:
         """(B, T, M) -> (B, T, M), and the cache with the keys and values of these positions."""
         y = self.layer_norm(x)
@@ -179,7 +183,7 @@ class LayerCrossAttention(nn.Module):
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None = None) -> Tensor:
         """(B, T, M) -> (B, T, M)."""
         return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
@@ -199,11 +203,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
-        memory: KeyValue | None,
-        memory_bias: Tensor | None,
-        past: KeyValue | None,
-        position: int,
+        bias: Tensor | None = None,
+        memory: KeyValue | None = None,
+        memory_bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
         """(B, T, M) -> (B, T, M), the cache, and the router's logits; None in a dense block."""
         x, cache = self.layer[0](x, bias, past, position)
@@ -236,7 +240,7 @@ class Stack(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | None = None,
         memory: list[KeyValue] | None = None,
         memory_mask: Tensor | None = None,
         past: list[KeyValue] | None = None,

@@ -38,7 +38,7 @@ class TransformerEncoderLayer(nnx.Module):
         self.dropout1 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
         self.dropout2 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, bias: Array | None) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, S, E) -> (B, S, E); `bias`, added to the logits, hides the padding."""
         if self.norm_first:
             x = x + self._attend(self.norm1(x), bias)
@@ -73,10 +73,10 @@ class TransformerDecoderLayer(nnx.Module):
         self,
         x: Array,
         memory: KeyValue,
-        bias: Array,
-        memory_bias: Array | None,
-        past: KeyValue | None,
-        position: ArrayLike,
+        bias: Array | None = None,
+        memory_bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue]:
         """(B, T, E) -> (B, T, E), and the cache with the keys and values of these positions.
 
@@ -93,7 +93,7 @@ class TransformerDecoderLayer(nnx.Module):
         return self.norm3(x + self._feed_forward(x)), cache
 
     def _attend_to_self(
-        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike
+        self, x: Array, bias: Array | None, past: KeyValue | None, position: ArrayLike
     ) -> tuple[Array, KeyValue]:
         cache = self.self_attn.keys_values(x)
         if past is not None:
@@ -113,7 +113,7 @@ class TransformerEncoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
-    def __call__(self, x: Array, bias: Array | None) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, S, E) -> memory (B, S, E)."""
         for layer in self.layers:
             x = layer(x, bias)
@@ -134,10 +134,10 @@ class TransformerDecoder(nnx.Module):
         self,
         x: Array,
         memory: list[KeyValue],
-        memory_bias: Array | None,
-        tgt_key_padding_mask: Array | None,
-        past: list[KeyValue] | None,
-        position: ArrayLike,
+        memory_bias: Array | None = None,
+        tgt_key_padding_mask: Array | None = None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, list[KeyValue]]:
         """(B, T, E) -> (B, T, E), and the cache of each layer.
 

@@ -35,7 +35,7 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(c.dropout)
         self.dropout2 = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, S, E) -> (B, S, E); `bias`, added to the logits, hides the padding."""
         if self.norm_first:
             x = x + self._attend(self.norm1(x), bias)
@@ -71,10 +71,10 @@ class TransformerDecoderLayer(nn.Module):
         self,
         x: Tensor,
         memory: KeyValue,
-        bias: Tensor,
-        memory_bias: Tensor | None,
-        past: KeyValue | None,
-        position: int,
+        bias: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue]:
         """(B, T, E) -> (B, T, E), and the cache with the keys and values of these positions.
 
@@ -91,7 +91,7 @@ class TransformerDecoderLayer(nn.Module):
         return self.norm3(x + self._feed_forward(x)), cache
 
     def _attend_to_self(
-        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int
+        self, x: Tensor, bias: Tensor | None, past: KeyValue | None, position: int
     ) -> tuple[Tensor, KeyValue]:
         cache = self.self_attn.keys_values(x)
         if past is not None:
@@ -112,7 +112,7 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, S, E) -> memory (B, S, E)."""
         for layer in self.layers:
             x = layer(x, bias)
@@ -134,10 +134,10 @@ class TransformerDecoder(nn.Module):
         self,
         x: Tensor,
         memory: list[KeyValue],
-        memory_bias: Tensor | None,
-        tgt_key_padding_mask: Tensor | None,
-        past: list[KeyValue] | None,
-        position: int,
+        memory_bias: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:
         """(B, T, E) -> (B, T, E), and the cache of each layer.
 

@@ -54,8 +54,8 @@ class Encoder(nnx.Module):
         )
         self.dropout = nnx.Dropout(c.dropout_prob, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, lengths: Array | None) -> list[Array]:
-        """x (B, S, C), lengths (B,) or None -> the outputs of every layer, (B, S, 2H) each."""
+    def __call__(self, x: Array, lengths: Array | None = None) -> list[Array]:
+        """x (B, S, C), lengths (B,) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
         for layer in self.layers:
             x, _ = layer(x, lengths=lengths)

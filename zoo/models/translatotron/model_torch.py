@@ -52,8 +52,8 @@ class Encoder(nn.Module):
         )
         self.dropout = nn.Dropout(c.dropout_prob)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """x (B, S, C), lengths (B,) or None -> the outputs of every layer, (B, S, 2H) each."""
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """x (B, S, C), lengths (B,) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
         for layer in self.layers:
             x, _ = layer(x, lengths=lengths)
