@@ -3,6 +3,7 @@
 Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
 
     model = BertModel(Config(), rngs=nnx.Rngs(0))
+    model.eval()  # it starts in training mode
     x, pooled = model(input_ids, attention_mask)  # (B, T, H), (B, H)
 
 B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
