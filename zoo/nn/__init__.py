@@ -1,4 +1,4 @@
-"""Building blocks that the two frameworks do not both have with the same meaning, in pairs.
+"""Building blocks that the frameworks define differently, or that one of them lacks, in pairs.
 
 `NAME_torch` and `NAME_flax` hold the same names with the same arguments; neither imports the other.
 What torch has itself, such as its pools, is in `NAME_flax` alone.

@@ -10,6 +10,7 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 
 from zoo.nn.attention_flax import mask_bias
@@ -17,7 +18,7 @@ from zoo.nn.options_flax import Options
 
 
 class Memory(NamedTuple):
-    """What stays the same for all queries."""
+    """What is attended to: the same for all queries."""
 
     keys: Array  # (B, S, N, D)
     values: Array  # (B, S, N, D)
@@ -25,9 +26,9 @@ class Memory(NamedTuple):
 
 
 class AdditiveAttention(nnx.Module):
-    """Logits score . tanh(query + key), a softmax over the memory for each head.
+    """Logits score . tanh(query + key), and a softmax over the memory, for each head.
 
-    Only keys have a bias: that of a query would be added to it.
+    Only the keys have a bias: one of the query would only be added to it.
     """
 
     def __init__(
@@ -50,19 +51,20 @@ class AdditiveAttention(nnx.Module):
         self.out = nnx.Linear(size, size, **kw)
 
     def memory(self, x: Array, mask: Array) -> Memory:
-        """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""
+        """x (B, S, memory_dim); mask (B, S), true where there is something to attend to."""
         B, S, _ = x.shape
-        keys, values = (f(x).reshape(B, S, self.heads, -1) for f in (self.key, self.value))
+        keys = self.key(x).reshape(B, S, self.heads, -1)
+        values = self.value(x).reshape(B, S, self.heads, -1)
         return Memory(keys, values, mask_bias(mask[:, None], keys.dtype))
 
     def __call__(self, query: Array, memory: Memory, keep: Array) -> tuple[Array, Array]:
-        """query (B, query_dim) -> what is attended to (B, A), and the weights (B, N, S).
+        """query (B, query_dim) -> the context (B, A), and the attention weights (B, N, S).
 
-        `keep` broadcasts to the weights and multiplies them: a dropout, drawn beforehand.
+        `keep` broadcasts to the weights and multiplies them: dropout that was drawn beforehand.
         """
         B = query.shape[0]
         q = self.query(query).reshape(B, 1, self.heads, -1)
-        energy, score = nnx.nn.dtypes.promote_dtype(
+        energy, score = promote_dtype(
             (jnp.tanh(q + memory.keys), self.score[...]), dtype=self.dtype
         )
         logits = jnp.einsum("bsnd,nd->bns", energy, score) + memory.bias

@@ -16,7 +16,7 @@ from zoo.nn.options_torch import Options
 
 
 class Memory(NamedTuple):
-    """What stays the same for all queries."""
+    """What is attended to: the same for all queries."""
 
     keys: Tensor  # (B, S, N, D)
     values: Tensor  # (B, S, N, D)
@@ -24,9 +24,9 @@ class Memory(NamedTuple):
 
 
 class AdditiveAttention(nn.Module):
-    """Logits score . tanh(query + key), a softmax over the memory for each head.
+    """Logits score . tanh(query + key), and a softmax over the memory, for each head.
 
-    Only keys have a bias: that of a query would be added to it.
+    Only the keys have a bias: one of the query would only be added to it.
     """
 
     def __init__(
@@ -49,15 +49,16 @@ class AdditiveAttention(nn.Module):
         self.out = Linear(size, size, **kw)
 
     def memory(self, x: Tensor, mask: Tensor) -> Memory:
-        """x (B, S, memory_dim), mask (B, S), true where there is something to attend to."""
+        """x (B, S, memory_dim); mask (B, S), true where there is something to attend to."""
         B, S, _ = x.shape
-        keys, values = (f(x).view(B, S, self.heads, -1) for f in (self.key, self.value))
+        keys = self.key(x).view(B, S, self.heads, -1)
+        values = self.value(x).view(B, S, self.heads, -1)
         return Memory(keys, values, mask_bias(mask[:, None], keys.dtype))
 
     def forward(self, query: Tensor, memory: Memory, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """query (B, query_dim) -> what is attended to (B, A), and the weights (B, N, S).
+        """query (B, query_dim) -> the context (B, A), and the attention weights (B, N, S).
 
-        `keep` broadcasts to the weights and multiplies them: a dropout, drawn beforehand.
+        `keep` broadcasts to the weights and multiplies them: dropout that was drawn beforehand.
         """
         B = query.shape[0]
         q = self.query(query).view(B, 1, self.heads, -1)

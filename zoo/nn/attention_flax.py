@@ -26,11 +26,11 @@ def dot_product_attention(
     dropout: Callable[[Array], Array] = lambda weights: weights,
     scale: float | None = None,
 ) -> Array:
-    """(B, T, N, D), (B, S, N, D), (B, S, N, D) -> (B, T, N, D), N heads of D each.
+    """(B, T, N, D), (B, S, N, D), (B, S, N, D) -> (B, T, N, D).
 
     `bias` is added to the logits and broadcasts to (B, N, T, S). `dropout` is applied to the
-    weights. `scale` multiplies the logits; None: 1 / sqrt(D). Everything is computed in the dtype
-    of the query: `jax.nn.dot_product_attention` takes its softmax in float32, even for float64.
+    weights. `scale` multiplies the logits; None: 1 / sqrt(D). Unlike in
+    `jax.nn.dot_product_attention`, the softmax is in the query's dtype: float64 stays float64.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = jnp.einsum("btnd,bsnd->bnts", query, key) * scale
@@ -43,13 +43,13 @@ def dot_product_attention(
 def mask_bias(mask: Array, dtype: DTypeLike) -> Array:
     """0 where `mask` is true, the most negative number of `dtype` elsewhere.
 
-    Finite, so that a row in which nothing may be attended to stays finite: it attends to all alike.
+    Not -inf: a query that may attend to nothing then attends to everything equally, without NaN.
     """
     return jnp.where(mask.astype(bool), 0, jnp.finfo(dtype).min).astype(dtype)
 
 
 class KeyValue(NamedTuple):
-    """What may be attended to, projected and split into heads; also the cache of a decoder."""
+    """Keys and values, projected and split into heads; also what a decoder caches."""
 
     key: Array  # (B, S, N, D)
     value: Array  # (B, S, N, D)
@@ -64,7 +64,7 @@ def empty_cache(like: KeyValue, length: int) -> KeyValue:
 
 
 def write_cache(cache: KeyValue, new: KeyValue, position: ArrayLike) -> KeyValue:
-    """`cache` with `new` (B, T, N, D) from `position` on; `cache` itself stays as it is."""
+    """A copy of `cache` with `new`, of T positions, written from `position` on."""
     put = jax.lax.dynamic_update_slice_in_dim
     return KeyValue(
         put(cache.key, new.key.astype(cache.key.dtype), position, 1),
@@ -79,8 +79,10 @@ def causal_mask(queries: int, keys: int, position: ArrayLike = 0) -> Array:
 
 
 class MultiheadAttention(nnx.Module):
-    """torch.nn.MultiheadAttention, batch first, its fused `in_proj` as `query`, `key` and `value`;
-    the projection of keys and values stands apart, so that a decoder can keep them."""
+    """torch.nn.MultiheadAttention, batch first, with its fused `in_proj` as three layers.
+
+    Keys and values are projected by a call of their own, so that a decoder can cache them.
+    """
 
     def __init__(
         self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **kw: Unpack[Options]
@@ -93,7 +95,7 @@ class MultiheadAttention(nnx.Module):
         self.dropout = nnx.Dropout(dropout, rngs=kw["rngs"])
 
     def keys_values(self, x: Array) -> KeyValue:
-        """x (B, S, E) as what is attended to."""
+        """x (B, S, E) -> the keys and values to attend to."""
         return KeyValue(self._heads(self.key(x)), self._heads(self.value(x)))
 
     def __call__(self, x: Array, attended: KeyValue, bias: Array | None = None) -> Array:
@@ -108,8 +110,14 @@ class MultiheadAttention(nnx.Module):
 
 
 def relative_bucket(table: np.ndarray, queries: Array, keys: Array, bidirectional: bool) -> Array:
-    """positions (T,) and (S,) -> buckets (T, S); `table` is `relative_positions.bucket_table`'s."""
+    """Positions (T,) and (S,) -> buckets (T, S); `table` is `relative_positions.bucket_table`'s.
+
+    Keys after the query are all in bucket 0, or, if `bidirectional`, in buckets of their own,
+    which follow those of the keys before it.
+    """
+    buckets, last = jnp.asarray(table, jnp.int32), len(table) - 1
     distance = queries[:, None] - keys[None, :]
-    rows = jnp.asarray(table, jnp.int32)
-    bucket = rows[(jnp.abs(distance) if bidirectional else distance).clip(0, len(table) - 1)]
-    return bucket + (distance < 0) * (int(table[-1]) + 1) if bidirectional else bucket
+    if not bidirectional:
+        return buckets[distance.clip(0, last)]
+    after = (distance < 0) * (int(table[-1]) + 1)
+    return buckets[jnp.abs(distance).clip(0, last)] + after

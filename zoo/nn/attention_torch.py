@@ -24,7 +24,7 @@ def dot_product_attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, T, N, D), (B, S, N, D), (B, S, N, D) -> (B, T, N, D), N heads of D each.
+    """(B, T, N, D), (B, S, N, D), (B, S, N, D) -> (B, T, N, D).
 
     `bias` is added to the logits and broadcasts to (B, N, T, S). `dropout` is the probability of
     dropping a weight, 0 outside of training. `scale` multiplies the logits; None: 1 / sqrt(D).
@@ -39,14 +39,14 @@ def dot_product_attention(
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where `mask` is true, the most negative number of `dtype` elsewhere.
 
-    Finite, so that a row in which nothing may be attended to stays finite: it attends to all alike.
+    Not -inf: a query that may attend to nothing then attends to everything equally, without NaN.
     """
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill(~mask.bool(), torch.finfo(dtype).min)
 
 
 class KeyValue(NamedTuple):
-    """What may be attended to, projected and split into heads; also the cache of a decoder."""
+    """Keys and values, projected and split into heads; also what a decoder caches."""
 
     key: Tensor  # (B, S, N, D)
     value: Tensor  # (B, S, N, D)
@@ -59,7 +59,7 @@ def empty_cache(like: KeyValue, length: int) -> KeyValue:
 
 
 def write_cache(cache: KeyValue, new: KeyValue, position: int) -> KeyValue:
-    """`cache` with `new` (B, T, N, D) from `position` on; `cache` itself stays as it is."""
+    """A copy of `cache` with `new`, of T positions, written from `position` on."""
     at = torch.arange(position, position + new.key.shape[1], device=new.key.device)
     return KeyValue(
         cache.key.index_copy(1, at, new.key.to(cache.key.dtype)),
@@ -76,8 +76,10 @@ def causal_mask(
 
 
 class MultiheadAttention(nn.Module):
-    """torch.nn.MultiheadAttention, batch first: its names and shapes, with the projection of keys
-    and values apart, so that a decoder can keep them."""
+    """torch.nn.MultiheadAttention, batch first, with its names and shapes.
+
+    Keys and values are projected by a call of their own, so that a decoder can cache them.
+    """
 
     def __init__(
         self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **kw: Unpack[Options]
@@ -94,7 +96,7 @@ class MultiheadAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def keys_values(self, x: Tensor) -> KeyValue:
-        """x (B, S, E) as what is attended to."""
+        """x (B, S, E) -> the keys and values to attend to."""
         E = x.shape[-1]
         key, value = self._project(x, E, 3 * E).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return KeyValue(key, value)
@@ -107,7 +109,7 @@ class MultiheadAttention(nn.Module):
         return self.out_proj(dot_product_attention(query, *attended, bias, dropout).flatten(2))
 
     def _project(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """x by these rows of the fused projection of queries, keys and values."""
+        """x by the rows `start` to `stop` of the fused projection: queries, keys, values."""
         weight = self.in_proj_weight[start:stop]
         if self.in_proj_bias is None:
             return F.linear(*promote(self.dtype, x, weight))
@@ -117,8 +119,14 @@ class MultiheadAttention(nn.Module):
 def relative_bucket(
     table: np.ndarray, queries: Tensor, keys: Tensor, bidirectional: bool
 ) -> Tensor:
-    """positions (T,) and (S,) -> buckets (T, S); `table` is `relative_positions.bucket_table`'s."""
+    """Positions (T,) and (S,) -> buckets (T, S); `table` is `relative_positions.bucket_table`'s.
+
+    Keys after the query are all in bucket 0, or, if `bidirectional`, in buckets of their own,
+    which follow those of the keys before it.
+    """
+    buckets, last = torch.tensor(table.tolist(), device=queries.device), len(table) - 1
     distance = queries[:, None] - keys[None, :]
-    rows = torch.tensor(table.tolist(), device=distance.device)
-    bucket = rows[(distance.abs() if bidirectional else distance).clamp(0, len(table) - 1)]
-    return bucket + (distance < 0) * (int(table[-1]) + 1) if bidirectional else bucket
+    if not bidirectional:
+        return buckets[distance.clamp(0, last)]
+    after = (distance < 0) * (int(table[-1]) + 1)
+    return buckets[distance.abs().clamp(0, last)] + after

@@ -1,8 +1,8 @@
 """NNX BatchNorm with torch's running statistics.
 
-torch and Flax differ three times: momentum in torch is the share of the new batch, in Flax that of
-the old value; torch's running variance is the unbiased one; and Flax's default way to compute a
-variance, E[x^2] - E[x]^2, loses digits wherever the mean is large.
+The two differ in three ways. Momentum is the share of the new batch in torch, and of the old value
+in Flax. torch's running variance is unbiased, Flax's is biased. And Flax computes a variance as
+E[x^2] - E[x]^2 by default, which loses digits where the mean is large.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from zoo.nn.options_flax import Options
 class BatchNorm(nnx.BatchNorm):
     """nnx.BatchNorm over the last axis that trains as torch's does; train() and eval() switch it.
 
-    Its state is `scale`, `bias` (Param), `mean`, `var` (BatchStat). It computes in float32 at
-    least, whatever comes in, and gives `dtype`. In training at least two values a channel are
-    needed: ValueError.
+    Its state is `scale`, `bias` (Param), `mean`, `var` (BatchStat). It computes in float32 or
+    wider, and returns `dtype`. ValueError in training for a batch of one value a channel.
     """
 
     def __init__(
@@ -31,11 +30,11 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(
             num_features, momentum=1 - momentum, epsilon=eps, use_fast_variance=False, **kw
         )
-        self.new_share = momentum  # 1 - (1 - momentum) is not momentum
+        self.new_share = momentum  # torch's; Flax's 1 - momentum has been rounded
         self.mean = nnx.BatchStat(self.mean[...].astype(self.param_dtype))
         self.var = nnx.BatchStat(self.var[...].astype(self.param_dtype))
 
-    def __call__(  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # no mask
         self, x: Array, use_running_average: bool | None = None
     ) -> Array:
         """(..., C) -> (..., C)."""
@@ -55,7 +54,7 @@ class BatchNorm(nnx.BatchNorm):
         return y.astype(given)
 
     def _batch_statistics(self, x: Array) -> tuple[Array, Array]:
-        """The batch's mean and biased variance; the running ones move towards it."""
+        """The mean and biased variance of the batch; moves the running statistics towards them."""
         count = x.size // x.shape[-1]
         if count < 2:
             raise ValueError(f"one value a channel has no variance: {x.shape}")

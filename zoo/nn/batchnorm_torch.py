@@ -1,7 +1,6 @@
-"""torch BatchNorm that keeps the dtype of computation apart from that of the parameters.
+"""torch BatchNorm with NNX's `dtype` and `param_dtype`, as in `zoo.nn.layers_torch`.
 
-It computes in float32 at least, whatever comes in, and gives `dtype`: running statistics of 16 bits
-would not move.
+It computes in float32 or wider and returns `dtype`: in 16 bits, running statistics would not move.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
-        # Of the same dtype these are the buffers themselves, which batch_norm updates in place.
+        # If the dtype is the same, these are the buffers themselves, updated in place below.
         wide_mean, wide_var = mean.to(wide), var.to(wide)
         y = F.batch_norm(
             input.to(wide),

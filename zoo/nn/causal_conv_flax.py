@@ -1,6 +1,6 @@
 """A causal, dilated convolution over time, whole sequences or one sample at a time.
 
-B sequences of T steps, C channels in and O out, k weights that are d steps apart.
+B sequences of T steps, C channels in and O out, k taps, d steps apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zoo.nn.options_flax import Options
 class CausalConv1d(nnx.Conv):
     """nnx.Conv that sees no later step: zeros before the first one, none after the last.
 
-    `kernel` (k, C, O), the last of k for the present step.
+    Of `kernel` (k, C, O), kernel[-1] is for the present step.
     """
 
     def __init__(
@@ -41,18 +41,18 @@ class CausalConv1d(nnx.Conv):
             **kw,
         )
         self.dilation = dilation
-        self.reach = dilation * (kernel_size - 1)  # how many steps back it looks
+        self.reach = dilation * (kernel_size - 1)  # how many steps it looks back
 
     # __call__: (B, T, C) -> (B, T, O), inherited.
 
     def ring(self, batch: int, dtype: DTypeLike) -> Array:
-        """The inputs before the first step: zeros (reach, B, C)."""
+        """The ring buffer of past inputs before the first step: zeros (reach, B, C)."""
         return jnp.zeros((self.reach, batch, self.in_features), dtype)
 
     def window(self, ring: Array, input: Array, t: Array) -> tuple[Array, Array]:
-        """What the convolution sees at step t, (B, k, C), and the ring with that step in it.
+        """What the convolution sees at step t, (B, k, C), and the ring with that step written.
 
-        `input` (B, 1, C) is that of step t; those before it lie in the ring, step s at s % reach.
+        `input` (B, 1, C) is that of step t. The input of an earlier step s is ring[s % reach].
         """
         if self.reach == 0:
             return input, ring
@@ -64,7 +64,7 @@ class CausalConv1d(nnx.Conv):
         return window, ring
 
     def step(self, window: Array) -> Array:
-        """The output at one step, (B, 1, O), from what `window` gives: (B, k, C)."""
+        """What `window` returned, (B, k, C) -> the output at that step, (B, 1, O)."""
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((window, self.kernel[...], bias), dtype=self.dtype)
         y = jnp.einsum("bkc,kco->bo", x, kernel, precision=self.precision)

@@ -1,6 +1,6 @@
 """A causal, dilated convolution over time, whole sequences or one sample at a time.
 
-B sequences of T steps, C channels in and O out, k weights that are d steps apart.
+B sequences of T steps, C channels in and O out, k taps, d steps apart.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from zoo.nn.layers_torch import promote
 class CausalConv1d(nn.Conv1d):
     """nn.Conv1d that sees no later step: zeros before the first one, none after the last.
 
-    `weight` (O, C, k), the last of k for the present step. `dtype` and `param_dtype` as in
-    `zoo.nn.layers_torch`.
+    Of `weight` (O, C, k), weight[..., -1] is for the present step. `dtype` and `param_dtype` are
+    those of `zoo.nn.layers_torch`.
     """
 
     def __init__(
@@ -34,23 +34,23 @@ class CausalConv1d(nn.Conv1d):
             in_channels, out_channels, kernel_size, dilation=dilation, bias=bias, dtype=param_dtype
         )
         self.dtype = dtype
-        self.reach = dilation * (kernel_size - 1)  # how many steps back it looks
+        self.reach = dilation * (kernel_size - 1)  # how many steps it looks back
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, T) -> (B, O, T)."""
-        if self.reach == 0 and input.shape[-1] == 1:
+        if self.reach == 0 and input.shape[-1] == 1:  # one step of a 1x1 convolution
             return self.step(input)
         x, weight, bias = self._promoted(F.pad(input, (self.reach, 0)))
         return F.conv1d(x, weight, bias, dilation=self.dilation)
 
     def ring(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The inputs before the first step: zeros (reach, B, C)."""
+        """The ring buffer of past inputs before the first step: zeros (reach, B, C)."""
         return torch.zeros(self.reach, batch, self.in_channels, dtype=dtype, device=device)
 
     def window(self, ring: Tensor, input: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """What the convolution sees at step t, (B, C, k), and the ring with that step in it.
+        """What the convolution sees at step t, (B, C, k), and the ring with that step written.
 
-        `input` (B, C, 1) is that of step t; those before it lie in the ring, step s at s % reach.
+        `input` (B, C, 1) is that of step t. The input of an earlier step s is ring[s % reach].
         The ring is changed in place.
         """
         if self.reach == 0:
@@ -62,9 +62,9 @@ class CausalConv1d(nn.Conv1d):
         return window, ring
 
     def step(self, window: Tensor) -> Tensor:
-        """The output at one step, (B, O, 1), from what `window` gives: (B, C, k).
+        """What `window` returned, (B, C, k) -> the output at that step, (B, O, 1).
 
-        As a matrix product, which for one step is many times faster than torch's convolution.
+        A matrix product: for a single step it is many times faster than torch's convolution.
         """
         x, weight, bias = self._promoted(window)
         return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None]

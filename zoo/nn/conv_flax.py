@@ -1,8 +1,7 @@
 """NNX convolutions with torch's arguments and padding, channels last.
 
-Flax's own strings pad otherwise than torch's numbers once there is a stride: "SAME" with stride 2
-puts the extra column on the right, torch's `padding=k//2` on both sides. Here padding is always
-made explicit.
+With a stride, Flax's "SAME" differs from torch's `padding=k//2`: for stride 2 and an even size
+it pads one more on the right than on the left; torch pads both alike. Here padding is explicit.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from zoo.nn.options_flax import Options
 class Conv1d(nnx.Conv):
     """nnx.Conv with the arguments of torch's Conv1d: (B, T, in) -> (B, T', out).
 
-    `padding` is that of both ends, or "same" (stride 1 only).
+    `padding` is for both ends, or "same" (stride 1 only).
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Conv1d(nnx.Conv):
 class Conv2d(nnx.Conv):
     """nnx.Conv with the arguments of torch's Conv2d: (B, H, W, in) -> (B, H', W', out).
 
-    `padding` is that of every edge, one for each axis, or "same" (stride 1 only).
+    `padding` is for both ends, of both axes or of each, or "same" (stride 1 only).
     """
 
     def __init__(
@@ -90,8 +89,8 @@ def pads(
 ) -> tuple[tuple[int, int], ...]:
     """(before, after) for every axis, as torch pads.
 
-    "same" needs dilation * (kernel - 1) in all; an odd one goes after. ValueError for another
-    word, and for "same" with a stride, which torch refuses as well.
+    "same" pads by dilation * (kernel - 1) in all, and by one more after than before if that is
+    odd. ValueError for any other string, and for "same" with a stride, which torch refuses too.
     """
     if isinstance(padding, int):
         padding = (padding,) * len(kernel)

@@ -1,4 +1,4 @@
-"""torch convolutions that keep the dtype of computation apart from that of the parameters."""
+"""torch convolutions with NNX's `dtype` and `param_dtype`, as in `zoo.nn.layers_torch`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zoo.nn.layers_torch import promote
 class Conv1d(nn.Conv1d):
     """nn.Conv1d with `dtype` and `param_dtype`: (B, in, T) -> (B, out, T').
 
-    `padding` is that of both ends, or "same" (stride 1 only).
+    `padding` is for both ends, or "same" (stride 1 only).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Conv1d(nn.Conv1d):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with `dtype` and `param_dtype`: (B, in, H, W) -> (B, out, H', W').
 
-    `padding` is that of every edge, one for each axis, or "same" (stride 1 only).
+    `padding` is for both ends, of both axes or of each, or "same" (stride 1 only).
     """
 
     def __init__(

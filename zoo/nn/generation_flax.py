@@ -21,10 +21,10 @@ State = TypeVar("State")
 
 
 class EncoderDecoder(Protocol):
-    """What `generate` asks of a model."""
+    """The methods of a model that `generate` calls."""
 
     def remember(self, source: Array, mask: Array | None) -> list[KeyValue]:
-        """What each layer of the decoder attends to in the source."""
+        """source (B, S) ids -> its keys and values for each layer of the decoder."""
 
     def decode(
         self,
@@ -36,13 +36,13 @@ class EncoderDecoder(Protocol):
         position: ArrayLike = 0,
         /,
     ) -> tuple[Array, list[KeyValue], *tuple[Any, ...]]:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and anything else."""
 
 
 def check_request(
     batch: int, max_new_tokens: int, uniforms: Array | None, temperature: float
 ) -> None:
-    """Raises ValueError unless these are positive, and `uniforms` of the right shape."""
+    """Raises ValueError unless both numbers are positive and `uniforms` has the right shape."""
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
@@ -62,8 +62,8 @@ def choose_token(
 ) -> Array:
     """logits (B, V) -> tokens (B,): the likeliest, or drawn by `uniform` (B,), each in [0, 1).
 
-    A draw takes the first token at which the cumulative probability exceeds its number, so one
-    number gives one token in either framework. `top_k` leaves out all but the likeliest.
+    A draw is the first token at which the cumulative probability exceeds the number, so that the
+    same number draws the same token in both frameworks. `top_k` draws from the k likeliest only.
     """
     if uniform is None:
         return logits.argmax(-1)
@@ -89,8 +89,8 @@ def generate_tokens(
     """start (B,) -> tokens (B, max_new_tokens), padded after `eos_token`.
 
     `step(state, tokens, position)` gives the logits (B, V) that follow tokens[:, position], and
-    the next state; tokens is (B, max_new_tokens + 1), and beyond `position` it holds padding.
-    Shapes do not change from step to step: under jit, `step` is compiled once.
+    the next state; tokens is (B, max_new_tokens + 1), with padding after `position`. Shapes do not
+    change from step to step, so that under jit `step` is compiled once.
     """
     tokens = jnp.full((len(start), max_new_tokens + 1), pad_token, start.dtype)
     first = (0, tokens.at[:, 0].set(start), jnp.zeros(len(start), bool), state)
@@ -123,30 +123,41 @@ def generate(
     top_k: int | None = None,
     use_cache: bool = True,
 ) -> Array:
-    """source (B, S) ids -> tokens (B, max_new_tokens); `special`: start, end, padding.
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special` is (start, end, padding).
 
-    Compiled once for each model structure, shape and choice of the other arguments but `uniforms`
-    and `temperature`. Raises ValueError as `check_request` does.
+    Compiled once, and again if the model's structure, a shape or another argument changes;
+    `uniforms` and `temperature` may change. Raises ValueError as `check_request` does.
     """
     check_request(len(source), max_new_tokens, uniforms, temperature)
     graph, state = nnx.split(model)
-    static = graph, max_new_tokens, special, top_k, use_cache
-    made: Array = _generate(*static, state, jnp.asarray(source), mask, uniforms, temperature)
-    return made
+    source = jnp.asarray(source)
+    tokens: Array = _generate(
+        graph,
+        state,
+        source,
+        mask,
+        max_new_tokens,
+        special,
+        uniforms,
+        temperature,
+        top_k,
+        use_cache,
+    )
+    return tokens
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnames=("graph", "max_new_tokens", "special", "top_k", "use_cache"))
 def _generate(
     graph: Any,
-    max_new_tokens: int,
-    special: tuple[int, int | None, int],
-    top_k: int | None,
-    use_cache: bool,
     state: Any,
     source: Array,
     mask: Array | None,
+    max_new_tokens: int,
+    special: tuple[int, int | None, int],
     uniforms: Array | None,
     temperature: Array,
+    top_k: int | None,
+    use_cache: bool,
 ) -> Array:
     model: EncoderDecoder = nnx.merge(graph, state)
     memory = model.remember(source, mask)
@@ -163,5 +174,6 @@ def _generate(
     step: Any = cached if use_cache else uncached
     start_token, eos_token, pad_token = special
     start = jnp.full(len(source), start_token, source.dtype)
-    choice = uniforms, temperature, top_k
-    return generate_tokens(step, past, start, max_new_tokens, eos_token, pad_token, *choice)
+    return generate_tokens(
+        step, past, start, max_new_tokens, eos_token, pad_token, uniforms, temperature, top_k
+    )

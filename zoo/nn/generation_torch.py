@@ -17,10 +17,10 @@ State = TypeVar("State")
 
 
 class EncoderDecoder(Protocol):
-    """What `generate` asks of a model."""
+    """The methods of a model that `generate` calls."""
 
     def remember(self, source: Tensor, mask: Tensor | None) -> list[KeyValue]:
-        """What each layer of the decoder attends to in the source."""
+        """source (B, S) ids -> its keys and values for each layer of the decoder."""
 
     def decode(
         self,
@@ -32,13 +32,13 @@ class EncoderDecoder(Protocol):
         position: int = 0,
         /,
     ) -> tuple[Tensor, list[KeyValue], *tuple[Any, ...]]:
-        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and whatever else."""
+        """tokens (B, T), the first at `position` -> logits (B, T, V), caches, and anything else."""
 
 
 def check_request(
     batch: int, max_new_tokens: int, uniforms: Tensor | None, temperature: float
 ) -> None:
-    """Raises ValueError unless these are positive, and `uniforms` of the right shape."""
+    """Raises ValueError unless both numbers are positive and `uniforms` has the right shape."""
     if max_new_tokens < 1 or not temperature > 0:
         raise ValueError(
             f"max_new_tokens {max_new_tokens} and temperature {temperature} must be above 0"
@@ -58,8 +58,8 @@ def choose_token(
 ) -> Tensor:
     """logits (B, V) -> tokens (B,): the likeliest, or drawn by `uniform` (B,), each in [0, 1).
 
-    A draw takes the first token at which the cumulative probability exceeds its number, so one
-    number gives one token in either framework. `top_k` leaves out all but the likeliest.
+    A draw is the first token at which the cumulative probability exceeds the number, so that the
+    same number draws the same token in both frameworks. `top_k` draws from the k likeliest only.
     """
     if uniform is None:
         return logits.argmax(-1)
@@ -85,7 +85,7 @@ def generate_tokens(
     """start (B,) -> tokens (B, max_new_tokens), padded after `eos_token`.
 
     `step(state, tokens, position)` gives the logits (B, V) that follow tokens[:, position], and
-    the next state; tokens is (B, max_new_tokens + 1), and beyond `position` it holds padding.
+    the next state; tokens is (B, max_new_tokens + 1), with padding after `position`.
     """
     B = start.shape[0]
     tokens = torch.full((B, max_new_tokens + 1), pad_token, device=start.device)
@@ -115,7 +115,7 @@ def generate(
     top_k: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """source (B, S) ids -> tokens (B, max_new_tokens); `special`: start, end, padding.
+    """source (B, S) ids -> tokens (B, max_new_tokens); `special` is (start, end, padding).
 
     Raises ValueError as `check_request` does.
     """
@@ -133,5 +133,6 @@ def generate(
     step: Any = cached if use_cache else uncached
     start_token, eos_token, pad_token = special
     start = torch.full((len(source),), start_token, device=source.device)
-    choice = uniforms, temperature, top_k
-    return generate_tokens(step, past, start, max_new_tokens, eos_token, pad_token, *choice)
+    return generate_tokens(
+        step, past, start, max_new_tokens, eos_token, pad_token, uniforms, temperature, top_k
+    )

@@ -14,7 +14,7 @@ from jax import Array
 from zoo.nn.options_flax import Options
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),  # both frameworks' defaults differ
+    "gelu": partial(jax.nn.gelu, approximate=False),  # the frameworks' defaults differ
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Embed(nnx.Embed):
-    """nnx.Embed whose row `padding_idx` gets no gradient from being looked up, as in torch."""
+    """nnx.Embed whose row `padding_idx` gets no gradient when it is looked up, as in torch."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Embed(nnx.Embed):
 class LayerNorm(nnx.LayerNorm):
     """nnx.LayerNorm over the last axis as torch computes it; `eps` has no default.
 
-    Flax's own default epsilon is ten times torch's, and its fast variance loses digits wherever
-    the mean is large.
+    Flax's default epsilon is a tenth of torch's, and its fast variance loses digits where the
+    mean is large.
     """
 
     def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:
@@ -61,9 +61,9 @@ class ReLU(nnx.Module):
 
 
 class Sequential(nnx.List[Any]):
-    """Layers called one after another, with torch's paths: `0.kernel`, `1.kernel`.
+    """Layers called one after another, under torch's paths: `0.kernel`, `1.kernel`.
 
-    nnx.Sequential would call them `layers.0.kernel`, `layers.1.kernel`.
+    In nnx.Sequential the paths would be `layers.0.kernel`, `layers.1.kernel`.
     """
 
     def __init__(self, *layers: Callable[[Array], Array]) -> None:

@@ -1,7 +1,7 @@
-"""torch layers that keep the dtype of computation apart from that of the parameters, as NNX does.
+"""torch layers that compute in one dtype and keep their parameters in another, as NNX's can.
 
-`dtype` is what inputs and parameters are brought to before the computation; None promotes them to
-their common dtype. `param_dtype` is what the parameters are made in.
+`dtype` is what inputs and parameters are cast to before the computation; None promotes them to
+their common dtype. `param_dtype` is the dtype of the parameters themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def promote(dtype: torch.dtype | None, *tensors: Tensor) -> list[Tensor]:
-    """All tensors in `dtype`, or in the dtype that they promote to together."""
+    """All tensors cast to `dtype`; None: to the dtype that they promote to together."""
     if dtype is None:
         dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]

@@ -1,4 +1,4 @@
-"""The keyword arguments that every NNX layer and model of the zoo takes and hands on."""
+"""The keyword arguments that every NNX layer and model of the zoo takes and passes on."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class Options(TypedDict, total=False):
 
     dtype: DTypeLike | None  # of the computation; None: what inputs and parameters promote to
     param_dtype: DTypeLike  # of the parameters
-    rngs: Required[nnx.Rngs]  # as everywhere in NNX
+    rngs: Required[nnx.Rngs]  # of initial values and dropout, as everywhere in NNX

@@ -1,4 +1,4 @@
-"""The keyword arguments that every torch layer and model of the zoo takes and hands on."""
+"""The keyword arguments that every torch layer and model of the zoo takes and passes on."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def max_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The largest value of every window; padding is less than anything."""
+    """The largest value of every window; padding is -inf."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.max_pool(x, window, window if stride is None else pair(stride), edges)
 
@@ -30,7 +30,7 @@ def avg_pool2d(
     stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] = 0,
 ) -> Array:
-    """The mean of every window; padding is zero, and is counted."""
+    """The mean of every window; padding is zeros, which count."""
     window, edges = pair(kernel_size), _edges(padding)
     return nnx.avg_pool(x, window, window if stride is None else pair(stride), edges)
 

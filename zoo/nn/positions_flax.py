@@ -14,7 +14,7 @@ def sinusoids(positions: Array, limit: int, dim: int, dtype: DTypeLike) -> Array
     """positions (T,), all below `limit` -> (T, dim), computed in float64; `dim` is even.
 
     Columns 2i and 2i + 1 at position p are sin and cos of p / 10000^(2i / dim). NumPy makes a table
-    of them while JAX traces: JAX itself has no float64 unless told to.
+    of them while JAX traces: without the x64 flag JAX itself has no float64.
     """
     even = np.arange(0, dim, 2, dtype=np.float64)
     angle = np.arange(limit)[:, None] * np.exp(even * (-math.log(10000.0) / dim))

@@ -1,7 +1,7 @@
 """torch's recurrent nets and cells in NNX: its parameters, its gates, both of its biases.
 
 Flax's own cells have one bias, other gates and no float64. Here every parameter has torch's name
-and shape, so that a checkpoint returns bit for bit and both sides train alike.
+and shape, so that a checkpoint comes back bit for bit and the twins train alike.
 
 T steps of B sequences, F features in, H hidden units, L layers, D directions (1 or 2), G gates. In
 time-major order sequences are (T, B, F); with `batch_first` they are (B, T, F), and states stay
@@ -22,9 +22,8 @@ from jax.typing import DTypeLike
 from zoo.nn.options_flax import Options
 
 State = tuple[Array, ...]
-# (projected: W_ih x + b_ih, (B, G*H); state, (B, H) each; W_hh; b_hh) -> next state, whose first
-# part is the output. Sums are grouped as torch groups them: what x gives, its bias included, plus
-# what h gives, its bias included.
+# (W_ih x + b_ih, (B, G*H); state, (B, H) each; W_hh; b_hh) -> next state, whose first part is the
+# output. Sums are grouped as in torch: (W_ih x + b_ih) + (W_hh h + b_hh).
 Step = Callable[[Array, State, Array, Array], State]
 
 
@@ -41,7 +40,7 @@ def _gru_step(projected: Array, state: State, w: Array, b: Array) -> State:
     xr, xz, xn = jnp.split(projected, 3, axis=-1)
     hr, hz, hn = jnp.split(h @ w.T + b, 3, axis=-1)
     r, z = jax.nn.sigmoid(xr + hr), jax.nn.sigmoid(xz + hz)
-    n = jnp.tanh(xn + r * hn)  # so the two biases of n cannot be added up
+    n = jnp.tanh(xn + r * hn)  # r scales b_hn, so the two biases of n are not one
     return (n + z * (h - n),)
 
 
@@ -73,7 +72,7 @@ def _parameters(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> None:
-    """The four parameters of one direction of one layer, as torch names and starts them."""
+    """Sets the four parameters of one direction of one layer, named and initialised as in torch."""
     bound = hidden**-0.5
     rows = gates * hidden
     for leaf, shape in zip(_LEAVES, ((rows, width), (rows, hidden), (rows,), (rows,)), strict=True):
@@ -82,12 +81,12 @@ def _parameters(
 
 
 def _weights(module: nnx.Module, suffix: str) -> list[Array]:
-    """W_ih, W_hh, b_ih and b_hh of one direction of one layer, in the dtype that they are in."""
+    """W_ih, W_hh, b_ih and b_hh of one direction of one layer."""
     return [getattr(module, leaf + suffix)[...] for leaf in _LEAVES]
 
 
 def _common(dtype: DTypeLike | None, *arrays: Array) -> DTypeLike:
-    """`dtype`, or the dtype that all arrays promote to together."""
+    """`dtype`; None: the dtype that all arrays promote to together."""
     return jnp.result_type(*(a.dtype for a in arrays)) if dtype is None else dtype
 
 
@@ -101,11 +100,11 @@ def _scan(
 ) -> tuple[Array, State]:
     """One direction of one layer: x (T, B, F), state of (B, H) each -> outputs (T, B, H), state.
 
-    `inside` (T, B) is false after a sequence's end: there the state stands still and the output is
-    zero, so that the reverse direction reaches the last step inside with its first state.
+    `inside` (T, B) is false after a sequence's end. There the state does not change and the output
+    is zero, so that the reverse direction starts with its first state at the sequence's last step.
     """
     w_ih, w_hh, b_ih, b_hh = weights
-    projected = x @ w_ih.T + b_ih  # of all steps at once
+    projected = x @ w_ih.T + b_ih  # all steps at once
 
     def body(state: State, at: tuple[Array, Array | None]) -> tuple[State, Array]:
         projected, inside = at
@@ -116,7 +115,7 @@ def _scan(
         kept = tuple(jnp.where(valid, n, s) for n, s in zip(new, state, strict=True))
         return kept, jnp.where(valid, new[0], 0)
 
-    # None is a pytree without leaves: the scan hands it to every step as it is.
+    # `inside` may be None: a pytree without leaves, which the scan passes on as it is.
     final, outputs = jax.lax.scan(body, state, (projected, inside), reverse=reverse)
     return outputs, final
 
@@ -166,9 +165,9 @@ class _Recurrent(nnx.Module):
     def _run(
         self, input: Array, states: State | None, lengths: Array | None
     ) -> tuple[Array, State]:
-        """Sequences, states if there are any (one array, the LSTM's two) -> as RNN.__call__.
+        """Sequences, first states (one array, for the LSTM two) or None -> as RNN.__call__.
 
-        All is computed in `dtype`, or in what input, states and parameters promote to together.
+        Computed in `dtype`, or in what the input, states and parameters promote to together.
         """
         given = states or ()
         suffixes = [f"_l{layer}{s}" for layer in range(self.num_layers) for s in self.suffixes]
@@ -219,8 +218,8 @@ class RNN(_Recurrent):
         """Sequences, first state (L*D, B, H) -> outputs with D*H features, final state.
 
         `hx` None is zeros. `lengths` (B,), integers from 1 to T, end each sequence early: outputs
-        are zero from there on, the final state is that of the last step inside, and the reverse
-        direction starts at the last step inside.
+        after its last step are zero, the final state is that of its last step, and the reverse
+        direction starts there.
         """
         output, (h,) = self._run(input, None if hx is None else (hx,), lengths)
         return output, h

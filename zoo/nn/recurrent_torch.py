@@ -58,10 +58,10 @@ class _Recurrent(nn.RNNBase):
     def _run(
         self, kernel: Any, input: Tensor, states: State | None, lengths: Tensor | None
     ) -> tuple[Tensor, State]:
-        """`kernel` is torch.lstm, torch.gru, ...; `states` has one Tensor, the LSTM's two.
+        """`kernel` is torch.lstm, torch.gru, ...; `states` is one tensor, for the LSTM two.
 
-        torch's kernels are called directly: nn.RNNBase.forward cannot take weights that were cast
-        to another dtype.
+        The kernel is called directly: nn.RNNBase.forward takes no weights that were cast to another
+        dtype.
         """
         parameters = [getattr(self, name) for name in self._flat_weights_names]
         given = list(states or ())
@@ -77,7 +77,7 @@ class _Recurrent(nn.RNNBase):
             hx = given if self.mode == "LSTM" else given[0]
             output, *final = kernel(input, hx, weights, *options, self.batch_first)
             return output, tuple(final)
-        # The packed kernel wants sequences longest first: states follow, and come back at the end.
+        # The packed kernel takes the longest sequence first: sort the states too, and sort back.
         packed = pack_padded_sequence(input, lengths.cpu(), self.batch_first, enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None
@@ -115,8 +115,8 @@ class RNN(_Recurrent):
         """Sequences, first state (L*D, B, H) -> outputs with D*H features, final state.
 
         `hx` None is zeros. `lengths` (B,), integers from 1 to T, end each sequence early: outputs
-        are zero from there on, the final state is that of the last step inside, and the reverse
-        direction starts at the last step inside.
+        after its last step are zero, the final state is that of its last step, and the reverse
+        direction starts there.
         """
         kernel = torch.rnn_relu if self.nonlinearity == "relu" else torch.rnn_tanh
         output, (h,) = self._run(kernel, input, None if hx is None else (hx,), lengths)

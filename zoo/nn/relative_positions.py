@@ -1,7 +1,7 @@
 """Buckets of relative positions (Raffel 2020, section 2.1), in NumPy alone.
 
-A table of distances, so that both frameworks have the same buckets: a logarithm taken in float32
-in each might fall on different sides of a bucket's edge.
+A table of distances, so that both frameworks have the same buckets: logarithms in float32 could
+fall on different sides of a bucket's edge.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 @functools.lru_cache(maxsize=16)
 def bucket_table(num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:
-    """(max_distance + 1,): the bucket of every distance; what is farther is in the last one too.
+    """(max_distance + 1,): the bucket of every distance; greater distances share the last one.
 
-    Half of the buckets hold one distance each, the other half grow logarithmically. Where
-    attention looks both ways there are `num_buckets` / 2 of these a direction: the table is for
-    keys before the query, and keys after it have buckets that begin where these end.
+    Half of the buckets hold one distance each, the other half grow logarithmically. If
+    `bidirectional`, each direction has `num_buckets` / 2 of them: the table is for keys before the
+    query, and the buckets of keys after it follow.
     """
     n = num_buckets // 2 if bidirectional else num_buckets
     exact = n // 2

@@ -12,8 +12,7 @@ from zoo.nn.options_flax import Options
 class RMSNorm(nnx.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis; `eps` has no default.
 
-    The mean square is taken in float32 at least, and in float64 where x is: T5 upstream takes it in
-    float32 always.
+    The mean square is in float32 or wider; upstream's T5 always takes it in float32.
     """
 
     def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:

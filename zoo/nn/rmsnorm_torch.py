@@ -11,8 +11,7 @@ from zoo.nn.layers_torch import promote
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, with `dtype` and `param_dtype`.
 
-    The mean square is taken in float32 at least, and in float64 where x is: T5 upstream takes it in
-    float32 always.
+    The mean square is in float32 or wider; upstream's T5 always takes it in float32.
     """
 
     def __init__(

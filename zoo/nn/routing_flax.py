@@ -16,11 +16,11 @@ from zoo.nn.options_flax import Options
 
 
 class Jitter(nnx.Module):
-    """In training, multiplies by numbers uniform within `noise` of 1."""
+    """In training, multiplies by random numbers, uniform in [1 - noise, 1 + noise)."""
 
     def __init__(self, noise: float, **kw: Unpack[Options]) -> None:
         self.noise = noise
-        self.deterministic = False  # as `model.train()` and `model.eval()` set it
+        self.deterministic = False  # set by model.train() and model.eval()
         self.rngs = kw["rngs"].dropout.fork()
 
     def __call__(self, x: Array) -> Array:
@@ -31,11 +31,12 @@ class Jitter(nnx.Module):
 
 
 def router_losses(routed: list[Array], like: Array) -> tuple[Array, Array]:
-    """Logits (B, T, X) of each sparse layer -> z-loss and load balancing loss, over all of them.
+    """Logits (B, T, X) of every sparse layer -> z-loss and load-balancing loss over all layers.
 
-    The first is the mean square of log(sum(exp(logits))) (Zoph 2022, equation 5); the second is X
-    times the sum over experts of the share of tokens that chose it and its mean probability
-    (equations 4 to 6). Both are 0 where nothing is routed.
+    The first is the mean square of log(sum(exp(logits))) (Zoph 2022, equation 5). The second is X
+    times the sum over experts of f * P, where f is the share of tokens that chose the expert and P
+    its mean probability (Fedus 2021, equations 4 to 6). Both are 0, in the dtype of `like`, where
+    nothing is routed.
     """
     if not routed:
         return jnp.zeros((), like.dtype), jnp.zeros((), like.dtype)

@@ -1,5 +1,8 @@
 """AlexNet in Flax NNX: the twin of model_torch.py, layer by layer.
 
+Krizhevsky 2014, https://arxiv.org/abs/1404.5997; names and sizes from torchvision's
+models/alexnet.py.
+
 B images, H x W pixels in each, C channels, which come last: (B, H, W, C).
 """
 

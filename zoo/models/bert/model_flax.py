@@ -3,6 +3,7 @@
 Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
 
     model = BertModel(Config(), rngs=nnx.Rngs(0))
+    model.eval()  # it starts in training mode
     x, pooled = model(input_ids, attention_mask)  # (B, T, H), (B, H)
 
 B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
@@ -51,14 +52,14 @@ class BertSelfAttention(nnx.Module):
         self.value = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
         self.dropout = nnx.Dropout(c.attention_probs_dropout_prob, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, T, H) -> (B, T, H); `bias` (B, 1, 1, T), added to the logits, hides the padding."""
         B, T, H = x.shape
         q = self.query(x).reshape(B, T, self.heads, -1)
         k = self.key(x).reshape(B, T, self.heads, -1)
         v = self.value(x).reshape(B, T, self.heads, -1)
-        attended = dot_product_attention(q, k, v, bias.astype(q.dtype), self.dropout)
-        return attended.reshape(B, T, H)
+        bias = None if bias is None else bias.astype(q.dtype)
+        return dot_product_attention(q, k, v, bias, self.dropout).reshape(B, T, H)
 
 
 class BertSelfOutput(nnx.Module):
@@ -79,7 +80,7 @@ class BertAttention(nnx.Module):
         self.self = BertSelfAttention(c, **kw)
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, T, H) -> (B, T, H)."""
         return self.output(self.self(x, bias), x)
 
@@ -100,7 +101,7 @@ class BertLayer(nnx.Module):
         self.intermediate = BertIntermediate(c, **kw)
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, T, H) -> (B, T, H)."""
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
@@ -110,7 +111,7 @@ class BertEncoder(nnx.Module):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.layer = nnx.List(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
 
-    def __call__(self, x: Array, bias: Array) -> Array:
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
         """(B, T, H) -> (B, T, H)."""
         for layer in self.layer:
             x = layer(x, bias)

@@ -1,6 +1,7 @@
 """BERT in PyTorch. Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
 
     model = BertModel(Config())
+    model.eval()  # it starts in training mode
     x, pooled = model(input_ids, attention_mask)  # (B, T, H), (B, H)
 
 B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
@@ -50,14 +51,15 @@ class BertSelfAttention(nn.Module):
         self.value = Linear(c.hidden_size, c.hidden_size, **kw)
         self.dropout = nn.Dropout(c.attention_probs_dropout_prob)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H); `bias` (B, 1, 1, T), added to the logits, hides the padding."""
         B, T, H = x.shape
         q = self.query(x).view(B, T, self.heads, -1)
         k = self.key(x).view(B, T, self.heads, -1)
         v = self.value(x).view(B, T, self.heads, -1)
+        bias = None if bias is None else bias.to(q.dtype)
         dropout = self.dropout.p if self.training else 0.0
-        return dot_product_attention(q, k, v, bias.to(q.dtype), dropout).reshape(B, T, H)
+        return dot_product_attention(q, k, v, bias, dropout).reshape(B, T, H)
 
 
 class BertSelfOutput(nn.Module):
@@ -80,7 +82,7 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(c, **kw)
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
         return self.output(self.self(x, bias), x)
 
@@ -103,7 +105,7 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(c, **kw)
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
@@ -114,7 +116,7 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, T, H) -> (B, T, H)."""
         for layer in self.layer:
             x = layer(x, bias)

@@ -1,11 +1,11 @@
-"""A linear layer behind a layer of one's own, in Flax NNX: the twin of model_torch.py.
+"""A custom layer and a linear one in Flax NNX: the twin of model_torch.py, class by class.
 
 B samples, D features in, E features out.
 """
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,19 +14,19 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from zoo.models.custom_layer.config import Config
-from zoo.nn.layers_flax import ReLU
+from zoo.nn import layers_flax
 from zoo.nn.options_flax import Options
 
 
 class Identity(nnx.Module):
-    """A layer without parameters: nothing of it is in a checkpoint."""
+    """A layer without parameters, of which a checkpoint has nothing: (B, D) -> (B, D)."""
 
     def __call__(self, x: Array) -> Array:
         return x
 
 
 class Scale(nnx.Module):
-    """A layer with a parameter: every feature times its own factor."""
+    """A layer with a parameter, a factor for each feature: (B, D) -> (B, D)."""
 
     def __init__(
         self,
@@ -44,15 +44,10 @@ class Scale(nnx.Module):
         return x * factor
 
 
-class Sequential(nnx.List[Any]):
-    """Layers `0` (one's own), `1` (linear) and `2` (ReLU)."""
+class Sequential(layers_flax.Sequential):
+    """Layers `0` (the custom one), `1` (linear) and `2` (ReLU): (B, D) -> (B, E)."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
-        own = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
-        super().__init__([own, nnx.Linear(c.in_features, c.out_features, **kw), ReLU()])
-
-    def __call__(self, x: Array) -> Array:
-        """(B, D) -> (B, E)."""
-        for layer in self:
-            x = layer(x)
-        return x
+        custom = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
+        linear = nnx.Linear(c.in_features, c.out_features, **kw)
+        super().__init__(custom, linear, layers_flax.ReLU())

@@ -1,4 +1,4 @@
-"""A linear layer behind a layer of one's own, in PyTorch.
+"""A custom layer and a linear one in PyTorch.
 
 B samples, D features in, E features out.
 """
@@ -16,14 +16,14 @@ from zoo.nn.options_torch import Options
 
 
 class Identity(nn.Module):
-    """A layer without parameters: nothing of it is in a checkpoint."""
+    """A layer without parameters, of which a checkpoint has nothing: (B, D) -> (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class Scale(nn.Module):
-    """A layer with a parameter: every feature times its own factor."""
+    """A layer with a parameter, a factor for each feature: (B, D) -> (B, D)."""
 
     def __init__(
         self,
@@ -42,14 +42,12 @@ class Scale(nn.Module):
 
 
 class Sequential(nn.Sequential):
-    """Layers `0` (one's own), `1` (linear) and `2` (ReLU)."""
+    """Layers `0` (the custom one), `1` (linear) and `2` (ReLU): (B, D) -> (B, E)."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
-        own = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
-        super().__init__(own, Linear(c.in_features, c.out_features, **kw), nn.ReLU())
+        custom = Scale(c.in_features, **kw) if c.layer == "scale" else Identity()
+        linear = Linear(c.in_features, c.out_features, **kw)
+        super().__init__(custom, linear, nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, E)."""
-        for layer in self:
-            x = layer(x)
-        return x
+        return super().forward(x)  # which calls it `input`; both twins say `x`

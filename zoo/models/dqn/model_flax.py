@@ -1,5 +1,7 @@
 """DQN in Flax NNX: the twin of model_torch.py, class by class.
 
+Mnih 2015, https://doi.org/10.1038/nature14236; names from stable-baselines3's dqn/policies.py.
+
 B observations, A actions; images are (B, H, W, C), vectors (B, size).
 """
 
@@ -78,10 +80,10 @@ class DQNPolicy(nnx.Module):
         chance: Array | None = None,
         random_actions: Array | None = None,
     ) -> Array:
-        """Actions (B,), integers: those of the highest value, the first of equals.
+        """obs -> actions (B,), integers: those of the highest value, the first of equals.
 
-        Where `chance`, (B,) or (), uniform in [0, 1), is below `epsilon`, the action is that of
-        `random_actions` (B,). Upstream draws one `chance` for all observations.
+        Where `chance`, (B,) or (), uniform in [0, 1), is below `epsilon`, the action is the one of
+        `random_actions` (B,) instead. Upstream draws one `chance` for all observations.
         """
         greedy = self.q_net(obs).argmax(axis=1)
         if chance is None or random_actions is None:

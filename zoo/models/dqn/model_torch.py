@@ -80,10 +80,10 @@ class DQNPolicy(nn.Module):
         chance: Tensor | None = None,
         random_actions: Tensor | None = None,
     ) -> Tensor:
-        """Actions (B,), int64: those of the highest value, the first of equals.
+        """obs -> actions (B,), int64: those of the highest value, the first of equals.
 
-        Where `chance`, (B,) or (), uniform in [0, 1), is below `epsilon`, the action is that of
-        `random_actions` (B,). Upstream draws one `chance` for all observations.
+        Where `chance`, (B,) or (), uniform in [0, 1), is below `epsilon`, the action is the one of
+        `random_actions` (B,) instead. Upstream draws one `chance` for all observations.
         """
         greedy = self.q_net(obs).argmax(dim=1)
         if chance is None or random_actions is None:

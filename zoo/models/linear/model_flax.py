@@ -44,7 +44,7 @@ class LinearMap(nnx.Linear):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__(c.in_features, c.out_features, **kw)
 
-    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]  # no out_sharding
         """(B, D) -> (B, E)."""
         return super().__call__(x)
 

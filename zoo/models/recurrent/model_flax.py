@@ -19,7 +19,7 @@ from zoo.nn.recurrent_flax import GRU, LSTM, RNN, RecurrentOptions
 
 
 class _Net(nnx.Module):
-    """What is below the linear layers: an embedding, if the input is ids, and the recurrent net."""
+    """What comes before the linear layers: an embedding, for ids, and the recurrent net."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.cell = c.cell
@@ -33,7 +33,7 @@ class _Net(nnx.Module):
             "dropout": 0.0,
             **kw,
         }
-        # The attribute is called rnn, lstm or gru, because the published checkpoints call it so.
+        # The attribute is rnn, lstm or gru, as in the published checkpoints.
         if c.cell == "rnn":
             self.rnn = RNN(*sizes, nonlinearity=c.nonlinearity, **options)
         elif c.cell == "lstm":
@@ -42,7 +42,7 @@ class _Net(nnx.Module):
             self.gru = GRU(*sizes, **options)
 
     def run(self, x: Array, lengths: Array | None) -> tuple[Array, Array]:
-        """Outputs of every step, (T, B, D*H) or (B, T, D*H), and the final states (L*D, B, H)."""
+        """Outputs of every step, (T, B, D*H) or (B, T, D*H), and the final states h (L*D, B, H)."""
         if self.embedding is not None:
             x = self.embedding(x)
         outputs, state = getattr(self, self.cell)(x, lengths=lengths)
@@ -51,7 +51,7 @@ class _Net(nnx.Module):
 
 
 class SequenceRegressor(_Net):
-    """`fc` on the last layer's final state: in one direction, its output at the last step."""
+    """`fc` on the last layer's final state, of both directions where there are two."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__(c, **kw)
@@ -59,9 +59,9 @@ class SequenceRegressor(_Net):
         self.fc = nnx.Linear(c.features, c.output_size, **kw)
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
-        """Features (T, B, F) or ids (T, B) -> (B, O), with batch_first from (B, T, F) or (B, T).
+        """Features (T, B, F) or ids (T, B) -> (B, O); with batch_first, (B, T, F) or (B, T).
 
-        `lengths` (B,), from 1 to T, are those of sequences that end early; None: all are whole.
+        `lengths` (B,), from 1 to T, say where each sequence ends; None: at T.
         """
         _, h = self.run(x, lengths)
         last = jnp.concatenate(list(h[-self.directions :]), axis=-1)  # (B, D*H): forward, reverse
@@ -69,7 +69,7 @@ class SequenceRegressor(_Net):
 
 
 class SequenceTagger(_Net):
-    """`fc1` and `fc2` on every step, a ReLU before each."""
+    """`fc1` and `fc2` on the outputs of every step, with a ReLU before each."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__(c, **kw)
@@ -77,7 +77,7 @@ class SequenceTagger(_Net):
         self.fc2 = nnx.Linear(c.fc_size, c.output_size, **kw)
 
     def __call__(self, x: Array, lengths: Array | None = None) -> Array:
-        """As SequenceRegressor takes it -> (T, B, O), with batch_first (B, T, O)."""
+        """Takes what SequenceRegressor takes -> (T, B, O); with batch_first, (B, T, O)."""
         outputs, _ = self.run(x, lengths)
         x = self.fc1(relu(outputs))
         return self.fc2(relu(x))

@@ -4,6 +4,7 @@ He 2015, https://arxiv.org/abs/1512.03385; names and strides are those of torchv
 models/resnet.py.
 
     model = ResNet(Config(), rngs=nnx.Rngs(0))
+    model.eval()  # it starts in training mode
     logits = model(images)  # (B, H, W, 3) -> (B, 1000)
 
 B images, H x W pixels in each, C channels, which come last: (B, H, W, C). `**kw` is `dtype`,

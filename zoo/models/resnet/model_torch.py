@@ -2,6 +2,7 @@
 torchvision's models/resnet.py.
 
     model = ResNet(Config())
+    model.eval()  # it starts in training mode
     logits = model(images)  # (B, 3, H, W) -> (B, 1000)
 
 B images, H x W pixels in each, C channels: (B, C, H, W). `**kw` is `dtype` and `param_dtype`,

@@ -1,5 +1,8 @@
 """SAC in Flax NNX: the twin of model_torch.py, class by class.
 
+Haarnoja 2018, https://arxiv.org/abs/1801.01290 and https://arxiv.org/abs/1812.05905; names from
+stable-baselines3's sac/policies.py.
+
 B observations of O numbers, A numbers to an action, each between -1 and 1.
 """
 
@@ -19,7 +22,7 @@ from zoo.nn.options_flax import Options
 
 
 def mlp(*sizes: int, **kw: Unpack[Options]) -> list[nnx.Linear | ReLU]:
-    """Linear layers, and a ReLU after each."""
+    """Linear layers, each followed by a ReLU."""
     layers: list[nnx.Linear | ReLU] = []
     for n_in, n_out in pairwise(sizes):
         layers += [nnx.Linear(n_in, n_out, **kw), ReLU()]
@@ -27,7 +30,7 @@ def mlp(*sizes: int, **kw: Unpack[Options]) -> list[nnx.Linear | ReLU]:
 
 
 class Actor(nnx.Module):
-    """The mean and the logarithm of the standard deviation of actions before tanh."""
+    """The Gaussian of actions before tanh: its mean and the logarithm of its standard deviation."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.latent_pi = Sequential(*mlp(c.obs_size, *c.pi, **kw))
@@ -63,27 +66,26 @@ class SACPolicy(nnx.Module):
         self.critic_target = Critic(c, **kw) if c.target else None
 
     def __call__(self, obs: Array, action: Array) -> Output:
-        """obs (B, O), an action (B, A) for the critics -> Output."""
+        """obs (B, O), action (B, A), which only the critics see -> Output."""
         mu, log_std = self.actor(obs)
         values = self.critic(obs, action)
         targets = (None, None) if self.critic_target is None else self.critic_target(obs, action)
         return Output(mu, log_std, jnp.tanh(mu), *values, *targets)
 
     def act(self, obs: Array) -> Array:
-        """The deterministic actions (B, A), between -1 and 1."""
+        """obs (B, O) -> the deterministic actions (B, A), between -1 and 1."""
         mu, _ = self.actor(obs)
         return jnp.tanh(mu)
 
     def sample(self, obs: Array, noise: Array) -> tuple[Array, Array]:
         """obs (B, O), standard normal noise (B, A) -> actions (B, A), their log-density (B,).
 
-        The density is that of the Gaussian, changed by the derivative of tanh (Haarnoja 2018,
-        appendix C).
+        The density is the Gaussian's divided by the derivative of tanh (Haarnoja 2018, appendix C).
         """
         mu, log_std = self.actor(obs)
         std = jnp.exp(log_std)
         gaussian = mu + std * noise
         action = jnp.tanh(gaussian)
-        density = -((gaussian - mu) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2
-        squashed = jnp.log(1 - action**2 + EPSILON)
-        return action, density.sum(axis=1) - squashed.sum(axis=1)
+        log_density = -((gaussian - mu) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2
+        log_slope = jnp.log(1 - action**2 + EPSILON)
+        return action, log_density.sum(axis=1) - log_slope.sum(axis=1)

@@ -1,6 +1,5 @@
 """SAC in PyTorch. Haarnoja 2018, https://arxiv.org/abs/1801.01290 and
-https://arxiv.org/abs/1812.05905; names from stable-baselines3's
-sac/policies.py.
+https://arxiv.org/abs/1812.05905; names from stable-baselines3's sac/policies.py.
 
 B observations of O numbers, A numbers to an action, each between -1 and 1.
 """
@@ -20,7 +19,7 @@ from zoo.nn.options_torch import Options
 
 
 def mlp(*sizes: int, **kw: Unpack[Options]) -> list[nn.Module]:
-    """Linear layers, and a ReLU after each."""
+    """Linear layers, each followed by a ReLU."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layers += [Linear(n_in, n_out, **kw), nn.ReLU()]
@@ -28,7 +27,7 @@ def mlp(*sizes: int, **kw: Unpack[Options]) -> list[nn.Module]:
 
 
 class Actor(nn.Module):
-    """The mean and the logarithm of the standard deviation of actions before tanh."""
+    """The Gaussian of actions before tanh: its mean and the logarithm of its standard deviation."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -67,27 +66,26 @@ class SACPolicy(nn.Module):
         self.critic_target = Critic(c, **kw) if c.target else None
 
     def forward(self, obs: Tensor, action: Tensor) -> Output:
-        """obs (B, O), an action (B, A) for the critics -> Output."""
+        """obs (B, O), action (B, A), which only the critics see -> Output."""
         mu, log_std = self.actor(obs)
         values = self.critic(obs, action)
         targets = (None, None) if self.critic_target is None else self.critic_target(obs, action)
         return Output(mu, log_std, torch.tanh(mu), *values, *targets)
 
     def act(self, obs: Tensor) -> Tensor:
-        """The deterministic actions (B, A), between -1 and 1."""
+        """obs (B, O) -> the deterministic actions (B, A), between -1 and 1."""
         mu, _ = self.actor(obs)
         return torch.tanh(mu)
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """obs (B, O), standard normal noise (B, A) -> actions (B, A), their log-density (B,).
 
-        The density is that of the Gaussian, changed by the derivative of tanh (Haarnoja 2018,
-        appendix C).
+        The density is the Gaussian's divided by the derivative of tanh (Haarnoja 2018, appendix C).
         """
         mu, log_std = self.actor(obs)
         std = log_std.exp()
         gaussian = mu + std * noise
         action = torch.tanh(gaussian)
-        density = -((gaussian - mu) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2
-        squashed = torch.log(1 - action**2 + EPSILON)
-        return action, density.sum(dim=1) - squashed.sum(dim=1)
+        log_density = -((gaussian - mu) ** 2) / (2 * std**2) - log_std - math.log(2 * math.pi) / 2
+        log_slope = torch.log(1 - action**2 + EPSILON)
+        return action, log_density.sum(dim=1) - log_slope.sum(dim=1)

@@ -1,5 +1,8 @@
 """The Switch Transformer in Flax NNX: the twin of model_torch.py, class by class.
 
+Fedus 2021, https://arxiv.org/abs/2101.03961; names from transformers'
+SwitchTransformersForConditionalGeneration.
+
 B pairs of sequences, S tokens in each source and T in each target, M features, N heads of D,
 V tokens in the vocabulary; X experts, each with C slots a sequence and F hidden units.
 """
@@ -33,7 +36,7 @@ from zoo.nn.routing_flax import Jitter, router_losses
 
 
 class DenseActDense(nnx.Module):
-    """The feed-forward layer; also what each expert is."""
+    """The feed-forward layer of a dense block."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.wi = nnx.Linear(c.d_model, c.d_ff, use_bias=False, **kw)
@@ -42,38 +45,39 @@ class DenseActDense(nnx.Module):
         self.act = ACTIVATIONS[c.dense_act_fn]
 
     def __call__(self, x: Array) -> Array:
+        """(..., M) -> (..., M)."""
         return self.wo(self.dropout(self.act(self.wi(x))))
 
 
 class Top1Router(nnx.Module):
-    """Every token chooses one expert; in each sequence the first C that choose it get in."""
+    """Every token chooses one expert, which takes the first C of a sequence that choose it."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.num_experts = c.num_experts
         self.capacity = c.expert_capacity
         self.jitter = Jitter(c.router_jitter_noise, **kw)
-        kw["dtype"] = None  # in that of its input, float32 at least
+        kw["dtype"] = None  # computes in its input's dtype: float32 or wider
         self.classifier = nnx.Linear(c.d_model, c.num_experts, use_bias=c.router_bias, **kw)
 
     def __call__(self, x: Array) -> tuple[Array, Array, Array]:
         """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
 
-        `dispatch` is 1 where a token takes a slot of an expert, `weights` is the probability of the
-        expert chosen. Logits and probabilities are computed in float32 at least.
+        `dispatch` is 1 where a token has a slot of an expert, and 0 elsewhere; `weights` is the
+        probability of the expert chosen. Logits and probabilities are in float32 or wider.
         """
         wide = self.jitter(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
         logits = self.classifier(wide)
         probabilities = jax.nn.softmax(logits, -1).astype(x.dtype)
         weights = probabilities.max(-1, keepdims=True)
         chosen = jax.nn.one_hot(probabilities.argmax(-1), self.num_experts, dtype=jnp.int32)
-        place = chosen.cumsum(1) - 1  # how many of the sequence's tokens chose it before
+        place = chosen.cumsum(1) - 1  # how many earlier tokens of the sequence chose it
         slots = jnp.arange(min(self.capacity, x.shape[1]))
         dispatch = chosen[..., None] * (place[..., None] == slots)
         return dispatch.astype(x.dtype), weights, logits
 
 
 class Experts(nnx.Module):
-    """DenseActDense for every expert at once, the matrices of all in one array each."""
+    """A feed-forward layer for each expert; `wi` and `wo` hold the matrices of all of them."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         initializer = nnx.initializers.lecun_normal(batch_axis=0)
@@ -90,7 +94,7 @@ class Experts(nnx.Module):
         self.dtype = kw.get("dtype")
 
     def __call__(self, x: Array) -> Array:
-        """x (X, B, C, M), what is in the slots of each -> the same."""
+        """What is in the slots of each expert, (X, B, C, M) -> (X, B, C, M)."""
         x, wi, wo = promote_dtype((x, self.wi[...], self.wo[...]), dtype=self.dtype)
         hidden = self.dropout(self.act(jnp.einsum("xbcm,xmf->xbcf", x, wi)))
         return jnp.einsum("xbcf,xfm->xbcm", hidden, wo)
@@ -102,7 +106,7 @@ class SparseMLP(nnx.Module):
         self.experts = Experts(c, **kw)
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """x (B, T, M) -> the same, 0 for tokens that found their expert full; logits (B, T, X)."""
+        """(B, T, M) -> (B, T, M), 0 for tokens whose expert is full; router logits (B, T, X)."""
         dispatch, weights, logits = self.router(x)
         y = self.experts(jnp.einsum("btxc,btm->xbcm", dispatch, x))
         return jnp.einsum("btxc,xbcm->btm", dispatch, y) * weights, logits
@@ -116,14 +120,14 @@ class LayerFF(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def __call__(self, x: Array) -> tuple[Array, Array | None]:
-        """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
+        """(B, T, M) -> (B, T, M), and the router's logits (B, T, X); None in a dense layer."""
         y = self.layer_norm(x)
         y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
         return x + self.dropout(y), logits
 
 
 class Attention(nnx.Module):
-    """Without biases and without scaling; the first of a stack holds the stack's position bias."""
+    """No biases, no scaling of the logits. The first of a stack has the position bias of all."""
 
     def __init__(
         self, c: Config, has_relative_attention_bias: bool = False, **kw: Unpack[Options]
@@ -143,18 +147,18 @@ class Attention(nnx.Module):
     def position_bias(
         self, queries: int, keys: int, position: ArrayLike, bidirectional: bool
     ) -> Array:
-        """(1, N, T, S): for T queries from `position` on and S keys from 0 on."""
+        """(1, N, T, S) for T queries, the first at `position`, and S keys, the first at 0."""
         table = bucket_table(self.num_buckets, self.max_distance, bidirectional)
         at = jnp.arange(queries) + position
         buckets = relative_bucket(table, at, jnp.arange(keys), bidirectional)
         return self.relative_attention_bias(buckets).transpose(2, 0, 1)[None]
 
     def keys_values(self, x: Array) -> KeyValue:
-        """x (B, S, M) as what is attended to."""
+        """x (B, S, M) -> the keys and values to attend to."""
         return KeyValue(self._heads(self.k(x)), self._heads(self.v(x)))
 
-    def __call__(self, x: Array, attended: KeyValue, bias: Array | None) -> Array:
-        """x (B, T, M) -> the same; `bias` broadcasts to (B, N, T, S)."""
+    def __call__(self, x: Array, attended: KeyValue, bias: Array | None = None) -> Array:
+        """(B, T, M) -> (B, T, M); `bias`, added to the logits, broadcasts to (B, N, T, S)."""
         query = self._heads(self.q(x))
         bias = None if bias is None else bias.astype(query.dtype)
         out = dot_product_attention(query, *attended, bias, self.dropout, 1.0)
@@ -171,14 +175,18 @@ class LayerSelfAttention(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def __call__(
-        self, x: Array, bias: Array, past: KeyValue | None, position: ArrayLike
+        self,
+        x: Array,
+        bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue]:
-        """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
+        """(B, T, M) -> (B, T, M), and the cache with the keys and values of these positions."""
         y = self.layer_norm(x)
-        now = self.SelfAttention.keys_values(y)
+        cache = self.SelfAttention.keys_values(y)
         if past is not None:
-            now = write_cache(past, now, position)
-        return x + self.dropout(self.SelfAttention(y, now, bias)), now
+            cache = write_cache(past, cache, position)
+        return x + self.dropout(self.SelfAttention(y, cache, bias)), cache
 
 
 class LayerCrossAttention(nnx.Module):
@@ -187,7 +195,8 @@ class LayerCrossAttention(nnx.Module):
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, memory: KeyValue, bias: Array | None) -> Array:
+    def __call__(self, x: Array, memory: KeyValue, bias: Array | None = None) -> Array:
+        """(B, T, M) -> (B, T, M)."""
         return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
 
@@ -205,18 +214,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Array,
-        bias: Array,
-        memory: KeyValue | None,
-        memory_bias: Array | None,
-        past: KeyValue | None,
-        position: ArrayLike,
+        bias: Array | None = None,
+        memory: KeyValue | None = None,
+        memory_bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue, Array | None]:
-        """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
-        x, now = self.layer[0](x, bias, past, position)
+        """(B, T, M) -> (B, T, M), the cache, and the router's logits; None in a dense block."""
+        x, cache = self.layer[0](x, bias, past, position)
         if self.decoder:
             x = self.layer[1](x, memory, memory_bias)
         x, logits = self.layer[-1](x)
-        return x, now, logits
+        return x, cache, logits
 
 
 class Stack(nnx.Module):
@@ -230,22 +239,22 @@ class Stack(nnx.Module):
         self.dropout = nnx.Dropout(c.dropout_rate, rngs=kw["rngs"])
 
     def keys_values(self, memory: Array) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
+        """memory (B, S, M) -> its keys and values for each block, to compute them only once."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def __call__(
         self,
         x: Array,
-        mask: Array | None,
+        mask: Array | None = None,
         memory: list[KeyValue] | None = None,
         memory_mask: Array | None = None,
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
     ) -> tuple[Array, list[KeyValue], list[Array]]:
-        """x (B, T, M) -> the same, the caches, and the logits of each router.
+        """(B, T, M) -> (B, T, M), the cache of each block, and the logits of each router.
 
-        Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
-        caches hold before it.
+        Masks are (B, T) and (B, S), 0 for padding. With `past`, x begins at `position`, and attends
+        to what the caches hold before that.
         """
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
@@ -261,15 +270,15 @@ class Stack(nnx.Module):
             None if memory_mask is None else mask_bias(memory_mask[:, None, None, :], x.dtype)
         )
         x = self.dropout(x)
-        caches, routed = [], []
+        caches, router_logits = [], []
         for i, block in enumerate(self.block):
             source = None if memory is None else memory[i]
             before = None if past is None else past[i]
-            x, now, logits = block(x, bias, source, memory_bias, before, position)
-            caches.append(now)
+            x, cache, logits = block(x, bias, source, memory_bias, before, position)
+            caches.append(cache)
             if logits is not None:
-                routed.append(logits)
-        return self.dropout(self.final_layer_norm(x)), caches, routed
+                router_logits.append(logits)
+        return self.dropout(self.final_layer_norm(x)), caches, router_logits
 
 
 class SwitchTransformer(nnx.Module):
@@ -278,8 +287,8 @@ class SwitchTransformer(nnx.Module):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
         self.shared = nnx.Embed(c.vocab_size, c.d_model, **kw)
-        self.encoder = Stack(c, False, **kw)
-        self.decoder = Stack(c, True, **kw)
+        self.encoder = Stack(c, decoder=False, **kw)
+        self.decoder = Stack(c, decoder=True, **kw)
         self.lm_head = (
             None
             if c.tie_word_embeddings
@@ -293,39 +302,37 @@ class SwitchTransformer(nnx.Module):
         decoder_input_ids: Array | None = None,
         decoder_attention_mask: Array | None = None,
     ) -> Output:
-        """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
+        """ids (B, S) and decoder ids (B, T) -> Output, whose logits at t predict token t + 1.
 
-        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
-        the start token alone.
+        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Decoder ids are the start token
+        alone by default.
         """
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             decoder_input_ids = jnp.full_like(input_ids[:, :1], start)
-        x, routed = self.encode(input_ids, attention_mask)
-        logits, _, decoder_routed = self.decode(
-            decoder_input_ids,
-            self.decoder.keys_values(x),
-            decoder_attention_mask,
-            attention_mask,
+        x, router_logits = self.encode(input_ids, attention_mask)
+        memory = self.decoder.keys_values(x)
+        logits, _, decoder_router_logits = self.decode(
+            decoder_input_ids, memory, decoder_attention_mask, attention_mask
         )
         return Output(
             logits,
-            *router_losses(routed, x),
-            *router_losses(decoder_routed, x),
+            *router_losses(router_logits, x),
+            *router_losses(decoder_router_logits, x),
             x,
-            tuple(routed),
-            tuple(decoder_routed),
+            tuple(router_logits),
+            tuple(decoder_router_logits),
         )
 
     def encode(
         self, input_ids: Array, attention_mask: Array | None = None
     ) -> tuple[Array, list[Array]]:
         """ids (B, S) -> memory (B, S, M), and the logits of each router."""
-        x, _, routed = self.encoder(self.shared(input_ids), attention_mask)
-        return x, routed
+        x, _, router_logits = self.encoder(self.shared(input_ids), attention_mask)
+        return x, router_logits
 
     def remember(self, input_ids: Array, attention_mask: Array | None = None) -> list[KeyValue]:
-        """ids (B, S) -> the memory as each block of the decoder attends to it."""
+        """ids (B, S) -> the memory's keys and values for each block of the decoder."""
         return self.decoder.keys_values(self.encode(input_ids, attention_mask)[0])
 
     def decode(
@@ -339,20 +346,18 @@ class SwitchTransformer(nnx.Module):
     ) -> tuple[Array, list[KeyValue], list[Array]]:
         """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
-        buffers of fixed length; without it these ids are all there is.
+        `memory` is what `remember` returned. `past` holds the keys and values of earlier positions,
+        in buffers of fixed length; None: these ids are the whole sequence so far.
         """
-        x, caches, routed = self.decoder(
-            self.shared(decoder_input_ids),
-            decoder_attention_mask,
-            memory,
-            attention_mask,
-            past,
-            position,
+        x = self.shared(decoder_input_ids)
+        x, caches, router_logits = self.decoder(
+            x, decoder_attention_mask, memory, attention_mask, past, position
         )
-        if self.lm_head is not None:
-            return self.lm_head(x), caches, routed
-        return self.shared.attend(x * self.config.d_model**-0.5), caches, routed
+        if self.lm_head is None:
+            logits = self.shared.attend(x * self.config.d_model**-0.5)
+        else:
+            logits = self.lm_head(x)
+        return logits, caches, router_logits
 
     def generate(
         self,
@@ -369,11 +374,10 @@ class SwitchTransformer(nnx.Module):
     ) -> Array:
         """ids (B, S) -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
 
-        Tokens left out are those of the config. Without `uniforms` each token is the likeliest;
-        with `uniforms` (B, max_new_tokens), numbers in [0, 1), they are drawn by these
-        (`choose_token`), so that both frameworks draw the same. `use_cache=False` decodes all
-        positions anew for every token: experts then fill up as they do in training, whereas one
-        token at a time always finds room.
+        Special tokens are the config's by default. Each token is the likeliest, or, with `uniforms`
+        (B, max_new_tokens) in [0, 1), drawn by these numbers (`choose_token`), so that both
+        frameworks draw the same. `use_cache=False` decodes all positions anew for every token:
+        experts then fill up as in training, while a token decoded by itself always finds room.
         """
         c = self.config
         special = (
@@ -381,5 +385,14 @@ class SwitchTransformer(nnx.Module):
             c.eos_token_id if eos_token is None else eos_token,
             c.pad_token_id if pad_token is None else pad_token,
         )
-        options = uniforms, temperature, top_k, use_cache
-        return generate(self, input_ids, attention_mask, max_new_tokens, special, *options)
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            special,
+            uniforms,
+            temperature,
+            top_k,
+            use_cache,
+        )

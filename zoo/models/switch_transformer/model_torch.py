@@ -31,7 +31,7 @@ from zoo.nn.routing_torch import Jitter, router_losses
 
 
 class DenseActDense(nn.Module):
-    """The feed-forward layer; also what each expert is."""
+    """The feed-forward layer of a dense block, and each expert of a sparse one."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -41,39 +41,40 @@ class DenseActDense(nn.Module):
         self.act = ACTIVATIONS[c.dense_act_fn]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., M) -> (..., M)."""
         return self.wo(self.dropout(self.act(self.wi(x))))
 
 
 class Top1Router(nn.Module):
-    """Every token chooses one expert; in each sequence the first C that choose it get in."""
+    """Every token chooses one expert, which takes the first C of a sequence that choose it."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.num_experts = c.num_experts
         self.capacity = c.expert_capacity
         self.jitter = Jitter(c.router_jitter_noise)
-        kw["dtype"] = None  # in that of its input, float32 at least
+        kw["dtype"] = None  # computes in its input's dtype: float32 or wider
         self.classifier = Linear(c.d_model, c.num_experts, c.router_bias, **kw)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, M) -> dispatch (B, T, X, C), weights (B, T, 1), logits (B, T, X).
 
-        `dispatch` is 1 where a token takes a slot of an expert, `weights` is the probability of the
-        expert chosen. Logits and probabilities are computed in float32 at least.
+        `dispatch` is 1 where a token has a slot of an expert, and 0 elsewhere; `weights` is the
+        probability of the expert chosen. Logits and probabilities are in float32 or wider.
         """
         wide = self.jitter(x.to(torch.promote_types(x.dtype, torch.float32)))
         logits = self.classifier(wide)
         probabilities = torch.softmax(logits, -1).to(x.dtype)
         weights = probabilities.max(-1, keepdim=True).values
         chosen = F.one_hot(probabilities.argmax(-1), self.num_experts)
-        place = chosen.cumsum(1) - 1  # how many of the sequence's tokens chose it before
+        place = chosen.cumsum(1) - 1  # how many earlier tokens of the sequence chose it
         slots = torch.arange(min(self.capacity, x.shape[1]), device=x.device)
         dispatch = chosen[..., None] * (place[..., None] == slots)
         return dispatch.to(x.dtype), weights, logits
 
 
 class Experts(nn.Module):
-    """`expert_0`, `expert_1`, ..."""
+    """A feed-forward layer for each expert: `expert_0`, `expert_1`, ..."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Experts(nn.Module):
             self.add_module(f"expert_{i}", DenseActDense(c, **kw))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (X, B, C, M), what is in the slots of each -> the same."""
+        """What is in the slots of each expert, (X, B, C, M) -> (X, B, C, M)."""
         return torch.stack([expert(y) for expert, y in zip(self.children(), x, strict=True)])
 
 
@@ -92,7 +93,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(c, **kw)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, M) -> the same, 0 for tokens that found their expert full; logits (B, T, X)."""
+        """(B, T, M) -> (B, T, M), 0 for tokens whose expert is full; router logits (B, T, X)."""
         dispatch, weights, logits = self.router(x)
         y = self.experts(torch.einsum("btxc,btm->xbcm", dispatch, x))
         return torch.einsum("btxc,xbcm->btm", dispatch, y) * weights, logits
@@ -107,14 +108,14 @@ class LayerFF(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, M) -> the same, and the router's logits (B, T, X) where the layer is sparse."""
+        """(B, T, M) -> (B, T, M), and the router's logits (B, T, X); None in a dense layer."""
         y = self.layer_norm(x)
         y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
         return x + self.dropout(y), logits
 
 
 class Attention(nn.Module):
-    """Without biases and without scaling; the first of a stack holds the stack's position bias."""
+    """No biases, no scaling of the logits. The first of a stack has the position bias of all."""
 
     def __init__(
         self, c: Config, has_relative_attention_bias: bool = False, **kw: Unpack[Options]
@@ -133,7 +134,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def position_bias(self, queries: int, keys: int, position: int, bidirectional: bool) -> Tensor:
-        """(1, N, T, S): for T queries from `position` on and S keys from 0 on."""
+        """(1, N, T, S) for T queries, the first at `position`, and S keys, the first at 0."""
         device = self.relative_attention_bias.weight.device
         table = bucket_table(self.num_buckets, self.max_distance, bidirectional)
         at = torch.arange(queries, device=device) + position
@@ -141,12 +142,12 @@ class Attention(nn.Module):
         return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
 
     def keys_values(self, x: Tensor) -> KeyValue:
-        """x (B, S, M) as what is attended to."""
+        """x (B, S, M) -> the keys and values to attend to."""
         heads = (self.num_heads, -1)
         return KeyValue(self.k(x).unflatten(-1, heads), self.v(x).unflatten(-1, heads))
 
-    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None) -> Tensor:
-        """x (B, T, M) -> the same; `bias` broadcasts to (B, N, T, S)."""
+    def forward(self, x: Tensor, attended: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """(B, T, M) -> (B, T, M); `bias`, added to the logits, broadcasts to (B, N, T, S)."""
         query = self.q(x).unflatten(-1, (self.num_heads, -1))
         bias = None if bias is None else bias.to(query.dtype)
         dropout = self.dropout.p if self.training else 0.0
@@ -161,14 +162,18 @@ class LayerSelfAttention(nn.Module):
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def forward(
-        self, x: Tensor, bias: Tensor, past: KeyValue | None, position: int
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue]:
-        """x (B, T, M) -> the same, and the cache with the keys and values of these positions."""
+        """(B, T, M) -> (B, T, M), and the cache with the keys and values of these positions."""
         y = self.layer_norm(x)
-        now = self.SelfAttention.keys_values(y)
+        cache = self.SelfAttention.keys_values(y)
         if past is not None:
-            now = write_cache(past, now, position)
-        return x + self.dropout(self.SelfAttention(y, now, bias)), now
+            cache = write_cache(past, cache, position)
+        return x + self.dropout(self.SelfAttention(y, cache, bias)), cache
 
 
 class LayerCrossAttention(nn.Module):
@@ -178,7 +183,8 @@ class LayerCrossAttention(nn.Module):
         self.layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
-    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, memory: KeyValue, bias: Tensor | None = None) -> Tensor:
+        """(B, T, M) -> (B, T, M)."""
         return x + self.dropout(self.EncDecAttention(self.layer_norm(x), memory, bias))
 
 
@@ -197,18 +203,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        bias: Tensor,
-        memory: KeyValue | None,
-        memory_bias: Tensor | None,
-        past: KeyValue | None,
-        position: int,
+        bias: Tensor | None = None,
+        memory: KeyValue | None = None,
+        memory_bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue, Tensor | None]:
-        """x (B, T, M) -> the same, the cache, and the router's logits where the block is sparse."""
-        x, now = self.layer[0](x, bias, past, position)
+        """(B, T, M) -> (B, T, M), the cache, and the router's logits; None in a dense block."""
+        x, cache = self.layer[0](x, bias, past, position)
         if self.decoder:
             x = self.layer[1](x, memory, memory_bias)
         x, logits = self.layer[-1](x)
-        return x, now, logits
+        return x, cache, logits
 
 
 class Stack(nn.Module):
@@ -219,29 +225,31 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder = decoder
-        self.embed_tokens = embed_tokens  # a second name of the model's `shared`
+        self.embed_tokens = (
+            embed_tokens  # the model's `shared` under upstream's second name; not called here
+        )
         layers = c.num_decoder_layers if decoder else c.num_layers
         self.block: Any = nn.ModuleList(Block(c, decoder, i, **kw) for i in range(layers))
         self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon, **kw)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def keys_values(self, memory: Tensor) -> list[KeyValue]:
-        """memory (B, S, M) as each block attends to it: computed once, not for every token."""
+        """memory (B, S, M) -> its keys and values for each block, to compute them only once."""
         return [block.layer[1].EncDecAttention.keys_values(memory) for block in self.block]
 
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | None = None,
         memory: list[KeyValue] | None = None,
         memory_mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
         position: int = 0,
     ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
-        """x (B, T, M) -> the same, the caches, and the logits of each router.
+        """(B, T, M) -> (B, T, M), the cache of each block, and the logits of each router.
 
-        Masks (B, S) are 0 for padding. With `past`, x stands at `position` and attends to what the
-        caches hold before it.
+        Masks are (B, T) and (B, S), 0 for padding. With `past`, x begins at `position`, and attends
+        to what the caches hold before that.
         """
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
@@ -257,15 +265,15 @@ class Stack(nn.Module):
             None if memory_mask is None else mask_bias(memory_mask[:, None, None, :], x.dtype)
         )
         x = self.dropout(x)
-        caches, routed = [], []
+        caches, router_logits = [], []
         for i, block in enumerate(self.block):
             source = None if memory is None else memory[i]
             before = None if past is None else past[i]
-            x, now, logits = block(x, bias, source, memory_bias, before, position)
-            caches.append(now)
+            x, cache, logits = block(x, bias, source, memory_bias, before, position)
+            caches.append(cache)
             if logits is not None:
-                routed.append(logits)
-        return self.dropout(self.final_layer_norm(x)), caches, routed
+                router_logits.append(logits)
+        return self.dropout(self.final_layer_norm(x)), caches, router_logits
 
 
 class SwitchTransformer(nn.Module):
@@ -275,8 +283,8 @@ class SwitchTransformer(nn.Module):
         super().__init__()
         self.config = c
         self.shared = Embedding(c.vocab_size, c.d_model, **kw)
-        self.encoder = Stack(c, False, self.shared, **kw)
-        self.decoder = Stack(c, True, self.shared, **kw)
+        self.encoder = Stack(c, decoder=False, embed_tokens=self.shared, **kw)
+        self.decoder = Stack(c, decoder=True, embed_tokens=self.shared, **kw)
         self.lm_head = Linear(c.d_model, c.vocab_size, bias=False, **kw)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
@@ -288,39 +296,37 @@ class SwitchTransformer(nn.Module):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
     ) -> Output:
-        """ids (B, S) and decoder ids (B, T) -> Output, its logits of the token after each of these.
+        """ids (B, S) and decoder ids (B, T) -> Output, whose logits at t predict token t + 1.
 
-        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Without decoder ids there is
-        the start token alone.
+        Masks are (B, S) and (B, T), 1 for tokens and 0 for padding. Decoder ids are the start token
+        alone by default.
         """
         if decoder_input_ids is None:
             start = self.config.decoder_start_token_id
             decoder_input_ids = torch.full_like(input_ids[:, :1], start)
-        x, routed = self.encode(input_ids, attention_mask)
-        logits, _, decoder_routed = self.decode(
-            decoder_input_ids,
-            self.decoder.keys_values(x),
-            decoder_attention_mask,
-            attention_mask,
+        x, router_logits = self.encode(input_ids, attention_mask)
+        memory = self.decoder.keys_values(x)
+        logits, _, decoder_router_logits = self.decode(
+            decoder_input_ids, memory, decoder_attention_mask, attention_mask
         )
         return Output(
             logits,
-            *router_losses(routed, x),
-            *router_losses(decoder_routed, x),
+            *router_losses(router_logits, x),
+            *router_losses(decoder_router_logits, x),
             x,
-            tuple(routed),
-            tuple(decoder_routed),
+            tuple(router_logits),
+            tuple(decoder_router_logits),
         )
 
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """ids (B, S) -> memory (B, S, M), and the logits of each router."""
-        x, _, routed = self.encoder(self.shared(input_ids), attention_mask)
-        return x, routed
+        x, _, router_logits = self.encoder(self.shared(input_ids), attention_mask)
+        return x, router_logits
 
     def remember(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[KeyValue]:
-        """ids (B, S) -> the memory as each block of the decoder attends to it."""
+        """ids (B, S) -> the memory's keys and values for each block of the decoder."""
         return self.decoder.keys_values(self.encode(input_ids, attention_mask)[0])
 
     def decode(
@@ -334,20 +340,16 @@ class SwitchTransformer(nn.Module):
     ) -> tuple[Tensor, list[KeyValue], list[Tensor]]:
         """ids (B, T), the first at `position` -> logits (B, T, V), caches, logits of each router.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
-        buffers of fixed length; without it these ids are all there is.
+        `memory` is what `remember` returned. `past` holds the keys and values of earlier positions,
+        in buffers of fixed length; None: these ids are the whole sequence so far.
         """
-        x, caches, routed = self.decoder(
-            self.shared(decoder_input_ids),
-            decoder_attention_mask,
-            memory,
-            attention_mask,
-            past,
-            position,
+        x = self.shared(decoder_input_ids)
+        x, caches, router_logits = self.decoder(
+            x, decoder_attention_mask, memory, attention_mask, past, position
         )
         if self.config.tie_word_embeddings:
             x = x * self.config.d_model**-0.5
-        return self.lm_head(x), caches, routed
+        return self.lm_head(x), caches, router_logits
 
     def generate(
         self,
@@ -364,11 +366,10 @@ class SwitchTransformer(nn.Module):
     ) -> Tensor:
         """ids (B, S) -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
 
-        Tokens left out are those of the config. Without `uniforms` each token is the likeliest;
-        with `uniforms` (B, max_new_tokens), numbers in [0, 1), they are drawn by these
-        (`choose_token`), so that both frameworks draw the same. `use_cache=False` decodes all
-        positions anew for every token: experts then fill up as they do in training, whereas one
-        token at a time always finds room.
+        Special tokens are the config's by default. Each token is the likeliest, or, with `uniforms`
+        (B, max_new_tokens) in [0, 1), drawn by these numbers (`choose_token`), so that both
+        frameworks draw the same. `use_cache=False` decodes all positions anew for every token:
+        experts then fill up as in training, while a token decoded by itself always finds room.
         """
         c = self.config
         special = (
@@ -376,5 +377,14 @@ class SwitchTransformer(nn.Module):
             c.eos_token_id if eos_token is None else eos_token,
             c.pad_token_id if pad_token is None else pad_token,
         )
-        options = uniforms, temperature, top_k, use_cache
-        return generate(self, input_ids, attention_mask, max_new_tokens, special, *options)
+        return generate(
+            self,
+            input_ids,
+            attention_mask,
+            max_new_tokens,
+            special,
+            uniforms,
+            temperature,
+            top_k,
+            use_cache,
+        )

@@ -1,5 +1,7 @@
 """The Transformer in Flax NNX: the twin of model_torch.py, class by class.
 
+Vaswani 2017, https://arxiv.org/abs/1706.03762; names from torch.nn.Transformer.
+
 B pairs of sequences, S tokens in each source and T in each target, E features, N heads of
 D = E / N, V tokens in the target's vocabulary.
 """
@@ -11,6 +13,7 @@ from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -35,8 +38,8 @@ class TransformerEncoderLayer(nnx.Module):
         self.dropout1 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
         self.dropout2 = nnx.Dropout(c.dropout, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, bias: Array | None) -> Array:
-        """x (B, S, E) -> the same; `bias` masks what is not attended to."""
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
+        """(B, S, E) -> (B, S, E); `bias`, added to the logits, hides the padding."""
         if self.norm_first:
             x = x + self._attend(self.norm1(x), bias)
             return x + self._feed_forward(self.norm2(x))
@@ -70,23 +73,32 @@ class TransformerDecoderLayer(nnx.Module):
         self,
         x: Array,
         memory: KeyValue,
-        bias: Array,
-        memory_bias: Array | None,
-        past: KeyValue | None,
-        position: ArrayLike,
+        bias: Array | None = None,
+        memory_bias: Array | None = None,
+        past: KeyValue | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, KeyValue]:
-        """x (B, T, E) -> the same, and the cache with the keys and values of these positions."""
-        y = self.norm1(x) if self.norm_first else x
-        now = self.self_attn.keys_values(y)
-        if past is not None:
-            now = write_cache(past, now, position)
-        x = x + self.dropout1(self.self_attn(y, now, bias))
+        """(B, T, E) -> (B, T, E), and the cache with the keys and values of these positions.
+
+        `bias` hides padding and later tokens, `memory_bias` the padding of the source.
+        """
         if self.norm_first:
+            y, cache = self._attend_to_self(self.norm1(x), bias, past, position)
+            x = x + y
             x = x + self._attend(self.norm2(x), memory, memory_bias)
-            return x + self._feed_forward(self.norm3(x)), now
-        x = self.norm1(x)
+            return x + self._feed_forward(self.norm3(x)), cache
+        y, cache = self._attend_to_self(x, bias, past, position)
+        x = self.norm1(x + y)
         x = self.norm2(x + self._attend(x, memory, memory_bias))
-        return self.norm3(x + self._feed_forward(x)), now
+        return self.norm3(x + self._feed_forward(x)), cache
+
+    def _attend_to_self(
+        self, x: Array, bias: Array | None, past: KeyValue | None, position: ArrayLike
+    ) -> tuple[Array, KeyValue]:
+        cache = self.self_attn.keys_values(x)
+        if past is not None:
+            cache = write_cache(past, cache, position)
+        return self.dropout1(self.self_attn(x, cache, bias)), cache
 
     def _attend(self, x: Array, memory: KeyValue, bias: Array | None) -> Array:
         return self.dropout2(self.multihead_attn(x, memory, bias))
@@ -101,8 +113,8 @@ class TransformerEncoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
-    def __call__(self, x: Array, bias: Array | None) -> Array:
-        """x (B, S, E) -> memory (B, S, E)."""
+    def __call__(self, x: Array, bias: Array | None = None) -> Array:
+        """(B, S, E) -> memory (B, S, E)."""
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
@@ -115,21 +127,21 @@ class TransformerDecoder(nnx.Module):
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
     def keys_values(self, memory: Array) -> list[KeyValue]:
-        """memory (B, S, E) as each layer attends to it: computed once, not for every token."""
+        """memory (B, S, E) -> its keys and values for each layer, to compute them only once."""
         return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
 
     def __call__(
         self,
         x: Array,
         memory: list[KeyValue],
-        memory_bias: Array | None,
-        tgt_key_padding_mask: Array | None,
-        past: list[KeyValue] | None,
-        position: ArrayLike,
+        memory_bias: Array | None = None,
+        tgt_key_padding_mask: Array | None = None,
+        past: list[KeyValue] | None = None,
+        position: ArrayLike = 0,
     ) -> tuple[Array, list[KeyValue]]:
-        """x (B, T, E) -> the same, and the caches.
+        """(B, T, E) -> (B, T, E), and the cache of each layer.
 
-        With `past`, x stands at `position` and attends to what the caches hold before it.
+        With `past`, x begins at `position`, and attends to what the caches hold before that.
         """
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
@@ -140,13 +152,16 @@ class TransformerDecoder(nnx.Module):
         caches = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past[i]
-            x, now = layer(x, memory[i], bias, memory_bias, before, position)
-            caches.append(now)
+            x, cache = layer(x, memory[i], bias, memory_bias, before, position)
+            caches.append(cache)
         return self.norm(x), caches
 
 
 class Generator(nnx.Module):
-    """Logits by its own matrix, or by that of the embeddings, which NNX holds once: handed in."""
+    """Logits by a matrix of its own, or, with `tie_embeddings`, by that of the embeddings.
+
+    The embeddings come with the call: held here too, they would have two names in the state.
+    """
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         param_dtype = kw.get("param_dtype", jnp.float32)
@@ -161,12 +176,12 @@ class Generator(nnx.Module):
         self.dtype = kw.get("dtype")
 
     def __call__(self, x: Array, words: nnx.Embed) -> Array:
-        """x (B, T, E) -> (B, T, V)."""
+        """x (B, T, E) -> logits (B, T, V)."""
         if self.kernel is None:
             logits = words.attend(x)
             return logits + self.bias[...].astype(logits.dtype)
         arrays = x, self.kernel[...], self.bias[...]
-        x, kernel, bias = nnx.nn.dtypes.promote_dtype(arrays, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(arrays, dtype=self.dtype)
         return x @ kernel + bias
 
 
@@ -192,10 +207,10 @@ class Transformer(nnx.Module):
         tgt_key_padding_mask: Array | None = None,
         memory_key_padding_mask: Array | None = None,
     ) -> Array:
-        """src (B, S) and tgt (B, T) ids -> logits (B, T, V) of the token after each of tgt.
+        """src (B, S) and tgt (B, T) ids -> logits (B, T, V): those at t predict token t + 1.
 
-        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's mask is
-        the source's unless another is given. No token of tgt attends to a later one.
+        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's is that
+        of the source by default. No token of tgt attends to a later one.
         """
         if memory_key_padding_mask is None:
             memory_key_padding_mask = src_key_padding_mask
@@ -208,7 +223,7 @@ class Transformer(nnx.Module):
         return self.encoder(x, _bias(src_key_padding_mask, x.dtype))
 
     def remember(self, src: Array, src_key_padding_mask: Array | None = None) -> list[KeyValue]:
-        """src (B, S) ids -> the memory as each layer of the decoder attends to it."""
+        """src (B, S) ids -> the memory's keys and values for each layer of the decoder."""
         return self.decoder.keys_values(self.encode(src, src_key_padding_mask))
 
     def decode(
@@ -220,10 +235,10 @@ class Transformer(nnx.Module):
         past: list[KeyValue] | None = None,
         position: ArrayLike = 0,
     ) -> tuple[Array, list[KeyValue]]:
-        """tgt (B, T) ids, the first at `position` -> logits (B, T, V) and the caches.
+        """tgt (B, T) ids, the first at `position` -> logits (B, T, V), and the cache of each layer.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
-        buffers of fixed length; without it tgt is all there is.
+        `memory` is what `remember` returned. `past` holds the keys and values of earlier positions,
+        in buffers of fixed length; None: tgt is the whole sequence so far.
         """
         length = tgt.shape[1] if past is None else past[0].key.shape[1]
         x = self._embed(self.tgt_embedding, tgt, position, length)
@@ -246,21 +261,30 @@ class Transformer(nnx.Module):
     ) -> Array:
         """src (B, S) ids -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
 
-        Without `uniforms` each token is the likeliest; with `uniforms` (B, max_new_tokens), numbers
-        in [0, 1), they are drawn by these (`choose_token`), so that both frameworks draw the same.
-        `use_cache=False` decodes all positions anew for every token.
+        Each token is the likeliest, or, with `uniforms` (B, max_new_tokens) in [0, 1), drawn by
+        these numbers (`choose_token`), so that both frameworks draw the same. `use_cache=False`
+        decodes all positions anew for every token.
         """
         special = start_token, eos_token, pad_token
-        options = uniforms, temperature, top_k, use_cache
-        return generate(self, src, src_key_padding_mask, max_new_tokens, special, *options)
+        return generate(
+            self,
+            src,
+            src_key_padding_mask,
+            max_new_tokens,
+            special,
+            uniforms,
+            temperature,
+            top_k,
+            use_cache,
+        )
 
     def _embed(self, words: nnx.Embed, ids: Array, position: ArrayLike, length: int) -> Array:
-        """ids (B, T) at `position` of at most `length` -> (B, T, E)."""
+        """ids (B, T), the first at `position`, all positions below `length` -> (B, T, E)."""
         x = words(ids) * math.sqrt(self.d_model)
         at = jnp.arange(ids.shape[1]) + position
         return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
 
 
 def _bias(padding: Array | None, dtype: DTypeLike) -> Array | None:
-    """(B, S), true for padding -> (B, 1, 1, S) for the logits of attention."""
+    """(B, S), true for padding -> (B, 1, 1, S), to add to the logits of attention."""
     return None if padding is None else mask_bias(~padding.astype(bool)[:, None, None, :], dtype)

@@ -35,8 +35,8 @@ class TransformerEncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(c.dropout)
         self.dropout2 = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, S, E) -> the same; `bias` masks what is not attended to."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, S, E) -> (B, S, E); `bias`, added to the logits, hides the padding."""
         if self.norm_first:
             x = x + self._attend(self.norm1(x), bias)
             return x + self._feed_forward(self.norm2(x))
@@ -71,23 +71,32 @@ class TransformerDecoderLayer(nn.Module):
         self,
         x: Tensor,
         memory: KeyValue,
-        bias: Tensor,
-        memory_bias: Tensor | None,
-        past: KeyValue | None,
-        position: int,
+        bias: Tensor | None = None,
+        memory_bias: Tensor | None = None,
+        past: KeyValue | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, KeyValue]:
-        """x (B, T, E) -> the same, and the cache with the keys and values of these positions."""
-        y = self.norm1(x) if self.norm_first else x
-        now = self.self_attn.keys_values(y)
-        if past is not None:
-            now = write_cache(past, now, position)
-        x = x + self.dropout1(self.self_attn(y, now, bias))
+        """(B, T, E) -> (B, T, E), and the cache with the keys and values of these positions.
+
+        `bias` hides padding and later tokens, `memory_bias` the padding of the source.
+        """
         if self.norm_first:
+            y, cache = self._attend_to_self(self.norm1(x), bias, past, position)
+            x = x + y
             x = x + self._attend(self.norm2(x), memory, memory_bias)
-            return x + self._feed_forward(self.norm3(x)), now
-        x = self.norm1(x)
+            return x + self._feed_forward(self.norm3(x)), cache
+        y, cache = self._attend_to_self(x, bias, past, position)
+        x = self.norm1(x + y)
         x = self.norm2(x + self._attend(x, memory, memory_bias))
-        return self.norm3(x + self._feed_forward(x)), now
+        return self.norm3(x + self._feed_forward(x)), cache
+
+    def _attend_to_self(
+        self, x: Tensor, bias: Tensor | None, past: KeyValue | None, position: int
+    ) -> tuple[Tensor, KeyValue]:
+        cache = self.self_attn.keys_values(x)
+        if past is not None:
+            cache = write_cache(past, cache, position)
+        return self.dropout1(self.self_attn(x, cache, bias)), cache
 
     def _attend(self, x: Tensor, memory: KeyValue, bias: Tensor | None) -> Tensor:
         return self.dropout2(self.multihead_attn(x, memory, bias))
@@ -103,8 +112,8 @@ class TransformerEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x (B, S, E) -> memory (B, S, E)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, S, E) -> memory (B, S, E)."""
         for layer in self.layers:
             x = layer(x, bias)
         return self.norm(x)
@@ -118,21 +127,21 @@ class TransformerDecoder(nn.Module):
         self.norm = LayerNorm(c.d_model, c.layer_norm_eps, **kw)
 
     def keys_values(self, memory: Tensor) -> list[KeyValue]:
-        """memory (B, S, E) as each layer attends to it: computed once, not for every token."""
+        """memory (B, S, E) -> its keys and values for each layer, to compute them only once."""
         return [layer.multihead_attn.keys_values(memory) for layer in self.layers]
 
     def forward(
         self,
         x: Tensor,
         memory: list[KeyValue],
-        memory_bias: Tensor | None,
-        tgt_key_padding_mask: Tensor | None,
-        past: list[KeyValue] | None,
-        position: int,
+        memory_bias: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        past: list[KeyValue] | None = None,
+        position: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """x (B, T, E) -> the same, and the caches.
+        """(B, T, E) -> (B, T, E), and the cache of each layer.
 
-        With `past`, x stands at `position` and attends to what the caches hold before it.
+        With `past`, x begins at `position`, and attends to what the caches hold before that.
         """
         T = x.shape[1]
         keys = T if past is None else past[0].key.shape[1]
@@ -143,16 +152,9 @@ class TransformerDecoder(nn.Module):
         caches = []
         for i, layer in enumerate(self.layers):
             before = None if past is None else past[i]
-            x, now = layer(x, memory[i], bias, memory_bias, before, position)
-            caches.append(now)
+            x, cache = layer(x, memory[i], bias, memory_bias, before, position)
+            caches.append(cache)
         return self.norm(x), caches
-
-
-class Generator(Linear):
-    """Logits by its own matrix, or by that of the embeddings, which is then its own too."""
-
-    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
-        super().__init__(c.d_model, c.tgt_vocab_size, **kw)
 
 
 class Transformer(nn.Module):
@@ -167,7 +169,7 @@ class Transformer(nn.Module):
         )
         self.encoder = TransformerEncoder(c, **kw)
         self.decoder = TransformerDecoder(c, **kw)
-        self.generator = Generator(c, **kw)
+        self.generator = Linear(c.d_model, c.tgt_vocab_size, **kw)
         self.dropout = nn.Dropout(c.dropout)
         if c.tie_embeddings:
             self.generator.weight = self.src_embedding.weight
@@ -180,10 +182,10 @@ class Transformer(nn.Module):
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """src (B, S) and tgt (B, T) ids -> logits (B, T, V) of the token after each of tgt.
+        """src (B, S) and tgt (B, T) ids -> logits (B, T, V): those at t predict token t + 1.
 
-        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's mask is
-        the source's unless another is given. No token of tgt attends to a later one.
+        Masks are (B, S) or (B, T), true for padding, which is not attended to; the memory's is that
+        of the source by default. No token of tgt attends to a later one.
         """
         if memory_key_padding_mask is None:
             memory_key_padding_mask = src_key_padding_mask
@@ -196,7 +198,7 @@ class Transformer(nn.Module):
         return self.encoder(x, _bias(src_key_padding_mask, x.dtype))
 
     def remember(self, src: Tensor, src_key_padding_mask: Tensor | None = None) -> list[KeyValue]:
-        """src (B, S) ids -> the memory as each layer of the decoder attends to it."""
+        """src (B, S) ids -> the memory's keys and values for each layer of the decoder."""
         return self.decoder.keys_values(self.encode(src, src_key_padding_mask))
 
     def decode(
@@ -208,10 +210,10 @@ class Transformer(nn.Module):
         past: list[KeyValue] | None = None,
         position: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """tgt (B, T) ids, the first at `position` -> logits (B, T, V) and the caches.
+        """tgt (B, T) ids, the first at `position` -> logits (B, T, V), and the cache of each layer.
 
-        `memory` is what `remember` gave. `past` holds the keys and values of earlier positions in
-        buffers of fixed length; without it tgt is all there is.
+        `memory` is what `remember` returned. `past` holds the keys and values of earlier positions,
+        in buffers of fixed length; None: tgt is the whole sequence so far.
         """
         length = tgt.shape[1] if past is None else past[0].key.shape[1]
         x = self._embed(self.tgt_embedding, tgt, position, length)
@@ -234,21 +236,30 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """src (B, S) ids -> tokens (B, max_new_tokens), padded after `eos_token`; in eval mode.
 
-        Without `uniforms` each token is the likeliest; with `uniforms` (B, max_new_tokens), numbers
-        in [0, 1), they are drawn by these (`choose_token`), so that both frameworks draw the same.
-        `use_cache=False` decodes all positions anew for every token.
+        Each token is the likeliest, or, with `uniforms` (B, max_new_tokens) in [0, 1), drawn by
+        these numbers (`choose_token`), so that both frameworks draw the same. `use_cache=False`
+        decodes all positions anew for every token.
         """
         special = start_token, eos_token, pad_token
-        options = uniforms, temperature, top_k, use_cache
-        return generate(self, src, src_key_padding_mask, max_new_tokens, special, *options)
+        return generate(
+            self,
+            src,
+            src_key_padding_mask,
+            max_new_tokens,
+            special,
+            uniforms,
+            temperature,
+            top_k,
+            use_cache,
+        )
 
     def _embed(self, words: Embedding, ids: Tensor, position: int, length: int) -> Tensor:
-        """ids (B, T) at `position` of at most `length` -> (B, T, E)."""
+        """ids (B, T), the first at `position`, all positions below `length` -> (B, T, E)."""
         x = words(ids) * math.sqrt(self.d_model)
         at = torch.arange(ids.shape[1], device=x.device) + position
         return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
 
 
 def _bias(padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """(B, S), true for padding -> (B, 1, 1, S) for the logits of attention."""
+    """(B, S), true for padding -> (B, 1, 1, S), to add to the logits of attention."""
     return None if padding is None else mask_bias(~padding.bool()[:, None, None, :], dtype)

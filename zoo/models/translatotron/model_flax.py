@@ -1,8 +1,10 @@
 """Translatotron in Flax NNX: the twin of model_torch.py, class by class.
 
+Jia 2019, https://arxiv.org/abs/1904.06037.
+
 B utterances; S source frames of C mel channels; T target frames of F bins, predicted r at a time in
-K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the width
-of the LSTM at hand.
+K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the size
+of the LSTM in question.
 """
 
 from __future__ import annotations
@@ -24,22 +26,22 @@ from zoo.nn.recurrent_flax import LSTM, LSTMCell
 
 
 class State(NamedTuple):
-    """What an attentive LSTM carries from one step to the next."""
+    """What AttentiveLSTM carries from one step to the next."""
 
     cells: tuple[tuple[Array, Array], ...]  # (h, c) of each layer, each (B, H)
     context: Array  # (B, A), what was attended to
 
 
 class Masks(NamedTuple):
-    """Factors of all K steps, drawn before the loop: in Flax a scan's body cannot draw.
+    """Random factors of all K steps, drawn before the loop, as NNX cannot draw in a scan.
 
-    Outside of training they are constants, with axes of length 1 that broadcast.
+    In evaluation they are constant, and axes of length 1 broadcast.
     """
 
-    # (K, layers, 2, B, H): share of the new h and c that is taken. 1 or 0 in training, 1 - zoneout
-    # outside of it.
+    # (K, layers, 2, B, H): how far h and c move to their new values. 0 or 1 in training,
+    # 1 - zoneout in evaluation.
     update: Array
-    attention: Array  # (K, B, N, S): attention dropout. 0 or 1 / (1 - p) in training, 1 outside
+    attention: Array  # (K, B, N, S): dropout. 0 or 1 / (1 - p) in training, 1 in evaluation
 
 
 class Encoder(nnx.Module):
@@ -48,12 +50,12 @@ class Encoder(nnx.Module):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         widths = [c.mel_channels] + [2 * c.encoder_size] * (c.encoder_layers - 1)
         self.layers = nnx.List(
-            [LSTM(n, c.encoder_size, batch_first=True, bidirectional=True, **kw) for n in widths]
+            LSTM(n, c.encoder_size, batch_first=True, bidirectional=True, **kw) for n in widths
         )
         self.dropout = nnx.Dropout(c.dropout_prob, rngs=kw["rngs"])
 
-    def __call__(self, x: Array, lengths: Array | None) -> list[Array]:
-        """x (B, S, C) -> the outputs of every layer, (B, S, 2H) each."""
+    def __call__(self, x: Array, lengths: Array | None = None) -> list[Array]:
+        """x (B, S, C), lengths (B,) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
         for layer in self.layers:
             x, _ = layer(x, lengths=lengths)
@@ -63,7 +65,7 @@ class Encoder(nnx.Module):
 
 
 class PreNet(nnx.Module):
-    """The bottleneck through which the decoder sees its own last frame."""
+    """The bottleneck through which the decoder sees the frame before."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.fc1 = nnx.Linear(c.frame_size, c.prenet_size, **kw)
@@ -79,10 +81,10 @@ class PreNet(nnx.Module):
 class AttentiveLSTM(nnx.Module):
     """LSTM layers with attention.
 
-    At each step the first layer reads [input, last context], and the top layer's h is the query
-    that gives the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps its
-    old value with probability zoneout; in evaluation it moves (1 - zoneout) of the way, which is
-    the mean.
+    At each step the bottom layer reads the input and the last context, and h of the top layer is
+    the query for the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps
+    its old value with probability `zoneout`; in evaluation it moves by the mean, 1 - zoneout of the
+    way.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class AttentiveLSTM(nnx.Module):
         self.attention_size = attention_size
         self.keep = 1 - c.zoneout
         widths = [n_in + attention_size] + [size] * (layers - 1)
-        self.cells = nnx.List([LSTMCell(n, size, **kw) for n in widths])
+        self.cells = nnx.List(LSTMCell(n, size, **kw) for n in widths)
         self.attention = AdditiveAttention(
             query_dim=size, memory_dim=2 * c.encoder_size, size=attention_size, heads=heads, **kw
         )
@@ -108,8 +110,8 @@ class AttentiveLSTM(nnx.Module):
         self.attention_dropout = nnx.Dropout(c.attention_dropout, rngs=kw["rngs"])
 
     def __call__(self, x: Array, memory: Memory) -> tuple[Array, Array]:
-        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A), and the
-        attention weights, (B, K, N, S)."""
+        """x (B, K, n_in) -> the top layer's h and the context, (B, K, H + A), and the attention
+        weights (B, K, N, S)."""
 
         def body(state: State, at: tuple[Array, Masks]) -> tuple[State, tuple[Array, ...]]:
             x, masks = at
@@ -123,7 +125,7 @@ class AttentiveLSTM(nnx.Module):
         return jnp.concatenate([tops, contexts], -1), weights
 
     def step(self, x: Array, state: State, memory: Memory, masks: Masks) -> tuple[State, Array]:
-        """x (B, n_in), masks of this step -> the next state, and the weights (B, N, S)."""
+        """x (B, n_in), masks of this step -> the next state, and attention weights (B, N, S)."""
         x = jnp.concatenate([x, state.context], -1)
         cells = []
         for cell, (h, c), update in zip(self.cells, state.cells, masks.update, strict=True):
@@ -141,18 +143,18 @@ class AttentiveLSTM(nnx.Module):
         return State(tuple((zeros, zeros) for _ in self.cells), context)
 
     def masks(self, steps: int, memory: Memory) -> Masks:
-        """As Masks says, for K = `steps`."""
+        """Draws the factors of K = `steps` steps, as Masks describes them."""
         B, S, N, _ = memory.keys.shape
         training = not self.zoneout.deterministic
         batch, size, weights = (B, self.size, (B, N, S)) if training else (1, 1, (1, 1, 1))
         ones = jnp.ones((steps, len(self.cells), 2, batch, size), memory.keys.dtype)
-        # Dropout gives 0 or 1 / keep in training and 1 outside: times keep, 0 or 1, and keep.
+        # Dropout of ones is 0 or 1 / keep in training, and 1 in evaluation.
         update = self.keep * self.zoneout(ones)
         return Masks(update, self.attention_dropout(jnp.ones((steps, *weights), memory.keys.dtype)))
 
 
 class SpectrogramDecoder(nnx.Module):
-    """Tacotron 2's decoder (Shen 2018), r frames a step."""
+    """Tacotron 2's decoder (Shen 2018), with r frames a step."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.reduction = c.reduction
@@ -172,22 +174,23 @@ class SpectrogramDecoder(nnx.Module):
         self.stop = nnx.Linear(c.decoder_size + A, 1, **kw)
 
     def __call__(self, target: Array, memory: Memory) -> tuple[Array, Array, Array]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K), and the
-        attention weights (B, K, N, S)."""
-        # The last frame of the step before; zeros first.
+        """target (B, T, F) -> frames (B, T, F), stop logits (B, K), and the attention weights
+        (B, K, N, S)."""
+        # Each step sees the last target frame of the step before; the first sees zeros.
         shifted = target[:, self.reduction - 1 : -1 : self.reduction]
         previous = jnp.pad(shifted, ((0, 0), (1, 0), (0, 0)))
         y, weights = self.rnn(self.prenet(previous), memory)
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Array, Array]:
-        """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
+        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), stop
+        logits (B, K)."""
         B, dtype = memory.keys.shape[0], memory.keys.dtype
 
         def body(
             carry: tuple[State, Array], masks: Masks
         ) -> tuple[tuple[State, Array], tuple[Array, Array]]:
-            state, previous = carry  # and the last frame
+            state, previous = carry  # `previous` is the last frame, (B, F)
             state, _ = self.rnn.step(self.prenet(previous), state, memory, masks)
             y = jnp.concatenate([state.cells[-1][0], state.context], -1)
             made = self.frame(y).reshape(B, self.reduction, -1)
@@ -200,14 +203,14 @@ class SpectrogramDecoder(nnx.Module):
 
 
 class PostNet(nnx.Module):
-    """Convolutions over time that correct all frames once they are there."""
+    """Convolutions over time that correct the decoder's frames."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         k = c.postnet_kernel
         self.convs = nnx.List(
-            [Conv1d(n, m, k, padding=k // 2, bias=False, **kw) for n, m in c.postnet_widths]
+            Conv1d(n, m, k, padding=k // 2, bias=False, **kw) for n, m in c.postnet_widths
         )
-        self.norms = nnx.List([BatchNorm1d(m, **kw) for _, m in c.postnet_widths])
+        self.norms = nnx.List(BatchNorm1d(m, **kw) for _, m in c.postnet_widths)
         self.dropout = nnx.Dropout(c.postnet_dropout, rngs=kw["rngs"])
 
     def __call__(self, frames: Array) -> Array:
@@ -220,7 +223,7 @@ class PostNet(nnx.Module):
 
 
 class PhonemeDecoder(nnx.Module):
-    """An auxiliary decoder: the phonemes of one language, each from those before it."""
+    """An auxiliary decoder: the phonemes of one language, each predicted from those before it."""
 
     def __init__(self, c: Config, symbols: int, **kw: Unpack[Options]) -> None:
         size = c.auxiliary_size
@@ -231,14 +234,14 @@ class PhonemeDecoder(nnx.Module):
         self.output = nnx.Linear(2 * size, symbols, **kw)
 
     def __call__(self, phonemes: Array, encoded: Array, mask: Array) -> tuple[Array, Array]:
-        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols), and the
-        attention weights (B, L, 1, S)."""
+        """phonemes (B, L), of which the first starts the sequence, encoder outputs (B, S, 2H), mask
+        (B, S) -> logits (B, L, symbols) of the next phonemes, attention weights (B, L, 1, S)."""
         y, weights = self.rnn(self.embedding(phonemes), self.rnn.attention.memory(encoded, mask))
         return self.output(y), weights
 
 
 class Translatotron(nnx.Module):
-    """Speech to speech, with the phonemes of both sides as a help in training."""
+    """Speech to speech, with decoders of the phonemes of both sides as auxiliary tasks."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.config = c
@@ -260,7 +263,8 @@ class Translatotron(nnx.Module):
         """Teacher-forced: source (B, S, C), target (B, T, F), T a multiple of r -> Output.
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
-        whatever starts a sequence; without them their logits and weights are None.
+        the symbol that starts a sequence; without them their logits and weights are None.
+        ValueError for another T, or for phonemes that the config has no decoder for.
         """
         c = self.config
         c.check_frames(target.shape[1])
@@ -292,32 +296,32 @@ class Translatotron(nnx.Module):
     def translate(
         self, source: Array, steps: int, source_lengths: Array | None = None
     ) -> Translation:
-        """Frame by frame from the model's own frames: source (B, S, C) -> Translation.
+        """source (B, S, C) -> Translation, each step from the frames of the step before.
 
-        Always `steps` steps; an utterance ends with the first whose stop logit is positive, and
-        the post-net sees zeros after that. One compiled scan; other sizes compile anew.
+        Always takes `steps` steps. An utterance ends with the first step whose stop logit is
+        positive, and the post-net sees zeros after that. Compiled as one scan, for each size anew.
 
-        In evaluation only. Tacotron 2 keeps the pre-net's dropout on here; then no two runs would
-        be alike. ValueError in training mode, or if `steps` is below 1.
+        Unlike in Tacotron 2 the pre-net's dropout is off, so that two runs are alike. ValueError in
+        training mode, or if `steps` is below 1.
         """
         if not self.decoder.rnn.zoneout.deterministic:
             raise ValueError("translate() is for evaluation: call eval() first")
         if steps < 1:
-            raise ValueError(f"steps is {steps}, and at least 1")
+            raise ValueError(f"steps is {steps}: at least 1 is needed")
         return _translate(*nnx.split(self), source, steps, source_lengths)
 
     def encode(self, source: Array, lengths: Array | None) -> tuple[list[Array], Array]:
-        """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
-        utterance."""
+        """source (B, S, C) -> the outputs of every encoder layer, (B, S, 2H) each, and the mask
+        (B, S), true up to the end of each utterance."""
         B, S, _ = source.shape
-        # To a layer's dtype: a float64 spectrogram must not promote a float32 model.
+        # In the model's dtype: a float64 spectrogram must not promote a float32 model.
         layer = self.decoder.stop
         source = jnp.asarray(source, layer.dtype or layer.kernel[...].dtype)
         mask = jnp.ones((B, S), bool) if lengths is None else jnp.arange(S) < lengths[:, None]
         return self.encoder(source, lengths), mask
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("graph", "steps"))
 def _translate(
     graph: nnx.GraphDef[Translatotron],
     state: nnx.State,

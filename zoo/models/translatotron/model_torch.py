@@ -1,8 +1,8 @@
 """Translatotron in PyTorch. Jia 2019, https://arxiv.org/abs/1904.06037.
 
 B utterances; S source frames of C mel channels; T target frames of F bins, predicted r at a time in
-K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the width
-of the LSTM at hand.
+K = T/r decoder steps; N attention heads, A units of all heads together; L phonemes. H is the size
+of the LSTM in question.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from zoo.nn.recurrent_torch import LSTM, LSTMCell
 
 
 class State(NamedTuple):
-    """What an attentive LSTM carries from one step to the next."""
+    """What AttentiveLSTM carries from one step to the next."""
 
     cells: tuple[tuple[Tensor, Tensor], ...]  # (h, c) of each layer, each (B, H)
     context: Tensor  # (B, A), what was attended to
 
 
 class Masks(NamedTuple):
-    """Factors of all K steps, drawn before the loop: in Flax a scan's body cannot draw.
+    """Random factors of all K steps, drawn before the loop, as NNX cannot draw in a scan.
 
-    Outside of training they are constants, with axes of length 1 that broadcast.
+    In evaluation they are constant, and axes of length 1 broadcast.
     """
 
-    # (K, layers, 2, B, H): share of the new h and c that is taken. 1 or 0 in training, 1 - zoneout
-    # outside of it.
+    # (K, layers, 2, B, H): how far h and c move to their new values. 0 or 1 in training,
+    # 1 - zoneout in evaluation.
     update: Tensor
-    attention: Tensor  # (K, B, N, S): attention dropout. 0 or 1 / (1 - p) in training, 1 outside
+    attention: Tensor  # (K, B, N, S): dropout. 0 or 1 / (1 - p) in training, 1 in evaluation
 
 
 class Encoder(nn.Module):
@@ -52,8 +52,8 @@ class Encoder(nn.Module):
         )
         self.dropout = nn.Dropout(c.dropout_prob)
 
-    def forward(self, x: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """x (B, S, C) -> the outputs of every layer, (B, S, 2H) each."""
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """x (B, S, C), lengths (B,) -> the outputs of every layer, (B, S, 2H) each."""
         outputs = []
         for layer in self.layers:
             x, _ = layer(x, lengths=lengths)
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
 
 class PreNet(nn.Module):
-    """The bottleneck through which the decoder sees its own last frame."""
+    """The bottleneck through which the decoder sees the frame before."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -80,10 +80,10 @@ class PreNet(nn.Module):
 class AttentiveLSTM(nn.Module):
     """LSTM layers with attention.
 
-    At each step the first layer reads [input, last context], and the top layer's h is the query
-    that gives the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps its
-    old value with probability zoneout; in evaluation it moves (1 - zoneout) of the way, which is
-    the mean.
+    At each step the bottom layer reads the input and the last context, and h of the top layer is
+    the query for the next context. Zoneout (Krueger 2016): in training each unit of h and c keeps
+    its old value with probability `zoneout`; in evaluation it moves by the mean, 1 - zoneout of the
+    way.
     """
 
     def __init__(
@@ -110,8 +110,8 @@ class AttentiveLSTM(nn.Module):
         self.attention_dropout = nn.Dropout(c.attention_dropout)
 
     def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """All inputs (B, K, n_in) -> [h of the top, context] at every step, (B, K, H + A), and the
-        attention weights, (B, K, N, S)."""
+        """x (B, K, n_in) -> the top layer's h and the context, (B, K, H + A), and the attention
+        weights (B, K, N, S)."""
         K = x.shape[1]
         masks = self.masks(K, memory)
         state = self.start(memory)
@@ -125,7 +125,7 @@ class AttentiveLSTM(nn.Module):
         return y, torch.stack(weights, 1)
 
     def step(self, x: Tensor, state: State, memory: Memory, masks: Masks) -> tuple[State, Tensor]:
-        """x (B, n_in), masks of this step -> the next state, and the weights (B, N, S)."""
+        """x (B, n_in), masks of this step -> the next state, and attention weights (B, N, S)."""
         x = torch.cat([x, state.context], -1)
         cells = []
         for cell, (h, c), update in zip(self.cells, state.cells, masks.update, strict=True):
@@ -142,17 +142,17 @@ class AttentiveLSTM(nn.Module):
         return State(tuple((zeros, zeros) for _ in self.cells), context)
 
     def masks(self, steps: int, memory: Memory) -> Masks:
-        """As Masks says, for K = `steps`."""
+        """Draws the factors of K = `steps` steps, as Masks describes them."""
         B, S, N, _ = memory.keys.shape
         batch, size, weights = (B, self.size, (B, N, S)) if self.training else (1, 1, (1, 1, 1))
         ones = memory.keys.new_ones(steps, len(self.cells), 2, batch, size)
-        # Dropout gives 0 or 1 / keep in training and 1 outside: times keep, 0 or 1, and keep.
+        # Dropout of ones is 0 or 1 / keep in training, and 1 in evaluation.
         update = self.keep * self.zoneout(ones)
         return Masks(update, self.attention_dropout(memory.keys.new_ones(steps, *weights)))
 
 
 class SpectrogramDecoder(nn.Module):
-    """Tacotron 2's decoder (Shen 2018), r frames a step."""
+    """Tacotron 2's decoder (Shen 2018), with r frames a step."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -173,16 +173,17 @@ class SpectrogramDecoder(nn.Module):
         self.stop = Linear(c.decoder_size + A, 1, **kw)
 
     def forward(self, target: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        """target (B, T, F), which is shifted here -> frames (B, T, F), stop logits (B, K), and the
-        attention weights (B, K, N, S)."""
-        # The last frame of the step before; zeros first.
+        """target (B, T, F) -> frames (B, T, F), stop logits (B, K), and the attention weights
+        (B, K, N, S)."""
+        # Each step sees the last target frame of the step before; the first sees zeros.
         shifted = target[:, self.reduction - 1 : -1 : self.reduction]
         previous = pad(shifted, (0, 0, 1, 0))
         y, weights = self.rnn(self.prenet(previous), memory)
         return self.frame(y).reshape(target.shape), self.stop(y)[..., 0], weights
 
     def decode(self, memory: Memory, steps: int) -> tuple[Tensor, Tensor]:
-        """K = `steps`, each from the last frame of that before: frames (B, T, F), stop (B, K)."""
+        """K = `steps` steps, each from the last frame of the step before -> frames (B, T, F), stop
+        logits (B, K)."""
         B = memory.keys.shape[0]
         masks = self.rnn.masks(steps, memory)
         state = self.rnn.start(memory)
@@ -200,7 +201,7 @@ class SpectrogramDecoder(nn.Module):
 
 
 class PostNet(nn.Module):
-    """Convolutions over time that correct all frames once they are there."""
+    """Convolutions over time that correct the decoder's frames."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -221,7 +222,7 @@ class PostNet(nn.Module):
 
 
 class PhonemeDecoder(nn.Module):
-    """An auxiliary decoder: the phonemes of one language, each from those before it."""
+    """An auxiliary decoder: the phonemes of one language, each predicted from those before it."""
 
     def __init__(self, c: Config, symbols: int, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -233,14 +234,14 @@ class PhonemeDecoder(nn.Module):
         self.output = Linear(2 * size, symbols, **kw)
 
     def forward(self, phonemes: Tensor, encoded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """phonemes (B, L), the first of them a start symbol -> logits (B, L, symbols), and the
-        attention weights (B, L, 1, S)."""
+        """phonemes (B, L), of which the first starts the sequence, encoder outputs (B, S, 2H), mask
+        (B, S) -> logits (B, L, symbols) of the next phonemes, attention weights (B, L, 1, S)."""
         y, weights = self.rnn(self.embedding(phonemes), self.rnn.attention.memory(encoded, mask))
         return self.output(y), weights
 
 
 class Translatotron(nn.Module):
-    """Speech to speech, with the phonemes of both sides as a help in training."""
+    """Speech to speech, with decoders of the phonemes of both sides as auxiliary tasks."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -263,7 +264,8 @@ class Translatotron(nn.Module):
         """Teacher-forced: source (B, S, C), target (B, T, F), T a multiple of r -> Output.
 
         `source_lengths` (B,), from 1 to S; None: all S. Phonemes (B, L), integers, begin with
-        whatever starts a sequence; without them their logits and weights are None.
+        the symbol that starts a sequence; without them their logits and weights are None.
+        ValueError for another T, or for phonemes that the config has no decoder for.
         """
         c = self.config
         c.check_frames(target.shape[1])
@@ -296,18 +298,18 @@ class Translatotron(nn.Module):
     def translate(
         self, source: Tensor, steps: int, source_lengths: Tensor | None = None
     ) -> Translation:
-        """Frame by frame from the model's own frames: source (B, S, C) -> Translation.
+        """source (B, S, C) -> Translation, each step from the frames of the step before.
 
-        Always `steps` steps; an utterance ends with the first whose stop logit is positive, and
-        the post-net sees zeros after that.
+        Always takes `steps` steps. An utterance ends with the first step whose stop logit is
+        positive, and the post-net sees zeros after that.
 
-        In evaluation only. Tacotron 2 keeps the pre-net's dropout on here; then no two runs would
-        be alike. ValueError in training mode, or if `steps` is below 1.
+        Unlike in Tacotron 2 the pre-net's dropout is off, so that two runs are alike. ValueError in
+        training mode, or if `steps` is below 1.
         """
         if self.training:
             raise ValueError("translate() is for evaluation: call eval() first")
         if steps < 1:
-            raise ValueError(f"steps is {steps}, and at least 1")
+            raise ValueError(f"steps is {steps}: at least 1 is needed")
         encoded, mask = self.encode(source, source_lengths)
         memory = self.decoder.rnn.attention.memory(encoded[-1], mask)
         made, stop = self.decoder.decode(memory, steps)
@@ -320,10 +322,10 @@ class Translatotron(nn.Module):
         return Translation(frames, frames_before, lengths)
 
     def encode(self, source: Tensor, lengths: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Outputs of every encoder layer, (B, S, 2H) each, and the mask (B, S), true inside of each
-        utterance."""
+        """source (B, S, C) -> the outputs of every encoder layer, (B, S, 2H) each, and the mask
+        (B, S), true up to the end of each utterance."""
         B, S, _ = source.shape
-        # To a layer's dtype: a float64 spectrogram must not promote a float32 model.
+        # In the model's dtype: a float64 spectrogram must not promote a float32 model.
         layer = self.decoder.stop
         source = source.to(layer.dtype or layer.weight.dtype)
         if lengths is None:

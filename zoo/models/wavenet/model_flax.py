@@ -1,7 +1,13 @@
 """WaveNet in Flax NNX: the twin of model_torch.py, class by class.
 
+van den Oord 2016, https://arxiv.org/abs/1609.03499.
+
+    model = WaveNet(Config(), rngs=nnx.Rngs(0))
+    logits = model(samples)  # (B, T) -> (B, T, 256)
+
 B sequences of T samples, Q classes of a sample, R residual channels, D channels of the filter and
-of the gate, S skip channels; G channels of a global condition and L of a local one.
+of the gate, S skip channels; G channels of a global condition and L of a local one. `**kw` is
+`dtype`, `param_dtype` and `rngs`, which every layer takes.
 """
 
 from __future__ import annotations
@@ -25,13 +31,14 @@ class GatedUnit(nnx.Module):
     """tanh(filter) * sigmoid(gate) (equation 2)."""
 
     def __call__(self, filter: Array, gate: Array) -> Array:
+        """(B, T, D) both -> (B, T, D)."""
         return jnp.tanh(filter) * jax.nn.sigmoid(gate)
 
 
 class WaveNetLayer(nnx.Module):
-    """A dilated convolution and its gate, with residual and skip connections (figure 4).
+    """A dilated convolution with a gate, and its residual and skip connections (figure 4).
 
-    The last layer has no `residual`: nothing would come after it.
+    The last layer has no `residual`, as no layer follows.
     """
 
     def __init__(self, c: Config, dilation: int, last: bool, **kw: Unpack[Options]) -> None:
@@ -49,39 +56,38 @@ class WaveNetLayer(nnx.Module):
         self.residual = None if last else CausalConv1d(D, R, 1, **kw)
 
     def __call__(
-        self, x: Array, skips: Array, global_condition: Array | None, local: Array | None
+        self, x: Array, global_condition: Array | None = None, local: Array | None = None
     ) -> tuple[Array, Array]:
-        """x (B, T, R) for the next layer, and `skips` (B, T, S) with this layer's added to it.
+        """x (B, T, R) -> x (B, T, R) of the next layer, and the skip connection (B, T, S).
 
-        Conditions are (B, G) and (B, T, L).
+        `global_condition` (B, G), `local` (B, T, L).
         """
         f, g = self.filter(x), self.gate(x)
-        return self.connect(x, skips, f, g, global_condition, local)
+        return self.connect(x, f, g, global_condition, local)
 
     def step(
         self,
         x: Array,
-        skips: Array,
         ring: Array,
         t: Array,
-        global_condition: Array | None,
-        local: Array | None,
+        global_condition: Array | None = None,
+        local: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """The same for step t alone, x (B, 1, R); and the ring with that step in it."""
-        window, ring = self.filter.window(ring, x, t)
+        """As `__call__`, for step t alone: x (B, 1, R). Also returns the ring with x written."""
+        window, ring = self.filter.window(ring, x, t)  # the gate sees the same past
         f, g = self.filter.step(window), self.gate.step(window)
-        return *self.connect(x, skips, f, g, global_condition, local), ring
+        x, skip = self.connect(x, f, g, global_condition, local)
+        return x, skip, ring
 
     def connect(
         self,
         x: Array,
-        skips: Array,
         f: Array,
         g: Array,
         global_condition: Array | None,
         local: Array | None,
     ) -> tuple[Array, Array]:
-        """What follows the dilated convolutions. No step looks at another one here."""
+        """What follows the dilated convolutions, of outputs f and g (B, T, D)."""
         if global_condition is not None:  # section 2.5
             f = f + self.filter_global(global_condition)[:, None]
             g = g + self.gate_global(global_condition)[:, None]
@@ -91,7 +97,7 @@ class WaveNetLayer(nnx.Module):
         z = self.unit(f, g)
         if self.residual is not None:
             x = x + self.residual(z)
-        return x, skips + self.skip(z)
+        return x, self.skip(z)
 
 
 class WaveNet(nnx.Module):
@@ -102,7 +108,7 @@ class WaveNet(nnx.Module):
         last = c.layers - 1
         self.input = CausalConv1d(c.classes, c.residual_channels, c.kernel_size, **kw)
         self.layers = nnx.List(
-            [WaveNetLayer(c, dilation, i == last, **kw) for i, dilation in enumerate(c.dilations)]
+            WaveNetLayer(c, dilation, i == last, **kw) for i, dilation in enumerate(c.dilations)
         )
         self.output1 = CausalConv1d(c.skip_channels, c.skip_channels, 1, **kw)
         self.output2 = CausalConv1d(c.skip_channels, c.classes, 1, **kw)
@@ -113,15 +119,17 @@ class WaveNet(nnx.Module):
         global_condition: Array | None = None,
         local_condition: Array | None = None,
     ) -> Array:
-        """samples (B, T), integers in [0, Q) -> logits (B, T, Q); at t they are of sample t + 1.
+        """samples (B, T), integers in [0, Q) -> logits (B, T, Q); those at t predict sample t + 1.
 
-        `global_condition` (B, G); `local_condition` (B, T, L), at t what sample t + 1 depends on.
+        `global_condition` (B, G); `local_condition` (B, T, L), at t the one of sample t + 1.
+        ValueError unless the conditions given are those that the config has channels for.
         """
-        self.check(global_condition, local_condition)
+        self.config.check(global_condition is not None, local_condition is not None)
         x = self.input(self.one_hot(samples))
-        skips = jnp.zeros((), x.dtype)  # the first layer makes it (B, T, S)
+        skips = jnp.zeros((), x.dtype)  # (B, T, S) from the first layer on
         for layer in self.layers:
-            x, skips = layer(x, skips, global_condition, local_condition)
+            x, skip = layer(x, global_condition, local_condition)
+            skips = skips + skip
         return self.head(skips)
 
     def generate(
@@ -135,15 +143,17 @@ class WaveNet(nnx.Module):
     ) -> Array:
         """The `steps` samples that follow `samples` (B, P), P at least 1: integers (B, steps).
 
-        The likeliest each time, or, with `uniforms` (B, steps) in [0, 1), drawn by them from the
-        softmax of logits / temperature. Every convolution keeps its past inputs in a ring, so a
-        step costs the same however many came before. `local_condition` (B, P + steps - 1, L).
+        Each is the likeliest, or, with `uniforms` (B, steps) in [0, 1), drawn by these numbers from
+        the softmax of logits / temperature. `local_condition` (B, P + steps - 1, L). Every
+        convolution keeps its past inputs in a ring buffer, so that all steps cost the same.
 
-        One compiled scan; another P or `steps` compiles anew.
+        Compiled as one scan, anew for another P or `steps`.
         """
-        self.check(global_condition, local_condition)
-        if samples.shape[1] < 1 or steps < 1:
-            raise ValueError("there is nothing to start from, or nothing to make")
+        self.config.check(global_condition is not None, local_condition is not None)
+        if samples.shape[1] < 1:
+            raise ValueError("samples are empty: there is nothing to start from")
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: there is nothing to make")
         return _generate(
             *nnx.split(self),
             jnp.asarray(samples),
@@ -155,7 +165,7 @@ class WaveNet(nnx.Module):
         )
 
     def rings(self, batch: int) -> list[Array]:
-        """The state before the first sample: the past of the input and of every layer."""
+        """The ring buffers before the first sample: of the input, and of every layer."""
         convs = [self.input, *(layer.filter for layer in self.layers)]
         return [conv.ring(batch, self.compute_dtype) for conv in convs]
 
@@ -167,15 +177,16 @@ class WaveNet(nnx.Module):
         global_condition: Array | None = None,
         local: Array | None = None,
     ) -> tuple[Array, list[Array]]:
-        """Sample t (B,), local condition (B, 1, L) -> logits (B, Q) of the next; the rings."""
+        """Sample t (B,), `local` (B, 1, L) -> logits (B, Q) of sample t + 1, and the rings."""
         window, first = self.input.window(rings[0], self.one_hot(sample[:, None]), t)
         x = self.input.step(window)
-        skips = jnp.zeros((), x.dtype)  # the first layer makes it (B, T, S)
-        after = [first]
+        skips = jnp.zeros((), x.dtype)  # (B, 1, S) from the first layer on
+        written = [first]
         for layer, ring in zip(self.layers, rings[1:], strict=True):
-            x, skips, ring = layer.step(x, skips, ring, t, global_condition, local)
-            after.append(ring)
-        return self.head(skips)[:, 0], after
+            x, skip, ring = layer.step(x, ring, t, global_condition, local)
+            skips = skips + skip
+            written.append(ring)
+        return self.head(skips)[:, 0], written
 
     def head(self, skips: Array) -> Array:
         """The sum of all skip connections (B, T, S) -> logits (B, T, Q)."""
@@ -188,15 +199,11 @@ class WaveNet(nnx.Module):
 
     @property
     def compute_dtype(self) -> DTypeLike:
-        """What activations are in."""
+        """The dtype of activations."""
         return self.input.dtype or self.input.kernel[...].dtype
 
-    def check(self, global_condition: Array | None, local_condition: Array | None) -> None:
-        """Raises ValueError unless the conditions given are those that the config asks for."""
-        self.config.check(global_condition is not None, local_condition is not None)
 
-
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("graph", "steps"))
 def _generate(
     graph: nnx.GraphDef[WaveNet],
     state: nnx.State,
@@ -210,20 +217,23 @@ def _generate(
     model = nnx.merge(graph, state)
     prompt = samples.shape[1]
     length = prompt + steps - 1
-    # What comes after step t: a sample of the prompt (t + 1 < prompt), or one that is chosen.
-    given = jnp.pad(samples[:, 1:], ((0, 0), (0, steps))).T
-    drawn = None if uniforms is None else jnp.pad(uniforms.T, ((prompt - 1, 0), (0, 0)))
-    local = None if local_condition is None else local_condition[:, :length].swapaxes(0, 1)
+    # Inputs of all steps, time first: step t is followed by sample t + 1 of the prompt, then by
+    # samples that are chosen.
+    following = jnp.pad(samples[:, 1:], ((0, 0), (0, steps))).T  # (length, B)
+    if uniforms is not None:
+        uniforms = jnp.pad(uniforms.T, ((prompt - 1, 0), (0, 0)))  # (length, B)
+    if local_condition is not None:
+        local_condition = local_condition[:, :length, None].swapaxes(0, 1)  # (length, B, 1, L)
 
     def body(carry: tuple[Array, list[Array]], at: Any) -> tuple[Any, Array]:
         sample, rings = carry
-        t, following, u, y = at
-        y = None if y is None else y[:, None]
-        logits, rings = model.step(sample, rings, t, global_condition, y)
+        t, given, u, local = at
+        logits, rings = model.step(sample, rings, t, global_condition, local)
         chosen = choose_token(logits, u, temperature).astype(sample.dtype)
-        sample = jnp.where(t + 1 < prompt, following, chosen)
+        sample = jnp.where(t + 1 < prompt, given, chosen)
         return (sample, rings), sample
 
-    first = samples[:, 0], model.rings(samples.shape[0])
-    _, made = jax.lax.scan(body, first, (jnp.arange(length), given, drawn, local))
+    start = samples[:, 0], model.rings(samples.shape[0])
+    inputs = jnp.arange(length), following, uniforms, local_condition
+    _, made = jax.lax.scan(body, start, inputs)
     return made[prompt - 1 :].T

@@ -1,7 +1,11 @@
 """WaveNet in PyTorch. van den Oord 2016, https://arxiv.org/abs/1609.03499.
 
+    model = WaveNet(Config())
+    logits = model(samples)  # (B, T) -> (B, T, 256)
+
 B sequences of T samples, Q classes of a sample, R residual channels, D channels of the filter and
-of the gate, S skip channels; G channels of a global condition and L of a local one.
+of the gate, S skip channels; G channels of a global condition and L of a local one. `**kw` is
+`dtype` and `param_dtype`, which every layer takes.
 """
 
 from __future__ import annotations
@@ -23,13 +27,14 @@ class GatedUnit(nn.Module):
     """tanh(filter) * sigmoid(gate) (equation 2)."""
 
     def forward(self, filter: Tensor, gate: Tensor) -> Tensor:
+        """(B, D, T) both -> (B, D, T)."""
         return torch.tanh(filter) * torch.sigmoid(gate)
 
 
 class WaveNetLayer(nn.Module):
-    """A dilated convolution and its gate, with residual and skip connections (figure 4).
+    """A dilated convolution with a gate, and its residual and skip connections (figure 4).
 
-    The last layer has no `residual`: nothing would come after it.
+    The last layer has no `residual`, as no layer follows.
     """
 
     def __init__(self, c: Config, dilation: int, last: bool, **kw: Unpack[Options]) -> None:
@@ -48,39 +53,38 @@ class WaveNetLayer(nn.Module):
         self.residual = None if last else CausalConv1d(D, R, 1, **kw)
 
     def forward(
-        self, x: Tensor, skips: Tensor, global_condition: Tensor | None, local: Tensor | None
+        self, x: Tensor, global_condition: Tensor | None = None, local: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (B, R, T) for the next layer, and `skips` (B, S, T) with this layer's added to it.
+        """x (B, R, T) -> x (B, R, T) of the next layer, and the skip connection (B, S, T).
 
-        Conditions are (B, G) and (B, L, T).
+        `global_condition` (B, G), `local` (B, L, T).
         """
         f, g = self.filter(x), self.gate(x)
-        return self.connect(x, skips, f, g, global_condition, local)
+        return self.connect(x, f, g, global_condition, local)
 
     def step(
         self,
         x: Tensor,
-        skips: Tensor,
         ring: Tensor,
         t: int,
-        global_condition: Tensor | None,
-        local: Tensor | None,
+        global_condition: Tensor | None = None,
+        local: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for step t alone, x (B, R, 1); and the ring with that step in it."""
-        window, ring = self.filter.window(ring, x, t)
+        """As `forward`, for step t alone: x (B, R, 1). Also returns the ring with x written."""
+        window, ring = self.filter.window(ring, x, t)  # the gate sees the same past
         f, g = self.filter.step(window), self.gate.step(window)
-        return *self.connect(x, skips, f, g, global_condition, local), ring
+        x, skip = self.connect(x, f, g, global_condition, local)
+        return x, skip, ring
 
     def connect(
         self,
         x: Tensor,
-        skips: Tensor,
         f: Tensor,
         g: Tensor,
         global_condition: Tensor | None,
         local: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What follows the dilated convolutions. No step looks at another one here."""
+        """What follows the dilated convolutions, of outputs f and g (B, D, T)."""
         if global_condition is not None:  # section 2.5
             f = f + self.filter_global(global_condition)[:, :, None]
             g = g + self.gate_global(global_condition)[:, :, None]
@@ -90,7 +94,7 @@ class WaveNetLayer(nn.Module):
         z = self.unit(f, g)
         if self.residual is not None:
             x = x + self.residual(z)
-        return x, skips + self.skip(z)
+        return x, self.skip(z)
 
 
 class WaveNet(nn.Module):
@@ -113,16 +117,18 @@ class WaveNet(nn.Module):
         global_condition: Tensor | None = None,
         local_condition: Tensor | None = None,
     ) -> Tensor:
-        """samples (B, T), integers in [0, Q) -> logits (B, T, Q); at t they are of sample t + 1.
+        """samples (B, T), integers in [0, Q) -> logits (B, T, Q); those at t predict sample t + 1.
 
-        `global_condition` (B, G); `local_condition` (B, T, L), at t what sample t + 1 depends on.
+        `global_condition` (B, G); `local_condition` (B, T, L), at t the one of sample t + 1.
+        ValueError unless the conditions given are those that the config has channels for.
         """
-        self.check(global_condition, local_condition)
+        self.config.check(global_condition is not None, local_condition is not None)
         local = None if local_condition is None else local_condition.transpose(1, 2)
         x = self.input(self.one_hot(samples))
-        skips = x.new_zeros(())  # the first layer makes it (B, S, T)
+        skips = x.new_zeros(())  # (B, S, T) from the first layer on
         for layer in self.layers:
-            x, skips = layer(x, skips, global_condition, local)
+            x, skip = layer(x, global_condition, local)
+            skips = skips + skip
         return self.head(skips)
 
     @torch.no_grad()
@@ -137,13 +143,15 @@ class WaveNet(nn.Module):
     ) -> Tensor:
         """The `steps` samples that follow `samples` (B, P), P at least 1: integers (B, steps).
 
-        The likeliest each time, or, with `uniforms` (B, steps) in [0, 1), drawn by them from the
-        softmax of logits / temperature. Every convolution keeps its past inputs in a ring, so a
-        step costs the same however many came before. `local_condition` (B, P + steps - 1, L).
+        Each is the likeliest, or, with `uniforms` (B, steps) in [0, 1), drawn by these numbers from
+        the softmax of logits / temperature. `local_condition` (B, P + steps - 1, L). Every
+        convolution keeps its past inputs in a ring buffer, so that all steps cost the same.
         """
-        self.check(global_condition, local_condition)
-        if samples.shape[1] < 1 or steps < 1:
-            raise ValueError("there is nothing to start from, or nothing to make")
+        self.config.check(global_condition is not None, local_condition is not None)
+        if samples.shape[1] < 1:
+            raise ValueError("samples are empty: there is nothing to start from")
+        if steps < 1:
+            raise ValueError(f"steps is {steps}: there is nothing to make")
         rings = self.rings(samples.shape[0])
         prompt = samples.shape[1]
         sample = samples[:, 0]
@@ -160,7 +168,7 @@ class WaveNet(nn.Module):
         return torch.stack(made, dim=1)
 
     def rings(self, batch: int) -> list[Tensor]:
-        """The state before the first sample: the past of the input and of every layer."""
+        """The ring buffers before the first sample: of the input, and of every layer."""
         dtype, device = self.compute_dtype, self.input.weight.device
         convs = [self.input, *(layer.filter for layer in self.layers)]
         return [conv.ring(batch, dtype, device) for conv in convs]
@@ -173,15 +181,16 @@ class WaveNet(nn.Module):
         global_condition: Tensor | None = None,
         local: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sample t (B,), local condition (B, L, 1) -> logits (B, Q) of the next; the rings."""
+        """Sample t (B,), `local` (B, L, 1) -> logits (B, Q) of sample t + 1, and the rings."""
         window, first = self.input.window(rings[0], self.one_hot(sample[:, None]), t)
         x = self.input.step(window)
-        skips = x.new_zeros(())  # the first layer makes it (B, S, T)
-        after = [first]
+        skips = x.new_zeros(())  # (B, S, 1) from the first layer on
+        written = [first]
         for layer, ring in zip(self.layers, rings[1:], strict=True):
-            x, skips, ring = layer.step(x, skips, ring, t, global_condition, local)
-            after.append(ring)
-        return self.head(skips)[:, 0], after
+            x, skip, ring = layer.step(x, ring, t, global_condition, local)
+            skips = skips + skip
+            written.append(ring)
+        return self.head(skips)[:, 0], written
 
     def head(self, skips: Tensor) -> Tensor:
         """The sum of all skip connections (B, S, T) -> logits (B, T, Q)."""
@@ -194,9 +203,5 @@ class WaveNet(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What activations are in."""
+        """The dtype of activations."""
         return self.input.dtype or self.input.weight.dtype
-
-    def check(self, global_condition: Tensor | None, local_condition: Tensor | None) -> None:
-        """Raises ValueError unless the conditions given are those that the config asks for."""
-        self.config.check(global_condition is not None, local_condition is not None)
