@@ -70,7 +70,7 @@ def to_numpy(x: Any) -> np.ndarray:
         x = x.detach().cpu()
         if x.is_floating_point() and x.element_size() < 4:
             x = x.float()
-        return np.array(x.numpy())
+        return np.array(x.resolve_conj().resolve_neg().numpy())
     array = np.array(x)
     if array.dtype.kind not in "biufc" or array.dtype == np.float16:
         array = array.astype(np.float32)
