@@ -39,6 +39,7 @@ SLOW = frozenset(
         "test_train.py",
         "test_training_checkpoints.py",
         "test_transformer.py",
+        "test_transforms.py",
         "test_translatotron.py",
         "test_verify.py",
         "test_wavenet.py",

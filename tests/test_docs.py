@@ -81,6 +81,7 @@ def tour() -> list[tuple[str, list[str]]]:
     return steps
 
 
+@pytest.mark.slow
 def test_the_tour_prints_what_the_readme_says(folder: Path) -> None:
     assert len(tour()) > 4
     tool = Path(sys.executable).parent
@@ -94,6 +95,7 @@ def test_the_tour_prints_what_the_readme_says(folder: Path) -> None:
         assert printed == expected, command
 
 
+@pytest.mark.slow
 def test_the_readme_s_python_runs(folder: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 5

@@ -131,7 +131,7 @@ def test_a_new_head_starts_alike_in_both_frameworks(
 def test_a_new_head_on_flax_weights(
     model: Model, config: Config, overrides: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The counts of batches, which Flax has not, are made afresh."""
+    """The counts of batches, which Flax does not have, come back too."""
     path, state = published(model, config, tmp_path)
     convert.convert(path, tmp_path / "b.msgpack")
     wanted = zoo.model.override(config, overrides)
@@ -140,6 +140,4 @@ def test_a_new_head_on_flax_weights(
     with pytest.warns(zoo.LoadNotice):
         module = zoo.load(tmp_path / "b.msgpack", framework="torch", **told)
     got = held(module, model, wanted, "torch")
-    floats = canonical(model, wanted)
-    assert all((got[n] == state[old]).all() for n, old in kept.items() if n in floats)
-    print([got[n] for n in kept if n not in floats][:2])
+    assert all((got[n] == state[old]).all() for n, old in kept.items())

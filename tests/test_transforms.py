@@ -11,9 +11,11 @@ import pytest
 import torch
 from flax import nnx
 from support import canonical, every_family
-from test_models import scalar, to_canonical
+from test_models import flax_outputs, scalar, to_canonical
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from upstream import tensors
 
+from convert.compare.outputs import run
 from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.loading import build
@@ -65,22 +67,28 @@ def test_export(model: Model, config: Config) -> None:
 
 @every_family()
 @pytest.mark.parametrize("framework", ["torch", "flax"])
-def test_computation_in_bfloat16(model: Model, config: Config, framework: str) -> None:
-    """Over float32 parameters, from float32 inputs: nothing mixes dtypes that do not mix."""
-    module = build(model, config, framework, canonical(model, config), dtype="bfloat16")
-    given: dict[str, Any] = {
-        k: v.astype(np.float32) if v.dtype.kind == "f" else v
-        for k, v in model.inputs(config).items()
-    }
+def test_computation_in_bfloat16_over_float32_parameters(
+    model: Model, config: Config, framework: str
+) -> None:
+    """From float32 inputs: nothing mixes dtypes that do not mix."""
+    weights, given = canonical(model, config), model.inputs(config)
+    exact = run(model, config, "torch", weights, given, "float32")
+    module = build(model, config, framework, weights, dtype="bfloat16")
     if framework == "torch":
+        assert all(p.dtype == torch.float32 for p in module.parameters())
         with torch.no_grad():
-            outputs = named_outputs(module(**{k: torch.from_numpy(v) for k, v in given.items()}))
-        found = {k: v.double().numpy() for k, v in outputs.items()}
+            found = named_outputs(module(**tensors(given)))
+        assert torch.bfloat16 in {x.dtype for x in found.values()}
+        got = {n: x.double().numpy() for n, x in found.items()}
     else:
-        outputs = named_outputs(module(**{k: model.to_flax(k, v) for k, v in given.items()}))
-        found = {k: np.asarray(v, np.float64) for k, v in outputs.items()}
-    assert found
-    assert all(np.isfinite(x).all() for x in found.values())
+        params = jax.tree.leaves(nnx.state(module, nnx.Param))
+        assert all(p.dtype == jax.numpy.float32 for p in params)
+        got = flax_outputs(model, module, given)
+        assert "bfloat16" in {str(x.dtype) for x in got.values()}
+    assert all(np.isfinite(x).all() for x in got.values())
+    first = next(iter(got))
+    gap = np.abs(got[first].astype(np.float64) - exact[first]).max() / np.abs(exact[first]).max()
+    assert 2.0**-12 < gap < 2.0**-3, "bfloat16 has 8 bits: coarser than that, finer than this"
 
 
 SECOND = [n for n in ("bert", "convnet", "recurrent") if n in families()]
