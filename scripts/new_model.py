@@ -69,10 +69,9 @@ from typing import Any
 
 import numpy as np
 
-from zoo.layout import Entry, linear
+from zoo.layout import Entry, Shape, linear
 from zoo.model import dim
 from zoo.models.{name}.config import Config
-from zoo.layout.ops import Shape
 
 
 def layout(c: Config) -> Iterator[Entry]:

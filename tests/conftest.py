@@ -21,6 +21,38 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 DATA = Path(__file__).parent / "data"
 
 
+# Files that `scripts/test --fast` leaves out. What is slow in other files is marked there.
+SLOW = frozenset(
+    {
+        "test_diagnosis.py",
+        "test_divergence.py",
+        "test_generation.py",
+        "test_hub.py",
+        "test_optim.py",
+        "test_optimizer.py",
+        "test_optimizer_files.py",
+        "test_optimizer_refused.py",
+        "test_optimizer_torch.py",
+        "test_report.py",
+        "test_sharded.py",
+        "test_switch_transformer.py",
+        "test_train.py",
+        "test_training_checkpoints.py",
+        "test_transformer.py",
+        "test_translatotron.py",
+        "test_verify.py",
+        "test_wavenet.py",
+        "test_weights.py",
+    }
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real all-MiniLM-L6-v2, as an installed package carries it."""

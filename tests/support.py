@@ -15,16 +15,20 @@ from zoo.model import Config, Model
 from zoo.registry import families
 
 Arrays = dict[str, np.ndarray]
+SLOW_FLAX = pytest.param("flax", marks=pytest.mark.slow)  # where it compiles a whole model
 
 
 def every_tiny() -> Any:
-    """Parametrizes a test over (model, config) for all tiny configurations."""
+    """Parametrizes a test over (model, config) for all tiny configurations.
+
+    The fast lane takes the first of each family.
+    """
     return pytest.mark.parametrize(
         ("model", "config"),
         [
-            pytest.param(m, c, id=f"{m.name}-{n}")
+            pytest.param(m, c, id=f"{m.name}-{n}", marks=[pytest.mark.slow] if i else [])
             for m in families().values()
-            for n, c in m.tiny.items()
+            for i, (n, c) in enumerate(m.tiny.items())
         ],
     )
 
@@ -38,11 +42,19 @@ def every_family() -> Any:
 
 
 def every_config() -> Any:
-    """Parametrizes a test over (model, config) for all presets and all tiny configurations."""
+    """Parametrizes a test over (model, config) for all presets and all tiny configurations.
+
+    The fast lane takes one tiny configuration of each family.
+    """
     return pytest.mark.parametrize(
         ("model", "config"),
         [
-            pytest.param(m, c, id=f"{m.name}-{n}")
+            pytest.param(
+                m,
+                c,
+                id=f"{m.name}-{n}",
+                marks=[] if n == next(iter(m.tiny)) else [pytest.mark.slow],
+            )
             for m in families().values()
             for n, c in {**m.presets, **m.tiny}.items()
         ],

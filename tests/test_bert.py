@@ -90,6 +90,7 @@ def test_a_config_that_this_bert_cannot_be(change: dict[str, Any], message: str)
         from_hf(to_hf(MODEL.tiny["encoder"]) | change)
 
 
+@pytest.mark.slow
 def test_the_padding_row_gets_the_gradient_that_upstream_gives_it() -> None:
     config = MODEL.tiny["masked_lm"]
     inputs = MODEL.inputs(config)

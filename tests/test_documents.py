@@ -37,7 +37,13 @@ def to_flax(model: Model, given: Arrays, dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "upstream", "name"),
     [
-        pytest.param(families()[family], upstream, name, id=f"{family}-{name}")
+        pytest.param(
+            families()[family],
+            upstream,
+            name,
+            id=f"{family}-{name}",
+            marks=[pytest.mark.slow] if upstream.make else [],  # these are large
+        )
         for family, upstream in upstreams().items()
         for name in upstream.documents
     ],

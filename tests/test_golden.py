@@ -12,7 +12,7 @@ from conftest import DATA
 from documents import same
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support import canonical
+from support import SLOW_FLAX, canonical
 
 from convert.compare.outputs import run
 from convert.judge.noise import EXACT, MARGIN
@@ -51,7 +51,7 @@ def test_names_and_shapes_are_upstreams(name: str) -> None:
     assert model.layout_of(model.configure(**(vars(config) | fields))) == model.layout_of(config)
 
 
-@pytest.mark.parametrize("framework", ["torch", "flax"])
+@pytest.mark.parametrize("framework", ["torch", SLOW_FLAX])
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name: str, framework: str) -> None:
     case = CASES[name]

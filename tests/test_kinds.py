@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from flax import nnx
 
 from zoo import plugins, registry
+from zoo.containers.errors import UsageError
 from zoo.layout import kinds as table
 from zoo.layout.kinds import BUILT_IN, Kind, Leaf, compatible, flax_kind, kinds, torch_kind
 
@@ -190,3 +192,14 @@ def test_a_twin_that_takes_taps_is_told_to_delete_it() -> None:
         "imports zoo.nn.taps, which is gone: delete `taps` from its models; "
         "see docs/adding-a-model.md"
     )
+
+
+def test_a_twin_of_an_earlier_zoo_names_the_edit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    (tmp_path / "old_twin.py").write_text("from zoo.layout import KINDS\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "old_twin", raising=False)
+    old = dataclasses.replace(registry.get("bert").model, torch="old_twin:Net")
+    with pytest.raises(UsageError, match="old_twin imports KINDS from zoo"):
+        old.definition("torch")

@@ -87,6 +87,7 @@ def test_config_survives_transformers_json(model: Model, config: Config) -> None
     assert dataclasses.replace(back, **told) == config
 
 
+@pytest.mark.slow
 @every_tiny()
 def test_twins_agree_layer_by_layer(model: Model, config: Config) -> None:
     weights = canonical(model, config)
@@ -111,6 +112,7 @@ def test_fresh_weights_follow_from_seed_and_name_alone(model: Model, config: Con
 LARGE = 10_000_000  # parameters: presets beyond are not made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [n for n in names() if get(n).model.layout_of(get(n).config).parameters <= LARGE],
@@ -142,6 +144,7 @@ def flax_outputs(model: Model, module: Any, given: Arrays) -> Arrays:
     return {n: model.from_flax(n, np.asarray(x)) for n, x in found.items()}
 
 
+@pytest.mark.slow
 @every_family()
 @pytest.mark.parametrize("framework", ["torch", "flax"])
 def test_computation_in_bfloat16_over_float32_parameters(
@@ -166,6 +169,7 @@ def test_computation_in_bfloat16_over_float32_parameters(
     assert 2.0**-12 < gap < 2.0**-3, "bfloat16 has 8 bits: coarser than that, finer than this"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "flax"])
 @pytest.mark.parametrize("model", [pytest.param(m, id=m.name) for m in families().values()])
 def test_dropout_acts_in_training_only(model: Model, framework: str) -> None:
@@ -284,6 +288,7 @@ def to_canonical(model: Model, config: Config, state: Any) -> Arrays:
     return found
 
 
+@pytest.mark.slow
 @every_tiny()
 def test_twins_have_the_same_gradients_and_train_alike(model: Model, config: Config) -> None:
     weights = canonical(model, config)

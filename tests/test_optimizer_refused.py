@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], str, str]] = {
         "only in the transformation: fc1.bias",
         "set_to_zero",
     ),
-    "not an optimizer": (lambda p: T.Adam(p, RATE), lambda: 3, "int is no optimizer", "nnx"),
+    "not an optimizer": (lambda p: T.Adam(p, RATE), lambda: 3, "int is not an optimizer", "nnx"),
     "lion": (
         lambda p: Lion(p, RATE),
         lambda: optax.lion(RATE, weight_decay=0.1),
@@ -393,10 +393,10 @@ def test_such_a_tree_is_not_read_either(what: str) -> None:
 def test_the_module_is_of_the_optimizer_s_framework() -> None:
     state = state_of(lambda p: T.Adam(p, RATE))
     module = MLP.torch()
-    with pytest.raises(UsageError, match="no NNX module"):
+    with pytest.raises(UsageError, match="not an NNX module"):
         convert.load_optimizer(state, optax.adam(RATE), module)
     with jax.enable_x64(True):
         twin = MLP.flax()
     for wrong in (None, twin):
-        with pytest.raises(UsageError, match="no torch module"):
+        with pytest.raises(UsageError, match="not a torch module"):
             convert.load_optimizer(state, T.Adam(module.parameters(), RATE), wrong)

@@ -160,6 +160,7 @@ def test_the_variance_keeps_its_digits() -> None:
     assert error(nnx.BatchNorm(4, rngs=nnx.Rngs(0))) > allowed
 
 
+@pytest.mark.slow
 def test_the_twins_train_alike_in_training_mode() -> None:
     """Running statistics, outputs and parameters after three steps of SGD, in float64."""
     config = MODEL.configure(block="basic", layers=(1, 1, 1, 1), width=4, num_classes=3)

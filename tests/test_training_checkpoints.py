@@ -994,7 +994,7 @@ def test_a_file_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorruptInput, match="stands twice"):
         storage.read(rewritten(optimizers=[{**good["optimizers"][0], "groups": twice}]))
     for steps in (-1, {"fc1.weight": "5"}, {"fc7.weight": 5}):
-        with pytest.raises(CorruptInput, match="no counts"):
+        with pytest.raises(CorruptInput, match="not counts"):
             storage.read(rewritten(optimizers=[{**good["optimizers"][0], "steps": steps}]))
     with pytest.raises(CorruptInput, match="cannot be understood"):
         storage.read(write(SafetensorsWriter, tmp_path / "none", tensors))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from documents import every_output, same
-from support import canonical
+from support import SLOW_FLAX, canonical
 from upstream import Upstream, load, upstreams
 
 import zoo
@@ -21,7 +21,7 @@ from convert.judge.rows import FLOOR
 from zoo.model import Config, Model
 from zoo.registry import families, get
 
-FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "flax"])
+FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", SLOW_FLAX])
 
 # Parameters, as published or counted by hand.
 PARAMETERS = {
@@ -78,7 +78,13 @@ def every_upstream(*, transformers: bool = False) -> Any:
 @pytest.mark.parametrize(
     ("model", "upstream", "config"),
     [
-        pytest.param(families()[family], upstream, config, id=f"{family}-{name}")
+        pytest.param(
+            families()[family],
+            upstream,
+            config,
+            id=f"{family}-{name}",
+            marks=[pytest.mark.slow] if name in families()[family].presets else [],
+        )
         for family, upstream in upstreams().items()
         if upstream.make is not None
         for name, config in {**families()[family].presets, **families()[family].tiny}.items()

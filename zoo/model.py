@@ -101,7 +101,8 @@ class Model:
             if edit := plugins.edit(e):
                 raise UsageError(f"{module} {edit}", "edit it, or uninstall it") from None
             raise
-        plugins.warn_of_taps(built, f"{module}:{attribute}")
+        if not module.startswith("zoo."):
+            plugins.warn_of_taps(built, f"{module}:{attribute}")
         return built  # type: ignore[no-any-return]
 
 

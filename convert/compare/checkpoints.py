@@ -26,7 +26,7 @@ from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
-from zoo.checkpoint.request import Request
+from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
@@ -52,9 +52,16 @@ def verify_checkpoints(
     with ExitStack() as stack:
         sides: list[tuple[Reader, Plan]] = []
         states = []
-        for source, prefer in ((a, "torch"), (b, "flax")):
-            reader = stack.enter_context(open_checkpoint(hub.locate(source), prefer))
-            made = make_plan(reader, read_label(reader), "torch", request=request)
+        readers = [
+            stack.enter_context(open_checkpoint(hub.locate(source), prefer))
+            for source, prefer in ((a, "torch"), (b, "flax"))
+        ]
+        labels = [read_label(reader) for reader in readers]
+        # A layout that came with one side is that of the other too, where it says nothing.
+        shared = Request(layout=next((x.layout for x in labels if x.layout is not None), None))
+        for reader, label in zip(readers, labels, strict=True):
+            silent = request == UNSTATED and label.model is None and label.layout is None
+            made = make_plan(reader, label, "torch", request=shared if silent else request)
             made, state = besides(reader, made, stack)
             sides.append((reader, made))
             states.append(state)

@@ -36,7 +36,7 @@ _MEMBER = "optimizer.pth"  # what stable-baselines3's optimizers are called, aft
 
 
 @dataclass
-class Found:
+class Besides:
     """What was found. Arrays are read when they are looked at, while the checkpoint is open."""
 
     state: TrainingState = field(default_factory=TrainingState)
@@ -93,7 +93,7 @@ def find(
     plan: Plan | None,
     stack: ExitStack,
     learning_rate: float | None = None,
-) -> Found:
+) -> Besides:
     """What is in an open checkpoint besides its weights, and in the files that belong to it.
 
     Files that have to stay open are entered into `stack`. An optimizer that is not understood is
@@ -104,7 +104,7 @@ def find(
         reader, layout, plan, stack, learning_rate, Parameters.of(layout, plan, stored)
     )
     if "zoo.optimizer" in reader.metadata:
-        search.found = Found(storage.read_from(reader))
+        search.found = Besides(storage.read_from(reader))
         search.leave_out_strangers()
         return search.found
     search.inside()
@@ -153,7 +153,7 @@ class _Search:
     stack: ExitStack
     learning_rate: float | None
     parameters: Parameters
-    found: Found = field(default_factory=Found)
+    found: Besides = field(default_factory=Besides)
 
     def inside(self) -> None:
         """What lies in the checkpoint's own tree."""

@@ -62,7 +62,7 @@ def layout_of(
 ) -> Layout:
     """The layout of a module whose state has these names and shapes.
 
-    Raises UsageError where it is no model of the zoo, or where two of them differ in a tensor.
+    Raises UsageError where it is not a model of the zoo, or where two of them differ in a tensor.
     """
     home = type(module).__module__
     every = families().values()
@@ -76,7 +76,7 @@ def layout_of(
         found = identify_header(header, Label(), Request(family), (tree,))
     except ZooError as e:
         raise UsageError(
-            f"{type(module).__name__} is no model of the zoo: {e.problem}",
+            f"{type(module).__name__} is not a model of the zoo: {e.problem}",
             "give layout=..., a zoo.layout.Layout that pairs its tensors with canonical ones; "
             "of a part of a model, `convert.training_state.canonical_names.part(layout, 'actor')`",
             e.details,

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.training_state.reference_rules import Elements, Options, against, stock, with_options
 from convert.training_state.rule import Update
-from convert.training_state.rules import Rule, rules
+from convert.training_state.rules import RULES, Rule, rules
 
 
 class Explanation(NamedTuple):
@@ -76,12 +76,15 @@ def _rmsprop(o: Options) -> Any:
     return optax.chain(scaled, optax.trace(o["momentum"], bool(o.get("nesterov"))))
 
 
-_MEANS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
+_CORES = {
+    "Adam": _scale_by("adam"),
+    "RAdam": _scale_by("radam"),
+    "Adagrad": _scale_by("rss"),
+    "RMSprop": _rmsprop,
+}
 STOCK: dict[str, Update] = {
-    "Adam": stock(_scale_by("adam"), _MEANS),
-    "RAdam": stock(_scale_by("radam"), _MEANS),
-    "Adagrad": stock(_scale_by("rss"), {"sum_of_squares": "sum"}),
-    "RMSprop": stock(_rmsprop, {"mu": "grad_avg", "nu": "square_avg", "trace": "momentum_buffer"}),
+    name: stock(core, {"trace": "momentum_buffer"} | RULES[name].stock_fields)
+    for name, core in _CORES.items()
 }
 
 

@@ -24,7 +24,7 @@ _SLOTS = re.compile(r"(^|\.)(mu|nu|trace|sum_of_squares|e_g|e_x|count)(\.|$)")
 def find(names: Iterable[str], alone: bool = False) -> dict[str, list[str]]:
     """Where optax states lie, and the names below each place: `opt_state`, `optimizer.opt_state`.
 
-    A place above another one is no state itself; what lies beside the inner one is data. `alone`
+    A place above another one is not a state itself; what lies beside the inner one is data. `alone`
     says that there are no weights, so that the whole may be a state.
     """
     found: dict[str, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from zoo.containers.errors import MissingExtra, UsageError, ZooError
 from zoo.layout import Layout
 
 Source = str | os.PathLike[str] | OptimizerState
+# (the module's own layout, the parameters that the target trains) -> as `_state`
+Find = Callable[[Callable[[], Layout], Sequence[str]], tuple[OptimizerState, int | None]]
 
 
 def load_optimizer(
@@ -47,26 +50,19 @@ def load_optimizer(
     What a user should know is a `zoo.loading.LoadNotice`. Raises UsageError, changing nothing, with
     what was found and what to give.
     """
+    find = functools.partial(_state, source, layout, learning_rate, name)
     if hasattr(target, "param_groups") and hasattr(target, "load_state_dict"):
-        return _fill_torch(source, target, model, layout, learning_rate, name, step)
-    return _fill_flax(source, target, model, layout, learning_rate, check, name, step)
+        return _fill_torch(find, target, model, step)
+    return _fill_flax(find, target, model, layout, learning_rate, check, step)
 
 
-def _fill_torch(
-    source: Source,
-    target: Any,
-    model: Any,
-    layout: Layout | None,
-    learning_rate: float | None,
-    name: str | None,
-    step: int | None,
-) -> Any:
+def _fill_torch(find: Find, target: Any, model: Any, step: int | None) -> Any:
     from convert.training_state.canonical_names import layout_of, torch_names
     from convert.training_state.torch_state import fill_torch
 
     if not hasattr(model, "named_parameters"):
         raise UsageError(
-            f"{type(model).__name__} is no torch module, the optimizer is torch's",
+            f"{type(model).__name__} is not a torch module, the optimizer is torch's",
             "give the module that the optimizer was made from",
         )
 
@@ -75,7 +71,7 @@ def _fill_torch(
 
     names = torch_names(model)
     trained = [names.get(id(p), "") for group in target.param_groups for p in group["params"]]
-    state, at = _state(source, layout, own, learning_rate, name, trained)
+    state, at = find(own, trained)
     return fill_torch(_counted(state, at if step is None else step), target, model)
 
 
@@ -89,13 +85,12 @@ def _counted(state: OptimizerState, step: int | None) -> OptimizerState:
 
 
 def _fill_flax(
-    source: Source,
+    find: Find,
     target: Any,
     model: Any,
     layout: Layout | None,
     learning_rate: float | None,
     check: bool,
-    name: str | None,
     step: int | None,
 ) -> Any:
     try:
@@ -109,43 +104,44 @@ def _fill_flax(
 
     if not isinstance(model, nnx.Module):
         raise UsageError(
-            f"{type(model).__name__} is no NNX module, the optimizer is optax's",
+            f"{type(model).__name__} is not an NNX module, the optimizer is optax's",
             "give the NNX module whose parameters it trains",
         )
     whole = isinstance(target, nnx.Optimizer)
     if not whole and not (hasattr(target, "init") and hasattr(target, "update")):
         raise UsageError(
-            f"{type(target).__name__} is no optimizer",
+            f"{type(target).__name__} is not an optimizer",
             "give a torch.optim.Optimizer, an nnx.Optimizer or an optax transformation",
         )
-    given, layout = layout, layout or layout_of(model, module_shapes(model))
+    known = layout or layout_of(model, module_shapes(model))
     params = nnx.state(model, target.wrt if whole else nnx.Param)
-    of = canonical_of(layout)
+    of = canonical_of(known)
     present = [n.removesuffix(".value") for n in flatten(params)[0]]
     trained = [n for p in present for n in of.get(p, ())]
-    state, at = _state(source, given, lambda: layout, learning_rate, name, trained)
+    state, at = find(lambda: known, trained)
+    step = at if step is None else step
     filled = fill_optax(
         state,
         target.tx if whole else target,
         params,
-        layout,
+        known,
         tree=target.opt_state if whole else None,
         learning_rate=learning_rate,
         check=check,
-        step=at if step is None else step,
+        step=step,
     )
     if not whole:
         return filled
-    fill_variables(target, filled, max(state.steps.values(), default=at if step is None else step))
+    fill_variables(target, filled, max(state.steps.values(), default=step))
     return target
 
 
 def _state(
     source: Source,
     given: Layout | None,
-    own: Callable[[], Layout],
     learning_rate: float | None,
     name: str | None,
+    own: Callable[[], Layout],
     trained: Sequence[str],
 ) -> tuple[OptimizerState, int | None]:
     """The state that is meant, and at which step the checkpoint says that it was saved."""

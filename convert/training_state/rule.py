@@ -53,6 +53,11 @@ class Rule:
     transformation: str = ""  # the optax transformation that follows this rule
     fits: Callable[[Mapping[str, Any], Collection[str]], bool] | None = None
 
+    @property
+    def stock_fields(self) -> dict[str, str]:
+        """Field -> slot of all the transformations in `stock`."""
+        return {f: slot for stock in self.stock for f, slot in stock.fields.items()}
+
     def kept(self, options: Mapping[str, Any]) -> set[str]:
         """The slots that torch keeps for a parameter that has stepped under these options."""
         optional = {

@@ -161,7 +161,7 @@ def rule_of(options: Mapping[str, Any], slots: Collection[str]) -> str | None:
     """The rule whose options and slots these are, None for none that is known.
 
     Before torch 2.8, Adam and AdamW have equal options: then it is "Adam", and whoever fills an
-    optimizer knows which. Weight decay is no part of the state.
+    optimizer knows which. Weight decay is not part of the state.
     """
     for rule in rules().values():
         if rule.marks and rule.marks <= options.keys() and set(slots) <= set(rule.slots):

@@ -2,7 +2,7 @@
 
 Specified in docs/layout.md. A moment is the tensor `SLOT.NAME` with its parameter's canonical name
 and shape, `OPTIMIZER/SLOT.NAME` where there are several optimizers; an averaged weight is
-`ema.NAME`. What is no tensor is JSON in the metadata.
+`ema.NAME`. What is not a tensor is JSON in the metadata.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _optimizer(reader: Reader, data: Mapping[str, Any], several: bool) -> Optimi
     steps = data["steps"]
     counts = dict.fromkeys(params, steps) if isinstance(steps, int) else dict(steps)
     if counts.keys() - set(params) or not all(type(n) is int and n >= 0 for n in counts.values()):
-        raise ValueError("its steps are no counts of its parameters' updates")
+        raise ValueError("its steps are not counts of its parameters' updates")
     return OptimizerState(data["rule"], groups, slots, counts, data["name"])
 
 

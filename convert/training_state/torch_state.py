@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from convert.training_state.canonical_names import bare, some, torch_names
-from convert.training_state.lazy import info_of
 from convert.training_state.rules import Rule, rule_of, rules
 from convert.training_state.state import Group, OptimizerState
 from zoo.checkpoint.apply import lost
@@ -87,7 +86,7 @@ def fill_torch(state: OptimizerState, optimizer: Any, model: Any) -> Any:
     rule = rules().get(name)
     if rule is None:
         raise UsageError(
-            f"{type(optimizer).__name__} is no optimizer that is known",
+            f"{type(optimizer).__name__} is not an optimizer that is known",
             f"known are {', '.join(rules())}; a plugin can add one (docs/layout.md)",
         )
     objects = [list(group["params"]) for group in optimizer.param_groups]
@@ -350,14 +349,3 @@ def _tensor(array: np.ndarray, parameter: Any, name: str, notices: list[str]) ->
             )
     made = torch.empty_like(parameter, memory_format=torch.preserve_format, requires_grad=False)
     return made.copy_(source)
-
-
-def shapes_of(state: OptimizerState) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that has moments."""
-    scalars = rules()[state.rule].scalars
-    return {
-        name: info_of(values, name).shape
-        for slot, values in state.slots.items()
-        if slot not in scalars
-        for name in values
-    }

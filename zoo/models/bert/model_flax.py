@@ -1,6 +1,12 @@
 """BERT in Flax NNX: the twin of model_torch.py, class by class.
 
+Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
+
+    model = BertModel(Config(), rngs=nnx.Rngs(0))
+    x, pooled = model(input_ids, attention_mask)  # (B, T, H), (B, H)
+
 B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
+`**kw` is `dtype`, `param_dtype` and `rngs`, which every layer takes.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ class BertEmbeddings(nnx.Module):
         self.dropout = nnx.Dropout(c.hidden_dropout_prob, rngs=kw["rngs"])
 
     def __call__(self, input_ids: Array, token_type_ids: Array, position_ids: Array) -> Array:
+        """ids (B, T) each -> (B, T, H)."""
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
         x = x + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(x))
@@ -45,7 +52,7 @@ class BertSelfAttention(nnx.Module):
         self.dropout = nnx.Dropout(c.attention_probs_dropout_prob, rngs=kw["rngs"])
 
     def __call__(self, x: Array, bias: Array) -> Array:
-        """x (B, T, H) -> the same; `bias` (B, 1, 1, T) masks the padding."""
+        """(B, T, H) -> (B, T, H); `bias` (B, 1, 1, T), added to the logits, hides the padding."""
         B, T, H = x.shape
         q = self.query(x).reshape(B, T, self.heads, -1)
         k = self.key(x).reshape(B, T, self.heads, -1)
@@ -55,7 +62,7 @@ class BertSelfAttention(nnx.Module):
 
 
 class BertSelfOutput(nnx.Module):
-    """Projection, residual sum and norm: upstream's BertSelfOutput, and its BertOutput."""
+    """A projection, the residual sum and its norm; upstream's BertOutput is the same class here."""
 
     def __init__(self, c: Config, n_in: int, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(n_in, c.hidden_size, **kw)
@@ -63,6 +70,7 @@ class BertSelfOutput(nnx.Module):
         self.dropout = nnx.Dropout(c.hidden_dropout_prob, rngs=kw["rngs"])
 
     def __call__(self, x: Array, residual: Array) -> Array:
+        """x (B, T, n_in), residual (B, T, H) -> (B, T, H)."""
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
@@ -72,6 +80,7 @@ class BertAttention(nnx.Module):
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
     def __call__(self, x: Array, bias: Array) -> Array:
+        """(B, T, H) -> (B, T, H)."""
         return self.output(self.self(x, bias), x)
 
 
@@ -81,6 +90,7 @@ class BertIntermediate(nnx.Module):
         self.activation = ACTIVATIONS[c.hidden_act]
 
     def __call__(self, x: Array) -> Array:
+        """(B, T, H) -> (B, T, intermediate_size)."""
         return self.activation(self.dense(x))
 
 
@@ -91,32 +101,35 @@ class BertLayer(nnx.Module):
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
     def __call__(self, x: Array, bias: Array) -> Array:
+        """(B, T, H) -> (B, T, H)."""
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
 
 
 class BertEncoder(nnx.Module):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
-        self.layer = nnx.List([BertLayer(c, **kw) for _ in range(c.num_hidden_layers)])
+        self.layer = nnx.List(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
 
     def __call__(self, x: Array, bias: Array) -> Array:
+        """(B, T, H) -> (B, T, H)."""
         for layer in self.layer:
             x = layer(x, bias)
         return x
 
 
 class BertPooler(nnx.Module):
-    """A summary (B, H) of the sequence, from its first token."""
+    """A summary of the sequence, from its first token."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.dense = nnx.Linear(c.hidden_size, c.hidden_size, **kw)
 
     def __call__(self, x: Array) -> Array:
+        """(B, T, H) -> (B, H)."""
         return jnp.tanh(self.dense(x[:, 0]))
 
 
 class BertModel(nnx.Module):
-    """The encoder, with a pooler if the config has one."""
+    """The encoder, and a pooler where the config has one."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.embeddings = BertEmbeddings(c, **kw)
@@ -130,7 +143,10 @@ class BertModel(nnx.Module):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
     ) -> Output:
-        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding."""
+        """ids (B, T), mask (B, T), 1 for tokens and 0 for padding -> Output.
+
+        By default there is no padding, all tokens are of type 0, and positions count from 0.
+        """
         if attention_mask is None:
             attention_mask = jnp.ones_like(input_ids)
         if token_type_ids is None:
@@ -151,17 +167,22 @@ class BertPredictionHeadTransform(nnx.Module):
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
 
     def __call__(self, x: Array) -> Array:
+        """(B, T, H) -> (B, T, H)."""
         return self.LayerNorm(self.activation(self.dense(x)))
 
 
 class BertLMPredictionHead(nnx.Module):
-    """Logits by the matrix of the word embeddings, which NNX holds once: it is handed in."""
+    """Logits over the vocabulary, by the matrix of the word embeddings.
+
+    The embeddings come with the call: held here too, they would have two names in the state.
+    """
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.transform = BertPredictionHeadTransform(c, **kw)
         self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
 
     def __call__(self, x: Array, embeddings: Embed) -> Array:
+        """(B, T, H) -> logits (B, T, V)."""
         logits = embeddings.attend(self.transform(x))
         return logits + self.bias[...].astype(logits.dtype)
 
@@ -176,7 +197,7 @@ class BertPreTrainingHeads(nnx.Module):
     def __call__(
         self, x: Array, pooled: Array | None, embeddings: Embed
     ) -> Array | PreTrainingOutput:
-        """x (B, T, H), pooled (B, H) -> logits (B, T, V), and (B, 2) for the next sentence."""
+        """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
         logits = self.predictions(x, embeddings)
         if self.seq_relationship is None or pooled is None:  # head "masked_lm"
             return logits
@@ -197,19 +218,18 @@ class BertForPreTraining(nnx.Module):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
     ) -> Array | PreTrainingOutput:
-        """The arguments are those of BertModel."""
+        """Takes what BertModel takes."""
         x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
         return self.cls(x, pooled, self.bert.embeddings.word_embeddings)
 
 
 class BertForClassification(nnx.Module):
-    """Logits of L labels, of the sequence by its pooler (B, L) or of every token (B, T, L)."""
+    """Logits of L labels: (B, L) for the sequence, by its pooler, or (B, T, L) for its tokens."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.per_token = c.head == "token_classification"
         self.bert = BertModel(c, **kw)
-        dropout = c.classifier_dropout
-        rate = c.hidden_dropout_prob if dropout is None else dropout
+        rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
         self.dropout = nnx.Dropout(rate, rngs=kw["rngs"])
         self.classifier = nnx.Linear(c.hidden_size, c.num_labels, **kw)
 
@@ -220,13 +240,13 @@ class BertForClassification(nnx.Module):
         token_type_ids: Array | None = None,
         position_ids: Array | None = None,
     ) -> Array:
-        """The arguments are those of BertModel."""
+        """Takes what BertModel takes."""
         x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
         return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
 def bert(c: Config, **kw: Unpack[Options]) -> nnx.Module:
-    """The model with the head that the config names."""
+    """The model with the head that `c.head` names."""
     if c.head == "none":
         return BertModel(c, **kw)
     if c.head in ("pretraining", "masked_lm"):

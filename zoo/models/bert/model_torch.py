@@ -1,6 +1,10 @@
 """BERT in PyTorch. Devlin 2018, https://arxiv.org/abs/1810.04805; names from transformers.
 
+    model = BertModel(Config())
+    x, pooled = model(input_ids, attention_mask)  # (B, T, H), (B, H)
+
 B sequences, T tokens in each, H hidden units, N heads of D = H / N, V tokens in the vocabulary.
+`**kw` is `dtype` and `param_dtype`, which every layer takes.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """ids (B, T) each -> (B, T, H)."""
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
         x = x + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(x))
@@ -46,7 +51,7 @@ class BertSelfAttention(nn.Module):
         self.dropout = nn.Dropout(c.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, T, H) -> the same; `bias` (B, 1, 1, T) masks the padding."""
+        """(B, T, H) -> (B, T, H); `bias` (B, 1, 1, T), added to the logits, hides the padding."""
         B, T, H = x.shape
         q = self.query(x).view(B, T, self.heads, -1)
         k = self.key(x).view(B, T, self.heads, -1)
@@ -56,7 +61,7 @@ class BertSelfAttention(nn.Module):
 
 
 class BertSelfOutput(nn.Module):
-    """Projection, residual sum and norm: upstream's BertSelfOutput, and its BertOutput."""
+    """A projection, the residual sum and its norm; upstream's BertOutput is the same class here."""
 
     def __init__(self, c: Config, n_in: int, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -65,6 +70,7 @@ class BertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x (B, T, n_in), residual (B, T, H) -> (B, T, H)."""
         return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
@@ -75,6 +81,7 @@ class BertAttention(nn.Module):
         self.output = BertSelfOutput(c, c.hidden_size, **kw)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
         return self.output(self.self(x, bias), x)
 
 
@@ -85,6 +92,7 @@ class BertIntermediate(nn.Module):
         self.activation = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, intermediate_size)."""
         return self.activation(self.dense(x))
 
 
@@ -96,6 +104,7 @@ class BertLayer(nn.Module):
         self.output = BertSelfOutput(c, c.intermediate_size, **kw)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
         x = self.attention(x, bias)
         return self.output(self.intermediate(x), x)
 
@@ -106,24 +115,26 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(c, **kw) for _ in range(c.num_hidden_layers))
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
         for layer in self.layer:
             x = layer(x, bias)
         return x
 
 
 class BertPooler(nn.Module):
-    """A summary (B, H) of the sequence, from its first token."""
+    """A summary of the sequence, from its first token."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.dense = Linear(c.hidden_size, c.hidden_size, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> (B, H)."""
         return torch.tanh(self.dense(x[:, 0]))
 
 
 class BertModel(nn.Module):
-    """The encoder, with a pooler if the config has one."""
+    """The encoder, and a pooler where the config has one."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -138,7 +149,10 @@ class BertModel(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Output:
-        """ids (B, T); mask (B, T), 1 for tokens and 0 for padding."""
+        """ids (B, T), mask (B, T), 1 for tokens and 0 for padding -> Output.
+
+        By default there is no padding, all tokens are of type 0, and positions count from 0.
+        """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is None:
@@ -160,11 +174,12 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = LayerNorm(c.hidden_size, c.layer_norm_eps, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> (B, T, H)."""
         return self.LayerNorm(self.activation(self.dense(x)))
 
 
 class BertLMPredictionHead(nn.Module):
-    """Logits by the matrix of the word embeddings, which `decoder` shares."""
+    """Logits over the vocabulary, by the matrix of the word embeddings, which `decoder` shares."""
 
     def __init__(self, c: Config, embeddings: Embedding, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -174,6 +189,7 @@ class BertLMPredictionHead(nn.Module):
         self.bias = self.decoder.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H) -> logits (B, T, V)."""
         return self.decoder(self.transform(x))
 
 
@@ -184,7 +200,7 @@ class BertPreTrainingHeads(nn.Module):
         self.seq_relationship = Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
 
     def forward(self, x: Tensor, pooled: Tensor | None) -> Tensor | PreTrainingOutput:
-        """x (B, T, H), pooled (B, H) -> logits (B, T, V), and (B, 2) for the next sentence."""
+        """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
         logits = self.predictions(x)
         if self.seq_relationship is None or pooled is None:  # head "masked_lm"
             return logits
@@ -206,20 +222,20 @@ class BertForPreTraining(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor | PreTrainingOutput:
-        """The arguments are those of BertModel."""
+        """Takes what BertModel takes."""
         x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
         return self.cls(x, pooled)
 
 
 class BertForClassification(nn.Module):
-    """Logits of L labels, of the sequence by its pooler (B, L) or of every token (B, T, L)."""
+    """Logits of L labels: (B, L) for the sequence, by its pooler, or (B, T, L) for its tokens."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.per_token = c.head == "token_classification"
         self.bert = BertModel(c, **kw)
-        dropout = c.classifier_dropout
-        self.dropout = nn.Dropout(c.hidden_dropout_prob if dropout is None else dropout)
+        rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+        self.dropout = nn.Dropout(rate)
         self.classifier = Linear(c.hidden_size, c.num_labels, **kw)
 
     def forward(
@@ -229,13 +245,13 @@ class BertForClassification(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The arguments are those of BertModel."""
+        """Takes what BertModel takes."""
         x, pooled = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
         return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
 def bert(c: Config, **kw: Unpack[Options]) -> nn.Module:
-    """The model with the head that the config names."""
+    """The model with the head that `c.head` names."""
     if c.head == "none":
         return BertModel(c, **kw)
     if c.head in ("pretraining", "masked_lm"):

@@ -1,7 +1,11 @@
 """ResNet in PyTorch. He 2015, https://arxiv.org/abs/1512.03385; names and strides are those of
 torchvision's models/resnet.py.
 
-B images, H x W pixels in each, C channels: (B, C, H, W).
+    model = ResNet(Config())
+    logits = model(images)  # (B, 3, H, W) -> (B, 1000)
+
+B images, H x W pixels in each, C channels: (B, C, H, W). `**kw` is `dtype` and `param_dtype`,
+which every layer takes.
 """
 
 from __future__ import annotations
@@ -15,6 +19,15 @@ from zoo.nn.batchnorm_torch import BatchNorm2d
 from zoo.nn.conv_torch import Conv2d
 from zoo.nn.layers_torch import Linear
 from zoo.nn.options_torch import Options
+
+
+def make_downsample(
+    n_in: int, n_out: int, stride: int, **kw: Unpack[Options]
+) -> nn.Sequential | None:
+    """The shortcut's 1x1 convolution, where a block changes the shape; None where it does not."""
+    if stride == 1 and n_in == n_out:
+        return None
+    return nn.Sequential(Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw))
 
 
 class BasicBlock(nn.Module):
@@ -39,7 +52,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut around them (figure 5, right).
 
-    The stride is on the 3x3 convolution, as in "v1.5"; the paper has it on the first 1x1.
+    The stride is on the 3x3 convolution ("v1.5"); in the paper it is on the first 1x1.
     """
 
     def __init__(self, n_in: int, inner: int, stride: int, **kw: Unpack[Options]) -> None:
@@ -62,40 +75,32 @@ class Bottleneck(nn.Module):
         return relu(x + shortcut)
 
 
-def make_downsample(
-    n_in: int, n_out: int, stride: int, **kw: Unpack[Options]
-) -> nn.Sequential | None:
-    """A 1x1 convolution that gives the shortcut the shape of the block's output; None where it has
-    that shape already."""
-    if stride == 1 and n_in == n_out:
-        return None
-    return nn.Sequential(Conv2d(n_in, n_out, 1, stride, bias=False, **kw), BatchNorm2d(n_out, **kw))
-
-
-def make_layer(c: Config, stage: int, **kw: Unpack[Options]) -> nn.Sequential:
-    """The blocks of stage 0, 1, 2 or 3. The first block of a stage halves the image, except in
-    stage 0, where the max pool has just halved it."""
+def make_layer(
+    c: Config, n_in: int, inner: int, blocks: int, stride: int, **kw: Unpack[Options]
+) -> nn.Sequential:
+    """Residual blocks in a row, of which only the first has the stride."""
     block = BasicBlock if c.block == "basic" else Bottleneck
-    inner = c.width * 2**stage
-    n_in = c.width if stage == 0 else inner // 2 * c.expansion
-    blocks = [block(n_in, inner, stride=1 if stage == 0 else 2, **kw)]
-    for _ in range(c.layers[stage] - 1):
-        blocks.append(block(inner * c.expansion, inner, stride=1, **kw))
-    return nn.Sequential(*blocks)
+    layer = [block(n_in, inner, stride, **kw)]
+    for _ in range(blocks - 1):
+        layer.append(block(inner * c.expansion, inner, stride=1, **kw))
+    return nn.Sequential(*layer)
 
 
 class ResNet(nn.Module):
+    """ResNet-18 to 152, as the config says; `Config()` is ResNet-50."""
+
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
-        self.conv1 = Conv2d(3, c.width, 7, stride=2, padding=3, bias=False, **kw)
-        self.bn1 = BatchNorm2d(c.width, **kw)
+        w, e = c.width, c.expansion
+        self.conv1 = Conv2d(3, w, 7, stride=2, padding=3, bias=False, **kw)
+        self.bn1 = BatchNorm2d(w, **kw)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = make_layer(c, 0, **kw)
-        self.layer2 = make_layer(c, 1, **kw)
-        self.layer3 = make_layer(c, 2, **kw)
-        self.layer4 = make_layer(c, 3, **kw)
+        self.layer1 = make_layer(c, w, w, c.layers[0], stride=1, **kw)
+        self.layer2 = make_layer(c, w * e, w * 2, c.layers[1], stride=2, **kw)
+        self.layer3 = make_layer(c, w * 2 * e, w * 4, c.layers[2], stride=2, **kw)
+        self.layer4 = make_layer(c, w * 4 * e, w * 8, c.layers[3], stride=2, **kw)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = Linear(c.width * 8 * c.expansion, c.num_classes, **kw)
+        self.fc = Linear(w * 8 * e, c.num_classes, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, num_classes)."""
