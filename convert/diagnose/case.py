@@ -83,6 +83,11 @@ class Case:
         return made.get(self.key)
 
 
+def after(name: str) -> str:
+    """Where something is done to one of the values that came before, in words."""
+    return f"on {name}" if name.startswith("its input") else f"after {name}"
+
+
 def changed(module: Any, attributes: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
     """A copy of a torch module with other attributes and tensors, sharing all the rest."""
     import torch

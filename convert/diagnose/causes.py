@@ -272,7 +272,7 @@ CAUSES: Mapping[str, Cause] = {
              "the same dilation on both sides"),
     }),
     "pooling": Cause("another pool, or its padding and rounding", {
-        "": ("after {name} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
+        "": ("{where} torch has {torch}, Flax's values fit {flax}", "use {torch} in Flax"),
         "layer": ("torch has {torch} at {name}, Flax's values fit {flax}", "use {torch} in Flax"),
     }, layer="pool"),
     "offset": Cause("indices (token ids, positions) that count from another number", {
@@ -338,7 +338,7 @@ CAUSES: Mapping[str, Cause] = {
         "tiny": ("Flax's values are torch's times (1{difference:+.2g})",
                  "look for a constant that was rounded, or a factor close to one"),
         "logits": ("torch multiplies the logits by {torch}, Flax by {flax}",
-                   "multiply queries by {torch}"),
+                   "multiply the queries by {torch}"),
         "summand": ("torch multiplies {name} by {torch}, Flax by {flax}",
                     "multiply {name} by {torch} in Flax"),
         "added": ("Flax's values are torch's with {factor:+.6g} times {name} added",

@@ -213,8 +213,9 @@ class Explainer:
         return rerun
 
     def _inputs(self, event: Event) -> list[tuple[str, np.ndarray]]:
-        return [(f"its input {k}", v.astype(np.float64)) for k, v in event.call.inputs.items()
-                if v.dtype.kind == "f"]  # fmt: skip
+        floats = {k: v for k, v in event.call.inputs.items() if v.dtype.kind == "f"}
+        return [("its input" if len(floats) == 1 else f"its input {k}", v.astype(np.float64))
+                for k, v in floats.items()]  # fmt: skip
 
     def _nearest(self, event: Event, inside: str) -> list[tuple[str, np.ndarray]]:
         """Values of torch before the fault, the latest first; containers' inputs after them."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from convert.diagnose.case import Case
+from convert.diagnose.case import Case, after
 from convert.diagnose.causes import Reason, found
 
 
@@ -86,7 +86,7 @@ def pooling(case: Case) -> Reason | None:
                 ours += [pool] if case.is_right(made) else []
                 theirs += [pool] if case.fits(made) else []
             if ours and theirs and not set(map(str, ours)) & set(map(str, theirs)):
-                return found("pooling", name=name, torch=ours[0], flax=theirs[0])
+                return found("pooling", where=after(name), torch=ours[0], flax=theirs[0])
     return None
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from convert.diagnose.case import Candidates, Case, Rule, first, first_fit
+from convert.diagnose.case import Candidates, Case, Rule, after, first, first_fit
 from convert.diagnose.causes import Reason, found
 from convert.diagnose.hypotheses_tensors import factor_name
 from convert.matching.alignment import MASKED, gap, is_mask_bias
@@ -106,14 +106,14 @@ def activation(case: Case) -> Reason | None:
         ours = [k for k, v in values.items() if case.is_right(v)]
         for a, b in itertools.product(ours, table):
             if a != b and case.fits(values[b]):
-                return activation_differs(f"after {name}", a, b)
+                return activation_differs(after(name), a, b)
     for name, x in case.past:
         if x.dtype.kind != "f" or x.shape != case.right.shape or not case.comparable:
             continue
         values = {k: f(x) for k, f in table.items()}
         for a, b in itertools.permutations(table, 2):
             if "no activation" not in (a, b) and case.fits(case.right + values[b] - values[a]):
-                return activation_differs(f"after {name}", a, b)
+                return activation_differs(after(name), a, b)
     return None
 
 
