@@ -56,7 +56,7 @@ def align_layers(layers: list[LayerPair], torch: Trace, flax: Trace) -> tuple[In
                 (call.name, call.index, path),
                 (partner.get(call.name, ""), call.index, path),
             )
-            if call.name not in partner or there not in theirs or x.dtype.kind != "f":
+            if call.name not in partner or there not in theirs or x.dtype.kind not in "fc":
                 continue
             y = theirs[there]
             if alignment.moves(x.shape, y.shape):

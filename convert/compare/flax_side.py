@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.sides import Axes, Optimizer, Run, Side, Trained, loss_weights
+from convert.compare.sides import Axes, Optimizer, Run, Side, Trained, loss_weights, real_parts
 from convert.judge.noise import Arrays
 from convert.matching.pair import Match
-from convert.runtime.arrays import named_outputs, to_numpy
+from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module, narrow_operation
@@ -68,10 +68,10 @@ class FlaxSide(Side):
             module, compiled = self._gradients(precision, False)
             found = compiled(self._trained(module), module.statistics, given, floats)
             (loss, (output, seen, _)), (of_params, of_inputs) = jax.device_get(found)
-        gradients = self.to_torch(of_params)
+        gradients = self.to_torch(_as_torchs(of_params))
         for path, name in self.inputs.items():
             if path in of_inputs:
-                x = np.asarray(of_inputs[path])
+                x = np.asarray(_as_torchs(of_inputs)[path])
                 gradients[f"in.{name}"] = self.axes.from_flax(name, x)
         return Run(self._back(output), self._back(self.named(seen)), float(loss), gradients)
 
@@ -85,8 +85,9 @@ class FlaxSide(Side):
             given, floats = self._given(precision)
             params, statistics = self._trained(module), module.statistics
             # Optimizers work element by element: on one long vector they compile at once.
-            vector, unravel = ravel_pytree(params)
-            ravel = jax.jit(lambda tree: ravel_pytree(tree)[0])
+            # torch's own step the real and the imaginary part of complex numbers like any others.
+            vector, unravel = ravel_pytree(_real(params))
+            ravel = jax.jit(lambda tree: ravel_pytree(_real(tree))[0])
             rule = optimizer.optax()
             state = rule.init(vector)
 
@@ -100,6 +101,7 @@ class FlaxSide(Side):
             for step in range(steps + 1):
                 found = compiled(params, statistics, given, floats)
                 (loss, (_, _, after)), (gradient, _) = found
+                gradient = _as_torchs(gradient)
                 losses.append(float(loss))
                 if step < steps:
                     gradients.append(self.to_torch(jax.device_get(gradient)))
@@ -107,7 +109,7 @@ class FlaxSide(Side):
                     # is no difference of the models. With 64 bits at hand it is exact.
                     with jax.enable_x64(True):
                         vector, state = update(vector, ravel(gradient), state)
-                    params, statistics = unravel(vector), after
+                    params, statistics = _complex(unravel(vector), params), after
             return Trained(
                 losses, self.to_torch(jax.device_get({**params, **statistics})), gradients
             )
@@ -128,7 +130,7 @@ class FlaxSide(Side):
     def _given(self, precision: str) -> tuple[Values, Values]:
         """Inputs that are not differentiated, and those that are."""
         arrays = self.call.cast(precision).arrays()
-        floats = {k: v for k, v in arrays.items() if np.issubdtype(v.dtype, np.floating)}
+        floats = {k: v for k, v in arrays.items() if is_inexact(v)}
         return {k: v for k, v in arrays.items() if k not in floats}, floats
 
     def _trained(self, module: FlaxModule) -> Values:
@@ -171,12 +173,12 @@ class FlaxSide(Side):
         import jax.numpy as jnp
 
         total: Any = 0.0
-        for name, x in outputs.items():
-            if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating):
-                shape = self.axes.from_flax(name, np.empty(x.shape)).shape
-                weights = self.axes.to_flax(name, loss_weights(name, shape, self.seed))
-                finite = jnp.where(jnp.isfinite(x), x, 0)
-                total = total + (jnp.sin(finite) * weights.astype(x.dtype)).sum()
+        for name, x in real_parts(outputs, lambda x: hasattr(x, "dtype") and is_inexact(x)):
+            axes = name.removesuffix(".imag") if name not in outputs else name
+            shape = self.axes.from_flax(axes, np.empty(x.shape)).shape
+            weights = self.axes.to_flax(axes, loss_weights(name, shape, self.seed))
+            finite = jnp.where(jnp.isfinite(x), x, 0)
+            total = total + (jnp.sin(finite) * weights.astype(x.dtype)).sum()
         return total
 
     def _named(self, output: Any) -> dict[str, Any]:
@@ -189,3 +191,26 @@ class FlaxSide(Side):
     def _back(self, named: Mapping[str, Any]) -> Arrays:
         """The same with the axes that torch has."""
         return {k: self.axes.from_flax(k, to_numpy(x)) for k, x in named.items()}
+
+
+def _as_torchs(gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """JAX's gradient of a real loss by a complex number is the conjugate of torch's."""
+    return {k: g.conj() if "complex" in str(g.dtype) else g for k, g in gradients.items()}
+
+
+def _real(values: Values) -> Values:
+    """Complex arrays as real ones with a last axis of two."""
+    import jax.numpy as jnp
+
+    return {
+        k: jnp.stack([x.real, x.imag], -1) if "complex" in str(x.dtype) else x
+        for k, x in values.items()
+    }
+
+
+def _complex(values: Values, like: Values) -> Values:
+    """The inverse of `_real`."""
+    return {
+        k: x[..., 0] + 1j * x[..., 1] if "complex" in str(like[k].dtype) else x
+        for k, x in values.items()
+    }

@@ -7,7 +7,7 @@ float64; whatever they give has torch's names and axes and is a NumPy array.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -97,6 +97,19 @@ def title(place: Place) -> str:
     for the second of several arrays that it gives."""
     name, index, key = place
     return name + (f"#{index + 1}" if index else "") + (f":{key}" if key else "")
+
+
+def real_parts(
+    outputs: Mapping[str, Any], inexact: Callable[[Any], bool]
+) -> Iterator[tuple[str, Any]]:
+    """The floating-point outputs, complex ones as two, their real and their imaginary part."""
+    for name, x in outputs.items():
+        if not inexact(x):
+            continue
+        if "complex" in str(x.dtype):
+            yield from ((name, x.real), (f"{name}.imag", x.imag))
+        else:
+            yield name, x
 
 
 def exact(runs: Mapping[str, T]) -> T:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.sides import Optimizer, Run, Side, Trained, loss_weights
+from convert.compare.sides import Optimizer, Run, Side, Trained, loss_weights, real_parts
 from convert.judge.noise import Arrays
-from convert.runtime.arrays import named_outputs, to_numpy
+from convert.runtime.arrays import dtype_in, is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.precision import precision_of
 from convert.runtime.torch_calls import watched
@@ -53,7 +53,7 @@ class TorchSide(Side):
                 output = module(*args, **kwargs)
             named = named_outputs(output)
             outputs = {k: to_numpy(v) for k, v in named.items()}
-            intermediates = {k: x for k, x in self.named(seen).items() if x.dtype.kind == "f"}
+            intermediates = {k: x for k, x in self.named(seen).items() if x.dtype.kind in "fc"}
             if not backward:
                 return Run(outputs, intermediates)
             loss = scalar(named, self.seed)
@@ -117,22 +117,23 @@ class TorchSide(Side):
         given, floats = {}, {}
         for name, array in self.call.arrays().items():
             x = torch.from_numpy(np.array(array))  # a copy: modules may write to their inputs
-            if x.is_floating_point():
-                x = x.to(getattr(torch, precision))
+            if is_inexact(x):
+                x = x.to(getattr(torch, dtype_in(x, precision)))
                 x = x if self.moved is None else shaken(x, generator)
             given[name] = x.to(device)
-            if track and x.is_floating_point():
+            if track and is_inexact(x):
                 floats[name] = given[name].requires_grad_()
         return given, floats
 
 
 def scalar(named: Mapping[str, Any], seed: int) -> Any:
-    """The loss: the sum of sin(x) times another number for every element of every output."""
+    """The loss: the sum of sin(x) times another number for every element of every output, of its
+    real and of its imaginary part where it is complex."""
     import torch
 
     total: Any = torch.zeros(())
-    for name, x in named.items():
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+    for name, x in real_parts(named, lambda x: isinstance(x, torch.Tensor) and is_inexact(x)):
+        if x.is_floating_point():
             weights = torch.from_numpy(loss_weights(name, tuple(x.shape), seed)).to(x)
             finite = torch.where(torch.isfinite(x), x, 0.0)  # masked logits
             total = total.to(x.device) + (torch.sin(finite) * weights).sum()
@@ -160,7 +161,7 @@ def _or_zero(gradient: Any, parameter: Any) -> Any:
 def _state(module: Any) -> Arrays:
     """Parameters, and buffers of floating point."""
     found = dict(module.named_parameters()) | dict(module.named_buffers())
-    return {n: to_numpy(t) for n, t in found.items() if t.is_floating_point()}
+    return {n: to_numpy(t) for n, t in found.items() if is_inexact(t)}
 
 
 def _tensors(module: Any) -> Iterator[Any]:

@@ -66,31 +66,38 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return float("inf")
     with np.errstate(invalid="ignore", over="ignore"):
-        apart = np.abs(np.subtract(a, b, dtype=np.float64))
+        apart = np.abs(_difference(a, b))
     if not np.isfinite(apart).all():
         apart = np.where(a == b, 0.0, apart)
     found = float(apart.max(initial=0.0))
     return found if np.isfinite(found) else float("inf")
 
 
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
+    return np.subtract(a, b, dtype=wide)  # type: ignore[no-any-return]
+
+
 def largest(x: np.ndarray) -> float:
     """The largest finite absolute value; 0 where there is none."""
-    found = np.abs(x, dtype=np.float64)
+    found = np.abs(x).astype(np.float64)
     return float(found.max(initial=0.0, where=np.isfinite(found)))
 
 
 def statistics(a: np.ndarray, b: np.ndarray, scale: float) -> Statistics | None:
-    """Of the reference `a`, and of how far `b` is; None where they cannot be compared."""
+    """Of the reference `a`, and of how far `b` is; None where they cannot be compared. Of complex
+    numbers the absolute values are described."""
     if a.shape != b.shape or not a.size:
         return None
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        apart = np.abs(np.subtract(a, b, dtype=np.float64)).ravel()
+        apart = np.abs(_difference(a, b)).ravel()
         if scale and np.isfinite(scale):
             decade = np.floor(np.log10(apart / scale)) + _BINS
         else:
             decade = np.where(apart > 0, np.inf, -np.inf)
     decade = np.where(np.isnan(decade), _BINS - 1, np.clip(decade, 0, _BINS - 1)).astype(int)
-    finite = a[np.isfinite(a)].astype(np.float64)
+    finite = a[np.isfinite(a)]
+    finite = (np.abs(finite) if np.iscomplexobj(finite) else finite).astype(np.float64)
     if not finite.size:
         return None
     close = apart[np.isfinite(apart)]

@@ -83,8 +83,21 @@ def dtype_name(x: Any) -> str:
 
 
 def is_float(x: Any) -> bool:
-    """Whether an array of any framework holds floating-point numbers."""
+    """Whether an array of any framework holds real floating-point numbers."""
     return "float" in dtype_name(x)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether an array of any framework holds floating-point numbers, real or complex."""
+    return is_float(x) or "complex" in dtype_name(x)
+
+
+def dtype_in(x: Any, precision: str) -> str:
+    """The dtype in which an inexact array has `precision`: complex numbers stay complex."""
+    return COMPLEX[precision] if "complex" in dtype_name(x) else precision
+
+
+COMPLEX = {"float32": "complex64", "float64": "complex128"}  # what holds two numbers of each
 
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:

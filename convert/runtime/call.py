@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import leaves, replaced
+from convert.runtime.arrays import dtype_in, is_inexact, leaves, replaced
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ class Call:
 
 
 def cast(array: np.ndarray, precision: str) -> np.ndarray:
-    """A floating-point array in `precision`; any other as it is."""
-    return array.astype(precision) if np.issubdtype(array.dtype, np.floating) else array
+    """A floating-point or complex array in `precision`; any other as it is."""
+    return array.astype(dtype_in(array, precision)) if is_inexact(array) else array

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import is_float, leaves, to_numpy
+from convert.runtime.arrays import dtype_in, is_inexact, leaves, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.interception import Around, intercepted
 from convert.runtime.precision import jax_precision
@@ -128,7 +128,9 @@ class FlaxModule:
         import jax.numpy as jnp
 
         value = jnp.asarray(value)
-        return value.astype(self.precision) if self.precision and is_float(value) else value
+        if self.precision is None or not is_inexact(value):
+            return value
+        return value.astype(dtype_in(value, self.precision))
 
     @contextlib.contextmanager
     def precise(self) -> Iterator[None]:
@@ -306,7 +308,9 @@ def _narrow(jaxpr: Any) -> str | None:
                     return found
         for out in equation.outvars:
             dtype = getattr(out.aval, "dtype", None)
-            if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 8:
+            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+                continue
+            if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
                 return f"{equation.primitive.name} in {dtype.name}"
     return None
 

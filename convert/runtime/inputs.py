@@ -72,7 +72,7 @@ def _plain(value: Any, path: str) -> Any:
         ) from None
     if array.dtype.name in ("bfloat16", "float16"):
         return array.astype(np.float32)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biufc":
         raise UsageError(
             f"input {path} is a {type(value).__name__} of {array.dtype}",
             "give NumPy, torch or JAX arrays of numbers",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import leaves, replaced, to_numpy
+from convert.runtime.arrays import dtype_in, is_inexact, leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.precision import torch_as_written
 from convert.runtime.torch_module import replica
@@ -134,7 +134,7 @@ def _tensor(x: Any, precision: str) -> Any:
     import torch
 
     made = x.detach().clone() if isinstance(x, torch.Tensor) else torch.from_numpy(to_numpy(x))
-    return made.to(getattr(torch, precision)) if made.is_floating_point() else made
+    return made.to(getattr(torch, dtype_in(made, precision))) if is_inexact(made) else made
 
 
 def _numpy(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -160,7 +160,9 @@ def copied(tree: Any, precision: str | None = None) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
         x = x.detach().clone()
-        return x.to(getattr(torch, precision)) if precision and x.is_floating_point() else x
+        if precision is None or not is_inexact(x):
+            return x
+        return x.to(getattr(torch, dtype_in(x, precision)))
 
     return replaced(tree, {k: clone(v) for k, v in leaves(tree).items()})
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from convert.runtime.arrays import dtype_in, is_inexact
 from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
@@ -22,7 +23,8 @@ def replica(module: Any, precision: str) -> Any:
             f"the torch module cannot be copied: {type(e).__name__}: {e}",
             "give one that copy.deepcopy takes; the module itself is never changed",
         ) from e
-    made = made.to(dtype)
+    # Module.to would drop the imaginary part of what is complex, with a warning only.
+    made._apply(lambda t: t.to(getattr(torch, dtype_in(t, precision))) if is_inexact(t) else t)
     for part in made.modules():  # the zoo's layers say what they compute in
         if vars(part).get("dtype") in (torch.float32, torch.float64):
             part.dtype = dtype
@@ -37,14 +39,18 @@ def shake(module: Any, seed: int, rough: Collection[str] = ()) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, t in [*module.named_parameters(), *module.named_buffers()]:
-            wide = name in rough and t.is_floating_point()
-            t.copy_(shaken(t.detach().float() if wide else t.detach(), generator))
+            x = t.detach()
+            if name in rough and is_inexact(t):
+                x = x.to(getattr(torch, dtype_in(t, "float32")))
+            t.copy_(shaken(x, generator))
 
 
 def shaken(x: Any, generator: Any) -> Any:
     """Every element up, down, or left where it is, by one unit in the last place."""
     import torch
 
+    if x.is_complex():
+        return torch.view_as_complex(shaken(torch.view_as_real(x), generator))
     if not x.is_floating_point():
         return x
     way = torch.randint(-1, 2, x.shape, generator=generator).to(x.device)
@@ -80,8 +86,9 @@ def narrow_operation(module: Any, call: Call) -> str | None:
         ) -> Any:
             made = func(*args, **(kwargs or {}))
             for x in made if isinstance(made, tuple | list) else (made,):
-                floating = isinstance(x, torch.Tensor) and x.is_floating_point()
-                if floating and x.dtype != torch.float64:
+                if not isinstance(x, torch.Tensor) or not is_inexact(x):
+                    continue
+                if x.dtype not in (torch.float64, torch.complex128):
                     name = str(func).removeprefix("aten.").partition(".")[0]
                     found.append(f"{name} in {str(x.dtype).removeprefix('torch.')}")
             return made
