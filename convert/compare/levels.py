@@ -14,7 +14,8 @@ from convert.compare.report import Report
 from convert.compare.sides import Side
 from convert.compare.steps import compare_training
 from convert.compare.torch_side import TorchSide
-from convert.diagnose.divergence import Divergence
+from convert.diagnose.causes import found
+from convert.diagnose.divergence import Divergence, Judged
 from convert.judge.rows import Row
 from convert.matching.pair import Pair
 from convert.runtime.torch_module import norms
@@ -80,13 +81,7 @@ def _not_finite(rows: list[Row]) -> Divergence | None:
     first = next((row for row in rows if row.judged and not row.same), None)
     if first is None or np.isfinite(first.noise):
         return None
-    return Divergence(
-        first.name,
-        f"torch's own {first.name} has values that are not numbers (NaN), or beyond float32",
-        "not_finite",
-        "give inputs and weights with which the torch module gives finite numbers",
-        error=first.error,
-    )
+    return Divergence.of(first.name, found("not_finite", name=first.name), first)
 
 
 def _first_row(levels: list[tuple[Mode, list[Row]]]) -> Divergence | None:
@@ -95,16 +90,8 @@ def _first_row(levels: list[tuple[Mode, list[Row]]]) -> Divergence | None:
         for row in rows:
             if row.judged and not row.same:
                 what = {"forward": "", "backward": "the gradient of ", "training": "in training "}
-                return Divergence(
-                    row.name,
-                    f"{what[mode]}{row.name} differs, and no single layer is seen to make it so",
-                    "unknown",
-                    "compare the two, line by line",
-                    mode,
-                    error=row.error,
-                    noise=row.noise,
-                    scale=row.scale,
-                )
+                reason = found("unknown", "row", name=what[mode] + row.name)
+                return Divergence.of(row.name, reason, row, direction=mode)
     return None
 
 
@@ -121,22 +108,18 @@ def _first(pair: Pair, mode: Mode) -> Divergence | None:
 
 def weights_differ(report: Report) -> Divergence | None:
     """The layer of the first tensor that differs, where no run says more."""
-    found = next((d for d in report.differences if d.name != "config"), None)
-    if found is None:
+    first = next((d for d in report.differences if d.name != "config"), None)
+    if first is None:
         return None
-    diagnosis = (
-        f"{found.name} differs in {found.why}" if found.count else f"{found.name}: {found.why}"
-    )
-    if found.diagnosis:
-        diagnosis += f"; {found.diagnosis}"
-    return Divergence(
-        found.name.rpartition(".")[0],
-        diagnosis,
-        "weights",
-        "see whether the two are of one training run, and the tensor's place in the layout",
-        tensor=found.name,
-        error=found.max_error or 0.0,
-    )
+    name = first.name
+    if not first.count:
+        reason = found("weights", "not compared", name=name, why=first.why)
+    elif first.diagnosis:
+        reason = found("weights", "explained", name=name, why=first.why, reason=first.diagnosis)
+    else:
+        reason = found("weights", name=name, why=first.why)
+    measured = Judged(first.max_error or 0.0, 0.0, 0.0, "float32")
+    return Divergence.of(name.rpartition(".")[0], reason, measured, tensor=name)
 
 
 def name_layers(report: Report, reference: TorchSide) -> None:

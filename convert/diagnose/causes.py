@@ -39,6 +39,7 @@ def found(
     return Reason(cause, sentence.format(**values), advice.format(**values), tensor)
 
 
+_ONE_RUN = "see whether the two are of one training run, and the tensor's place in the layout"
 _SAME_SIZES = "compare sizes, strides and padding"
 _LINE_BY_LINE = "compare the two, line by line"
 _HEADS_FIRST = "split features into (heads, head_dim), heads first"
@@ -143,8 +144,9 @@ CAUSES: Mapping[str, Cause] = {
              "load it from torch again"),
     }),
     "weights": Cause("a tensor of two checkpoints differs", {
-        "": ("{name} differs in {why}",
-             "see whether the two are of one training run, and the tensor's place in the layout"),
+        "": ("{name} differs in {why}", _ONE_RUN),
+        "explained": ("{name} differs in {why}; {reason}", _ONE_RUN),
+        "not compared": ("{name}: {why}", _ONE_RUN),
     }),
 
     # --- Biases ---

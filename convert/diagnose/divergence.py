@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from convert.diagnose.causes import Reason
 from convert.judge.noise import EXACT, MARGIN
-from convert.judge.rows import FLOOR
+from convert.judge.rows import FLOOR, Row
 
 
 class Judged:
@@ -43,7 +43,7 @@ class Divergence:
     scale: float = 0.0
 
     @classmethod
-    def of(cls, layer: str, reason: Reason, judged: Judged, **fields: Any) -> Divergence:
+    def of(cls, layer: str, reason: Reason, judged: Judged | Row, **fields: Any) -> Divergence:
         """A divergence at a layer, with its reason; `fields` are those of this class."""
         return cls(
             layer, reason.diagnosis, reason.cause, reason.advice,
