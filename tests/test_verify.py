@@ -33,6 +33,7 @@ from convert.judge.bits import TensorDifference
 from convert.judge.noise import MARGIN, Noise, gap, judge, statistics
 from convert.judge.rows import FLOOR
 from convert.runtime.precision import full_precision
+from zoo import probe
 from zoo.checkpoint.label import Label
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
@@ -815,3 +816,57 @@ def test_constants_are_those_of_the_rule() -> None:
     assert TorchNet().fc.in_features == 4
     assert images().shape == SHAPE
     assert issubclass(linen.Dense, linen.Module)
+
+
+class Transposing(nnx.Module):
+    """A linear layer whose output has two equal axes swapped."""
+
+    def __init__(self, weight: np.ndarray, axes: tuple[int, ...]) -> None:
+        self.fc = nnx.Linear(*weight.T.shape, use_bias=False, rngs=nnx.Rngs(0))
+        self.fc.kernel[...] = jnp.asarray(weight.T)
+        self.axes = axes
+
+    def __call__(self, x: Any) -> Any:
+        return self.fc(x).transpose(self.axes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "cause"),
+    [
+        ((2, 6, 6), (0, 2, 1), "transposed"),
+        ((2, 2, 6, 6), (1, 0, 2, 3), "transposed"),
+        ((3, 4, 4, 4), (0, 3, 1, 2), "unknown"),
+    ],
+)
+def test_equal_axes_that_are_swapped_are_different(shape: Any, axes: Any, cause: str) -> None:
+    """The shapes are equal, so nothing is fitted, and the fault cannot hide."""
+    weight = probe.weight("fc.weight", (shape[-1], shape[-1]))
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(shape[-1], shape[-1], bias=False)
+            self.fc.weight.data = torch.from_numpy(weight)
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(x)
+
+    x = probe.normal("x", shape).astype(np.float32)
+    right = Transposing(weight, tuple(range(len(shape))))
+    assert convert.verify(Net(), right, x, "outputs").verdict == "same"
+    report = convert.verify(Net(), Transposing(weight, axes), x, "training")
+    assert report.verdict == "different"
+    assert report.first_divergence is not None
+    assert report.first_divergence.cause == cause
+
+
+def test_images_whose_axes_are_all_equal_may_lie_as_the_inputs_do() -> None:
+    """Channels last in and out, four of each: what the inputs say of the axes holds for outputs."""
+    ours = torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    weight = probe.weight("weight", (4, 4, 3, 3))
+    ours.weight.data = torch.from_numpy(weight)
+    theirs = nnx.Conv(4, 4, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    theirs.kernel[...] = jnp.asarray(weight.transpose(2, 3, 1, 0))
+    x = probe.normal("x", (2, 4, 4, 4)).astype(np.float32)
+    report = convert.verify(ours, theirs, x, "gradients", flax_inputs=x.transpose(0, 2, 3, 1))
+    assert report.verdict == "same"

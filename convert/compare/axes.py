@@ -66,9 +66,10 @@ def align_layers(layers: list[LayerPair], torch: Trace, flax: Trace) -> tuple[In
 
 
 def align_outputs(
-    torch_trace: Trace, flax_trace: Trace, report: Report
-) -> tuple[list[str], dict[str, Any]]:
-    """Torch's names of the outputs in Flax's order, and how the axes of each lie in Flax."""
+    torch_trace: Trace, flax_trace: Trace, inputs: Mapping[str, Lies], report: Report
+) -> tuple[list[str], dict[str, Lies]]:
+    """Torch's names of the outputs in Flax's order, and how the axes of each lie in Flax: as they
+    are where the shapes are equal, unless the inputs lie otherwise too."""
     ours = {k: to_numpy(v) for k, v in named_outputs(torch_trace.output).items()}
     theirs = {k: to_numpy(v) for k, v in named_outputs(flax_trace.output).items()}
     if len(ours) != len(theirs):
@@ -96,7 +97,7 @@ def align_outputs(
                 f"{name} has shape {x.shape} in torch and {y.shape} in Flax",
                 "let both return the same; axes may be in another order, sizes may not differ",
             )
-        move = alignment.best_move(x, y)
+        move = alignment.best_move(x, y, {move for move, _, _ in inputs.values()})
         moves[name] = (move, x.shape, y.shape)
         if move != "same":
             report.notices.append(f"{name}: torch's {x.shape} is compared with Flax's {y.shape}")

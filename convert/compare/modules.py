@@ -147,9 +147,10 @@ class ModulePair:
         pair = self.pair
         torch_side = TorchSide(pair.torch, pair.call, seed=seed)
         torch_side.combined = self._combined()
-        outputs, moves = align_outputs(self.torch_trace, self.flax_trace, self.report)
         names = input_names(torch_side.names, pair.flax_call)
-        moves |= align_inputs(torch_side.names, names, pair)
+        moves = align_inputs(torch_side.names, names, pair)
+        outputs, found = align_outputs(self.torch_trace, self.flax_trace, moves, self.report)
+        moves |= found
         seen = align_layers(self.layers, self.torch_trace, self.flax_trace)
         moves |= {i.name: i.lies for i in seen}
         torch_side.watched = {i.torch: i.name for i in seen}

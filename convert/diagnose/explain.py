@@ -171,7 +171,7 @@ class Explainer:
         targets = [given]
         if given.shape != event.rough.shape and given.ndim >= 3:
             targets.append(np.moveaxis(given, -1, 1))
-        if event.raw is not None and event.rough.ndim >= 4:
+        if event.raw is not None and event.rough.ndim >= 4 and event.pair.torch:
             # As many channels as rows and columns: a wrong value does not tell how its axes lie.
             for move in moves(event.rough.shape, event.raw.shape):
                 other = to_torch(event.raw, move, event.rough.shape).astype(np.float64)

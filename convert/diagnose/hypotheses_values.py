@@ -167,7 +167,7 @@ def softmax_axis(case: Case) -> Reason | None:
 
 def order(case: Case) -> Reason | None:
     """The right numbers in another order: flattened otherwise, heads, halves, steps."""
-    return first_fit(case, _last_axis, _heads_apart, _reversed, _axes)
+    return first_fit(case, _axes, _last_axis, _heads_apart, _reversed)
 
 
 def _last_axis(case: Case) -> Candidates:

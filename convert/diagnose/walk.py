@@ -93,6 +93,7 @@ class Forward:
         self.counts: dict[str, int] = {}
         self.stack: list[LayerPair] = []
         self.past: list[str] = []
+        self.input_moves: set[str] = set()  # how the model's own inputs lie in Flax
         self.values_after: dict[str, Any] = {}
         # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart
         self.aligned: dict[tuple[str, int, str, str], tuple[LayerPair, Aligned, np.ndarray]] = {}
@@ -171,6 +172,7 @@ class Forward:
                 continue  # masks and lengths may be meant otherwise: the output tells
             self._aligned(visit, "in", a, given)
             if not self.stack:  # the model's own inputs are the caller's to choose
+                self.input_moves.add(a.move)
                 continue
             event = self._event(visit, "input", a.torch, given, a)
             if not event.judged.same and f"in:{a.torch}" not in self._random(call):
@@ -186,7 +188,7 @@ class Forward:
         """torch's own outputs as Flax has them, each compared with what Flax gave."""
         call = visit.call
         right: dict[str, np.ndarray] = {}
-        pairs = align(call.outputs, made)
+        pairs = align(call.outputs, made, None if self.stack else self.input_moves)
         for a in pairs:
             event = self._event(visit, "output", a.torch, made[a.flax], a)
             if not event.judged.same and f"out:{a.torch}" not in self._random(call):

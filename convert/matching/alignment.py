@@ -6,7 +6,7 @@ there; attention may keep its heads before its steps; axes of length one come an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,16 +78,27 @@ def is_mask_bias(x: np.ndarray) -> bool:
     return bool(x.dtype.kind == "f" and ((x == 0) | (x <= MASKED)).all() and (x <= MASKED).any())
 
 
-def best_move(torch: np.ndarray, flax: np.ndarray) -> str:
-    """The move under which the two are closest; shapes allow one at least."""
+def best_move(torch: np.ndarray, flax: np.ndarray, allowed: Collection[str] | None = None) -> str:
+    """The move under which the two are closest; shapes allow one at least.
+
+    Arrays of equal shapes fit however two of their axes lie, and then a value that is wrongly
+    transposed would fit too: `allowed` are the moves that they may have besides "same", None all.
+    """
     able = moves(torch.shape, flax.shape)
+    if torch.shape == flax.shape and allowed is not None:
+        able = [m for m in able if m == "same" or m in allowed]
     if len(able) == 1:
         return able[0]
     return min(able, key=lambda m: gap(to_flax(torch, m, flax.shape), flax))
 
 
-def align(torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[Aligned]:
-    """Pairs of arrays, each used once: of one name, else those that are equal, else in order."""
+def align(
+    torch: Mapping[str, np.ndarray],
+    flax: Mapping[str, np.ndarray],
+    allowed: Collection[str] | None = None,
+) -> list[Aligned]:
+    """Pairs of arrays, each used once: of one name, else those that are equal, else in order.
+    `allowed` is `best_move`'s."""
     free = [n for n in torch if torch[n].size]
     pairs: dict[str, str] = {}
 
@@ -99,7 +110,7 @@ def align(torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> li
     def equal(t: str, f: str) -> bool:
         a, b = torch[t], flax[f]
         scale = float(np.abs(b).max(initial=0.0)) if b.dtype.kind == "f" else 0.0
-        move = best_move(a, b)
+        move = best_move(a, b, allowed)
         return gap(to_flax(a, move, b.shape), b) <= 1e-5 * scale
 
     def named(t: str, f: str) -> bool:
@@ -113,4 +124,4 @@ def align(torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> li
             if found is not None:
                 pairs[f] = found
                 free.remove(found)
-    return [Aligned(t, f, best_move(torch[t], flax[f])) for f, t in pairs.items()]
+    return [Aligned(t, f, best_move(torch[t], flax[f], allowed)) for f, t in pairs.items()]
