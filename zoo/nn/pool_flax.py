@@ -71,23 +71,6 @@ class MaxPool2d(nnx.Module):
         return max_pool2d(x, self.kernel_size, self.stride, self.padding)
 
 
-class AvgPool2d(nnx.Module):
-    """(B, H, W, C) -> (B, H', W', C): `avg_pool2d` as a module."""
-
-    def __init__(
-        self,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.padding = padding
-
-    def __call__(self, x: Array) -> Array:
-        return avg_pool2d(x, self.kernel_size, self.stride, self.padding)
-
-
 class AdaptiveAvgPool2d(nnx.Module):
     """(B, H, W, C) -> (B, *output_size, C): `adaptive_avg_pool2d` as a module."""
 
