@@ -389,7 +389,7 @@ def test_the_wrong_direction_is_recognised(tmp_path: Path) -> None:
         ({"to": "msgpack", "framework": "torch"}, "msgpack is not a container of PyTorch"),
         ({"to": "npz"}, "no container 'npz'"),
         ({"tree": "haiku"}, "no tree 'haiku'"),
-        ({"dtype": "int8"}, "no floating-point dtype"),
+        ({"dtype": "int8"}, "not a floating-point dtype"),
         ({"to": "orbax", "max_shard_size": 5}, "only safetensors"),
         ({"model": "no_such"}, "no model is called"),
         ({"level": "vibes"}, "no level 'vibes'"),
@@ -507,7 +507,7 @@ def test_a_cast_out_of_range_is_told(tmp_path: Path) -> None:
     src = source(tmp_path / "a", arrays)
     made = convert.convert(src, tmp_path / "b.msgpack", dtype="float16")
     assert "the cast made 3 values infinite or NaN: out of range" in made.notices
-    with pytest.raises(UsageError, match="no floating-point dtype"):
+    with pytest.raises(UsageError, match="not a floating-point dtype"):
         convert.convert(src, tmp_path / "c.msgpack", dtype="F8_E8M0")
 
 

@@ -542,7 +542,7 @@ def test_is_orbax_says_no(tmp_path: Path) -> None:
     assert not is_orbax(tmp_path)
     assert not is_orbax(tmp_path / "config.json")
     fails(CorruptInput, lambda: OrbaxReader(tmp_path), str(tmp_path), "no Orbax checkpoint")
-    fails(CorruptInput, lambda: OrbaxReader(tmp_path / "config.json"), "no directory")
+    fails(CorruptInput, lambda: OrbaxReader(tmp_path / "config.json"), "not a directory")
 
 
 @pytest.fixture
@@ -567,7 +567,7 @@ def zarr3(tmp_path: Path) -> Path:
         (["../../outside"], "leaves"),
         (["a/../../x"], "leaves"),
         (["a\0b"], "NUL"),
-        ([""], "no path"),
+        ([""], "not a path"),
         (["\ud800"], "Unicode"),
     ],
 )

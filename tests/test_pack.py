@@ -134,7 +134,7 @@ def test_a_flax_checkpoint_and_a_cast(tmp_path: Path, checkpoint: Path) -> None:
         ("convnet", {}, "model's own name"),
         ("mnist_cnn.digits", {}, "weights that come with"),
         ("mnist_cnn.mine", {}, "call it cifar_net.mine"),
-        ("our_net", {"version": "one"}, "no version"),
+        ("our_net", {"version": "one"}, "not a version"),
         ("our_net", {"card": {"licence": "MIT"}}, "a card has no licence"),
         ("our_net", {"card": {"score": {"accuracy": 1}}}, "the score is not one"),
         ("our_net", {"card": "missing.json"}, "missing.json"),
@@ -165,12 +165,12 @@ def test_an_existing_wheel_needs_force(tmp_path: Path, checkpoint: Path) -> None
 
 def test_a_card_that_is_no_json(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "card.json").write_text("{")
-    with pytest.raises(UsageError, match="no JSON"):
+    with pytest.raises(UsageError, match="not JSON"):
         convert.pack(checkpoint, "our_net", tmp_path, card=tmp_path / "card.json")
-    with pytest.raises(CorruptInput, match="no JSON"):
+    with pytest.raises(CorruptInput, match="not JSON"):
         read_card(tmp_path / "card.safetensors")
     (tmp_path / "card.json").write_text("[]")
-    with pytest.raises(UsageError, match="no JSON object"):
+    with pytest.raises(UsageError, match="not a JSON object"):
         read_card(tmp_path / "card.safetensors")
     card = Card("x", score=Score("accuracy", 0.5, 0.4, 0.6, 10))
     assert Card.from_dict(json.loads(card.to_json()), "x") == card

@@ -383,7 +383,7 @@ def test_broken_idx_files_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no train-images"):
         make_job(find("mnist_cnn.mnist"), "torch", folder=tmp_path)
     path.write_bytes(b"no idx at all")
-    with pytest.raises(CorruptInput, match="no idx file"):
+    with pytest.raises(CorruptInput, match="not an idx file"):
         local.read_idx(path)
     path.write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, 9) + b"123")
     with pytest.raises(CorruptInput, match="has 3 bytes"):
@@ -422,7 +422,7 @@ def test_a_pickle_that_would_run_code_is_refused(
     assert not (tmp_path / "harmed").exists()
     for bad in (b"", b"garbage", pickle.dumps({b"data": 3}), pickle.dumps([1])):
         (tmp_path / "data_batch_1").write_bytes(bad)
-        with pytest.raises(CorruptInput, match="no batch of CIFAR-10"):
+        with pytest.raises(CorruptInput, match="not a batch of CIFAR-10"):
             make_job(find("cifar_net.cifar10"), "torch", folder=tmp_path)
     objects = np.array([None, "x"], dtype=object)
     (tmp_path / "data_batch_1").write_bytes(pickle.dumps({b"data": objects}))

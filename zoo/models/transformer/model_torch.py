@@ -157,6 +157,13 @@ class TransformerDecoder(nn.Module):
         return self.norm(x), caches
 
 
+class Generator(Linear):
+    """Logits by a matrix of its own, or, with `tie_embeddings`, by that of the embeddings."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        super().__init__(c.d_model, c.tgt_vocab_size, **kw)
+
+
 class Transformer(nn.Module):
     """torch.nn.Transformer, batch first, between embeddings and a generator of logits."""
 
@@ -169,7 +176,7 @@ class Transformer(nn.Module):
         )
         self.encoder = TransformerEncoder(c, **kw)
         self.decoder = TransformerDecoder(c, **kw)
-        self.generator = Linear(c.d_model, c.tgt_vocab_size, **kw)
+        self.generator = Generator(c, **kw)
         self.dropout = nn.Dropout(c.dropout)
         if c.tie_embeddings:
             self.generator.weight = self.src_embedding.weight
