@@ -22,6 +22,7 @@ from support import Arrays, bits, canonical, every_tiny, write
 
 import convert
 import zoo
+from convert.api import plan
 from convert.engine.commit import workplace
 from zoo.checkpoint.certificate import Certificate, sha256
 from zoo.checkpoint.label import Label
@@ -723,3 +724,11 @@ def test_orbax_metadata_and_reader_agree(tmp_path: Path) -> None:
     convert.convert(source(tmp_path / "a"), tmp_path / "b", "orbax")
     with OrbaxReader(tmp_path / "b") as reader:
         assert reader.tensors.keys() == MODEL.layout_of(CONFIG).shapes("nnx").keys()
+
+
+def test_a_plan_counts_the_memory_of_running_the_twins(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    streamed = plan(src, tmp_path / "b.msgpack").memory
+    with_twins = plan(src, tmp_path / "b.msgpack", level="outputs").memory
+    values = sum(a.size for a in canonical(MODEL, CONFIG).values())
+    assert with_twins >= values * 4 * 3 > streamed

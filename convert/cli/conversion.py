@@ -121,7 +121,7 @@ def _convert(
     if level != "bits" and options["dtype"] is not None:
         raise click.UsageError(f"--level {level} compares with the source, which --dtype changes")
     if dry_run:
-        prepared = plan(ckpt, dst, framework=framework, force=force, **options)
+        prepared = plan(ckpt, dst, framework=framework, force=force, level=level, **options)
         notices(prepared.notices, quiet)
         if as_json:
             output.json(_plan_data(prepared))

@@ -148,12 +148,12 @@ def disk_needed(plan: Plan, target: Target, training: TrainingState) -> int:
 
 def memory_needed(plan: Plan, level: Level = "bits") -> int:
     """Bytes of tensors held at the peak: one step being written, and the next ones under way. Above
-    level "bits" all weights in float32 as they were read and in either twin, and one twin's in
-    float64."""
+    level "bits" all weights in float32 as they were read and in either twin, and a copy of one twin
+    on its way to float64; without what the twins compute."""
     sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
     at_once = 1 + WORKERS
     streamed = max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
     if level == "bits":
         return streamed
     values = sum(i.size for s in plan.steps for i in s.target_infos)
-    return max(streamed, values * (4 + 4 + 4 + 8))
+    return max(streamed, values * (4 + 4 + 4 + 4 + 8))
