@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> int:
     print(
         f"wrote {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}"
     )
-    print(f"it passes as it is: scripts/test tests/test_models.py -k {name}")
+    print(f"it passes as it is: scripts/test -k {name}; scripts/fix adds it to the README")
     return 0
 
 
