@@ -75,13 +75,13 @@ def convert(
     with ExitStack() as stack:
         prepared = prepare(order, stack)
         on_plan(prepared)
-        return run(prepared, verify=verify, progress=progress)
+        return run(prepared, progress=progress)
 
 
 def plan(src: Source, dst: Source | None = None, to: str | None = None, **kw: Any) -> Prepared:
     """What `convert` of the same arguments would do, refusing what it would refuse.
 
-    Reads names and shapes, writes nothing.
+    Reads names and shapes, writes nothing. The source is closed again: it is for looking at.
     """
     with ExitStack() as stack:
         return prepare(Order(src, dst, to, **kw), stack)

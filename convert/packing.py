@@ -98,7 +98,7 @@ def pack(
         target = Target(place / f"{name}.safetensors", "safetensors", False)
         nothing = TrainingState()
         check_space(place, 2 * disk_needed(plan, target, nothing))
-        prepared = Prepared(reader, plan, target, nothing, "bits", force=False, notices=[])
+        prepared = Prepared(reader, plan, target, nothing, "bits", True, force=False, notices=[])
         certificate = run(prepared, progress=progress)
         full = dataclasses.replace(
             told,

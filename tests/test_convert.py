@@ -17,16 +17,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.numpy import load_file
 from support import Arrays, bits, canonical, every_tiny, write
 
 import convert
 import zoo
 from convert.api import plan
+from convert.cli.main import cli
 from convert.engine.commit import workplace
 from zoo.checkpoint.certificate import Certificate, sha256
 from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
+from zoo.containers.base import TensorInfo
 from zoo.containers.errors import NoSpace, NotEquivalent, UsageError, ZooError
 from zoo.containers.orbax_dir import OrbaxReader, OrbaxWriter
 from zoo.containers.safetensors_file import SafetensorsWriter
@@ -732,3 +735,46 @@ def test_a_plan_counts_the_memory_of_running_the_twins(tmp_path: Path) -> None:
     with_twins = plan(src, tmp_path / "b.msgpack", level="outputs").memory
     values = sum(a.size for a in canonical(MODEL, CONFIG).values())
     assert with_twins >= values * 4 * 3 > streamed
+
+
+def test_a_bare_state_dict_is_proved_at_outputs(tmp_path: Path) -> None:
+    """No label and no config: what the names tell is enough for this family."""
+    torch.save(zoo.create("mlp_10_20_10", framework="torch").state_dict(), tmp_path / "m.pt")
+    made = convert.convert(tmp_path / "m.pt", tmp_path / "m.msgpack", level="outputs")
+    assert made.verified["level"] == "outputs"
+    report = convert.verify(tmp_path / "m.pt", tmp_path / "m.msgpack", level="outputs")
+    assert report.verdict == "same"
+
+
+@pytest.mark.parametrize("level", ["bits", "outputs"])
+def test_a_tensor_written_with_another_dtype_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: Any
+) -> None:
+    """The same bytes under another name for them: hashes of bytes alone would not see it."""
+    from zoo.containers import flax_msgpack
+
+    src = source(tmp_path / "a")
+    name = "encoder.layer.0.attention.self.query.kernel"
+    begin, write = flax_msgpack.MsgpackWriter.__init__, flax_msgpack.MsgpackWriter.write
+
+    def begin_wrong(self: Any, path: Path, header: Any, metadata: Any) -> None:
+        begin(self, path, header | {name: TensorInfo("I32", header[name].shape)}, metadata)
+
+    def write_wrong(self: Any, tensor: str, array: np.ndarray) -> None:
+        write(self, tensor, array.view(np.int32) if tensor == name else array)
+
+    monkeypatch.setattr(flax_msgpack.MsgpackWriter, "__init__", begin_wrong)
+    monkeypatch.setattr(flax_msgpack.MsgpackWriter, "write", write_wrong)
+    with pytest.raises(NotEquivalent, match="not as they were meant"):
+        convert.convert(src, tmp_path / "b.msgpack", level=level)
+    assert not (tmp_path / "b.msgpack").exists()
+
+
+def test_a_dry_run_of_a_level_counts_the_models(tmp_path: Path) -> None:
+    src = source(tmp_path / "a")
+    ran = CliRunner().invoke(
+        cli,
+        ["torch2flax", str(src), str(tmp_path / "b.msgpack"), "--dry-run", "--level", "outputs"],
+    )
+    assert ran.exit_code == 0
+    assert "holds at least" in ran.output

@@ -870,3 +870,87 @@ def test_images_whose_axes_are_all_equal_may_lie_as_the_inputs_do() -> None:
     x = probe.normal("x", (2, 4, 4, 4)).astype(np.float32)
     report = convert.verify(ours, theirs, x, "gradients", flax_inputs=x.transpose(0, 2, 3, 1))
     assert report.verdict == "same"
+
+
+def test_modules_of_64_bits_are_compared_by_their_own_bits() -> None:
+    """JAX would cut NumPy's 64 bits to 32, and then other numbers would be the same."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dense(3, use_bias=False, param_dtype=np.float64, name="fc")(x)
+
+    class Torch(torch.nn.Module):
+        def __init__(self, dtype: torch.dtype) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 3, bias=False)
+            self.fc.weight = torch.nn.Parameter(torch.from_numpy(weight).to(dtype))
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(x)
+
+    weight = probe.normal("fc.weight", (3, 4))
+    x = probe.normal("x", (2, 4)).astype(np.float32)
+
+    def verdict(dtype: torch.dtype, values: np.ndarray) -> str:
+        theirs = (Net(), {"params": {"fc": {"kernel": values.T}}})
+        return convert.verify(Torch(dtype), theirs, x, "bits").verdict
+
+    assert verdict(torch.float64, weight) == "same"
+    assert verdict(torch.float32, weight) == "different"
+    assert verdict(torch.float64, weight + 1e-9) == "different"
+
+
+def test_what_was_sown_is_no_tensor_of_the_model() -> None:
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            y = linen.Dense(3, use_bias=False, name="fc")(x)
+            self.sow("losses", "balance", y.sum())
+            return y
+
+    ours = torch.nn.Linear(4, 3, bias=False)
+    kernel = ours.weight.detach().numpy().T
+    variables = {"params": {"fc": {"kernel": kernel}}, "losses": {"balance": (jnp.ones(()),)}}
+    net = torch.nn.Sequential()
+    net.add_module("fc", ours)
+    x = probe.normal("x", (2, 4)).astype(np.float32)
+    assert convert.verify(net, (Net(), variables), x, "training").verdict == "same"
+
+
+def test_batchnorm_trains_even_where_the_call_says_otherwise() -> None:
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.bn = nnx.BatchNorm(
+                3, momentum=0.9, epsilon=1e-5, use_fast_variance=False, rngs=nnx.Rngs(0)
+            )
+
+        def __call__(self, x: Any) -> Any:
+            return self.bn(x, use_running_average=True)
+
+    net = torch.nn.Sequential()
+    net.add_module("bn", torch.nn.BatchNorm1d(3))
+    x = probe.normal("x", (64, 3)).astype(np.float32)
+    report = convert.verify(net, Net(), x, "training")
+    (loss,) = (r for r in report.training[0].rows if r.name == "loss")
+    assert abs(report.training[0].losses["b float64"][0]) > 0
+    assert loss.same, "the first step's loss is that of the batch's statistics on both sides"
+
+
+def test_outputs_that_fit_two_ways_are_said_to() -> None:
+    class Torch(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return self.fc(x)
+
+    ours = Torch()
+    weight = ours.fc.weight.detach().numpy()
+    notice = "inputs of other sizes would tell"
+    for batch, verdict, told in ((2, "different", True), (3, "same", False)):
+        x = probe.normal("x", (2, batch, 4)).astype(np.float32)
+        report = convert.verify(ours, Transposing(weight, (1, 0, 2)), x, "outputs")
+        assert report.verdict == verdict
+        assert any(notice in n for n in report.notices) == told

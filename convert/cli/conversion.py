@@ -239,9 +239,10 @@ def _show_plan(prepared: Prepared) -> None:
         click.echo(f"{printable(told)} -> {_beside(target)}")
     click.echo(f"target {printable(str(target.path))}: not written (--dry-run)")
     reads = sum(s.nbytes for s in p.steps)
+    bound, ran = ("most", "") if prepared.level == "bits" else ("least", " while the models run")
     click.echo(
         f"reads {output.size(reads)}, "
-        f"holds at most {output.size(prepared.memory)} of tensors at a time, "
+        f"holds at {bound} {output.size(prepared.memory)} of tensors at a time{ran}, "
         f"needs {output.size(prepared.disk)} of disk"
     )
 

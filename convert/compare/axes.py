@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,10 @@ def align_layers(layers: list[LayerPair], torch: Trace, flax: Trace) -> tuple[In
 
 
 def align_outputs(
-    torch_trace: Trace, flax_trace: Trace, inputs: Mapping[str, Lies], report: Report
+    torch_trace: Trace, flax_trace: Trace, allowed: Collection[str], report: Report
 ) -> tuple[list[str], dict[str, Lies]]:
     """Torch's names of the outputs in Flax's order, and how the axes of each lie in Flax: as they
-    are where the shapes are equal, unless the inputs lie otherwise too."""
+    are where the shapes are equal, or by an `allowed` move, which the inputs have made too."""
     ours = {k: to_numpy(v) for k, v in named_outputs(torch_trace.output).items()}
     theirs = {k: to_numpy(v) for k, v in named_outputs(flax_trace.output).items()}
     if len(ours) != len(theirs):
@@ -97,23 +97,36 @@ def align_outputs(
                 f"{name} has shape {x.shape} in torch and {y.shape} in Flax",
                 "let both return the same; axes may be in another order, sizes may not differ",
             )
-        move = alignment.best_move(x, y, {move for move, _, _ in inputs.values()})
+        move = alignment.best_move(x, y, allowed)
         moves[name] = (move, x.shape, y.shape)
-        if move != "same":
+        fitting = alignment.likely_moves(x, y)
+        if x.shape != y.shape:
             report.notices.append(f"{name}: torch's {x.shape} is compared with Flax's {y.shape}")
+        elif move != "same":
+            report.notices.append(f"{name}: axes are compared as those of the inputs ({move})")
+        elif move not in fitting:
+            report.notices.append(
+                f"{name}: {x.shape} is the same with two axes swapped, so it is compared as it is; "
+                "inputs of other sizes would tell whether the axes are meant to be swapped"
+            )
     return list(ours), moves
 
 
-def align_inputs(torch: Mapping[str, str], flax: Mapping[str, str], pair: Pair) -> dict[str, Lies]:
-    """How the axes of each input lie in Flax. `torch` and `flax`: path in the call -> name."""
+def align_inputs(
+    torch: Mapping[str, str], flax: Mapping[str, str], pair: Pair
+) -> tuple[dict[str, Lies], set[str]]:
+    """How the axes of each input lie in Flax, and every move that they may have made. `torch` and
+    `flax`: path in the call -> name."""
     ours = {torch[path]: x for path, x in pair.call.arrays().items()}
     theirs = pair.flax_call.arrays()
-    moves: dict[str, Any] = {}
+    moves: dict[str, Lies] = {}
+    made: set[str] = set()
     for path, name in list(flax.items()):
         x, y = ours[name], theirs[path]
         if alignment.moves(x.shape, y.shape):
             moves[name] = (alignment.best_move(x, y), x.shape, y.shape)
-    return moves
+            made |= alignment.likely_moves(x, y)
+    return moves, made
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> str:

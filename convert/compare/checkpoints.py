@@ -115,7 +115,7 @@ def compare_checkpoints(
 def runnable(*plans: Plan) -> Model:
     """The family whose twins can be run; UsageError where there is none, or where none of these
     tells a field that running them needs."""
-    if unknown := frozenset.intersection(*(p.unknown for p in plans)):
+    if unknown := plans[0].unknown.intersection(*(p.unknown for p in plans[1:])):
         raise UsageError(
             f"running the model needs {', '.join(sorted(unknown))}, which the tensors do not tell",
             "name a preset with --model, or give its config.json with --config",

@@ -134,7 +134,8 @@ class FlaxSide(Side):
         return {k: v for k, v in arrays.items() if k not in floats}, floats
 
     def _trained(self, module: FlaxModule) -> Values:
-        return {k: v for k, v in module.params.items() if k not in self.frozen}
+        params = module.params.items()
+        return {k: v for k, v in params if k not in self.frozen and is_inexact(v)}
 
     def _call(self, module: FlaxModule, values: Values, given: Any, watching: bool) -> Any:
         """Outputs by name (jit hands dicts back in another order), intermediates, statistics."""

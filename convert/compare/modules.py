@@ -26,6 +26,7 @@ from convert.runtime.flax_module import flax_module
 from convert.runtime.precision import full_precision
 from convert.runtime.torch_module import state
 from zoo.checkpoint.apply import apply
+from zoo.containers import dtypes
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
 from zoo.layout.ops import inverse, run_shapes
@@ -148,8 +149,8 @@ class ModulePair:
         torch_side = TorchSide(pair.torch, pair.call, seed=seed)
         torch_side.combined = self._combined()
         names = input_names(torch_side.names, pair.flax_call)
-        moves = align_inputs(torch_side.names, names, pair)
-        outputs, found = align_outputs(self.torch_trace, self.flax_trace, moves, self.report)
+        moves, made = align_inputs(torch_side.names, names, pair)
+        outputs, found = align_outputs(self.torch_trace, self.flax_trace, made, self.report)
         moves |= found
         seen = align_layers(self.layers, self.torch_trace, self.flax_trace)
         moves |= {i.name: i.lies for i in seen}
@@ -213,15 +214,15 @@ def _stated(layout: Any) -> tuple[Match, ...] | None:
 
 
 def _numpy(tensor: Any) -> np.ndarray:
-    """A tensor's own bits, bfloat16 included."""
+    """A tensor's own bits, those of bfloat16 and FP8 included."""
     import torch
 
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        bits = tensor.detach().cpu().contiguous().view(torch.int16).numpy()
-        return np.array(bits.view(ml_dtypes.bfloat16))
-    return np.array(tensor.detach().cpu().numpy())
+    x = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    name = str(x.dtype).removeprefix("torch.")
+    if name != "bfloat16" and not name.startswith("float8"):
+        return np.array(x.numpy())
+    bits = x.view(torch.int16 if x.element_size() == 2 else torch.uint8).numpy()
+    return np.array(bits.view(dtypes.NUMPY[dtypes.FROM_NAME[name]]))
 
 
 def title(module: Any) -> str:

@@ -133,10 +133,9 @@ def scalar(named: Mapping[str, Any], seed: int) -> Any:
 
     total: Any = torch.zeros(())
     for name, x in real_parts(named, lambda x: isinstance(x, torch.Tensor) and is_inexact(x)):
-        if x.is_floating_point():
-            weights = torch.from_numpy(loss_weights(name, tuple(x.shape), seed)).to(x)
-            finite = torch.where(torch.isfinite(x), x, 0.0)  # masked logits
-            total = total.to(x.device) + (torch.sin(finite) * weights).sum()
+        weights = torch.from_numpy(loss_weights(name, tuple(x.shape), seed)).to(x)
+        finite = torch.where(torch.isfinite(x), x, 0.0)  # masked logits
+        total = total.to(x.device) + (torch.sin(finite) * weights).sum()
     if not total.requires_grad:
         raise UsageError(
             "no output of the torch module depends on its parameters or inputs by a gradient",

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
-from convert.matching.alignment import Aligned, align, to_flax, to_torch
+from convert.matching.alignment import Aligned, align, likely_moves, to_flax, to_torch
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
@@ -172,7 +172,7 @@ class Forward:
                 continue  # masks and lengths may be meant otherwise: the output tells
             self._aligned(visit, "in", a, given)
             if not self.stack:  # the model's own inputs are the caller's to choose
-                self.input_moves.add(a.move)
+                self.input_moves |= likely_moves(right, given)
                 continue
             event = self._event(visit, "input", a.torch, given, a)
             if not event.judged.same and f"in:{a.torch}" not in self._random(call):

@@ -30,12 +30,7 @@ from zoo.containers.errors import NotEquivalent
 from zoo.layout.ops import describe
 
 
-def run(
-    prepared: Prepared,
-    *,
-    verify: bool = True,
-    progress: Progress = lambda stage, done, total: None,
-) -> Certificate:
+def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: None) -> Certificate:
     """Carry out what was prepared: the target appears whole and verified, or not at all.
 
     Above level "bits" the twins are run on the tensors that the recheck has just read. Raises
@@ -47,7 +42,7 @@ def run(
         label = _set_aside(reader, plan, certificate)
         _write(reader, plan, target, place, label, certificate, progress)
         written = place / target.path.name
-        if verify:
+        if prepared.verify:
             ties = written_ties(target, plan, label)
             kept = Canonical(plan) if prepared.level != "bits" else None
             certificate.verified = recheck(
@@ -58,7 +53,7 @@ def run(
         training = prepared.training
         if training.optimizers or training.ema or training.data:
             path = place / target.beside(filenames.OPTIMIZER)
-            certificate.training = _write_training(path, training, verify)
+            certificate.training = _write_training(path, training, prepared.verify)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):

@@ -41,6 +41,7 @@ class Prepared:
     target: Target
     training: TrainingState  # what the source holds besides weights
     level: Level
+    verify: bool
     force: bool
     notices: list[str]
 
@@ -51,7 +52,7 @@ class Prepared:
 
     @property
     def memory(self) -> int:
-        """Bytes of tensors that will be held at the peak."""
+        """Bytes of tensors that will be held at the peak; above level "bits" at least these."""
         return memory_needed(self.plan, self.level)
 
     @property
@@ -129,7 +130,7 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         told = [*told, "moments and averages keep their dtypes"]
     check_space(target.path.parent, disk_needed(plan, target, training))
     notices = [*plan.notices, *told]
-    return Prepared(reader, plan, target, training, order.level, order.force, notices)
+    return Prepared(reader, plan, target, training, order.level, order.verify, order.force, notices)
 
 
 def _target(order: Order, framework: str) -> tuple[Target, list[str]]:
@@ -148,8 +149,8 @@ def disk_needed(plan: Plan, target: Target, training: TrainingState) -> int:
 
 def memory_needed(plan: Plan, level: Level = "bits") -> int:
     """Bytes of tensors held at the peak: one step being written, and the next ones under way. Above
-    level "bits" all weights in float32 as they were read and in either twin, and a copy of one twin
-    on its way to float64; without what the twins compute."""
+    level "bits" a lower bound: all weights in float32 as they were read and in either twin, and a
+    copy of one twin on its way to float64, without what the twins compute."""
     sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
     at_once = 1 + WORKERS
     streamed = max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)

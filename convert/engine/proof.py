@@ -23,6 +23,9 @@ def prove(plan: Plan, canonical: Mapping[str, np.ndarray], level: Level) -> dict
     report = Report("torch", "flax", level)
     sides = [Weights(framework, plan.config, canonical) for framework in ("torch", "flax")]
     run_twins(plan.family, sides[0], sides[1], report, None, Settings())
+    first = report.first_divergence
+    if first is not None and first.cause == "not_finite":
+        raise NotEquivalent(first.diagnosis, f"{first.advice}, or convert it at level 'bits'")
     if report.verdict == "different":
         bad = next(row.name for row in report.rows if row.judged and not row.same)
         raise NotEquivalent(

@@ -50,13 +50,22 @@ def recheck(
                 f"the result does not hold the tensors that were meant: {names}",
                 "nothing was kept; please report it",
             )
+        meant = plan.target_tensors()
+        meant |= {name: meant[to] for name, to in ties.items()}
+        if wrong := [f"{n} as {reader.tensors[n]}" for n in meant if reader.tensors[n] != meant[n]]:
+            raise NotEquivalent(
+                f"the result holds tensors that are not as they were meant: {'; '.join(wrong[:3])}",
+                "nothing was kept; please report it",
+            )
         wrong += [f"{n} is not {to}" for n, to in ties.items() if not _same(reader, n, to)]
         if not _same_label(read_label(reader), label):
             wrong.append("the label was not written as made")
         jobs = [_reading_back(reader, step, records[step.targets]) for step in plan.steps]
         for step, (problem, arrays) in zip(plan.steps, prefetch(jobs), strict=True):
-            wrong += [problem] if problem else []
-            keep(step, arrays)
+            if problem:
+                wrong.append(problem)
+            else:
+                keep(step, arrays)
             done += step.nbytes
             progress("verify", done, total)
         for made in plan.made:

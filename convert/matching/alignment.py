@@ -64,7 +64,8 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
         return float("inf")
     if not a.size:
         return 0.0
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
+    a, b = (np.asarray(x, wide) for x in (a, b))
     if is_mask_bias(a) or is_mask_bias(b):
         a, b = np.maximum(a, MASKED), np.maximum(b, MASKED)
     both = (np.isnan(a) & np.isnan(b)) | (a == b)
@@ -90,6 +91,12 @@ def best_move(torch: np.ndarray, flax: np.ndarray, allowed: Collection[str] | No
     if len(able) == 1:
         return able[0]
     return min(able, key=lambda m: gap(to_flax(torch, m, flax.shape), flax))
+
+
+def likely_moves(torch: np.ndarray, flax: np.ndarray) -> set[str]:
+    """Every move under which the two are closest: several where axes cannot be told apart."""
+    gaps = {m: gap(to_flax(torch, m, flax.shape), flax) for m in moves(torch.shape, flax.shape)}
+    return {m for m, apart in gaps.items() if apart == min(gaps.values())}
 
 
 def align(

@@ -125,10 +125,12 @@ class FlaxModule:
         return call.replaced(arrays)
 
     def _cast(self, value: Any) -> Any:
+        if self.precision is None:  # as it is stored: JAX would cut the 64 bits of NumPy's arrays
+            return value
         import jax.numpy as jnp
 
         value = jnp.asarray(value)
-        if self.precision is None or not is_inexact(value):
+        if not is_inexact(value):
             return value
         return value.astype(dtype_in(value, self.precision))
 
@@ -157,7 +159,7 @@ class _Nnx(FlaxModule):
         self._variables: dict[str, tuple[Any, Any]] = {}
         with self.precise():
             for path, variable in nnx.to_flat_state(state):
-                value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+                value = _raw(variable)
                 if isinstance(variable, nnx.RngState) or not _is_array(value):
                     self._rest[path] = variable
                     continue
@@ -182,16 +184,15 @@ class _Nnx(FlaxModule):
             held = isinstance(variable, nnx.Variable)
             flat[path] = variable.replace(value) if held else value
         module: Any = nnx.merge(self._graph, nnx.from_flat_state(flat))
+        if self.training:
+            around = _with_nnx_batch_statistics(around)
         if around is None:
             output = module(*args, **kwargs)
         else:
             self.modules = {_dotted(p): m for p, m in nnx.iter_modules(module)}
             with intercepted(self.modules, around):
                 output = module(*args, **kwargs)
-        after = {
-            _dotted(p): v.get_value() if isinstance(v, nnx.Variable) else v
-            for p, v in nnx.to_flat_state(nnx.state(module))
-        }
+        after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
         return output, {n: after[n] for n in self.values if n in after}
 
 
@@ -202,8 +203,12 @@ class _Linen(FlaxModule):
         self._mutable = _mutable(module.scope.mutable)
         self._module, variables = module.unbind()
         self._collections: dict[str, tuple[str, ...]] = {}
+        self._rest: dict[tuple[str, ...], Any] = {}  # what was sown, and other trees of arrays
         with self.precise():
             for path, value in _flatten(variables).items():
+                if not _is_array(_unboxed(value)):
+                    self._rest[path] = value
+                    continue
                 name = ".".join(map(str, path[1:]))
                 name = name if name not in self.values else ".".join(map(str, path))
                 self._collections[name] = path
@@ -219,7 +224,8 @@ class _Linen(FlaxModule):
         from flax import linen
 
         every = {**self.values, **values}
-        variables = _unflatten({self._collections[n]: v for n, v in every.items()})
+        flat = self._rest | {self._collections[n]: v for n, v in every.items()}
+        variables = _unflatten(flat)
         with contextlib.ExitStack() as stack:
             if around is not None:
                 stack.enter_context(linen.intercept_methods(self._interceptor(around)))
@@ -244,6 +250,20 @@ class _Linen(FlaxModule):
             return around(path, module, proceed, args, dict(kwargs))
 
         return intercept
+
+
+def _with_nnx_batch_statistics(around: Around | None) -> Around:
+    """NNX's BatchNorm in training mode, however the module calls it."""
+    from flax import nnx
+
+    def training(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(part, nnx.BatchNorm):
+            args, kwargs = args[:1], {**kwargs, "use_running_average": False}
+        if around is None:
+            return proceed(*args, **kwargs)
+        return around(path, part, proceed, args, kwargs)
+
+    return training
 
 
 def _with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -331,8 +351,14 @@ def _mutable(mutable: Any) -> Any:
 def _renewed(variable: Any) -> Any:
     from flax import nnx
 
-    held = isinstance(variable, nnx.Variable)
-    return variable.replace(variable.get_value()) if held else variable
+    return variable.replace(_raw(variable)) if isinstance(variable, nnx.Variable) else variable
+
+
+def _raw(variable: Any) -> Any:
+    """What a Variable stores, not what its `on_get_value` makes of it; anything else as it is."""
+    from flax import nnx
+
+    return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
 
 
 def _is_wide(dtype: Any) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+_PATCHING = threading.RLock()  # classes are every thread's
 
 # (path, submodule, call of the original, args, kwargs) -> output
 Around = Callable[[str, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -36,6 +39,11 @@ def intercepted(modules: Mapping[str, Any], around: Around) -> Iterator[None]:
 
         return called
 
+    with _PATCHING:
+        yield from _patched(modules, wrapper)
+
+
+def _patched(modules: Mapping[str, Any], wrapper: Callable[..., Any]) -> Iterator[None]:
     classes: set[Any] = {type(m) for m in modules.values() if callable(m)}
     own = {c: c.__dict__.get("__call__") for c in classes}
     originals = {c: c.__call__ for c in classes}

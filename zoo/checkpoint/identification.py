@@ -240,7 +240,7 @@ def _configs(
         elif any(_AUTOMATIC.search(n) for n in spelled):
             for config in model.presets.values():
                 told = model.infer(model.layout_of(config).shapes("torch")) or {}
-                yield config, model.unknown - told.keys(), spelled
+                yield config, frozenset(model.unknown - told.keys()), spelled
         return
     inner = {n: shapes[s] for n, s in spelled.items()}
     if tree == "linen":
@@ -252,7 +252,7 @@ def _configs(
     elif fields is not None:
         try:
             config = model.configure(**{**model.placeholders, **fields})
-            yield config, model.unknown - fields.keys(), spelled
+            yield config, frozenset(model.unknown - fields.keys()), spelled
         except UsageError:  # sizes that no config can have: not this model
             return
 
