@@ -69,10 +69,10 @@ class FlaxSide(Side):
             found = compiled(self._trained(module), module.statistics, given, floats)
             (loss, (output, seen, _)), (of_params, of_inputs) = jax.device_get(found)
         gradients = self.to_torch(_as_torchs(of_params))
+        given = _as_torchs(of_inputs)
         for path, name in self.inputs.items():
-            if path in of_inputs:
-                x = np.asarray(_as_torchs(of_inputs)[path])
-                gradients[f"in.{name}"] = self.axes.from_flax(name, x)
+            if path in given:
+                gradients[f"in.{name}"] = self.axes.from_flax(name, np.asarray(given[path]))
         return Run(self._back(output), self._back(self.named(seen)), float(loss), gradients)
 
     def train(self, precision: str, optimizer: Optimizer, steps: int) -> Trained:

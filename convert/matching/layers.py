@@ -20,8 +20,6 @@ from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import compatible, flax_kind, torch_kind
 
-_ZOO_KINDS = {"linear", "conv1d", "conv2d", "embedding", "norm", "batchnorm", "recurrent"}
-
 
 @dataclass
 class CalledLayer:
@@ -59,7 +57,7 @@ def pair_layers(
     layers = []
     for name, layer in ours.items():
         if name in found:
-            kind = layer.kind if layer.kind in _ZOO_KINDS else type(modules[name]).__name__
+            kind = layer.kind if layer.kind != "other" else type(modules[name]).__name__
             other, why = found[name]
             layers.append(LayerPair(name, other, kind, why, _alternatives(layer, theirs)))
     used = {f for f, _ in found.values()}

@@ -11,17 +11,11 @@ from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import state
-from zoo.layout.kinds import torch_kind
+from zoo.layout.kinds import kinds, torch_kind
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Found = Iterator[Match]
-_LEAVES = {
-    "weight": ("kernel", "embedding", "scale", "weight"),
-    "bias": ("bias",),
-    "running_mean": ("mean",),
-    "running_var": ("var",),
-}
 # Flax's cells name a linear layer for each gate; torch stacks them in this order.
 _GATES = {
     "LSTM": (("ii", "if", "ig", "io"), ("hi", "hf", "hg", "ho")),
@@ -86,13 +80,19 @@ def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> 
 
 def _plain(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Found:
     for leaf, shape in own.items():
-        for other in (*_LEAVES.get(leaf, ()), leaf):
+        for other in _flax_leaves(leaf):
             if other not in below:
                 continue
             ops = _weight_ops(module, kind, shape, below[other], flax) if leaf == "weight" else ()
             if ops is not None and run_shapes(ops, [shape]) == [below[other]]:
                 yield Match((leaf,), (other,), ops, _word(kind))
                 break
+
+
+def _flax_leaves(leaf: str) -> list[str]:
+    """What Flax may call a tensor that torch calls `leaf`, by the table of kinds; last the same."""
+    rows = (kind.leaves[leaf].nnx for kind in kinds().values() if leaf in kind.leaves)
+    return list(dict.fromkeys((*rows, leaf)))
 
 
 def _word(kind: str) -> str:
@@ -202,7 +202,7 @@ def _bare(module: Any, found: list[Match], flax: Shapes, taken: set[str]) -> lis
         if id(value) in done:
             continue
         stem, _, leaf = name.rpartition(".")
-        for other in (leaf, *_LEAVES.get(leaf, ())):
+        for other in (leaf, *_flax_leaves(leaf)):
             target = free.get(normal(f"{stem}.{other}" if stem else other))
             if target is None or flax[target] != tuple(value.shape):
                 continue

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import dtype_in, is_inexact, leaves, to_numpy
+from convert.runtime.arrays import dtype_in, is_array, is_inexact, leaves, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.interception import Around, intercepted
 from convert.runtime.precision import jax_precision
@@ -160,7 +160,7 @@ class _Nnx(FlaxModule):
         with self.precise():
             for path, variable in nnx.to_flat_state(state):
                 value = _raw(variable)
-                if isinstance(variable, nnx.RngState) or not _is_array(value):
+                if isinstance(variable, nnx.RngState) or not is_array(value):
                     self._rest[path] = variable
                     continue
                 name = _dotted(path)
@@ -206,7 +206,7 @@ class _Linen(FlaxModule):
         self._rest: dict[tuple[str, ...], Any] = {}  # what was sown, and other trees of arrays
         with self.precise():
             for path, value in _flatten(variables).items():
-                if not _is_array(_unboxed(value)):
+                if not is_array(_unboxed(value)):
                     self._rest[path] = value
                     continue
                 name = ".".join(map(str, path[1:]))
@@ -365,10 +365,6 @@ def _is_wide(dtype: Any) -> bool:
     with contextlib.suppress(TypeError):
         return dtype is not None and np.dtype(dtype) in (np.float32, np.float64)
     return False
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "dtype") and not str(value.dtype).startswith("key")
 
 
 def _dotted(path: Any) -> str:
