@@ -27,6 +27,7 @@ FLOORS = (
     ("convert.diagnose",),
     ("convert.matching",),
     ("convert.training_state", "convert.optim"),
+    ("convert.program",),
     ("convert.runtime",),
     ("convert.judge", "convert.tensors"),
     ("zoo",),

@@ -39,6 +39,15 @@ def found(
     return Reason(cause, sentence.format(**values), advice.format(**values), tensor)
 
 
+def repaired(cause: str, /, *, expression: str, place: str | None, said: str) -> Reason:
+    """A reason that was found by changing torch's own computation until it gave Flax's values."""
+    if cause not in CAUSES:
+        raise KeyError(cause)
+    where = f" ({place})" if place else ""
+    return Reason(cause, f"torch computes `{expression}`{where}; Flax's values fit {said}",
+                  "compare Flax's code with this expression")  # fmt: skip
+
+
 _ONE_RUN = "see whether the two are of one training run, and the tensor's place in the layout"
 _SAME_SIZES = "compare sizes, strides and padding"
 _LINE_BY_LINE = "compare the two, line by line"
@@ -367,6 +376,17 @@ CAUSES: Mapping[str, Cause] = {
     "reversed": Cause("a sequence or image is gone through back to front", {
         "": ("axis {axis} is back to front in Flax", "go through it in one direction"),
     }),
+
+    # --- Found by changing torch's own computation, where no rule above knows the code ---
+    "constant": Cause("another number in the code: a base, an exponent, a bound, a weight", {}),
+    "operation": Cause("another operation than torch's: a maximum for a mean, a sine for a cosine",
+                       {}),
+    "axis": Cause("a reduction, normalisation or sum over another axis", {}),
+    "rearranged": Cause("a view, split or repetition that puts elements in another order", {}),
+    "operand": Cause("operands exchanged, or another value taken as operand", {}),
+    "left_out": Cause("an operation of torch's that is left out, or one too many", {}),
+    "order": Cause("the right operations in another order", {}),
+    "size": Cause("another size: of a window, a kernel, a number of steps", {}),
 
     # --- Precision, gradients ---
     "dtype": Cause("bfloat16 or float16 on the way", {

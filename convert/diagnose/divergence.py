@@ -38,6 +38,7 @@ class Divergence:
     # Where the code between two layers differs: the layers before and after.
     between: tuple[str, str] | None = None
     tensor: str | None = None  # the parameter that is at fault, where one is
+    source: str | None = None  # file and line of torch's expression that differs, where it is known
     error: float = 0.0
     noise: float = 0.0
     scale: float = 0.0

@@ -52,14 +52,25 @@ class Explainer:
         self.reference, self.side, self.pairing = reference, side, pairing
         self.matched, self.sure = matched, sure
         self.paired = pairing.of_torch()
+        self.first: tuple[Event, Divergence] | None = None  # what it was asked about first
 
     def __call__(self, event: Event) -> Divergence | None:
         """The divergence, or None where it cannot be told from rounding inside the layer."""
         within = event.where in ("output", "raises") and not self._children(event.pair)
         divergence = self._layer(event) if within else self._between(event)
+        self.first = self.first or (event, divergence)
         if divergence.cause == "unknown" and self.sure:
             return None
         return divergence
+
+    def case(self, reference: Reference, event: Event) -> Case:
+        """What there is to explain, beside another reference's values."""
+        return Explainer(reference, self.side, self.pairing, self.matched, False)._case(event, [])
+
+    def flax_of(self, layer: str) -> str | None:
+        """Flax's path of a torch layer, where it has one."""
+        pair = self.paired.get(layer)
+        return pair.flax if pair else None
 
     # --- A layer's own fault ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 from convert.diagnose.backward import first_backward
@@ -9,6 +10,7 @@ from convert.diagnose.divergence import Divergence
 from convert.diagnose.explain import Explainer
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
+from convert.diagnose.repair.problem import Runs, repair, with_statistics
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.walk import Forward
 from convert.matching.pair import Pair
@@ -16,16 +18,22 @@ from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 
+EXPLAIN = 20.0  # seconds for a search, if nobody says otherwise
 Mode = Literal["forward", "backward", "training"]
 
 
-def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
+def first_divergence(
+    pair: Pair, mode: Mode = "forward", seconds: float = EXPLAIN
+) -> Divergence | None:
     """The first place at which the two modules part, and why; None where they do not.
 
     Flax runs with torch's own values put in at every paired layer, so that no error is carried on:
     each value is judged by the rounding noise of its own step, in float32, and where nothing is
     found there, in float64 for the causes that can be named (an epsilon too small to show).
     "backward" then does the same with cotangents: gradients of each layer's inputs and parameters.
+    Where no known cause fits, torch's own computation is changed until it gives Flax's values, for
+    `seconds` at most; 0: not at all.
+
     "training" looks at running statistics besides: torch's norms must be in train mode for it,
     Flax's are put into it.
 
@@ -38,10 +46,12 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
     matched = Matched(pair.torch, side, pairing.matches)
-    walk = Forward(reference, side, pairing, Explainer(reference, side, pairing, matched, False))
+    explain = Explainer(reference, side, pairing, matched, False)
+    walk = Forward(reference, side, pairing, explain)
     found: Divergence | None = walk.run(pair.flax_call)
+    found = _repaired(pair, found, explain, seconds)
     if found is None and mode == "forward" and not reference.random:
-        found = _in_float64(pair, pairing)
+        found = _in_float64(pair, pairing, seconds)
     if found is None and mode == "training":
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
@@ -49,11 +59,36 @@ def first_divergence(pair: Pair, mode: Mode = "forward") -> Divergence | None:
     return found
 
 
-def _in_float64(pair: Pair, pairing: Pairing) -> Divergence | None:
+def _in_float64(pair: Pair, pairing: Pairing, seconds: float) -> Divergence | None:
     """What float32's rounding hides, if it can be named."""
     exact = Reference(pair.torch, pair.call, "float64")
     wide = flax_module(pair.flax, "float64")
     exact.step(pairing.of_torch())
     explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, pairing.matches), sure=True)
     found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)
-    return found
+    if found is not None or explain.first is None:
+        return found
+    unknown = explain.first[1]
+    found = _repaired(pair, unknown, explain, seconds)
+    return None if found is unknown else found
+
+
+def _repaired(
+    pair: Pair, found: Divergence | None, explain: Explainer, seconds: float
+) -> Divergence | None:
+    """The divergence with a cause by search, where it has none."""
+    if found is None or explain.first is None or found.cause not in ("unknown", "shape"):
+        return found
+    if seconds <= 0:
+        return found
+    event = explain.first[0]
+    runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case)
+    fitting = repair(runs, event, seconds)
+    if fitting is None:
+        return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))
+    reason = fitting.reason
+    layer = fitting.module or found.layer
+    return dataclasses.replace(
+        found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
+        diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
+    )  # fmt: skip

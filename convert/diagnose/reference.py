@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,26 @@ from convert.runtime.call import Call
 from convert.runtime.torch_calls import record, record_forced
 from convert.runtime.torch_module import replica
 from convert.runtime.trace import Recorded
+from zoo import probe
 
 
 class Reference:
     """A run in `precision`, and, once it is known which layers are paired, one in float64 that
     takes each of their steps from the first one's inputs."""
 
-    def __init__(self, module: Any, call: Call, precision: str) -> None:
+    def __init__(
+        self, module: Any, call: Call, precision: str, disturbed: Collection[str] = ()
+    ) -> None:
+        """`disturbed` layers give other values than torch's, so that what follows is seen at more
+        than one point."""
         self.precision = precision
         self._module, self._call = module, call
         self.module = replica(module, "float64")  # for trying what a layer would give
         self.modules = dict(self.module.named_modules())
         ran = replica(module, precision)
         self.before = _buffers(ran)
-        self.trace = record(ran, call, precision)
+        change = partial(_disturbed, disturbed) if disturbed else None
+        self.trace = record(ran, call, precision, change)
         self.after = _buffers(ran)
         self.calls = self.trace.by_key()
         self._exact_calls = self.calls
@@ -73,6 +79,19 @@ class Reference:
     def order(self) -> list[str]:
         """Submodules in the order of their first call."""
         return self.trace.names()
+
+
+def _disturbed(
+    names: Collection[str], name: str, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Other values of the same size and sign, where the layer is to give such."""
+    if name not in names:
+        return values
+    made = {}
+    for key, x in values.items():
+        factor = np.exp(0.3 * probe.normal(f"disturbed.{name}.{key}", x.shape))
+        made[key] = (x * factor).astype(x.dtype) if x.dtype.kind in "fc" else x
+    return made
 
 
 def _buffers(module: Any) -> dict[str, np.ndarray]:

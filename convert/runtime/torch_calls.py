@@ -36,8 +36,14 @@ def trace_torch(module: Any, call: Call, precision: str = "float32") -> Trace:
     return record(replica(module, precision), call, precision)
 
 
-def record(module: Any, call: Call, precision: str) -> Trace:
-    """As `trace_torch`, of the module itself."""
+def record(
+    module: Any,
+    call: Call,
+    precision: str,
+    change: Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+) -> Trace:
+    """As `trace_torch`, of the module itself. `change` gets a submodule's name and what it gives,
+    and says what it gives on instead."""
     recorder = Recorder()
 
     def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,8 +53,12 @@ def record(module: Any, call: Call, precision: str) -> Trace:
         return args, kwargs
 
     def leave(name: str, part: Any, output: Any) -> Any:
-        recorder.leave(_numpy(leaves(output)))
-        return output
+        made = leaves(output)
+        entry = recorder.leave(_numpy(made))
+        if change is None:
+            return output
+        entry.outputs = change(name, entry.outputs)
+        return replaced(output, _like(made, entry.outputs))
 
     recorder.trace.output = run(module, call, precision, enter, leave)
     return recorder.trace

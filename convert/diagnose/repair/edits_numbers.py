@@ -1,0 +1,187 @@
+"""Other numbers, flags and words among the arguments of an operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from convert.diagnose.repair.edit import Edit, Path, Spot, dims_of, scalars, with_scalar, word
+
+_SHAPES = {
+    "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
+    "unflatten", "new_zeros", "broadcast_to", "view_as", "type", "float", "double", "contiguous",
+    "permute", "transpose", "swapaxes", "movedim", "unsqueeze", "squeeze", "expand_as", "new_ones",
+}  # fmt: skip
+_CAUSES = {
+    "mul": "scale", "div": "scale", "masked_fill": "mask", "where": "mask", "tril": "causal",
+    "triu": "causal", "roll": "offset", "pad": "padding", "topk": "size", "unfold": "size",
+    "leaky_relu": "activation", "elu": "activation", "softplus": "activation", "celu": "activation",
+    "hardtanh": "activation", "gelu": "gelu", "var": "unbiased_variance",
+    "std": "unbiased_variance", "repeat_interleave": "rearranged", "repeat": "rearranged",
+    "chunk": "rearranged", "split": "rearranged", "flip": "reversed", "interpolate": "operation",
+    "einsum": "operand", "softmax": "softmax_axis", "log_softmax": "softmax_axis",
+    "diagonal": "offset", "eq": "mask", "lt": "mask", "le": "mask", "gt": "mask", "ge": "mask",
+    "ne": "mask", "one_hot": "offset", "pixel_shuffle": "rearranged", "upsample": "operation",
+}  # fmt: skip
+_CONVOLUTION = {2: "bias_missing", 3: "stride", 4: "padding", 5: "dilation", 6: "groups"}
+_CONVOLUTION |= {"stride": "stride", "padding": "padding", "dilation": "dilation"}  # type: ignore[dict-item]
+_WORDS = {
+    "approximate": ("none", "tanh"),
+    "mode": ("nearest", "bilinear", "bicubic", "area", "nearest-exact", "linear", "constant",
+             "reflect", "replicate", "circular"),
+    "reduce": ("sum", "prod", "mean", "amax", "amin"),
+    "padding": ("same", "valid"),
+}  # fmt: skip
+# Numbers that stand in code: factors, slopes, bounds, bases, epsilons.
+_GRID = (
+    0.0, 1.0, -1.0, 2.0, 0.5, 0.25, 3.0, 4.0, 6.0, 10.0, 0.1, 0.2, 0.01, 0.3, 0.9, 0.99, 1.702,
+    1e-3, 1e-5, 1e-6, 1e-8, 1e-12, 100.0, 1e3, 1e4, 5e5, 1e6, math.pi, 2 * math.pi, math.log(2),
+)  # fmt: skip
+
+
+def numbers(spot: Spot) -> Iterator[Edit]:
+    """Other values for each plain argument."""
+    axis = dims_of(spot.operation)
+    for path, value in scalars(spot.operation):
+        if axis is not None and path[: len(axis[0])] == axis[0]:
+            continue
+        if isinstance(value, bool):
+            yield _one(spot, path, not value, 1.0)
+        elif isinstance(value, int):
+            yield from _integers(spot, path, value)
+        elif isinstance(value, float):
+            yield from _floats(spot, path, value)
+        elif isinstance(value, str):
+            yield from _strings(spot, path, value)
+    yield from _axes(spot)
+
+
+def cause(spot: Spot, path: Path, value: Any = None) -> str:
+    """The word for another value at this place of the arguments."""
+    name = spot.name
+    key = path[1] if path[0] == "kwargs" else path[0]
+    if name.startswith(("conv", "_conv")):
+        return str(_CONVOLUTION.get(key, "size"))
+    if "pool" in name:
+        return "pooling"
+    if key in ("eps", "epsilon") or (
+        name in ("add", "clamp", "maximum", "clamp_min")
+        and isinstance(value, float)
+        and 0 < value < 1e-2
+    ):
+        return "epsilon"
+    if name == "arange":
+        return "offset"
+    if name in ("add", "sub") and isinstance(value, int):
+        return "offset" if not spot.out.is_floating_point() else "constant"
+    return _CAUSES.get(name, "constant")
+
+
+def _one(spot: Spot, path: Path, value: Any, cost: float) -> Edit:
+    old = _at(spot, path)
+    what = _called(spot, path)
+    said = f"{what} {value!r} in place of {old!r}"
+    return spot.edit(cost, cause(spot, path, old), said, with_scalar(path, value))
+
+
+def _at(spot: Spot, path: Path) -> Any:
+    return next(v for p, v in scalars(spot.operation) if p == path)
+
+
+def _called(spot: Spot, path: Path) -> str:
+    key = next((k for k in path if isinstance(k, str) and k != "kwargs"), None)
+    return str(key) if key else f"{spot.name} with"
+
+
+def _integers(spot: Spot, path: Path, value: int) -> Iterator[Edit]:
+    if spot.name in _SHAPES or spot.name == "recurrent":
+        return
+    near = [value + 1, value - 1, -value, 2 * value, value // 2, 0, 1]
+    if spot.name in ("pow", "mul", "div", "add", "sub"):
+        yield from _floats(spot, path, float(value))
+        near = near[:3]
+    for other in dict.fromkeys(near):
+        if other != value:
+            yield _one(spot, path, other, 1.3)
+
+
+def _floats(spot: Spot, path: Path, value: float) -> Iterator[Edit]:
+    if not math.isfinite(value):
+        if spot.name in ("masked_fill", "full", "where", "full_like"):
+            for other in (-1e9, -1e4, -1.0, 0.0):
+                yield _one(spot, path, other, 1.5)
+        return
+    sizes = {n for t in spot.tensors for n in t.shape if n > 1}
+    related = [-value, value * 2, value / 2, value * value]
+    if value > 0:
+        related += [math.sqrt(value), 1 / value, 1 / math.sqrt(value)]
+    for n in sizes:
+        related += [float(n), math.sqrt(n), 1 / n, 1 / math.sqrt(n)]
+    for other in dict.fromkeys((*related, *_GRID)):
+        if other != value:
+            yield _one(spot, path, other, 1.4)
+    why = cause(spot, path, value)
+    said = f"{_called(spot, path)} {{number}} in place of {word(value)}"
+    index = spot.index
+    yield Edit(3.0, why, said, free=lambda c: {index: with_scalar(path, c)}, start=value, at=index)
+
+
+def _strings(spot: Spot, path: Path, value: str) -> Iterator[Edit]:
+    if spot.name == "einsum":
+        yield from _equations(spot, path, value)
+        return
+    key = path[-1] if path[0] == "kwargs" else None
+    for name, words in _WORDS.items():
+        if value in words and (key in (name, None) or key is None):
+            for other in words:
+                if other != value:
+                    yield _one(spot, path, other, 1.0)
+
+
+def _equations(spot: Spot, path: Path, equation: str) -> Iterator[Edit]:
+    """An einsum with two of its letters exchanged in one of its terms."""
+    compact = equation.replace(" ", "")
+    left, arrow, right = compact.partition("->")
+    terms = left.split(",")
+    for i, term in enumerate([*terms, right]):
+        for a in range(len(term)):
+            for b in range(a + 1, len(term)):
+                new = list(term)
+                new[a], new[b] = new[b], new[a]
+                made = [*terms, right]
+                made[i] = "".join(new)
+                text = ",".join(made[:-1]) + arrow + made[-1]
+                yield spot.edit(1.2, "operand" if i < len(terms) else "transposed",
+                                f"einsum {text!r} in place of {compact!r}",
+                                with_scalar(path, text))  # fmt: skip
+
+
+def _axes(spot: Spot) -> Iterator[Edit]:
+    """The same over another axis, or other axes."""
+    found = dims_of(spot.operation)
+    if found is None or not spot.tensors:
+        return
+    path, old = found
+    if spot.name in ("unsqueeze", "squeeze", "unflatten"):
+        return
+    n = spot.tensors[0].ndim
+    why = {"softmax": "softmax_axis", "log_softmax": "softmax_axis", "flip": "reversed",
+           "cat": "concat"}.get(spot.name, "axis")  # fmt: skip
+    olds = [old] if isinstance(old, int) else list(old)
+    held = {d % n for d in olds if n}
+    for d in range(n):
+        if {d} != held:
+            new: Any = d if isinstance(old, int) else type(old)([d])
+            said = f"{spot.name} over axis {d} of {n} in place of {_told(olds, n)}"
+            yield spot.edit(1.0, why, said, with_scalar(path, new))
+    if len(olds) > 1 or n > 2:
+        for a in range(n):
+            for b in range(a + 1, n):
+                if {a, b} != held and spot.name in ("mean", "sum", "amax", "var", "std", "flip"):
+                    said = f"{spot.name} over axes {a} and {b} in place of {_told(olds, n)}"
+                    yield spot.edit(1.2, why, said, with_scalar(path, (a, b)))
+
+
+def _told(axes: list[int], n: int) -> str:
+    return " and ".join(str(a % n if n else a) for a in axes)

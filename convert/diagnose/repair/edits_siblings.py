@@ -1,0 +1,381 @@
+"""Other operations in place of torch's: activations, reductions, powers, comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from convert.diagnose.repair.edit import Edit, Spot, dims_of
+from convert.program.operations import is_reflected
+from convert.program.replay import At, Change
+
+Unary = Callable[[Any], Any]
+
+
+def activations() -> dict[str, Unary]:
+    """What is put after a layer, by name."""
+    import torch
+    from torch.nn import functional
+
+    return {
+        "gelu (erf)": functional.gelu,
+        "gelu (tanh)": lambda x: functional.gelu(x, approximate="tanh"),
+        "gelu (quick, x sigmoid(1.702 x))": lambda x: x * torch.sigmoid(1.702 * x),
+        "relu": torch.relu, "silu": functional.silu, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+        "hard sigmoid": functional.hardsigmoid,
+        "hard sigmoid, clip(0.2 x + 0.5)": lambda x: (0.2 * x + 0.5).clamp(0, 1),
+        "hard swish": functional.hardswish, "relu6": functional.relu6, "elu": functional.elu,
+        "selu": functional.selu, "softplus": functional.softplus, "mish": functional.mish,
+        "leaky relu (0.01)": lambda x: functional.leaky_relu(x, 0.01),
+        "leaky relu (0.1)": lambda x: functional.leaky_relu(x, 0.1),
+        "leaky relu (0.2)": lambda x: functional.leaky_relu(x, 0.2),
+        "squared relu": lambda x: torch.relu(x) ** 2, "log sigmoid": functional.logsigmoid,
+        "soft sign": functional.softsign, "hard tanh": functional.hardtanh,
+        "exp": torch.exp, "tanh shrink": functional.tanhshrink,
+        "softmax over the last axis": lambda x: torch.softmax(x, -1),
+    }  # fmt: skip
+
+
+_ACTIVATIONS = {
+    "gelu", "relu", "silu", "sigmoid", "tanh", "hardsigmoid", "hardswish", "relu6", "elu", "selu",
+    "softplus", "mish", "leaky_relu", "logsigmoid", "softsign", "hardtanh", "celu", "tanhshrink",
+    "prelu", "softmax", "log_softmax",
+}  # fmt: skip
+_FAMILIES: tuple[tuple[str, ...], ...] = (
+    ("sin", "cos", "tan", "sinh", "tanh"), ("exp", "expm1", "exp2"),
+    ("log", "log1p", "log2", "log10"), ("sqrt", "rsqrt", "square", "reciprocal", "abs"),
+    ("floor", "round", "ceil", "trunc"), ("softplus", "exp"), ("tril", "triu"),
+    ("maximum", "minimum"), ("argmax", "argmin"), ("abs", "square", "relu"), ("erf", "tanh"),
+    ("zeros", "ones"), ("zeros_like", "ones_like"), ("logical_and", "logical_or"),
+    ("logical_not", "clone"), ("invert", "clone"), ("neg", "clone"),
+    ("cumsum", "cumprod", "logcumsumexp", "sum"),
+)  # fmt: skip
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b, "pow": lambda a, b: a**b, "floordiv": lambda a, b: a // b,
+}  # fmt: skip
+_COMPARED: dict[str, Callable[[Any, Any], Any]] = {
+    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
+}  # fmt: skip
+
+
+def siblings(spot: Spot) -> Iterator[Edit]:
+    """Operations that are taken for this one."""
+    name = spot.name
+    if name in _ACTIVATIONS:
+        yield from _activation(spot)
+    yield from _family(spot)
+    if name in _REDUCTIONS:
+        yield from _reduction(spot)
+    if name in _BINARY or name in _COMPARED:
+        yield from _operator(spot)
+    if name == "softmax":
+        yield spot.edit(1.5, "operation", "a sigmoid in place of the softmax",
+                        lambda at: at.args[0].sigmoid())  # fmt: skip
+    if "pool" in name:
+        yield from _pools(spot)
+    if name in ("where", "masked_fill"):
+        yield spot.edit(1.0, "mask", "the mask inverted", _inverted)
+    if name in ("scatter_add", "index_add"):
+        yield spot.edit(1.2, "operation", "the last value in place of the sum", _last_one)
+    if name == "pad" or name == "conv1d":
+        yield from _padding(spot)
+
+
+def _activation(spot: Spot) -> Iterator[Edit]:
+    gelus = spot.name == "gelu"
+    for said, function in activations().items():
+        why = "gelu" if gelus and said.startswith("gelu") else "activation"
+
+        def change(at: At, function: Unary = function) -> Any:
+            return function(at.args[0])
+
+        yield spot.edit(1.0, why, f"{said} in place of {spot.name}", change)
+
+
+def _family(spot: Spot) -> Iterator[Edit]:
+    import torch
+
+    for family in _FAMILIES:
+        if spot.name not in family or not spot.operation.args:
+            continue
+        for other in family:
+            function = getattr(torch, other, None)
+            if other == spot.name or function is None:
+                continue
+
+            def change(at: At, function: Any = function) -> Any:
+                return function(*at.args, **at.kwargs)
+
+            why = {"tril": "causal", "triu": "causal", "invert": "mask"}.get(spot.name, "operation")
+            said = f"{other} in place of {spot.name}"
+            if other == "clone":
+                said = f"no {spot.name}"
+                why = "mask" if spot.name != "neg" else "operation"
+            yield spot.edit(1.0, why, said, change)
+
+
+def _reduce() -> dict[str, Callable[[Any, Any, bool], Any]]:
+    import torch
+
+    return {
+        "mean": lambda x, d, k: x.mean(d, keepdim=k), "sum": lambda x, d, k: x.sum(d, keepdim=k),
+        "max": lambda x, d, k: x.amax(d, keepdim=k), "min": lambda x, d, k: x.amin(d, keepdim=k),
+        "logsumexp": lambda x, d, k: x.logsumexp(d, keepdim=k),
+        "median": lambda x, d, k: x.quantile(0.5, d, keepdim=k),
+        "std": lambda x, d, k: x.std(d, keepdim=k),
+        "std over n": lambda x, d, k: x.std(d, unbiased=False, keepdim=k),
+        "var": lambda x, d, k: x.var(d, keepdim=k),
+        "var over n": lambda x, d, k: x.var(d, unbiased=False, keepdim=k),
+        "mean square": lambda x, d, k: (x * x).mean(d, keepdim=k),
+        "root of the sum of squares": lambda x, d, k: (x * x).sum(d, keepdim=k).sqrt(),
+        "root of the mean square": lambda x, d, k: (x * x).mean(d, keepdim=k).sqrt(),
+        "sum of squares": lambda x, d, k: (x * x).sum(d, keepdim=k),
+        "mean of absolute values": lambda x, d, k: x.abs().mean(d, keepdim=k),
+        "first element": lambda x, d, k: _taken(x, d, 0, k),
+        "last element": lambda x, d, k: _taken(x, d, -1, k),
+        "product": lambda x, d, k: torch.exp(x.abs().log().sum(d, keepdim=k)),
+    }  # fmt: skip
+
+
+_REDUCTIONS = {
+    "mean", "sum", "max", "min", "amax", "amin", "logsumexp", "median", "std", "var", "norm", "prod",
+}  # fmt: skip
+_SAME = {"amax": "max", "amin": "min"}
+
+
+def _taken(x: Any, dims: Any, index: int, keep: bool) -> Any:
+    d = dims if isinstance(dims, int) else dims[0]
+    made = x.select(d, index)
+    return made.unsqueeze(d) if keep else made
+
+
+def _reduction(spot: Spot) -> Iterator[Edit]:
+    found = dims_of(spot.operation)
+    dims: Any = found[1] if found else tuple(range(spot.tensors[0].ndim))
+    keep = bool(spot.operation.kwargs.get("keepdim", spot.operation.kwargs.get("keepdims", False)))
+    if found and found[0][0] != "kwargs" and len(spot.operation.args) > found[0][0] + 1:
+        last = spot.operation.args[-1]
+        keep = last if isinstance(last, bool) else keep
+    for said, reduce in _reduce().items():
+        if said == _SAME.get(spot.name, spot.name):
+            continue
+
+        def change(at: At, reduce: Any = reduce) -> Any:
+            return reduce(at.args[0], dims, keep)
+
+        variance = spot.name in ("var", "std") and said.startswith(spot.name)
+        why = "unbiased_variance" if variance else "operation"
+        why = "token" if "element" in said else why
+        yield spot.edit(1.0, why, f"the {said} in place of the {spot.name}", change)
+
+
+def _operator(spot: Spot) -> Iterator[Edit]:
+    table = _BINARY if spot.name in _BINARY else _COMPARED
+    turned = is_reflected(spot.operation.function)
+    mask = table is _COMPARED
+    for other, function in table.items():
+        if other == spot.name:
+            continue
+
+        def change(at: At, function: Any = function) -> Any:
+            a, b = at.args[:2]
+            return function(b, a) if turned else function(a, b)
+
+        why = "mask" if mask else "operation"
+        yield spot.edit(1.2, why, f"{other} in place of {spot.name}", change)
+    same = table[spot.name]
+
+    def swapped(at: At) -> Any:
+        a, b = at.args[:2]
+        return same(a, b) if turned else same(b, a)
+
+    if spot.name not in ("add", "mul"):
+        yield spot.edit(1.0, "operand", f"{spot.name} with its operands exchanged", swapped)
+
+
+def _pools(spot: Spot) -> Iterator[Edit]:
+    from torch.nn import functional
+
+    for other in ("max", "avg"):
+        for n in (1, 2, 3):
+            name = f"{other}_pool{n}d"
+            if spot.name.endswith(f"pool{n}d") and spot.name.replace("avg", "max") != spot.name:
+                pass
+            if not spot.name.endswith(f"pool{n}d") or spot.name.startswith(
+                (other, "adaptive_" + other)
+            ):
+                continue
+            prefix = "adaptive_" if spot.name.startswith("adaptive") else ""
+            function = getattr(functional, prefix + name)
+
+            def change(at: At, function: Any = function) -> Any:
+                kwargs = {k: v for k, v in at.kwargs.items() if k in ("stride", "padding")}
+                return function(*at.args[:4], **kwargs)
+
+            yield spot.edit(1.0, "pooling", f"{other} pooling in place of {spot.name}", change)
+
+
+def _padding(spot: Spot) -> Iterator[Edit]:
+    """What is put around an input, put elsewhere."""
+    from torch.nn import functional
+
+    if spot.name != "pad":
+        return
+    pads = spot.operation.args[1] if len(spot.operation.args) > 1 else spot.operation.kwargs["pad"]
+    if not isinstance(pads, tuple | list) or not all(isinstance(p, int) for p in pads):
+        return
+    total = [pads[i] + pads[i + 1] for i in range(0, len(pads), 2)]
+    forms = {
+        "what is after put before": [x for t in total for x in (t, 0)],
+        "what is before put after": [x for t in total for x in (0, t)],
+        "the same before and after": [x for t in total for x in (t // 2, t - t // 2)],
+        "nothing": [0] * len(pads),
+    }
+    for said, form in forms.items():
+        if list(pads) == form:
+            continue
+
+        def change(at: At, form: list[int] = form) -> Any:
+            rest = {k: v for k, v in at.kwargs.items() if k != "pad"}
+            return functional.pad(at.args[0], form, *at.args[2:], **rest)
+
+        yield spot.edit(1.0, "padding", f"padding {tuple(form)}: {said}", change)
+
+
+def _inverted(at: At) -> Any:
+    import torch
+
+    if at.operation.name == "where":
+        return torch.where(at.args[0], at.args[2], at.args[1])
+    return at.args[0].masked_fill(~at.args[1].bool(), *at.args[2:], **at.kwargs)
+
+
+def _last_one(at: At) -> Any:
+    import torch
+
+    x, dim, index, source = at.args[:4]
+    made = x.clone()
+    if at.operation.name == "scatter_add":
+        return made.scatter_(dim, index, source)
+    return torch.Tensor.index_copy_(made, dim, index, source)
+
+
+def inserted() -> dict[str, tuple[str, Unary]]:
+    """What may be done to a value that torch leaves as it is: what is said, cause, function."""
+    import torch
+    from torch.nn import functional
+
+    more: dict[str, tuple[str, Unary]] = {
+        f"{said} added": ("activation", f)
+        for said, f in activations().items()
+        if said.split(" ")[0] in ("gelu", "relu", "silu", "sigmoid", "tanh", "softplus", "exp")
+    }
+
+    def normed(x: Any) -> Any:
+        return functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+
+    more |= {
+        "rounded to bfloat16": ("dtype", lambda x: x.to(torch.bfloat16).to(x.dtype)),
+        "rounded to float16": ("dtype", lambda x: x.to(torch.float16).to(x.dtype)),
+        "negated": ("scale", torch.neg),
+        "squared": ("operation", torch.square),
+        "divided by its length": ("left_out", lambda x: functional.normalize(x, dim=-1)),
+        "normalised": ("left_out", normed),
+        "centred": ("left_out", lambda x: x - x.mean(-1, keepdim=True)),
+        "with its last two axes exchanged": ("transposed", lambda x: x.transpose(-1, -2)),
+        "with its first two axes exchanged": ("transposed", lambda x: x.transpose(0, 1)),
+        "with its axes 1 and 2 exchanged": ("transposed", lambda x: x.transpose(1, 2)),
+        "divided by sqrt of its last axis": ("scale", lambda x: x / math.sqrt(x.shape[-1])),
+        "times sqrt of its last axis": ("scale", lambda x: x * math.sqrt(x.shape[-1])),
+    }
+    for d in (-1, -2, 1, 2):
+        more[f"back to front along axis {d}"] = ("reversed", lambda x, d=d: x.flip(d))
+        for by in (1, -1):
+            more[f"rolled by {by} along axis {d}"] = (
+                "offset", lambda x, d=d, by=by: x.roll(by, d))  # fmt: skip
+    return more
+
+
+def leave_out(spot: Spot) -> Iterator[Edit]:
+    """The operation left out, or done twice."""
+    shape = spot.out.shape if spot.out is not None else None
+    tensors = list(spot.operation.refs)
+    seen: set[int] = set()
+    for order, value in enumerate(tensors):
+        held = spot.values[value]
+        if held.shape != shape or held.dtype != spot.out.dtype or value in seen:
+            continue
+        seen.add(value)
+
+        def change(at: At, value: int = value) -> Any:
+            return at.values[value]
+
+        yield spot.edit(0.9, _left_out_word(spot), _left_out_said(spot, order), change)
+    if len(spot.operation.made) == 1 and len(tensors) == 1 and spot.tensors[0].shape == shape:
+        yield spot.edit(1.8, "left_out", f"{spot.name} done twice", _twice)
+
+
+def _twice(at: At) -> Any:
+    from convert.program.replay import resolve
+
+    function = resolve(at.operation.function)
+    return function(function(*at.args, **at.kwargs), *at.args[1:], **at.kwargs)
+
+
+def _left_out_said(spot: Spot, order: int) -> str:
+    two = len(list(spot.operation.refs)) > 1
+    if spot.name in ("add", "sub", "mul", "div") and two:
+        return f"only the {('first', 'second')[min(order, 1)]} operand of this {spot.name}"
+    return f"no {spot.name}"
+
+
+def _left_out_word(spot: Spot) -> str:
+    name, two = spot.name, len(list(spot.operation.refs)) > 1
+    if name in _ACTIVATIONS and name != "softmax":
+        return "activation"
+    if name in ("masked_fill", "where"):
+        return "mask"
+    if name == "flip":
+        return "reversed"
+    if name in ("mul", "div") and not two:
+        return "scale"
+    if name == "add" and two:
+        return _sum_word(spot)
+    if name in ("transpose", "permute", "T", "mT"):
+        return "transposed"
+    return "left_out"
+
+
+def _sum_word(spot: Spot) -> str:
+    """A sum of a mask, of a bias, or of two values that were computed."""
+    import torch
+
+    leaves = [spot.program.leaves.get(r) for r in spot.operation.refs]
+    if any(x is not None and x.kind in ("parameter", "buffer") for x in leaves):
+        return "bias_missing" if any(spot.values[r].ndim == 1 for r in spot.operation.refs) \
+            else "left_out"  # fmt: skip
+    for r in spot.operation.refs:
+        t = spot.values[r]
+        if torch.is_floating_point(t) and bool((t <= -1e4).any()):
+            return "mask"
+    return "residual"
+
+
+def solved_after(spot: Spot) -> Iterator[Edit]:
+    """A factor or a summand, to be solved for, on what the operation gives."""
+    out = spot.out
+    if out is None or not out.is_floating_point() or len(spot.operation.made) != 1:
+        return
+    index = spot.index
+
+    def times(c: float) -> dict[int, Change]:
+        return {index: lambda at: at.run() * c}
+
+    def plus(c: float) -> dict[int, Change]:
+        return {index: lambda at: at.run() + c}
+
+    yield Edit(2.6, "scale", "what it gives times {number}", free=times, start=1.0, at=index)
+    yield Edit(3.2, "constant", "what it gives plus {number}", free=plus, start=0.0, at=index)

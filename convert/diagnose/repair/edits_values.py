@@ -1,0 +1,289 @@
+"""Other values: another one of the computation, one that is left out, one in another form."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from convert.diagnose.repair.edit import Edit, Spot, with_scalar
+from convert.diagnose.repair.edits_siblings import inserted
+from convert.program.operations import Program, Ref
+from convert.program.replay import At, Change, Values
+
+
+def operands(spot: Spot) -> Iterator[Edit]:
+    """Another value of the same shape in place of one that the operation takes."""
+    refs = list(dict.fromkeys(spot.operation.refs))
+    made = {v for o in spot.program.operations[: spot.index] for v in o.made}
+    before = [v for v in (*spot.program.leaves, *sorted(made)) if v in spot.values]
+    taken = [i for layer in spot.program.layers.values() for i in layer[1]]
+    for ref in refs:
+        held = spot.values[ref]
+        for other in dict.fromkeys((*before, *taken)):
+            x = spot.values.get(other)
+            if other == ref or x is None or x.shape != held.shape or x.dtype != held.dtype:
+                continue
+            why = "residual" if spot.name == "add" and held.ndim > 1 else "operand"
+            if spot.name == "matmul":
+                why = "operand"
+            said = f"{_named(spot, other)} in place of {_named(spot, ref)}"
+            yield spot.edit(1.7, why, said, _replacing(ref, other))
+    tensors = [spot.values[r] for r in refs]
+    if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and spot.name not in ("add", "mul"):
+        a, b = refs[:2]
+
+        def exchanged(at: At) -> Any:
+            return _with_values(at, {a: at.values[b], b: at.values[a]})
+
+        yield spot.edit(1.2, "operand", "its first two operands exchanged", exchanged)
+
+
+def _named(spot: Spot, value: int) -> str:
+    if value in spot.program.leaves:
+        return spot.program.leaves[value].name
+    maker = next((o for o in spot.program.operations if value in o.made), None)
+    if maker is None or maker.site is None:
+        return "another value"
+    return f"`{short(maker.site.text)}`"
+
+
+def short(text: str, width: int = 60) -> str:
+    """An expression that fits into a line."""
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _replacing(ref: int, other: int) -> Change:
+    return lambda at: _with_values(at, {ref: at.values[other]})
+
+
+def _with_values(at: At, new: dict[int, Any]) -> Any:
+    """The operation on other values."""
+    from convert.program.operations import mapped
+    from convert.program.replay import resolve
+
+    def value(x: Any) -> Any:
+        if not isinstance(x, Ref):
+            return x
+        return new[x.value] if x.value in new else at.values[x.value]
+
+    args, kwargs = mapped(at.operation.args, value), mapped(at.operation.kwargs, value)
+    return resolve(at.operation.function)(*args, **kwargs)
+
+
+def insertions(spot: Spot) -> Iterator[Edit]:
+    """Something done to what the operation gives that torch does not do."""
+    out = spot.out
+    if out is None or len(spot.operation.made) != 1:
+        return
+    if not out.is_floating_point():
+        return
+    for said, (why, function) in inserted().items():
+
+        def change(at: At, function: Any = function) -> Any:
+            return function(at.run())
+
+        yield spot.edit(2.0, why, f"what it gives {said}", change)
+    before = [v for o in spot.program.operations[: spot.index] for v in o.made]
+    for other in (*spot.program.leaves, *before):
+        x = spot.values.get(other)
+        if x is None or x.shape != out.shape or x.dtype != out.dtype or out.ndim < 2:
+            continue
+
+        def added(at: At, other: int = other) -> Any:
+            return at.run() + at.values[other]
+
+        yield spot.edit(2.2, "residual", f"{_named(spot, other)} added to it", added)
+
+
+def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
+    """A leaf in another form: a table or weight of the user's own, an input of a layer."""
+    import torch
+
+    users: dict[int, int] = {}
+    for index, operation in enumerate(program.operations):
+        for ref in operation.refs:
+            users.setdefault(ref, index)
+    for value, leaf in program.leaves.items():
+        x = values[value]
+        if value not in users:
+            continue
+        at = users[value]
+
+        def edit(cost: float, cause: str, said: str, f: Any, v: int = value, i: int = at) -> Edit:
+            return Edit(cost, cause, said, leaves={v: f}, at=i)
+
+        name = leaf.name
+        layer = program.layers.get(value)
+        for given in layer[1] if layer else ():
+            if given in values and values[given].shape == x.shape:
+                yield Edit(1.0, "left_out", f"{name} left out",
+                           leaves={value: lambda _, g=given: values[g]}, at=at)  # fmt: skip
+        if x.dtype in (torch.int64, torch.int32):
+            yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
+            yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)
+            continue
+        if x.dtype == torch.bool:
+            yield edit(1.2, "mask", f"{name} inverted", torch.logical_not)
+            yield edit(1.2, "mask", f"{name} not applied", torch.ones_like)
+            yield edit(1.2, "mask", f"{name} not applied", torch.zeros_like)
+            continue
+        if leaf.kind in ("parameter", "buffer", "constant"):
+            for said, (why, f) in inserted().items():
+                yield edit(1.6, why, f"{name} {said}", f)
+            yield edit(1.5, "left_out", f"no {name}: zeros", torch.zeros_like)
+            yield edit(1.5, "left_out", f"no {name}: ones", torch.ones_like)
+            yield edit(1.4, "scale_plus_one", f"1 + {name}", lambda t: 1 + t)
+            if leaf.kind == "buffer" and bool((x > 0).all()):
+                yield edit(2.5, "constant", f"{name} to a power", lambda t: t**0.5)
+        for a, b in itertools.combinations(range(x.ndim), 2):
+            if x.shape[a] == x.shape[b] and leaf.kind != "layer":
+                yield edit(1.2, "transposed", f"{name} with axes {a} and {b} exchanged",
+                           lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
+        if x.is_complex():
+            yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def functions(program: Program, values: Values) -> Iterator[Edit]:
+    """A call of a function of the user's left out, or done with its arguments exchanged."""
+    inside: dict[int, list[int]] = defaultdict(list)
+    for index, operation in enumerate(program.operations):
+        for call in operation.site.calls[1:] if operation.site else ():
+            inside[call].append(index)
+    for call, indices in inside.items():
+        found = _borders(program, indices)
+        if found is None:
+            continue
+        taken, outgoing, maker = found
+        for value in taken:
+            if values[value].shape != values[outgoing].shape:
+                continue
+            site = program.operations[indices[0]].site
+            name = site.function.rpartition(".")[2] if site else "the function"
+            yield Edit(1.0, _function_word(name), f"no {name} here",
+                       {maker: lambda at, v=value: at.values[v]})  # fmt: skip
+
+
+def _function_word(name: str) -> str:
+    low = name.lower()
+    if "rot" in low or "rope" in low:
+        return "rope"
+    return "left_out"
+
+
+def _borders(program: Program, indices: list[int]) -> tuple[list[int], int, int] | None:
+    """What a stretch of operations takes from outside, and the one value that it gives."""
+    held = set(indices)
+    made = {v for i in indices for v in program.operations[i].made}
+    used = {r for i, o in enumerate(program.operations) if i not in held for r in o.refs}
+    outgoing = [v for v in made if v in used or v == program.target]
+    if len(outgoing) != 1:
+        return None
+    taken = [r for i in indices for r in program.operations[i].refs if r not in made]
+    maker = next(i for i in indices if outgoing[0] in program.operations[i].made)
+    return list(dict.fromkeys(taken)), outgoing[0], maker
+
+
+def orders(program: Program, values: Values) -> Iterator[Edit]:
+    """Two operations that follow each other, the other way round."""
+    by_value = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    for second, operation in enumerate(program.operations):
+        if not operation.args or not isinstance(operation.args[0], Ref):
+            continue
+        first = by_value.get(operation.args[0].value)
+        if first is None:
+            continue
+        before = program.operations[first]
+        if not before.args or not isinstance(before.args[0], Ref) or len(before.made) != 1:
+            continue
+        start = before.args[0].value
+
+        def early(at: At, o: Any = operation, start: int = start) -> Any:
+            return _on(o, at.values[start], at)
+
+        def late(at: At, o: Any = before) -> Any:
+            return _on(o, at.args[0], at)
+
+        said = f"{operation.name} before {before.name}, not after it"
+        yield Edit(1.6, "order", said, {first: early, second: late}, at=first)
+
+
+def _on(operation: Any, x: Any, at: At) -> Any:
+    """An operation with another first argument."""
+    from convert.program.operations import mapped
+    from convert.program.replay import resolve
+
+    def value(y: Any) -> Any:
+        return at.values[y.value] if isinstance(y, Ref) else y
+
+    args = (x, *mapped(operation.args[1:], value))
+    return resolve(operation.function)(*args, **mapped(dict(operation.kwargs), value))
+
+
+def recurrent(spot: Spot) -> Iterator[Edit]:
+    """Options of the reference cell."""
+    if spot.name != "recurrent":
+        return
+    cell = spot.operation.args[0]
+    two = spot.operation.kwargs["bidirectional"]
+    biases = spot.operation.kwargs["has_biases"]
+    layers = spot.operation.kwargs["num_layers"]
+    options: list[tuple[str, str, Any, str]] = []
+    if two:
+        options += [
+            ("ways", "reversed", "ff", "both directions going forward"),
+            ("ways", "reversed", "bf", "the two directions exchanged"),
+            ("joined", "concat", "bf", "the two directions joined in the other order"),
+            ("joined", "operation", "sum", "the two directions added up"),
+            ("joined", "operation", "mean", "the mean of the two directions"),
+            ("joined", "reversed", "unflipped", "the backward direction not turned round again"),
+        ]
+    else:
+        options += [("ways", "reversed", "bb", "the sequence gone through back to front")]
+    if biases:
+        options += [("biases", "bias_missing", b, f"bias_{n} left out")
+                    for b, n in (("i", "hh"), ("h", "ih"), ("", "ih and bias_hh"))]  # fmt: skip
+    if cell == "lstm":
+        options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
+                    for p in itertools.permutations("ifgo") if p != tuple("ifgo")]  # fmt: skip
+        options += [("forget", "forget_bias", 1.0, "1 added to the forget gate"),
+                    ("left", "left_out", "c", "the first cell state zero")]  # fmt: skip
+    if cell == "gru":
+        options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
+                    for p in itertools.permutations("rzn") if p != tuple("rzn")]  # fmt: skip
+        options += [("reset", "gru_reset", "before", "the reset gate before the product"),
+                    ("reset", "gru_bias", "bias outside", "the hidden bias outside the reset"),
+                    ("update", "gru_update", "new", "the update gate's complement")]  # fmt: skip
+    options += [("left", "left_out", "h", "the first hidden state zero")]
+    for names in (("sigmoid", "tanh", "sigmoid"), ("sigmoid", "relu", "tanh"),
+                  ("sigmoid", "sigmoid", "tanh"), ("sigmoid", "tanh", "relu"),
+                  ("sigmoid", "relu", "relu")):  # fmt: skip
+        options.append(("activations", "activation", ",".join(names), f"activations {names}"))
+    if layers > 1:
+        options += [("stack", "swapped", "10", "the two layers exchanged"),
+                    ("stack", "swapped", "00", "the first layer's weights in the second too"),
+                    ("stack", "swapped", "11", "the second layer's weights in the first too")]  # fmt: skip
+    for key, why, value, said in options:
+        yield spot.edit(1.0, why, said, _option(key, value))
+
+
+def _option(key: str, value: Any) -> Change:
+    def change(at: At) -> Any:
+        from convert.program.opened import recurrent as cells
+
+        return cells(*at.args, **{**at.kwargs, key: value})
+
+    return change
+
+
+def neutral(spot: Spot) -> Iterator[Edit]:
+    """What changes nothing by itself, but shows beside another fault: -inf as a large number."""
+    from convert.diagnose.repair.edit import scalars
+
+    for path, value in scalars(spot.operation):
+        if isinstance(value, float) and value < -1e3:
+            for other in (-1e9, -1e10, -1e30, float("-inf")):
+                if other != value:
+                    yield spot.edit(0.1, "mask", f"{other:g} in place of {value:g}",
+                                    with_scalar(path, other))  # fmt: skip

@@ -1,0 +1,164 @@
+"""From the first value that is wrong to a problem of search, and from its answer to a reason."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.diagnose.case import Case
+from convert.diagnose.causes import Reason, repaired
+from convert.diagnose.reference import Reference
+from convert.diagnose.repair.edits_values import short
+from convert.diagnose.repair.search import NEAR, Answer, Problem, Sample
+from convert.diagnose.repair.worker import Worker
+from convert.diagnose.walk import Event, Forward
+from convert.matching.pair import Pair
+from convert.matching.pairing import Pairing
+from convert.program.operations import Operation, Program
+from convert.program.record import NotSeen, Recording, Target, record
+from convert.runtime.flax_module import FlaxModule
+from convert.runtime.torch_module import replica
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What an edit of torch's computation explains."""
+
+    reason: Reason
+    module: str  # the innermost torch module around the operation
+    source: str | None  # "nets.py:42"
+
+
+@dataclass
+class Runs:
+    """Both sides of a walk, and what makes a case of an event in it."""
+
+    pair: Pair
+    reference: Reference
+    side: FlaxModule
+    pairing: Pairing
+    case: Callable[[Reference, Event], Case]
+
+
+def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
+    """The smallest edit of torch's own computation that gives Flax's value; None where none does
+    within the time."""
+    worker = Worker()
+    try:
+        problem = _problem(runs, event, seconds)
+        if problem is None:
+            return None
+        return _said(problem.program, worker.solve(problem), problem.samples[0])
+    except Exception:  # the verdict and its place stand without it
+        LOG.debug("repair failed", exc_info=True)
+        return None
+    finally:
+        worker.close()
+
+
+def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
+    target = Target(event.call.key, "input" if event.where == "input" else "output", event.key)
+    try:
+        first = _recorded(runs, runs.reference, event, target)
+    except NotSeen as e:
+        LOG.debug("%s", e)
+        return None
+    samples = [_sample(first, runs.case(runs.reference, event))]
+    try:
+        second = _second(runs, event, target, first)
+    except Exception:  # one sample is still a sample
+        LOG.debug("no second sample", exc_info=True)
+        second = None
+    return Problem(first.program, samples + ([second] if second else []), seconds)
+
+
+def _recorded(runs: Runs, reference: Reference, event: Event, target: Target) -> Recording:
+    module = replica(runs.pair.torch, "float64")
+    return record(module, runs.pair.call, "float64", reference.calls, event.past, target)
+
+
+def _sample(recording: Recording, case: Case) -> Sample:
+    return Sample(recording.leaves, case.targets, case.right, case.tolerance)
+
+
+def _second(runs: Runs, event: Event, target: Target, first: Recording) -> Sample | None:
+    """The same place in a run in which every layer before it gave other values."""
+    done = {n for n in event.past if not any(o.startswith(f"{n}.") for o in event.past)}
+    if event.where == "output":
+        done -= {event.pair.torch}
+    if not done:
+        return None
+    precision = runs.reference.precision
+    reference = Reference(runs.pair.torch, runs.pair.call, precision, disturbed=done)
+    reference.step(runs.pairing.of_torch())
+    wanted = event.pair.torch, event.call.index, event.where, event.key
+
+    def explain(other: Event) -> Event | None:
+        key = other.pair.torch, other.call.index, other.where, other.key
+        return other if key == wanted else None
+
+    found = Forward(reference, runs.side, runs.pairing, explain).run(runs.pair.flax_call)
+    if found is None:
+        return None
+    again = _recorded(runs, reference, event, target)
+    if not _alike(first.program, again.program):
+        return None
+    return _sample(again, runs.case(reference, found))
+
+
+def _alike(a: Program, b: Program) -> bool:
+    return (
+        a.leaves == b.leaves
+        and a.target == b.target
+        and [(o.function, o.made) for o in a.operations]
+        == [(o.function, o.made) for o in b.operations]
+    )
+
+
+# --- In words ---
+
+
+def _said(program: Program, answer: Answer, sample: Sample) -> Repair | None:
+    """The best of the edits that fit. Near the tolerance many may: none is named then unless all
+    say the same."""
+    LOG.debug("%d candidates, fits: %s", answer.tried, answer.fits)
+    if not answer.fits:
+        return None
+    best = answer.fits[0]
+    if sample.error < NEAR * sample.tolerance and len({f.cause for f in answer.fits}) > 1:
+        return None
+    operation = program.operations[best.place]
+    expression, source = _place(operation)
+    reason = repaired(best.cause, expression=expression, place=source, said=best.said)
+    return Repair(reason, operation.module, source)
+
+
+def _place(operation: Operation) -> tuple[str, str | None]:
+    """The expression, and its file and line."""
+    site = operation.site
+    if site is None:
+        return operation.name, None
+    file = os.path.relpath(site.file)
+    file = site.file if file.startswith("..") else file
+    return short(site.text, 90), f"{file}:{site.line}"
+
+
+def with_statistics(diagnosis: str, event: Event) -> str:
+    """The sentence, with how the two values differ, where nothing explains it."""
+    a, b = event.exact, event.given
+    if a.shape != b.shape or not a.size:
+        return diagnosis
+    apart = np.abs(a.astype(np.complex128) - b)
+    scale = float(np.abs(a[np.isfinite(a)]).max(initial=0.0)) or 1.0
+    share = float((apart > event.judged.tolerance).mean())
+    largest = float(np.nanmax(apart)) / scale
+    text = f"{share:.0%} of the elements differ, by up to {largest:.2g} of the largest value"
+    if largest < 2.0**-7 and share > 0.2 and float(np.nanmedian(apart)) > 2.0**-14 * scale:
+        text += ", which is of the size of bfloat16 rounding"
+    return f"{diagnosis} ({text})"
