@@ -122,6 +122,20 @@ def _wrong_layouts(t: _Tensor) -> Layouts:
     for axis in range(a.ndim):
         yield from _factors(t, axis)
         yield from _rope_rows(t, axis)
+    for axis in range(a.ndim - 1):
+        yield from _joined_factors(t, axis)
+
+
+def _joined_factors(t: _Tensor, axis: int) -> Layouts:
+    """Two axes that torch has as one, (heads, head_dim), filled in the other order."""
+    a = t.right
+    heads, width = a.shape[axis : axis + 2]
+    if heads > 1 and width > 1:
+        turned = np.swapaxes(a, axis, axis + 1).reshape(a.shape)
+        joined = (*a.shape[:axis], width, heads, *a.shape[axis + 2 :])
+        reason = found("heads", "tensor", name=t.name, axis=axis, heads=heads, width=width)
+        yield turned, reason
+        yield np.swapaxes(a.reshape(joined), axis, axis + 1), reason
 
 
 def _transposed(t: _Tensor, axes: Sequence[int]) -> Reason:

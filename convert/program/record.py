@@ -69,12 +69,43 @@ def record(
             run(module, call, precision, watch.enter, watch.leave)
     except _Reached:
         pass
-    if watch.target is None or watch.target not in watch.mode.made:
-        raise NotSeen(f"no recorded operation makes {target.where} {target.name} of {target.call}")
     mode = watch.mode
+    if watch.target is None:
+        raise NotSeen(f"{target.where} {target.name} of {target.call} is not reached")
+    if watch.target in mode.leaves:
+        mode.passed_on(watch.target)
+        watch.target = len(mode.held) - 1
     every = Program(mode.operations, mode.leaves, watch.target, watch.layers)
     wanted = every.slice()
+    others = _others(every, wanted, mode, mode.module)
+    wanted.leaves |= others
     return Recording(wanted, {v: mode.values[v] for v in wanted.leaves})
+
+
+_OTHERS = 40  # values beside the computation that are offered
+
+
+def _others(every: Program, wanted: Program, mode: _Tape, module: str) -> dict[int, Leaf]:
+    """Values near the target that it does not depend on: somebody may have taken one of them by
+    mistake. The parameters of the module around it, then what was computed last."""
+    held = {v for o in wanted.operations for v in o.made} | set(wanted.leaves)
+    prefix = f"{module}." if module else ""
+    near: dict[int, Leaf] = {
+        v: leaf
+        for v, leaf in every.leaves.items()
+        if v not in held and leaf.kind in ("parameter", "buffer") and leaf.name.startswith(prefix)
+    }
+    near = dict(sorted(near.items(), key=lambda item: item[1].name.count("."))[:_OTHERS])
+    for operation in reversed(every.operations):
+        for value in operation.made:
+            if value not in held and value not in near and len(near) < 2 * _OTHERS:
+                text = f"`{operation.site.text}`" if operation.site else operation.name
+                near[value] = Leaf(text, "constant")
+                mode.values[value] = mode.held[value].detach().clone()
+    for value, leaf in every.leaves.items():
+        if value not in held and leaf.kind in ("layer", "input"):
+            near[value] = leaf
+    return near
 
 
 class _Reached(Exception):
@@ -239,6 +270,14 @@ class _Tape:
         self.held.append(tensor)
         self.ids[id(tensor)] = value
         return value
+
+    def passed_on(self, value: int) -> None:
+        """A value that is handed on as it is, as an operation of its own."""
+        number = self.number(self.values[value])
+        place = self.site
+        self.operations.append(
+            Operation("torch.clone", (Ref(value),), {}, (number,), self.module, place)
+        )
 
     def written_out(self, name: str, args: Any, kwargs: Any) -> Callable[[], Any] | None:
         """A fused call by its steps, if it can be."""

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Spot, dims_of, with_scalar
-from convert.program.replay import At
+from convert.program.operations import Program
+from convert.program.replay import At, Change, Values
 
 _PERMUTES = ("permute", "transpose", "swapaxes", "movedim", "T", "mT", "t", "moveaxis")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
@@ -273,6 +274,9 @@ def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
         for a, b in ((1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0)):
             if start + a >= 0 and stop + b <= size:
                 yield "", "offset", slice(start + a, stop + b, step)
+        for other in range(min(size, 8)) if start else ():
+            if abs(other - start) > 1:
+                yield "", "token", slice(other, stop, step)
         half = size // 2
         if step == 1 and (start, stop) == (0, half):
             yield "", "rearranged", slice(0, None, 2)
@@ -293,3 +297,70 @@ def _shown(item: Any) -> str:
         return str(item)
     parts = ["" if x is None else str(x) for x in (item.start, item.stop)]
     return ":".join(parts) + ("" if item.step in (None, 1) else f":{item.step}")
+
+
+def interleavings(program: Program, values: Values) -> Iterator[Edit]:
+    """Rotary positions in the other style: every half taken as every second element, or the other
+    way round, where values are taken apart and joined, with the tables alike or left as they are."""
+    spots = [Spot(i, o, program, values) for i, o in enumerate(program.operations)
+             if o.made[0] in values]  # fmt: skip
+    halves: dict[int, Change] = {}
+    tables: dict[int, Change] = {}
+    for spot in spots:
+        if spot.name == "getitem" and (change := _half_otherwise(spot)) is not None:
+            halves[spot.index] = change
+        elif spot.name == "chunk" and len(spot.operation.made) == 2:
+            halves[spot.index] = _every_second
+        elif spot.name in ("cat", "stack") and len(list(spot.operation.refs)) == 2:
+            a, b = spot.tensors
+            if a.shape == b.shape:
+                twice = len(set(spot.operation.refs)) == 1
+                (tables if twice else halves)[spot.index] = _joined_otherwise
+    if not halves:
+        return
+    said = "rotary positions in the other style (halves for neighbouring pairs, or back)"
+    at = min(halves)
+    yield Edit(1.0, "rope", said, {**halves, **tables}, at=at)
+    yield Edit(1.1, "rope", f"{said}, the tables as they are", halves, at=at)
+    flat = {v: _interleaved for v, leaf in program.leaves.items()
+            if leaf.kind in ("buffer", "input", "layer", "constant") and values[v].ndim > 1
+            and values[v].is_floating_point() and _is_twice(values[v])}  # fmt: skip
+    if flat:
+        yield Edit(1.0, "rope", said, halves, leaves=flat, at=at)
+
+
+def _half_otherwise(spot: Spot) -> Change | None:
+    """A half of the last axis as every second element, or the other way round."""
+    index = spot.operation.args[1]
+    last = index[-1] if isinstance(index, tuple) else index
+    if not isinstance(last, slice) or not isinstance(index, tuple):
+        return None
+    size = spot.tensors[0].shape[-1]
+    forms = [slice(0, size // 2), slice(size // 2, size), slice(0, size, 2), slice(1, size, 2)]
+    held = [s.indices(size) for s in forms]
+    if last.indices(size) not in held:
+        return None
+    other = forms[(held.index(last.indices(size)) + 2) % 4]
+    return with_scalar((1,), (*index[:-1], other))
+
+
+def _every_second(at: At) -> Any:
+    return at.args[0][..., 0::2], at.args[0][..., 1::2]
+
+
+def _joined_otherwise(at: At) -> Any:
+    import torch
+
+    a, b = at.args[0]
+    if at.operation.name == "stack":
+        return torch.cat((a, b), -1).reshape(*a.shape, 2)
+    return torch.stack((a, b), -1).flatten(-2)
+
+
+def _is_twice(x: Any) -> bool:
+    n = x.shape[-1]
+    return n % 2 == 0 and n > 2 and bool((x[..., : n // 2] == x[..., n // 2 :]).all())
+
+
+def _interleaved(x: Any) -> Any:
+    return x[..., : x.shape[-1] // 2].repeat_interleave(2, -1)

@@ -88,13 +88,26 @@ def insertions(spot: Spot) -> Iterator[Edit]:
     before = [v for o in spot.program.operations[: spot.index] for v in o.made]
     for other in (*spot.program.leaves, *before):
         x = spot.values.get(other)
-        if x is None or x.shape != out.shape or x.dtype != out.dtype or out.ndim < 2:
+        if x is None or x.dtype != out.dtype or out.ndim < 2 or not x.numel():
+            continue
+        if _broadcasts(x, out) and spot.program.leaves.get(other) is not None:
+
+            def scaled(at: At, other: int = other) -> Any:
+                return at.run() * at.values[other]
+
+            yield spot.edit(2.3, "order", f"what it gives times {_named(spot, other)}", scaled)
+        if x.shape != out.shape:
             continue
 
         def added(at: At, other: int = other) -> Any:
             return at.run() + at.values[other]
 
         yield spot.edit(2.2, "residual", f"{_named(spot, other)} added to it", added)
+
+
+def _broadcasts(x: Any, out: Any) -> bool:
+    sizes = zip(reversed(x.shape), reversed(out.shape), strict=False)
+    return x.ndim <= out.ndim and all(a in (1, b) for a, b in sizes)
 
 
 def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
@@ -132,6 +145,10 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         if leaf.kind in ("parameter", "buffer", "constant"):
             for said, (why, f) in inserted().items():
                 yield edit(1.6, why, f"{name} {said}", f)
+            for d in range(x.ndim):
+                if x.shape[d] > 2:
+                    yield edit(1.6, "offset", f"{name} shifted by one along axis {d}, its first kept",
+                               lambda t, d=d: _shifted(t, d))  # fmt: skip
             yield edit(1.5, "left_out", f"no {name}: zeros", torch.zeros_like)
             yield edit(1.5, "left_out", f"no {name}: ones", torch.ones_like)
             yield edit(1.4, "scale_plus_one", f"1 + {name}", lambda t: 1 + t)
@@ -143,6 +160,12 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _shifted(t: Any, d: int) -> Any:
+    import torch
+
+    return torch.cat((t.narrow(d, 0, 1), t.narrow(d, 0, t.shape[d] - 1)), d)
 
 
 def functions(program: Program, values: Values) -> Iterator[Edit]:

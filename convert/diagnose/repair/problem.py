@@ -134,16 +134,17 @@ def _said(program: Program, answer: Answer, sample: Sample) -> Repair | None:
     if sample.error < NEAR * sample.tolerance and len({f.cause for f in answer.fits}) > 1:
         return None
     operation = program.operations[best.place]
-    expression, source = _place(operation)
+    expression, source = _place(program, operation)
     reason = repaired(best.cause, expression=expression, place=source, said=best.said)
     return Repair(reason, operation.module, source)
 
 
-def _place(operation: Operation) -> tuple[str, str | None]:
+def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
     """The expression, and its file and line."""
     site = operation.site
     if site is None:
-        return operation.name, None
+        leaf = program.leaves.get(next(operation.refs, -1))
+        return leaf.name if leaf else operation.name, None
     file = os.path.relpath(site.file)
     file = site.file if file.startswith("..") else file
     return short(site.text, 90), f"{file}:{site.line}"

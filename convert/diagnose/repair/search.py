@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from convert.diagnose.repair.edit import Changes, Edit, Spot, word
-from convert.diagnose.repair.edits_axes import rearranged
+from convert.diagnose.repair.edits_axes import interleavings, rearranged
 from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
 from convert.diagnose.repair.edits_values import (
@@ -319,6 +319,7 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
     yield from leaf_edits(program, values)
     yield from functions(program, values)
     yield from orders(program, values)
+    yield from interleavings(program, values)
 
 
 def _grouped(edit: Edit, spot: Spot, same: list[int], alike: list[int]) -> Iterator[Edit]:
