@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from convert.compare.report import Report
-from convert.compare.settings import OPTIMIZERS, STEPS, Level, Settings, check_level
+from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
 from zoo.checkpoint.certificate import Certificate, now, versions
@@ -102,6 +102,7 @@ def verify(
     optimizers: Sequence[str] = OPTIMIZERS,
     steps: int = STEPS,
     seed: int = 0,
+    explain: float = EXPLAIN,
     titles: tuple[str, str] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
@@ -123,12 +124,13 @@ def verify(
     `layers` pairs that names do not tell, torch name -> Flax path; `layout` a zoo.layout.Layout, or
     its JSON, that says how the parameters lie; `variables` those of an unbound linen module.
     `model` and `config` say what checkpoints do not. `seed` is that of the loss's weights. `titles`
-    name the two modules in the report.
+    name the two modules in the report. Where they differ and no known cause fits, `explain` seconds
+    at most go into a search for one; 0 searches for none.
 
     Neither model is changed. Raises ZooError where they cannot be compared; a difference is no
     error but the verdict.
     """
-    options = Settings(tuple(dict.fromkeys(optimizers)), steps, seed)
+    options = Settings(tuple(dict.fromkeys(optimizers)), steps, seed, explain)
     if isinstance(inputs, str):
         raise UsageError(f"inputs is the text {inputs!r}", f"write level={inputs!r}")
     if level is not None:

@@ -184,11 +184,12 @@ def faults(paths: list[Path]) -> Iterator[dict[str, Any]]:
         clock = Clock(module.build(0))
         for fault in module.FAULTS:
             row = run_fault(path, fault, clock)
-            marks = "".join(c if row[k] else "." for c, k in
-                            (("F", "flagged"), ("P", "placed"), ("N", "named"), ("W", "wrong")))  # fmt: skip
-            print(f"{marks} {row['seconds']:5.1f}s {path.stem}: {row['title']} | want "
-                  f"{row['causes']} at {row['layers'][:2]} | {row.get('cause')} at "
-                  f"{row.get('layer')} {row.get('where')} | {row.get('said')}", flush=True)  # fmt: skip
+            keys = ("flagged", "placed", "named", "wrong")
+            marks = "".join(k[0].upper() if row[k] else "." for k in keys)
+            print(f"{marks} {row['seconds']:5.1f}s {path.stem}: {row['title']}")
+            print(f"       want {row['causes']} at {row['layers']} {row['between']}")
+            print(f"       {row.get('cause')} at {row.get('layer')} {row.get('where')}: "
+                  f"{row.get('said')}", flush=True)  # fmt: skip
             yield row
 
 

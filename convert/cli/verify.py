@@ -64,6 +64,14 @@ from convert.compare.settings import OPTIMIZERS
     help="Optimizer steps for level training.",
 )
 @click.option(
+    "--explain",
+    type=click.FloatRange(0),
+    default=20,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to search for the cause of a difference that no known cause fits; 0: not.",
+)
+@click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the loss, and of modules made here."
 )
 @model_options

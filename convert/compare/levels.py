@@ -42,7 +42,7 @@ def compare_sides(
     name_layers(report, reference)
     if report.level == "training":
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
-    locate(report, pair)
+    locate(report, pair, options.explain)
 
 
 def _outputs_decide(rows: list[Row]) -> list[Row]:
@@ -54,8 +54,8 @@ def _outputs_decide(rows: list[Row]) -> list[Row]:
     return [r if r.same else dataclasses.replace(r, judged=False, note=DIVIDED) for r in rows]
 
 
-def locate(report: Report, pair: Callable[[], Pair]) -> None:
-    """Say where the two part first, if they do."""
+def locate(report: Report, pair: Callable[[], Pair], seconds: float) -> None:
+    """Say where the two part first, if they do; `seconds` at most go into a search for a cause."""
     levels: list[tuple[Mode, list[Row]]] = [
         ("forward", report.outputs),
         ("backward", report.gradients),
@@ -67,7 +67,7 @@ def locate(report: Report, pair: Callable[[], Pair]) -> None:
         report.first_divergence = _not_finite(report.outputs)
     if where is not None and report.first_divergence is None:
         try:
-            report.first_divergence = _first(pair(), where)
+            report.first_divergence = _first(pair(), where, seconds)
         except Exception as e:  # the verdict stands without it
             text = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
             report.notices.append(f"where they part could not be told: {text}")
@@ -95,15 +95,15 @@ def _first_row(levels: list[tuple[Mode, list[Row]]]) -> Divergence | None:
     return None
 
 
-def _first(pair: Pair, mode: Mode) -> Divergence | None:
+def _first(pair: Pair, mode: Mode, seconds: float) -> Divergence | None:
     from convert.diagnose.find import first_divergence
 
     if mode != "training":
-        return first_divergence(pair, mode=mode)
+        return first_divergence(pair, mode, seconds)
     torch = copy.deepcopy(pair.torch)
     for part in norms(torch):
         part.train()
-    return first_divergence(dataclasses.replace(pair, torch=torch), mode=mode)
+    return first_divergence(dataclasses.replace(pair, torch=torch), mode, seconds)
 
 
 def weights_differ(report: Report) -> Divergence | None:

@@ -10,6 +10,7 @@ LEVELS = ("bits", "outputs", "gradients", "training")
 Level = Literal["bits", "outputs", "gradients", "training"]
 OPTIMIZERS = ("SGD", "momentum", "Adam", "AdamW")
 STEPS = 5
+EXPLAIN = 20.0
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Settings:
     optimizers: tuple[str, ...] = OPTIMIZERS
     steps: int = STEPS
     seed: int = 0  # of the loss's weights
+    explain: float = EXPLAIN  # seconds that a search for a cause may take
 
     def __post_init__(self) -> None:
         from zoo.containers.errors import UsageError
@@ -26,6 +28,10 @@ class Settings:
         if wrong := [o for o in self.optimizers if o not in OPTIMIZERS]:
             raise UsageError(
                 f"there is no optimizer {wrong[0]!r}", f"known are {', '.join(OPTIMIZERS)}"
+            )
+        if not self.explain >= 0:
+            raise UsageError(
+                f"{self.explain} seconds explain nothing", "give 0 or more; 0 searches for no cause"
             )
         if self.steps < 1:
             raise UsageError(f"{self.steps} steps train nothing", "give 1 or more")

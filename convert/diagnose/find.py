@@ -18,13 +18,10 @@ from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 
-EXPLAIN = 20.0  # seconds for a search, if nobody says otherwise
 Mode = Literal["forward", "backward", "training"]
 
 
-def first_divergence(
-    pair: Pair, mode: Mode = "forward", seconds: float = EXPLAIN
-) -> Divergence | None:
+def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -> Divergence | None:
     """The first place at which the two modules part, and why; None where they do not.
 
     Flax runs with torch's own values put in at every paired layer, so that no error is carried on:

@@ -1,13 +1,14 @@
 """What torch computes in one fused call, written out: each is recorded as its steps.
 
-Each takes what the fused function takes, and gives what it gives up to rounding. NotImplementedError
-where an argument asks for what is not written out here; the call then stays one operation.
+Each takes what the fused function takes, and gives what it gives up to rounding.
+NotImplementedError where an argument asks for what is not written out here; the call then stays
+one operation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 
@@ -155,97 +156,6 @@ def _masked(logits: Any, mask: Any) -> Any:
     return logits.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else logits + mask
 
 
-def recurrent(
-    cell: str, x: Any, states: Sequence[Any], weights: Sequence[Any], *, has_biases: bool,
-    num_layers: int, bidirectional: bool, batch_first: bool, order: str = "", reset: str = "after",
-    update: str = "keep", forget: float = 0.0, ways: str = "fb", joined: str = "fb",
-    biases: str = "ih", stack: str = "01", activations: str = "", left: str = "",
-) -> Any:  # fmt: skip
-    """nn.LSTM, nn.GRU and nn.RNN as a loop over layers, directions and steps.
-
-    `weights` are torch's flat weights. What differs between implementations is an argument; the
-    defaults are torch's: `order` of the gates, where a GRU's `reset` acts, whether its `update`
-    gate keeps the old state, what is added to the `forget` gate, in which direction the first and
-    the second of two `ways` go, how both are `joined`, which `biases` are added, in which order
-    the layers `stack`, `activations` (gate, candidate, output), which states are `left` out ("h"
-    or "c": they start at zero).
-    """
-    import torch
-
-    x = x.transpose(0, 1) if batch_first else x
-    step = 4 if has_biases else 2
-    ends: list[list[Any]] = [[], []]
-    many = 2 if bidirectional else 1
-    for layer in range(num_layers):
-        at = int(stack[layer]) if layer < len(stack) else layer
-        at = at if at < num_layers else layer
-        outs = []
-        for way in range(many):
-            i = at * many + way
-            first = [s[i] for s in states]
-            first = [f * 0 if n in left else f for f, n in zip(first, "hc", strict=False)]
-            parts = list(weights[i * step : (i + 1) * step])
-            steps = x.unbind(0)
-            backwards = ways[way] == "b"
-            made, last = _steps(cell, steps[::-1] if backwards else steps, first, parts,
-                                order, reset, update, forget, biases, activations)  # fmt: skip
-            outs.append(torch.stack(made[::-1] if backwards and way == 1 else made))
-            for end, state in zip(ends, last, strict=False):
-                end.append(state)
-        if many == 2:
-            a, b = outs
-            x = {"fb": lambda: torch.cat((a, b), -1), "bf": lambda: torch.cat((b, a), -1),
-                 "sum": lambda: a + b, "mean": lambda: (a + b) / 2,
-                 "unflipped": lambda: torch.cat((a, b.flip(0)), -1)}[joined]()  # fmt: skip
-        else:
-            x = outs[0]
-    x = x.transpose(0, 1) if batch_first else x
-    hidden = tuple(torch.stack(e) for e in ends if e)
-    return (x, *hidden)
-
-
-def _steps(
-    cell: str, steps: Sequence[Any], first: list[Any], parts: list[Any], order: str, reset: str,
-    update: str, forget: float, biases: str, activations: str,
-) -> tuple[list[Any], list[Any]]:  # fmt: skip
-    import torch
-
-    gate, candidate, output = activations.split(",") if activations else ("", "", "")
-    squash = getattr(torch, gate or "sigmoid")
-    inner = getattr(torch, candidate or ("relu" if cell == "rnn_relu" else "tanh"))
-    outer = getattr(torch, output or "tanh")
-    w_i, w_h, *b = parts
-    b_i = b[0] if b and "i" in biases else 0.0
-    b_h = b[1] if b and "h" in biases else 0.0
-    state, made = list(first), []
-    for x in steps:
-        h = state[0]
-        ours, its = x @ w_i.T + b_i, h @ w_h.T
-        if cell == "lstm":
-            chunks = dict(zip(order or "ifgo", (ours + its + b_h).chunk(4, -1), strict=True))
-            c = squash(chunks["f"] + forget) * state[1] + squash(chunks["i"]) * inner(chunks["g"])
-            state = [squash(chunks["o"]) * outer(c), c]
-        elif cell == "gru":
-            a = dict(zip(order or "rzn", ours.chunk(3, -1), strict=True))
-            r, z = _gru_gates(a, dict(zip(order or "rzn", (its + b_h).chunk(3, -1), strict=True)),
-                              squash)  # fmt: skip
-            place = (order or "rzn").index("n")
-            w_n = w_h.chunk(3, 0)[place].T
-            b_n = b_h.chunk(3, -1)[place] if torch.is_tensor(b_h) else 0.0
-            held = {"after": lambda: r * (h @ w_n + b_n), "before": lambda: (r * h) @ w_n + b_n,
-                    "bias outside": lambda: r * (h @ w_n) + b_n}[reset]()  # fmt: skip
-            n = inner(a["n"] + held)
-            state = [(1 - z) * n + z * h if update == "keep" else z * n + (1 - z) * h]
-        else:
-            state = [inner(ours + its + b_h)]
-        made.append(state[0])
-    return made, state
-
-
-def _gru_gates(a: dict[str, Any], b: dict[str, Any], squash: Any) -> tuple[Any, Any]:
-    return squash(a["r"] + b["r"]), squash(a["z"] + b["z"])
-
-
 OPENED: dict[str, Callable[..., Any]] = {
     "torch.nn.functional.scaled_dot_product_attention": scaled_dot_product_attention,
     "torch.nn.functional.layer_norm": layer_norm,
@@ -256,22 +166,3 @@ OPENED: dict[str, Callable[..., Any]] = {
     "torch.nn.functional.normalize": normalize,
     "torch.nn.functional.multi_head_attention_forward": multi_head_attention_forward,
 }
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-def as_recurrent(cell: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `recurrent` for those of torch.lstm and its like. NotImplementedError for
-    packed sequences."""
-    import torch
-
-    x, states, weights = args[:3]
-    if len(args) != 9 or torch.is_tensor(weights):
-        raise NotImplementedError
-    biases, layers, _, _, both, batch_first = args[3:]
-    states = tuple(states) if cell == "lstm" else (states,)
-    if len(weights) != layers * (2 if both else 1) * (4 if biases else 2) or x.ndim != 3:
-        raise NotImplementedError  # a projection, or a sequence without a batch
-    return (cell, x, states, tuple(weights)), {
-        "has_biases": biases, "num_layers": layers, "bidirectional": both,
-        "batch_first": batch_first,
-    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,7 +29,7 @@ class Site:
     calls: tuple[int, ...]  # the calls of functions around it, from outside, numbered
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operation:
     """One call of a function of torch. `args` and `kwargs` hold Refs in place of tensors; a
     function that writes into an argument is recorded as giving it anew."""
@@ -41,15 +42,15 @@ class Operation:
     site: Site | None
     writes: int | None = None  # which of its tensors it writes into
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The function without its module, of all spellings the same: "add" of "__radd__"."""
         return short_name(self.function)
 
-    @property
-    def refs(self) -> Iterator[int]:
+    @functools.cached_property
+    def refs(self) -> tuple[int, ...]:
         """The values that it takes."""
-        return (r.value for r in find((self.args, self.kwargs), Ref))
+        return tuple(r.value for r in find((self.args, self.kwargs), Ref))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert.program.opened import OPENED, RECURRENT, as_recurrent, recurrent
+from convert.program.opened import OPENED
 from convert.program.operations import Leaf, Operation, Program, Ref, Site, find, mapped, short_name
+from convert.program.recurrent import CELLS, as_recurrent, recurrent
 from convert.runtime.arrays import is_inexact, leaves, replaced
 from convert.runtime.call import Call
 from convert.runtime.torch_calls import run
@@ -29,7 +30,7 @@ Key = tuple[str, int]  # a submodule's name, and which of its calls
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """The value whose computation is wanted: an input or output of one call of a submodule."""
 
     call: Key
@@ -55,7 +56,7 @@ def record(
     precision: str,
     known: Mapping[Key, Recorded],
     fixed: Collection[str],
-    target: Target,
+    target: Goal,
 ) -> Recording:
     """The computation of `target` in one run of the module, which is changed by it.
 
@@ -116,7 +117,7 @@ class _Run:
     """The hooks of a run: which module is being called, and what is put in."""
 
     def __init__(
-        self, module: Any, known: Mapping[Key, Recorded], fixed: Collection[str], target: Target
+        self, module: Any, known: Mapping[Key, Recorded], fixed: Collection[str], target: Goal
     ) -> None:
         self.known, self.fixed, self.wanted = known, fixed, target
         self.mode = _mode()
@@ -281,7 +282,7 @@ class _Tape:
 
     def written_out(self, name: str, args: Any, kwargs: Any) -> Callable[[], Any] | None:
         """A fused call by its steps, if it can be."""
-        if name.startswith("torch.") and name.removeprefix("torch.") in RECURRENT:
+        if name.startswith("torch.") and name.removeprefix("torch.") in CELLS:
             try:
                 given, named = as_recurrent(name.removeprefix("torch."), args)
             except NotImplementedError:

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.program.opened import recurrent
 from convert.program.operations import Operation, Program, Ref, find, mapped
+from convert.program.recurrent import recurrent
 
 Values = dict[int, Any]  # by the numbers of a program; torch tensors
 
 
 @dataclass
 class At:
-    """One operation as it is about to run: its arguments with their values, and all values so far."""
+    """One operation as it is about to run: its arguments with their values, and all values."""
 
     operation: Operation
     args: tuple[Any, ...]
@@ -70,7 +70,7 @@ def execute(operation: Operation, values: Mapping[int, Any], change: Change | No
     """What one operation gives; what it writes into is a copy, and is given."""
     import torch
 
-    written = list(operation.refs)[operation.writes] if operation.writes is not None else None
+    written = operation.refs[operation.writes] if operation.writes is not None else None
     copy = values[written].clone() if written is not None else None
 
     def value(x: Any) -> Any:

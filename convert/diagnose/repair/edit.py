@@ -33,7 +33,7 @@ class Edit:
 
 
 @dataclass
-class Spot:
+class Node:
     """One operation of a program, with the values of a run."""
 
     index: int
@@ -133,7 +133,8 @@ def dims_of(operation: Operation) -> tuple[Path, Any] | None:
 _AXIS = {
     **dict.fromkeys(
         ("softmax", "log_softmax", "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin",
-         "var", "std", "cumsum", "cumprod", "cat", "stack", "flip", "logsumexp", "prod", "unsqueeze",
+         "var", "std", "cumsum", "cumprod", "cat", "stack", "flip", "logsumexp", "prod",
+         "unsqueeze",
          "squeeze", "gather", "index_select", "scatter", "scatter_add", "index_add", "unbind",
          "median", "sort", "argsort", "glu", "all", "any", "concat", "softmin", "logcumsumexp",
          "index_copy", "unflatten", "diff_", "softmax_"), 1),

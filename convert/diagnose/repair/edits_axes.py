@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Spot, dims_of, with_scalar
+from convert.diagnose.repair.edit import Edit, Node, dims_of, with_scalar
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
@@ -16,26 +16,26 @@ _VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _PARTS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
 
 
-def rearranged(spot: Spot) -> Iterator[Edit]:
+def rearranged(node: Node) -> Iterator[Edit]:
     """What the operation gives, in another order."""
-    if spot.name in _PERMUTES:
-        yield from _permuted(spot)
-    elif spot.name in _VIEWS:
-        yield from _viewed(spot)
-    elif spot.name in _PARTS:
-        yield from _parts(spot)
-    elif spot.name in ("cat", "stack", "concat"):
-        yield from _joined(spot)
-    elif spot.name in ("repeat_interleave", "repeat", "tile"):
-        yield from _repeated(spot)
-    elif spot.name == "getitem":
-        yield from _indexed(spot)
-    elif spot.name == "matmul":
-        yield from _products(spot)
+    if node.name in _PERMUTES:
+        yield from _permuted(node)
+    elif node.name in _VIEWS:
+        yield from _viewed(node)
+    elif node.name in _PARTS:
+        yield from _parts(node)
+    elif node.name in ("cat", "stack", "concat"):
+        yield from _joined(node)
+    elif node.name in ("repeat_interleave", "repeat", "tile"):
+        yield from _repeated(node)
+    elif node.name == "getitem":
+        yield from _indexed(node)
+    elif node.name == "matmul":
+        yield from _products(node)
 
 
-def _permuted(spot: Spot) -> Iterator[Edit]:
-    x, out = spot.tensors[0], spot.out
+def _permuted(node: Node) -> Iterator[Edit]:
+    x, out = node.tensors[0], node.out
     n = x.ndim
     if n > 4:
         return
@@ -48,9 +48,9 @@ def _permuted(spot: Spot) -> Iterator[Edit]:
         def change(at: At, order: tuple[int, ...] = order) -> Any:
             return at.args[0].permute(order)
 
-        yield spot.edit(1.3, "transposed", f"the axes in the order {order}", change)
+        yield node.edit(1.3, "transposed", f"the axes in the order {order}", change)
     shape = tuple(out.shape)
-    yield spot.edit(1.0, "rearranged", f"a reshape to {shape} in place of {spot.name}",
+    yield node.edit(1.0, "rearranged", f"a reshape to {shape} in place of {node.name}",
                     lambda at: at.args[0].reshape(shape))  # fmt: skip
 
 
@@ -70,18 +70,18 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]
         i, j = k, m
 
 
-def _viewed(spot: Spot) -> Iterator[Edit]:
-    before, after = tuple(spot.tensors[0].shape), tuple(spot.out.shape)
+def _viewed(node: Node) -> Iterator[Edit]:
+    before, after = tuple(node.tensors[0].shape), tuple(node.out.shape)
     for old, new in _groups(before, after):
         if len(old) == 1 and 1 < len(new) <= 4:
-            yield from _split_otherwise(spot, after, new)
+            yield from _split_otherwise(node, after, new)
         elif (1 < len(old) <= 4 and len(new) == 1) or (
             len(old) > 1 and len(new) > 1 and len(old) <= 4
         ):
-            yield from _merged_otherwise(spot, before, old, after)
+            yield from _merged_otherwise(node, before, old, after)
 
 
-def _split_otherwise(spot: Spot, after: tuple[int, ...], new: range) -> Iterator[Edit]:
+def _split_otherwise(node: Node, after: tuple[int, ...], new: range) -> Iterator[Edit]:
     for order in itertools.permutations(range(len(new))):
         if order == tuple(range(len(new))):
             continue
@@ -98,11 +98,11 @@ def _split_otherwise(spot: Spot, after: tuple[int, ...], new: range) -> Iterator
 
         names = " x ".join(str(n) for n in inner)
         said = f"the axis split as {names}, not as {' x '.join(str(after[i]) for i in new)}"
-        yield spot.edit(1.0, _heads(spot, len(new)), said, change)
+        yield node.edit(1.0, _heads(node, len(new)), said, change)
 
 
 def _merged_otherwise(
-    spot: Spot, before: tuple[int, ...], old: range, after: tuple[int, ...]
+    node: Node, before: tuple[int, ...], old: range, after: tuple[int, ...]
 ) -> Iterator[Edit]:
     for order in itertools.permutations(range(len(old))):
         if order == tuple(range(len(old))):
@@ -115,23 +115,23 @@ def _merged_otherwise(
 
         names = " x ".join(str(before[old[i]]) for i in order)
         said = f"axes joined as {names}, not as {' x '.join(str(before[i]) for i in old)}"
-        yield spot.edit(1.0, _heads(spot, len(old)), said, change)
+        yield node.edit(1.0, _heads(node, len(old)), said, change)
 
 
-def _heads(spot: Spot, parts: int) -> str:
+def _heads(node: Node, parts: int) -> str:
     """Whether it is an attention whose heads are split or joined here."""
     from convert.program.operations import Operation
 
     if parts != 2:
         return "rearranged"
-    near: list[Operation] = spot.program.operations
-    inside = any(o.name == "softmax" and o.module == spot.operation.module for o in near)
-    text = spot.operation.site.text if spot.operation.site else ""
+    near: list[Operation] = node.program.operations
+    inside = any(o.name == "softmax" and o.module == node.operation.module for o in near)
+    text = node.operation.site.text if node.operation.site else ""
     return "heads" if inside or "head" in text else "rearranged"
 
 
-def _parts(spot: Spot) -> Iterator[Edit]:
-    count = len(spot.operation.made)
+def _parts(node: Node) -> Iterator[Edit]:
+    count = len(node.operation.made)
     if count < 2:
         return
     orders = itertools.permutations(range(count)) if count <= 4 else [tuple(range(count))[::-1]]
@@ -144,25 +144,25 @@ def _parts(spot: Spot) -> Iterator[Edit]:
             return tuple(made[i] for i in order)
 
         said = f"its parts in the order {tuple(order)}"
-        yield spot.edit(1.0, "blocks" if count > 2 else "operand", said, change)
-    if spot.name != "unbind" and len({t.shape for t in _made(spot)}) == 1:
-        d = dims_of(spot.operation)
+        yield node.edit(1.0, "blocks" if count > 2 else "operand", said, change)
+    if node.name != "unbind" and len({t.shape for t in _made(node)}) == 1:
+        d = dims_of(node.operation)
         axis = d[1] if d and isinstance(d[1], int) else 0
 
         def interleaved(at: At) -> Any:
             x = at.args[0].movedim(axis, -1)
             return tuple(x[..., i::count].movedim(-1, axis) for i in range(count))
 
-        yield spot.edit(1.0, "rearranged", f"every {count}th element in place of blocks",
+        yield node.edit(1.0, "rearranged", f"every {count}th element in place of blocks",
                         interleaved)  # fmt: skip
 
 
-def _made(spot: Spot) -> list[Any]:
-    return [spot.values[v] for v in spot.operation.made if v in spot.values]
+def _made(node: Node) -> list[Any]:
+    return [node.values[v] for v in node.operation.made if v in node.values]
 
 
-def _joined(spot: Spot) -> Iterator[Edit]:
-    parts = spot.args[0] if spot.args else ()
+def _joined(node: Node) -> Iterator[Edit]:
+    parts = node.args[0] if node.args else ()
     count = len(parts)
     orders = itertools.permutations(range(count)) if count <= 4 else [tuple(range(count))[::-1]]
     for order in orders:
@@ -175,9 +175,9 @@ def _joined(spot: Spot) -> Iterator[Edit]:
             given = [at.args[0][i] for i in order]
             return resolve(at.operation.function)(given, *at.args[1:], **at.kwargs)
 
-        yield spot.edit(1.0, "concat", f"its parts in the order {tuple(order)}", change)
+        yield node.edit(1.0, "concat", f"its parts in the order {tuple(order)}", change)
     if count > 1 and len({tuple(p.shape) for p in parts}) == 1:
-        d = dims_of(spot.operation)
+        d = dims_of(node.operation)
         axis = d[1] if d and isinstance(d[1], int) else 0
 
         def interleaved(at: At) -> Any:
@@ -185,17 +185,17 @@ def _joined(spot: Spot) -> Iterator[Edit]:
 
             if at.operation.name == "stack":
                 return torch.cat(list(at.args[0]), axis - 1 if axis < 0 else axis).reshape(
-                    spot.out.shape
+                    node.out.shape
                 )
             made = torch.stack([p.movedim(axis, -1) for p in at.args[0]], -1).flatten(-2)
             return made.movedim(-1, axis)
 
-        said = "its parts interleaved" if spot.name != "stack" else "its parts one after another"
-        yield spot.edit(1.0, "rearranged", said, interleaved)
+        said = "its parts interleaved" if node.name != "stack" else "its parts one after another"
+        yield node.edit(1.0, "rearranged", said, interleaved)
 
 
-def _repeated(spot: Spot) -> Iterator[Edit]:
-    x, out = spot.tensors[0], spot.out
+def _repeated(node: Node) -> Iterator[Edit]:
+    x, out = node.tensors[0], node.out
     if x.ndim != out.ndim:
         return
     factors = [b // a for a, b in zip(x.shape, out.shape, strict=True)]
@@ -209,13 +209,13 @@ def _repeated(spot: Spot) -> Iterator[Edit]:
             made = made.repeat_interleave(n, d) if n > 1 else made
         return made
 
-    if spot.name == "repeat_interleave":
-        yield spot.edit(1.0, "rearranged", "the whole repeated, not each element", blocks)
+    if node.name == "repeat_interleave":
+        yield node.edit(1.0, "rearranged", "the whole repeated, not each element", blocks)
     else:
-        yield spot.edit(1.0, "rearranged", "each element repeated, not the whole", each)
+        yield node.edit(1.0, "rearranged", "each element repeated, not the whole", each)
 
 
-def _products(spot: Spot) -> Iterator[Edit]:
+def _products(node: Node) -> Iterator[Edit]:
     def turned(i: int) -> Any:
         def change(at: At) -> Any:
             import torch
@@ -227,19 +227,19 @@ def _products(spot: Spot) -> Iterator[Edit]:
         return change
 
     for i, which in enumerate(("first", "second")):
-        if spot.tensors[i].ndim > 1:
-            yield spot.edit(1.0, "transposed", f"the {which} operand transposed", turned(i))
-    yield spot.edit(1.0, "operand", "the operands exchanged",
+        if node.tensors[i].ndim > 1:
+            yield node.edit(1.0, "transposed", f"the {which} operand transposed", turned(i))
+    yield node.edit(1.0, "operand", "the operands exchanged",
                     lambda at: at.args[1] @ at.args[0])  # fmt: skip
 
 
-def _indexed(spot: Spot) -> Iterator[Edit]:
+def _indexed(node: Node) -> Iterator[Edit]:
     """Other indices: one further, the other end, every second for a half, a mean."""
-    if len(spot.operation.args) < 2:
+    if len(node.operation.args) < 2:
         return
-    index = spot.operation.args[1]
+    index = node.operation.args[1]
     items = list(index) if isinstance(index, tuple) else [index]
-    x = spot.tensors[0]
+    x = node.tensors[0]
     axis = 0
     for i, item in enumerate(items):
         if item is Ellipsis:
@@ -249,9 +249,9 @@ def _indexed(spot: Spot) -> Iterator[Edit]:
             continue
         size = x.shape[axis] if axis < x.ndim else 0
         for said, cause, other in _others(item, size):
-            new = tuple([*items[:i], other, *items[i + 1 :]])
+            new = (*items[:i], other, *items[i + 1 :])
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
-            yield spot.edit(1.0, cause, said, with_scalar((1,), new))
+            yield node.edit(1.0, cause, said, with_scalar((1,), new))
         axis += 1
     ints = [i for i, item in enumerate(items) if isinstance(item, int)]
     if len(ints) == 1:
@@ -261,7 +261,7 @@ def _indexed(spot: Spot) -> Iterator[Edit]:
             def change(at: At, f: str = f) -> Any:
                 return getattr(at.args[0], f)(at_axis)
 
-            yield spot.edit(1.2, "token", f"the {said} over the axis in place of one index", change)
+            yield node.edit(1.2, "token", f"the {said} over the axis in place of one index", change)
 
 
 def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
@@ -301,21 +301,21 @@ def _shown(item: Any) -> str:
 
 def interleavings(program: Program, values: Values) -> Iterator[Edit]:
     """Rotary positions in the other style: every half taken as every second element, or the other
-    way round, where values are taken apart and joined, with the tables alike or left as they are."""
-    spots = [Spot(i, o, program, values) for i, o in enumerate(program.operations)
+    way round, where values are taken apart and joined; the tables alike, or left as they are."""
+    nodes = [Node(i, o, program, values) for i, o in enumerate(program.operations)
              if o.made[0] in values]  # fmt: skip
     halves: dict[int, Change] = {}
     tables: dict[int, Change] = {}
-    for spot in spots:
-        if spot.name == "getitem" and (change := _half_otherwise(spot)) is not None:
-            halves[spot.index] = change
-        elif spot.name == "chunk" and len(spot.operation.made) == 2:
-            halves[spot.index] = _every_second
-        elif spot.name in ("cat", "stack") and len(list(spot.operation.refs)) == 2:
-            a, b = spot.tensors
+    for node in nodes:
+        if node.name == "getitem" and (change := _half_otherwise(node)) is not None:
+            halves[node.index] = change
+        elif node.name == "chunk" and len(node.operation.made) == 2:
+            halves[node.index] = _every_second
+        elif node.name in ("cat", "stack") and len(node.operation.refs) == 2:
+            a, b = node.tensors
             if a.shape == b.shape:
-                twice = len(set(spot.operation.refs)) == 1
-                (tables if twice else halves)[spot.index] = _joined_otherwise
+                twice = len(set(node.operation.refs)) == 1
+                (tables if twice else halves)[node.index] = _joined_otherwise
     if not halves:
         return
     said = "rotary positions in the other style (halves for neighbouring pairs, or back)"
@@ -329,13 +329,13 @@ def interleavings(program: Program, values: Values) -> Iterator[Edit]:
         yield Edit(1.0, "rope", said, halves, leaves=flat, at=at)
 
 
-def _half_otherwise(spot: Spot) -> Change | None:
+def _half_otherwise(node: Node) -> Change | None:
     """A half of the last axis as every second element, or the other way round."""
-    index = spot.operation.args[1]
+    index = node.operation.args[1]
     last = index[-1] if isinstance(index, tuple) else index
     if not isinstance(last, slice) or not isinstance(index, tuple):
         return None
-    size = spot.tensors[0].shape[-1]
+    size = node.tensors[0].shape[-1]
     forms = [slice(0, size // 2), slice(size // 2, size), slice(0, size, 2), slice(1, size, 2)]
     held = [s.indices(size) for s in forms]
     if last.indices(size) not in held:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Path, Spot, dims_of, scalars, with_scalar, word
+from convert.diagnose.repair.edit import Edit, Path, Node, dims_of, scalars, with_scalar, word
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
@@ -40,26 +40,26 @@ _GRID = (
 )  # fmt: skip
 
 
-def numbers(spot: Spot) -> Iterator[Edit]:
+def numbers(node: Node) -> Iterator[Edit]:
     """Other values for each plain argument."""
-    axis = dims_of(spot.operation)
-    for path, value in scalars(spot.operation):
+    axis = dims_of(node.operation)
+    for path, value in scalars(node.operation):
         if axis is not None and path[: len(axis[0])] == axis[0]:
             continue
         if isinstance(value, bool):
-            yield _one(spot, path, not value, 1.0)
+            yield _one(node, path, not value, 1.0)
         elif isinstance(value, int):
-            yield from _integers(spot, path, value)
+            yield from _integers(node, path, value)
         elif isinstance(value, float):
-            yield from _floats(spot, path, value)
+            yield from _floats(node, path, value)
         elif isinstance(value, str):
-            yield from _strings(spot, path, value)
-    yield from _axes(spot)
+            yield from _strings(node, path, value)
+    yield from _axes(node)
 
 
-def cause(spot: Spot, path: Path, value: Any = None) -> str:
+def cause(node: Node, path: Path, value: Any = None) -> str:
     """The word for another value at this place of the arguments."""
-    name = spot.name
+    name = node.name
     key = path[1] if path[0] == "kwargs" else path[0]
     if name.startswith(("conv", "_conv")):
         return str(_CONVOLUTION.get(key, "size"))
@@ -74,45 +74,45 @@ def cause(spot: Spot, path: Path, value: Any = None) -> str:
     if name == "arange":
         return "offset"
     if name in ("add", "sub") and isinstance(value, int):
-        return "offset" if not spot.out.is_floating_point() else "constant"
+        return "offset" if not node.out.is_floating_point() else "constant"
     return _CAUSES.get(name, "constant")
 
 
-def _one(spot: Spot, path: Path, value: Any, cost: float) -> Edit:
-    old = _at(spot, path)
-    what = _called(spot, path)
+def _one(node: Node, path: Path, value: Any, cost: float) -> Edit:
+    old = _at(node, path)
+    what = _called(node, path)
     said = f"{what} {value!r} in place of {old!r}"
-    return spot.edit(cost, cause(spot, path, old), said, with_scalar(path, value))
+    return node.edit(cost, cause(node, path, old), said, with_scalar(path, value))
 
 
-def _at(spot: Spot, path: Path) -> Any:
-    return next(v for p, v in scalars(spot.operation) if p == path)
+def _at(node: Node, path: Path) -> Any:
+    return next(v for p, v in scalars(node.operation) if p == path)
 
 
-def _called(spot: Spot, path: Path) -> str:
+def _called(node: Node, path: Path) -> str:
     key = next((k for k in path if isinstance(k, str) and k != "kwargs"), None)
-    return str(key) if key else f"{spot.name} with"
+    return str(key) if key else f"{node.name} with"
 
 
-def _integers(spot: Spot, path: Path, value: int) -> Iterator[Edit]:
-    if spot.name in _SHAPES or spot.name == "recurrent":
+def _integers(node: Node, path: Path, value: int) -> Iterator[Edit]:
+    if node.name in _SHAPES or node.name == "recurrent":
         return
     near = [value + 1, value - 1, -value, 2 * value, value // 2, 0, 1]
-    if spot.name in ("pow", "mul", "div", "add", "sub"):
-        yield from _floats(spot, path, float(value))
+    if node.name in ("pow", "mul", "div", "add", "sub"):
+        yield from _floats(node, path, float(value))
         near = near[:3]
     for other in dict.fromkeys(near):
         if other != value:
-            yield _one(spot, path, other, 1.3)
+            yield _one(node, path, other, 1.3)
 
 
-def _floats(spot: Spot, path: Path, value: float) -> Iterator[Edit]:
+def _floats(node: Node, path: Path, value: float) -> Iterator[Edit]:
     if not math.isfinite(value):
-        if spot.name in ("masked_fill", "full", "where", "full_like"):
+        if node.name in ("masked_fill", "full", "where", "full_like"):
             for other in (-1e9, -1e4, -1.0, 0.0):
-                yield _one(spot, path, other, 1.5)
+                yield _one(node, path, other, 1.5)
         return
-    sizes = {n for t in spot.tensors for n in t.shape if n > 1}
+    sizes = {n for t in node.tensors for n in t.shape if n > 1}
     related = [-value, value * 2, value / 2, value * value]
     if value > 0:
         related += [math.sqrt(value), 1 / value, 1 / math.sqrt(value)]
@@ -120,26 +120,26 @@ def _floats(spot: Spot, path: Path, value: float) -> Iterator[Edit]:
         related += [float(n), math.sqrt(n), 1 / n, 1 / math.sqrt(n)]
     for other in dict.fromkeys((*related, *_GRID)):
         if other != value:
-            yield _one(spot, path, other, 1.4)
-    why = cause(spot, path, value)
-    said = f"{_called(spot, path)} {{number}} in place of {word(value)}"
-    index = spot.index
+            yield _one(node, path, other, 1.4)
+    why = cause(node, path, value)
+    said = f"{_called(node, path)} {{number}} in place of {word(value)}"
+    index = node.index
     yield Edit(3.0, why, said, free=lambda c: {index: with_scalar(path, c)}, start=value, at=index)
 
 
-def _strings(spot: Spot, path: Path, value: str) -> Iterator[Edit]:
-    if spot.name == "einsum":
-        yield from _equations(spot, path, value)
+def _strings(node: Node, path: Path, value: str) -> Iterator[Edit]:
+    if node.name == "einsum":
+        yield from _equations(node, path, value)
         return
     key = path[-1] if path[0] == "kwargs" else None
     for name, words in _WORDS.items():
         if value in words and (key in (name, None) or key is None):
             for other in words:
                 if other != value:
-                    yield _one(spot, path, other, 1.0)
+                    yield _one(node, path, other, 1.0)
 
 
-def _equations(spot: Spot, path: Path, equation: str) -> Iterator[Edit]:
+def _equations(node: Node, path: Path, equation: str) -> Iterator[Edit]:
     """An einsum with two of its letters exchanged in one of its terms."""
     compact = equation.replace(" ", "")
     left, arrow, right = compact.partition("->")
@@ -152,35 +152,35 @@ def _equations(spot: Spot, path: Path, equation: str) -> Iterator[Edit]:
                 made = [*terms, right]
                 made[i] = "".join(new)
                 text = ",".join(made[:-1]) + arrow + made[-1]
-                yield spot.edit(1.2, "operand" if i < len(terms) else "transposed",
+                yield node.edit(1.2, "operand" if i < len(terms) else "transposed",
                                 f"einsum {text!r} in place of {compact!r}",
                                 with_scalar(path, text))  # fmt: skip
 
 
-def _axes(spot: Spot) -> Iterator[Edit]:
+def _axes(node: Node) -> Iterator[Edit]:
     """The same over another axis, or other axes."""
-    found = dims_of(spot.operation)
-    if found is None or not spot.tensors:
+    found = dims_of(node.operation)
+    if found is None or not node.tensors:
         return
     path, old = found
-    if spot.name in ("unsqueeze", "squeeze", "unflatten"):
+    if node.name in ("unsqueeze", "squeeze", "unflatten"):
         return
-    n = spot.tensors[0].ndim
+    n = node.tensors[0].ndim
     why = {"softmax": "softmax_axis", "log_softmax": "softmax_axis", "flip": "reversed",
-           "cat": "concat"}.get(spot.name, "axis")  # fmt: skip
+           "cat": "concat"}.get(node.name, "axis")  # fmt: skip
     olds = [old] if isinstance(old, int) else list(old)
     held = {d % n for d in olds if n}
     for d in range(n):
         if {d} != held:
             new: Any = d if isinstance(old, int) else type(old)([d])
-            said = f"{spot.name} over axis {d} of {n} in place of {_told(olds, n)}"
-            yield spot.edit(1.0, why, said, with_scalar(path, new))
+            said = f"{node.name} over axis {d} of {n} in place of {_told(olds, n)}"
+            yield node.edit(1.0, why, said, with_scalar(path, new))
     if len(olds) > 1 or n > 2:
         for a in range(n):
             for b in range(a + 1, n):
-                if {a, b} != held and spot.name in ("mean", "sum", "amax", "var", "std", "flip"):
-                    said = f"{spot.name} over axes {a} and {b} in place of {_told(olds, n)}"
-                    yield spot.edit(1.2, why, said, with_scalar(path, (a, b)))
+                if {a, b} != held and node.name in ("mean", "sum", "amax", "var", "std", "flip"):
+                    said = f"{node.name} over axes {a} and {b} in place of {_told(olds, n)}"
+                    yield node.edit(1.2, why, said, with_scalar(path, (a, b)))
 
 
 def _told(axes: list[int], n: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Spot, dims_of
+from convert.diagnose.repair.edit import Edit, Node, dims_of
 from convert.program.operations import is_reflected
 from convert.program.replay import At, Change
 
@@ -61,60 +61,60 @@ _COMPARED: dict[str, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 
-def siblings(spot: Spot) -> Iterator[Edit]:
+def siblings(node: Node) -> Iterator[Edit]:
     """Operations that are taken for this one."""
-    name = spot.name
+    name = node.name
     if name in _ACTIVATIONS:
-        yield from _activation(spot)
-    yield from _family(spot)
+        yield from _activation(node)
+    yield from _family(node)
     if name in _REDUCTIONS:
-        yield from _reduction(spot)
+        yield from _reduction(node)
     if name in _BINARY or name in _COMPARED:
-        yield from _operator(spot)
+        yield from _operator(node)
     if name == "softmax":
-        yield spot.edit(1.5, "operation", "a sigmoid in place of the softmax",
+        yield node.edit(1.5, "operation", "a sigmoid in place of the softmax",
                         lambda at: at.args[0].sigmoid())  # fmt: skip
     if "pool" in name:
-        yield from _pools(spot)
+        yield from _pools(node)
     if name in ("where", "masked_fill"):
-        yield spot.edit(1.0, "mask", "the mask inverted", _inverted)
+        yield node.edit(1.0, "mask", "the mask inverted", _inverted)
     if name in ("scatter_add", "index_add"):
-        yield spot.edit(1.2, "operation", "the last value in place of the sum", _last_one)
+        yield node.edit(1.2, "operation", "the last value in place of the sum", _last_one)
     if name == "pad" or name == "conv1d":
-        yield from _padding(spot)
+        yield from _padding(node)
 
 
-def _activation(spot: Spot) -> Iterator[Edit]:
-    gelus = spot.name == "gelu"
+def _activation(node: Node) -> Iterator[Edit]:
+    gelus = node.name == "gelu"
     for said, function in activations().items():
         why = "gelu" if gelus and said.startswith("gelu") else "activation"
 
         def change(at: At, function: Unary = function) -> Any:
             return function(at.args[0])
 
-        yield spot.edit(1.0, why, f"{said} in place of {spot.name}", change)
+        yield node.edit(1.0, why, f"{said} in place of {node.name}", change)
 
 
-def _family(spot: Spot) -> Iterator[Edit]:
+def _family(node: Node) -> Iterator[Edit]:
     import torch
 
     for family in _FAMILIES:
-        if spot.name not in family or not spot.operation.args:
+        if node.name not in family or not node.operation.args:
             continue
         for other in family:
             function = getattr(torch, other, None)
-            if other == spot.name or function is None:
+            if other == node.name or function is None:
                 continue
 
             def change(at: At, function: Any = function) -> Any:
                 return function(*at.args, **at.kwargs)
 
-            why = {"tril": "causal", "triu": "causal", "invert": "mask"}.get(spot.name, "operation")
-            said = f"{other} in place of {spot.name}"
+            why = {"tril": "causal", "triu": "causal", "invert": "mask"}.get(node.name, "operation")
+            said = f"{other} in place of {node.name}"
             if other == "clone":
-                said = f"no {spot.name}"
-                why = "mask" if spot.name != "neg" else "operation"
-            yield spot.edit(1.0, why, said, change)
+                said = f"no {node.name}"
+                why = "mask" if node.name != "neg" else "operation"
+            yield node.edit(1.0, why, said, change)
 
 
 def _reduce() -> dict[str, Callable[[Any, Any, bool], Any]]:
@@ -141,7 +141,8 @@ def _reduce() -> dict[str, Callable[[Any, Any, bool], Any]]:
 
 
 _REDUCTIONS = {
-    "mean", "sum", "max", "min", "amax", "amin", "logsumexp", "median", "std", "var", "norm", "prod",
+    "mean", "sum", "max", "min", "amax", "amin", "logsumexp", "median", "std", "var", "norm",
+    "prod",
 }  # fmt: skip
 _SAME = {"amax": "max", "amin": "min"}
 
@@ -152,32 +153,32 @@ def _taken(x: Any, dims: Any, index: int, keep: bool) -> Any:
     return made.unsqueeze(d) if keep else made
 
 
-def _reduction(spot: Spot) -> Iterator[Edit]:
-    found = dims_of(spot.operation)
-    dims: Any = found[1] if found else tuple(range(spot.tensors[0].ndim))
-    keep = bool(spot.operation.kwargs.get("keepdim", spot.operation.kwargs.get("keepdims", False)))
-    if found and found[0][0] != "kwargs" and len(spot.operation.args) > found[0][0] + 1:
-        last = spot.operation.args[-1]
+def _reduction(node: Node) -> Iterator[Edit]:
+    found = dims_of(node.operation)
+    dims: Any = found[1] if found else tuple(range(node.tensors[0].ndim))
+    keep = bool(node.operation.kwargs.get("keepdim", node.operation.kwargs.get("keepdims", False)))
+    if found and found[0][0] != "kwargs" and len(node.operation.args) > found[0][0] + 1:
+        last = node.operation.args[-1]
         keep = last if isinstance(last, bool) else keep
     for said, reduce in _reduce().items():
-        if said == _SAME.get(spot.name, spot.name):
+        if said == _SAME.get(node.name, node.name):
             continue
 
         def change(at: At, reduce: Any = reduce) -> Any:
             return reduce(at.args[0], dims, keep)
 
-        variance = spot.name in ("var", "std") and said.startswith(spot.name)
+        variance = node.name in ("var", "std") and said.startswith(node.name)
         why = "unbiased_variance" if variance else "operation"
         why = "token" if "element" in said else why
-        yield spot.edit(1.0, why, f"the {said} in place of the {spot.name}", change)
+        yield node.edit(1.0, why, f"the {said} in place of the {node.name}", change)
 
 
-def _operator(spot: Spot) -> Iterator[Edit]:
-    table = _BINARY if spot.name in _BINARY else _COMPARED
-    turned = is_reflected(spot.operation.function)
+def _operator(node: Node) -> Iterator[Edit]:
+    table = _BINARY if node.name in _BINARY else _COMPARED
+    turned = is_reflected(node.operation.function)
     mask = table is _COMPARED
     for other, function in table.items():
-        if other == spot.name:
+        if other == node.name:
             continue
 
         def change(at: At, function: Any = function) -> Any:
@@ -185,46 +186,46 @@ def _operator(spot: Spot) -> Iterator[Edit]:
             return function(b, a) if turned else function(a, b)
 
         why = "mask" if mask else "operation"
-        yield spot.edit(1.2, why, f"{other} in place of {spot.name}", change)
-    same = table[spot.name]
+        yield node.edit(1.2, why, f"{other} in place of {node.name}", change)
+    same = table[node.name]
 
     def swapped(at: At) -> Any:
         a, b = at.args[:2]
         return same(a, b) if turned else same(b, a)
 
-    if spot.name not in ("add", "mul"):
-        yield spot.edit(1.0, "operand", f"{spot.name} with its operands exchanged", swapped)
+    if node.name not in ("add", "mul"):
+        yield node.edit(1.0, "operand", f"{node.name} with its operands exchanged", swapped)
 
 
-def _pools(spot: Spot) -> Iterator[Edit]:
+def _pools(node: Node) -> Iterator[Edit]:
     from torch.nn import functional
 
     for other in ("max", "avg"):
         for n in (1, 2, 3):
             name = f"{other}_pool{n}d"
-            if spot.name.endswith(f"pool{n}d") and spot.name.replace("avg", "max") != spot.name:
+            if node.name.endswith(f"pool{n}d") and node.name.replace("avg", "max") != node.name:
                 pass
-            if not spot.name.endswith(f"pool{n}d") or spot.name.startswith(
+            if not node.name.endswith(f"pool{n}d") or node.name.startswith(
                 (other, "adaptive_" + other)
             ):
                 continue
-            prefix = "adaptive_" if spot.name.startswith("adaptive") else ""
+            prefix = "adaptive_" if node.name.startswith("adaptive") else ""
             function = getattr(functional, prefix + name)
 
             def change(at: At, function: Any = function) -> Any:
                 kwargs = {k: v for k, v in at.kwargs.items() if k in ("stride", "padding")}
                 return function(*at.args[:4], **kwargs)
 
-            yield spot.edit(1.0, "pooling", f"{other} pooling in place of {spot.name}", change)
+            yield node.edit(1.0, "pooling", f"{other} pooling in place of {node.name}", change)
 
 
-def _padding(spot: Spot) -> Iterator[Edit]:
+def _padding(node: Node) -> Iterator[Edit]:
     """What is put around an input, put elsewhere."""
     from torch.nn import functional
 
-    if spot.name != "pad":
+    if node.name != "pad":
         return
-    pads = spot.operation.args[1] if len(spot.operation.args) > 1 else spot.operation.kwargs["pad"]
+    pads = node.operation.args[1] if len(node.operation.args) > 1 else node.operation.kwargs["pad"]
     if not isinstance(pads, tuple | list) or not all(isinstance(p, int) for p in pads):
         return
     total = [pads[i] + pads[i + 1] for i in range(0, len(pads), 2)]
@@ -242,7 +243,7 @@ def _padding(spot: Spot) -> Iterator[Edit]:
             rest = {k: v for k, v in at.kwargs.items() if k != "pad"}
             return functional.pad(at.args[0], form, *at.args[2:], **rest)
 
-        yield spot.edit(1.0, "padding", f"padding {tuple(form)}: {said}", change)
+        yield node.edit(1.0, "padding", f"padding {tuple(form)}: {said}", change)
 
 
 def _inverted(at: At) -> Any:
@@ -299,23 +300,23 @@ def inserted() -> dict[str, tuple[str, Unary]]:
     return more
 
 
-def leave_out(spot: Spot) -> Iterator[Edit]:
+def leave_out(node: Node) -> Iterator[Edit]:
     """The operation left out, or done twice."""
-    shape = spot.out.shape if spot.out is not None else None
-    tensors = list(spot.operation.refs)
+    shape = node.out.shape if node.out is not None else None
+    tensors = node.operation.refs
     seen: set[int] = set()
     for order, value in enumerate(tensors):
-        held = spot.values[value]
-        if held.shape != shape or held.dtype != spot.out.dtype or value in seen:
+        held = node.values[value]
+        if held.shape != shape or held.dtype != node.out.dtype or value in seen:
             continue
         seen.add(value)
 
         def change(at: At, value: int = value) -> Any:
             return at.values[value]
 
-        yield spot.edit(0.9, _left_out_word(spot), _left_out_said(spot, order), change)
-    if len(spot.operation.made) == 1 and len(tensors) == 1 and spot.tensors[0].shape == shape:
-        yield spot.edit(1.8, "left_out", f"{spot.name} done twice", _twice)
+        yield node.edit(0.9, _left_out_word(node), _left_out_said(node, order), change)
+    if len(node.operation.made) == 1 and len(tensors) == 1 and node.tensors[0].shape == shape:
+        yield node.edit(1.8, "left_out", f"{node.name} done twice", _twice)
 
 
 def _twice(at: At) -> Any:
@@ -325,15 +326,15 @@ def _twice(at: At) -> Any:
     return function(function(*at.args, **at.kwargs), *at.args[1:], **at.kwargs)
 
 
-def _left_out_said(spot: Spot, order: int) -> str:
-    two = len(list(spot.operation.refs)) > 1
-    if spot.name in ("add", "sub", "mul", "div") and two:
-        return f"only the {('first', 'second')[min(order, 1)]} operand of this {spot.name}"
-    return f"no {spot.name}"
+def _left_out_said(node: Node, order: int) -> str:
+    two = len(node.operation.refs) > 1
+    if node.name in ("add", "sub", "mul", "div") and two:
+        return f"only the {('first', 'second')[min(order, 1)]} operand of this {node.name}"
+    return f"no {node.name}"
 
 
-def _left_out_word(spot: Spot) -> str:
-    name, two = spot.name, len(list(spot.operation.refs)) > 1
+def _left_out_word(node: Node) -> str:
+    name, two = node.name, len(node.operation.refs) > 1
     if name in _ACTIVATIONS and name != "softmax":
         return "activation"
     if name in ("masked_fill", "where"):
@@ -343,33 +344,33 @@ def _left_out_word(spot: Spot) -> str:
     if name in ("mul", "div") and not two:
         return "scale"
     if name == "add" and two:
-        return _sum_word(spot)
+        return _sum_word(node)
     if name in ("transpose", "permute", "T", "mT"):
         return "transposed"
     return "left_out"
 
 
-def _sum_word(spot: Spot) -> str:
+def _sum_word(node: Node) -> str:
     """A sum of a mask, of a bias, or of two values that were computed."""
     import torch
 
-    leaves = [spot.program.leaves.get(r) for r in spot.operation.refs]
+    leaves = [node.program.leaves.get(r) for r in node.operation.refs]
     if any(x is not None and x.kind in ("parameter", "buffer") for x in leaves):
-        return "bias_missing" if any(spot.values[r].ndim == 1 for r in spot.operation.refs) \
+        return "bias_missing" if any(node.values[r].ndim == 1 for r in node.operation.refs) \
             else "left_out"  # fmt: skip
-    for r in spot.operation.refs:
-        t = spot.values[r]
+    for r in node.operation.refs:
+        t = node.values[r]
         if torch.is_floating_point(t) and bool((t <= -1e4).any()):
             return "mask"
     return "residual"
 
 
-def solved_after(spot: Spot) -> Iterator[Edit]:
+def solved_after(node: Node) -> Iterator[Edit]:
     """A factor or a summand, to be solved for, on what the operation gives."""
-    out = spot.out
-    if out is None or not out.is_floating_point() or len(spot.operation.made) != 1:
+    out = node.out
+    if out is None or not out.is_floating_point() or len(node.operation.made) != 1:
         return
-    index = spot.index
+    index = node.index
 
     def times(c: float) -> dict[int, Change]:
         return {index: lambda at: at.run() * c}

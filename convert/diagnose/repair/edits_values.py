@@ -7,43 +7,43 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Spot, with_scalar
+from convert.diagnose.repair.edit import Edit, Node, with_scalar
 from convert.diagnose.repair.edits_siblings import inserted
 from convert.program.operations import Program, Ref
 from convert.program.replay import At, Change, Values
 
 
-def operands(spot: Spot) -> Iterator[Edit]:
+def operands(node: Node) -> Iterator[Edit]:
     """Another value of the same shape in place of one that the operation takes."""
-    refs = list(dict.fromkeys(spot.operation.refs))
-    made = {v for o in spot.program.operations[: spot.index] for v in o.made}
-    before = [v for v in (*spot.program.leaves, *sorted(made)) if v in spot.values]
-    taken = [i for layer in spot.program.layers.values() for i in layer[1]]
+    refs = list(dict.fromkeys(node.operation.refs))
+    made = {v for o in node.program.operations[: node.index] for v in o.made}
+    before = [v for v in (*node.program.leaves, *sorted(made)) if v in node.values]
+    taken = [i for layer in node.program.layers.values() for i in layer[1]]
     for ref in refs:
-        held = spot.values[ref]
+        held = node.values[ref]
         for other in dict.fromkeys((*before, *taken)):
-            x = spot.values.get(other)
+            x = node.values.get(other)
             if other == ref or x is None or x.shape != held.shape or x.dtype != held.dtype:
                 continue
-            why = "residual" if spot.name == "add" and held.ndim > 1 else "operand"
-            if spot.name == "matmul":
+            why = "residual" if node.name == "add" and held.ndim > 1 else "operand"
+            if node.name == "matmul":
                 why = "operand"
-            said = f"{_named(spot, other)} in place of {_named(spot, ref)}"
-            yield spot.edit(1.7, why, said, _replacing(ref, other))
-    tensors = [spot.values[r] for r in refs]
-    if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and spot.name not in ("add", "mul"):
+            said = f"{_named(node, other)} in place of {_named(node, ref)}"
+            yield node.edit(1.7, why, said, _replacing(ref, other))
+    tensors = [node.values[r] for r in refs]
+    if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and node.name not in ("add", "mul"):
         a, b = refs[:2]
 
         def exchanged(at: At) -> Any:
             return _with_values(at, {a: at.values[b], b: at.values[a]})
 
-        yield spot.edit(1.2, "operand", "its first two operands exchanged", exchanged)
+        yield node.edit(1.2, "operand", "its first two operands exchanged", exchanged)
 
 
-def _named(spot: Spot, value: int) -> str:
-    if value in spot.program.leaves:
-        return spot.program.leaves[value].name
-    maker = next((o for o in spot.program.operations if value in o.made), None)
+def _named(node: Node, value: int) -> str:
+    if value in node.program.leaves:
+        return node.program.leaves[value].name
+    maker = next((o for o in node.program.operations if value in o.made), None)
     if maker is None or maker.site is None:
         return "another value"
     return f"`{short(maker.site.text)}`"
@@ -72,10 +72,10 @@ def _with_values(at: At, new: dict[int, Any]) -> Any:
     return resolve(at.operation.function)(*args, **kwargs)
 
 
-def insertions(spot: Spot) -> Iterator[Edit]:
+def insertions(node: Node) -> Iterator[Edit]:
     """Something done to what the operation gives that torch does not do."""
-    out = spot.out
-    if out is None or len(spot.operation.made) != 1:
+    out = node.out
+    if out is None or len(node.operation.made) != 1:
         return
     if not out.is_floating_point():
         return
@@ -84,25 +84,25 @@ def insertions(spot: Spot) -> Iterator[Edit]:
         def change(at: At, function: Any = function) -> Any:
             return function(at.run())
 
-        yield spot.edit(2.0, why, f"what it gives {said}", change)
-    before = [v for o in spot.program.operations[: spot.index] for v in o.made]
-    for other in (*spot.program.leaves, *before):
-        x = spot.values.get(other)
+        yield node.edit(2.0, why, f"what it gives {said}", change)
+    before = [v for o in node.program.operations[: node.index] for v in o.made]
+    for other in (*node.program.leaves, *before):
+        x = node.values.get(other)
         if x is None or x.dtype != out.dtype or out.ndim < 2 or not x.numel():
             continue
-        if _broadcasts(x, out) and spot.program.leaves.get(other) is not None:
+        if _broadcasts(x, out) and node.program.leaves.get(other) is not None:
 
             def scaled(at: At, other: int = other) -> Any:
                 return at.run() * at.values[other]
 
-            yield spot.edit(2.3, "order", f"what it gives times {_named(spot, other)}", scaled)
+            yield node.edit(2.3, "order", f"what it gives times {_named(node, other)}", scaled)
         if x.shape != out.shape:
             continue
 
         def added(at: At, other: int = other) -> Any:
             return at.run() + at.values[other]
 
-        yield spot.edit(2.2, "residual", f"{_named(spot, other)} added to it", added)
+        yield node.edit(2.2, "residual", f"{_named(node, other)} added to it", added)
 
 
 def _broadcasts(x: Any, out: Any) -> bool:
@@ -147,8 +147,8 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                 yield edit(1.6, why, f"{name} {said}", f)
             for d in range(x.ndim):
                 if x.shape[d] > 2:
-                    yield edit(1.6, "offset", f"{name} shifted by one along axis {d}, its first kept",
-                               lambda t, d=d: _shifted(t, d))  # fmt: skip
+                    said = f"{name} shifted by one along axis {d}, its first kept"
+                    yield edit(1.6, "offset", said, lambda t, d=d: _shifted(t, d))
             yield edit(1.5, "left_out", f"no {name}: zeros", torch.zeros_like)
             yield edit(1.5, "left_out", f"no {name}: ones", torch.ones_like)
             yield edit(1.4, "scale_plus_one", f"1 + {name}", lambda t: 1 + t)
@@ -174,7 +174,7 @@ def functions(program: Program, values: Values) -> Iterator[Edit]:
     for index, operation in enumerate(program.operations):
         for call in operation.site.calls[1:] if operation.site else ():
             inside[call].append(index)
-    for call, indices in inside.items():
+    for indices in inside.values():
         found = _borders(program, indices)
         if found is None:
             continue
@@ -244,14 +244,14 @@ def _on(operation: Any, x: Any, at: At) -> Any:
     return resolve(operation.function)(*args, **mapped(dict(operation.kwargs), value))
 
 
-def recurrent(spot: Spot) -> Iterator[Edit]:
+def recurrent(node: Node) -> Iterator[Edit]:
     """Options of the reference cell."""
-    if spot.name != "recurrent":
+    if node.name != "recurrent":
         return
-    cell = spot.operation.args[0]
-    two = spot.operation.kwargs["bidirectional"]
-    biases = spot.operation.kwargs["has_biases"]
-    layers = spot.operation.kwargs["num_layers"]
+    cell = node.operation.args[0]
+    two = node.operation.kwargs["bidirectional"]
+    biases = node.operation.kwargs["has_biases"]
+    layers = node.operation.kwargs["num_layers"]
     options: list[tuple[str, str, Any, str]] = []
     if two:
         options += [
@@ -286,27 +286,27 @@ def recurrent(spot: Spot) -> Iterator[Edit]:
     if layers > 1:
         options += [("stack", "swapped", "10", "the two layers exchanged"),
                     ("stack", "swapped", "00", "the first layer's weights in the second too"),
-                    ("stack", "swapped", "11", "the second layer's weights in the first too")]  # fmt: skip
+                    ("stack", "swapped", "11", "the second one in the first too")]  # fmt: skip
     for key, why, value, said in options:
-        yield spot.edit(1.0, why, said, _option(key, value))
+        yield node.edit(1.0, why, said, _option(key, value))
 
 
 def _option(key: str, value: Any) -> Change:
     def change(at: At) -> Any:
-        from convert.program.opened import recurrent as cells
+        from convert.program.recurrent import recurrent as cells
 
         return cells(*at.args, **{**at.kwargs, key: value})
 
     return change
 
 
-def neutral(spot: Spot) -> Iterator[Edit]:
+def neutral(node: Node) -> Iterator[Edit]:
     """What changes nothing by itself, but shows beside another fault: -inf as a large number."""
     from convert.diagnose.repair.edit import scalars
 
-    for path, value in scalars(spot.operation):
+    for path, value in scalars(node.operation):
         if isinstance(value, float) and value < -1e3:
             for other in (-1e9, -1e10, -1e30, float("-inf")):
                 if other != value:
-                    yield spot.edit(0.1, "mask", f"{other:g} in place of {value:g}",
+                    yield node.edit(0.1, "mask", f"{other:g} in place of {value:g}",
                                     with_scalar(path, other))  # fmt: skip

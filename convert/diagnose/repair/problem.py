@@ -13,13 +13,13 @@ from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edits_values import short
-from convert.diagnose.repair.search import NEAR, Answer, Problem, Sample
+from convert.diagnose.repair.search import NEAR, Answer, Problem, Observation
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.walk import Event, Forward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
-from convert.program.record import NotSeen, Recording, Target, record
+from convert.program.record import NotSeen, Recording, Goal, record
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import replica
 
@@ -63,7 +63,7 @@ def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
 
 
 def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
-    target = Target(event.call.key, "input" if event.where == "input" else "output", event.key)
+    target = Goal(event.call.key, "input" if event.where == "input" else "output", event.key)
     try:
         first = _recorded(runs, runs.reference, event, target)
     except NotSeen as e:
@@ -78,16 +78,16 @@ def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
     return Problem(first.program, samples + ([second] if second else []), seconds)
 
 
-def _recorded(runs: Runs, reference: Reference, event: Event, target: Target) -> Recording:
+def _recorded(runs: Runs, reference: Reference, event: Event, target: Goal) -> Recording:
     module = replica(runs.pair.torch, "float64")
     return record(module, runs.pair.call, "float64", reference.calls, event.past, target)
 
 
-def _sample(recording: Recording, case: Case) -> Sample:
-    return Sample(recording.leaves, case.targets, case.right, case.tolerance)
+def _sample(recording: Recording, case: Case) -> Observation:
+    return Observation(recording.leaves, case.targets, case.right, case.tolerance)
 
 
-def _second(runs: Runs, event: Event, target: Target, first: Recording) -> Sample | None:
+def _second(runs: Runs, event: Event, target: Goal, first: Recording) -> Observation | None:
     """The same place in a run in which every layer before it gave other values."""
     done = {n for n in event.past if not any(o.startswith(f"{n}.") for o in event.past)}
     if event.where == "output":
@@ -124,7 +124,7 @@ def _alike(a: Program, b: Program) -> bool:
 # --- In words ---
 
 
-def _said(program: Program, answer: Answer, sample: Sample) -> Repair | None:
+def _said(program: Program, answer: Answer, sample: Observation) -> Repair | None:
     """The best of the edits that fit. Near the tolerance many may: none is named then unless all
     say the same."""
     LOG.debug("%d candidates, fits: %s", answer.tried, answer.fits)
@@ -143,7 +143,7 @@ def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
     """The expression, and its file and line."""
     site = operation.site
     if site is None:
-        leaf = program.leaves.get(next(operation.refs, -1))
+        leaf = program.leaves.get(next(iter(operation.refs), -1))
         return leaf.name if leaf else operation.name, None
     file = os.path.relpath(site.file)
     file = site.file if file.startswith("..") else file

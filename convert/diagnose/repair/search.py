@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.diagnose.repair.edit import Changes, Edit, Spot, word
+from convert.diagnose.repair.edit import Changes, Edit, Node, word
 from convert.diagnose.repair.edits_axes import interleavings, rearranged
 from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
@@ -42,7 +42,7 @@ _SPREAD = 0.25  # after a first fit, how much dearer edits are still looked at
 
 
 @dataclass
-class Sample:
+class Observation:
     """One run of both sides: torch's values at the leaves, and what each made of them."""
 
     leaves: Values
@@ -61,7 +61,7 @@ class Problem:
     """What is to be explained. The first sample is searched, the others confirm."""
 
     program: Program
-    samples: list[Sample]
+    samples: list[Observation]
     seconds: float = 20.0
     skip: frozenset[int] = frozenset()  # candidates that ended the process before
 
@@ -102,7 +102,7 @@ class _Search:
         self.program = problem.program
         self.end = time.monotonic() + problem.seconds
         self.answer = Answer()
-        self.runs: list[tuple[Sample, Values]] = []
+        self.runs: list[tuple[Observation, Values]] = []
         self._rough: Values | None = None
 
     def run(self) -> Answer:
@@ -119,7 +119,7 @@ class _Search:
         self.answer.fits.sort(key=lambda f: f.cost)
         return self.answer
 
-    def _reproduced(self, sample: Sample) -> Values | None:
+    def _reproduced(self, sample: Observation) -> Values | None:
         """The values of the replay, if it gives torch's own. A second sample must differ too."""
         try:
             values = replay(self.program, sample.leaves)
@@ -159,7 +159,7 @@ class _Search:
         themselves come nearer."""
         first = self.runs[0][0].error
         plain = [i for i, e in helped.items() if np.isfinite(e) and edits[i].cost <= _PAIRED]
-        quiet = [e for spot in _spots(self.program, self.runs[0][1]) for e in neutral(spot)]
+        quiet = [e for node in _nodes(self.program, self.runs[0][1]) for e in neutral(node)]
         for other in quiet:
             for i in plain:
                 if self._pair(other, edits[i]):
@@ -226,7 +226,8 @@ class _Search:
         made = self._made(run, edit)
         with contextlib.suppress(Exception):
             rough = _numpy(changed(self.program, self._rough, edit.changes, new))
-            assert made is not None and rough is not None
+            assert made is not None
+            assert rough is not None
             scale = float(np.abs(made[np.isfinite(made)]).max(initial=0.0))
             return max(tolerance, MARGIN * max(gap(made, rough), FLOOR * scale))
         return tolerance
@@ -303,35 +304,35 @@ def _rounded(c: float) -> Iterator[float]:
 
 def every(program: Program, values: Values) -> Iterator[Edit]:
     """All single edits, of one operation and of groups."""
-    spots = list(_spots(program, values))
+    nodes = list(_nodes(program, values))
     sites: dict[Any, list[int]] = defaultdict(list)
     names: dict[str, list[int]] = defaultdict(list)
-    for spot in spots:
-        site = spot.operation.site
-        sites[(site.position if site else None, spot.name)].append(spot.index)
-        names[spot.name].append(spot.index)
-    for spot in spots:
-        site = spot.operation.site
-        same = sites[(site.position if site else None, spot.name)]
-        for edit in _of(spot):
+    for node in nodes:
+        site = node.operation.site
+        sites[(site.position if site else None, node.name)].append(node.index)
+        names[node.name].append(node.index)
+    for node in nodes:
+        site = node.operation.site
+        same = sites[(site.position if site else None, node.name)]
+        for edit in _of(node):
             yield edit
-            yield from _grouped(edit, spot, same, names[spot.name])
+            yield from _grouped(edit, node, same, names[node.name])
     yield from leaf_edits(program, values)
     yield from functions(program, values)
     yield from orders(program, values)
     yield from interleavings(program, values)
 
 
-def _grouped(edit: Edit, spot: Spot, same: list[int], alike: list[int]) -> Iterator[Edit]:
+def _grouped(edit: Edit, node: Node, same: list[int], alike: list[int]) -> Iterator[Edit]:
     """The same edit in every run of one expression, and in all operations of one name."""
     for indices, extra in ((same, 0.05), (alike, 0.15)):
-        if len(indices) < 2 or indices[0] != spot.index or (indices is alike and alike == same):
+        if len(indices) < 2 or indices[0] != node.index or (indices is alike and alike == same):
             continue
         if edit.free is None:
-            change = edit.changes[spot.index]
+            change = edit.changes[node.index]
             grouped = replace(edit, changes=dict.fromkeys(indices, change), cost=edit.cost + extra)
         else:
-            free, index = edit.free, spot.index
+            free, index = edit.free, node.index
             grouped = replace(
                 edit, cost=edit.cost + extra, at=indices[0],
                 free=lambda c, n=indices, f=free, i=index: dict.fromkeys(n, f(c)[i]),
@@ -339,21 +340,21 @@ def _grouped(edit: Edit, spot: Spot, same: list[int], alike: list[int]) -> Itera
         yield grouped
 
 
-def _of(spot: Spot) -> Iterator[Edit]:
-    makers: Iterable[Callable[[Spot], Iterator[Edit]]] = (
+def _of(node: Node) -> Iterator[Edit]:
+    makers: Iterable[Callable[[Node], Iterator[Edit]]] = (
         leave_out, siblings, numbers, rearranged, recurrent, operands, insertions, solved_after,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(
             Exception
         ):  # one that does not know this form takes no other along
-            yield from maker(spot)
+            yield from maker(node)
 
 
-def _spots(program: Program, values: Values) -> Iterator[Spot]:
+def _nodes(program: Program, values: Values) -> Iterator[Node]:
     for index, operation in enumerate(program.operations):
         if operation.made[0] in values:
-            yield Spot(index, operation, program, values)
+            yield Node(index, operation, program, values)
 
 
 def _float32(program: Program, leaves: Values) -> Values:
