@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from convert.program.record import Recording, Goal, record
+from convert.program.record import Goal, Recording, record
 from convert.program.replay import changed, replay
 from convert.runtime.call import Call
 from convert.runtime.torch_calls import trace_torch

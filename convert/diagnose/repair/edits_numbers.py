@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Path, Node, dims_of, scalars, with_scalar, word
+from convert.diagnose.repair.edit import Edit, Node, Path, dims_of, scalars, with_scalar, word
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",

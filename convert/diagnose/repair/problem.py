@@ -13,13 +13,13 @@ from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edits_values import short
-from convert.diagnose.repair.search import NEAR, Answer, Problem, Observation
+from convert.diagnose.repair.search import NEAR, Answer, Observation, Problem
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.walk import Event, Forward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
-from convert.program.record import NotSeen, Recording, Goal, record
+from convert.program.record import Goal, NotSeen, Recording, record
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import replica
 

@@ -1,0 +1,189 @@
+"""Causes by search: torch's own computation is edited until it gives Flax's values."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from convert.diagnose.causes import CAUSES
+from convert.diagnose.repair.search import Answer, Observation, Problem, every, search
+from convert.diagnose.repair.worker import Worker
+from convert.program.record import Goal, record
+from convert.program.replay import replay
+from convert.runtime.call import Call
+from convert.runtime.torch_calls import trace_torch
+
+
+class Block(nn.Module):
+    """Code between layers as people write it; `right` holds what a test changes."""
+
+    right = (
+        "theta=10000.0", "dim=-1", "scores / math.sqrt(d)", "x + mixed", "triu(1)", "chunk(2, -1)",
+        "functional.silu(a) * b", "repeat_interleave(2, 1)", "clamp(-3.0, 3.0)", "mean(1)",
+        "x[:, 0]", "view(B, T, 4, d)", "turned(q, angles)", "torch.cat((first, pooled), -1)",
+    )  # fmt: skip
+    source = """
+def turned(x, angles):
+    a, b = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()), -1)
+
+def forward(x, w, theta=10000.0):
+    B, T, _ = x.shape
+    d = 4
+    q = (x @ w[0]).view(B, T, 4, d).transpose(1, 2)
+    k = (x @ w[1][:, :8]).view(B, T, 2, d).transpose(1, 2)
+    v = (x @ w[2][:, :8]).view(B, T, 2, d).transpose(1, 2)
+    angles = torch.outer(torch.arange(T).to(x), theta ** (-torch.arange(2).to(x) / 2))
+    q, k = turned(q, angles), turned(k, angles)
+    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = q @ k.transpose(-2, -1)
+    scores = scores / math.sqrt(d) + torch.full((T, T), -1e9).to(x).triu(1)
+    mixed = functional.softmax(scores, dim=-1) @ v
+    mixed = mixed.transpose(1, 2).reshape(B, T, -1)
+    x = (x + mixed).clamp(-3.0, 3.0)
+    a, b = (x @ w[3]).chunk(2, -1)
+    x = x + (functional.silu(a) * b) @ w[4]
+    first, pooled = x[:, 0], x.mean(1)
+    return torch.cat((first, pooled), -1)
+"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = torch.Generator().manual_seed(0)
+        shapes = [(16, 16), (16, 16), (16, 16), (16, 24), (12, 16)]
+        self.w = nn.ParameterList(torch.randn(s, generator=make).double() / 4 for s in shapes)
+        self.function = compiled(self.source)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x, list(self.w))  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: object) -> Block:
+        made = Block()
+        made.function = self.function
+        return made
+
+
+def compiled(source: str) -> Callable[..., torch.Tensor]:
+    space = {"torch": torch, "math": math, "functional": functional}
+    exec(compile(source, "<block>", "exec"), space)
+    return space["forward"]  # type: ignore[return-value]
+
+
+def inputs(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(2, 6, 16))
+
+
+def observed(
+    net: Block, other: Callable[..., torch.Tensor], seed: int
+) -> tuple[object, Observation]:
+    call = Call(args=(inputs(seed),))
+    known = trace_torch(net, call, "float64").by_key()
+    found = record(copy.deepcopy(net), call, "float64", known, [], Goal(("", 0), "output", ""))
+    with torch.no_grad():
+        x = torch.from_numpy(inputs(seed))
+        right, given = net(x).numpy(), other(x, list(net.w)).numpy()
+    return found.program, Observation(found.leaves, [given], right, 1e-9)
+
+
+def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
+    source = Block.source
+    for old, new in changes:
+        assert source.count(old) >= 1
+        source = source.replace(old, new)
+    net = Block()
+    seen = [observed(net, compiled(source), seed) for seed in (0, 1)]
+    return search(Problem(seen[0][0], [s for _, s in seen], seconds))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("old", "new", "cause"), [
+    ("theta=10000.0", "theta=500000.0", "constant"),
+    ("theta=10000.0", "theta=12345.0", "constant"),
+    ("softmax(scores, dim=-1)", "softmax(scores, dim=-2)", "softmax_axis"),
+    ("scores / math.sqrt(d)", "scores", "scale"),
+    ("(x + mixed)", "(mixed)", "residual"),
+    ("triu(1)", "triu(0)", "causal"),
+    ("a, b = (x", "b, a = (x", "operand"),
+    ("functional.silu(a)", "functional.gelu(a)", "activation"),
+    ("k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)", "k.repeat(1, 2, 1, 1), "
+     "v.repeat(1, 2, 1, 1)", "rearranged"),
+    ("clamp(-3.0, 3.0)", "clamp(-3.0, 1.0)", "constant"),
+    ("x.mean(1)", "x.amax(1)", "operation"),
+    ("x[:, 0]", "x[:, -1]", "token"),
+    ("q = (x @ w[0]).view(B, T, 4, d)", "q = (x @ w[0]).view(B, T, d, 4).transpose(2, 3)", "heads"),
+    ("q, k = turned(q, angles), turned(k, angles)", "q, k = q, turned(k, angles)", "rope"),
+    ("torch.cat((first, pooled), -1)", "torch.cat((pooled, first), -1)", "concat"),
+    ("torch.arange(T).to(x)", "(torch.arange(T).to(x) + 1)", "offset"),
+])  # fmt: skip
+def test_an_edit_is_found(old: str, new: str, cause: str) -> None:
+    fits = answer([(old, new)]).fits
+    assert fits, "nothing fits"
+    assert fits[0].cause == cause, fits
+
+
+def test_a_solved_number_is_said() -> None:
+    (best, *_) = answer([("theta=10000.0", "theta=12345.0")]).fits
+    assert re.search(r"\b12345\b", best.said)
+
+
+def test_two_edits_at_once_are_found() -> None:
+    fits = answer([("functional.silu(a)", "functional.gelu(a)"), ("x.mean(1)", "x.amax(1)")]).fits
+    assert fits
+    assert "gelu" in fits[0].said
+    assert "max" in fits[0].said
+
+
+def test_values_that_nothing_makes_fit_nothing() -> None:
+    net = Block()
+    rng = np.random.default_rng(5)
+    program, seen = observed(net, compiled(Block.source), 0)
+    for _ in range(3):
+        target = seen.right + 0.1 * rng.normal(size=seen.right.shape)
+        null = Observation(seen.leaves, [target], seen.right, 1e-9)
+        found = search(Problem(program, [null], 2.0))  # type: ignore[arg-type]
+        assert found.tried > 50
+        assert not found.fits
+
+
+def test_what_a_second_sample_denies_is_no_explanation() -> None:
+    net = Block()
+    program, first = observed(net, compiled(Block.source.replace("x.mean(1)", "x.amax(1)")), 0)
+    _, second = observed(net, compiled(Block.source.replace("x[:, 0]", "x[:, 1]")), 1)
+    found = search(Problem(program, [first, second], 2.0))  # type: ignore[arg-type]
+    assert not found.fits
+
+
+def test_a_program_that_does_not_give_torchs_values_explains_nothing() -> None:
+    net = Block()
+    program, seen = observed(net, compiled(Block.source), 0)
+    wrong = Observation(seen.leaves, seen.targets, seen.right + 1.0, 1e-9)
+    assert not search(Problem(program, [wrong], 2.0)).reproduced  # type: ignore[arg-type]
+
+
+def test_every_word_of_an_edit_is_a_cause() -> None:
+    net = Block()
+    program, seen = observed(net, compiled(Block.source), 0)
+    edits = list(every(program, replay(program, seen.leaves)))  # type: ignore[arg-type]
+    assert len(edits) > 1000
+    assert {e.cause for e in edits} <= set(CAUSES)
+
+
+def test_a_process_that_dies_is_no_error() -> None:
+    net = Block()
+    program, seen = observed(net, compiled(Block.source.replace("x.mean(1)", "x.amax(1)")), 0)
+    problem = Problem(program, [seen], 10.0)  # type: ignore[arg-type]
+    worker = Worker()
+    try:
+        assert worker.solve(problem).fits[0].cause == "operation"
+        worker.process = worker._start()
+        worker.process.kill()
+        assert not worker.solve(problem).fits
+    finally:
+        worker.close()
