@@ -7,12 +7,12 @@ from typing import Any
 
 from convert.compare.report import Report
 from convert.runtime.applied import forward_of
-from convert.runtime.arrays import named_outputs
 from convert.runtime.call import Call
 from convert.runtime.fitting import failed, fit_axes, fit_call
 from convert.runtime.flax_module import as_flax
 from convert.runtime.flax_module import flax_module as taken_apart
 from convert.runtime.inputs import as_call
+from convert.runtime.jaxpr import draws, jaxpr_of
 from convert.runtime.narrow import Rounding, narrow_dtypes, widen_layers
 from convert.runtime.torch_calls import trace_torch
 from convert.runtime.torch_module import state
@@ -54,10 +54,8 @@ def split_sides(a: Any, b: Any, variables: Any) -> tuple[Any, Any, bool]:
 
 def fit_calls(
     torch_module: Any, flax_module: Any, inputs: Any, flax_inputs: Any, report: Report
-) -> tuple[Call, Call]:
-    """Both calls, and in `report` what had to be fitted."""
-    import jax
-
+) -> tuple[Call, Call, bool]:
+    """Both calls, and whether Flax draws random numbers; in `report` what had to be fitted."""
     if inputs is None:
         raise UsageError(
             "two modules need inputs to be run on", "give inputs=... (--inputs FILE.npz)"
@@ -71,25 +69,24 @@ def fit_calls(
     report.notices += told
 
     made = taken_apart(flax_module, "float32")
+    fitting = []
 
     def attempt(candidate: Call) -> None:
-        with made.precise():
-            args, kwargs = made.arguments(candidate)
-            jax.eval_shape(lambda v: named_outputs(made(v, args, kwargs)[0]), made.values)
+        fitting.append(jaxpr_of(made, candidate))
 
     if flax_inputs is not None:
         try:
             attempt(theirs)
         except Exception as e:
             raise failed("the Flax module", e, "see that it takes flax_inputs") from e
-        return call, theirs
+        return call, theirs, draws(fitting[-1])
     try:
         theirs, told = fit_axes(theirs, attempt)
     except UsageError:
         traced(torch_module, call)  # inputs that neither takes are no fault of Flax's
         raise
     report.notices += told
-    return call, theirs
+    return call, theirs, draws(fitting[-1])
 
 
 def widen(torch_module: Any, flax_module: Any, call: Call, report: Report) -> None:
@@ -100,8 +97,8 @@ def widen(torch_module: Any, flax_module: Any, call: Call, report: Report) -> No
     for title, found in (("torch", ours), ("Flax", theirs)):
         if found and report.level != "bits":
             report.notices.append(
-                f"the {title} module has parameters of {' and '.join(found)}, and computes in it as "
-                "written: the verdict is about float32 and float64 of the same weights"
+                f"the {title} module has parameters of {' and '.join(found)}, and computes in it "
+                "as written: the verdict is about float32 and float64 of the same weights"
             )
     if not ours:
         return

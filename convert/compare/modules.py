@@ -10,9 +10,10 @@ import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
 from convert.compare.flax_side import FlaxSide
-from convert.compare.levels import compare_sides, weights_differ
+from convert.compare.levels import compare_sides, locate, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
 from convert.compare.paired_outputs import pair_outputs
+from convert.compare.randomness import Randomness
 from convert.compare.report import Report
 from convert.compare.settings import Settings
 from convert.compare.sides import Side
@@ -57,7 +58,7 @@ def compare_modules(
         torch_module, flax_module, swapped = split_sides(*modules, hints.variables)
         first, second = titles or (title(modules[0]), title(modules[1]))
         report = Report(second, first, level) if swapped else Report(first, second, level)
-        call, flax_call = fit_calls(torch_module, flax_module, *inputs, report)
+        call, flax_call, draws = fit_calls(torch_module, flax_module, *inputs, report)
         layers = dict(hints.layers or {})
         pair = Pair(torch_module, flax_module, call, flax_call, layers, _stated(hints.layout))
         case = ModulePair(pair, report)
@@ -65,7 +66,7 @@ def compare_modules(
         if level == "bits":
             report.first_divergence = weights_differ(report)
         else:
-            case.run(options)
+            case.run(options, draws)
     return report
 
 
@@ -141,26 +142,40 @@ class ModulePair:
                 ]
             else:
                 self.report.notices.append(
-                    f"{title}: no counterpart was found for {_listed(names)}: not compared one by one"
+                    f"of {title}, for want of a counterpart, not compared one by one: "
+                    f"{_listed(names)}"
                 )
 
-    def run(self, options: Settings) -> None:
-        """The levels above bits."""
-        torch_side, flax_side = self._module_sides(options.seed)
-        self._wide(torch_side, flax_side)
+    def run(self, options: Settings, flax_draws: bool) -> None:
+        """The levels above bits. `flax_draws`: whether Flax may draw random numbers."""
         pair = dataclasses.replace(self.pair, matches=self.matches)
-        compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+        outputs = pair_outputs(self.torch_trace.output, self.flax_trace.output, self.report)
+        chance = Randomness(pair, self.torch_trace, self.flax_trace, outputs, flax_draws)
+        torch_side, flax_side = self._module_sides(options.seed, outputs, chance)
+        rows = chance.rows(flax_side.axes)
+        self.report.notices += chance.notices()
+        if chance.everywhere:
+            self.report.outputs = rows
+            locate(self.report, lambda: pair)
+        else:
+            self._wide(torch_side, flax_side)
+            compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+            self.report.outputs += rows
+        chance.blame(self.report, {p.flax: p.torch for p in self.layers})
 
-    def _module_sides(self, seed: int) -> tuple[TorchSide, FlaxSide]:
+    def _module_sides(
+        self, seed: int, outputs: dict[str, str], chance: Randomness
+    ) -> tuple[TorchSide, FlaxSide]:
         pair = self.pair
         torch_side = TorchSide(pair.torch, pair.call, seed=seed)
         torch_side.combined = self._combined()
         names = input_names(torch_side.names, pair.flax_call)
         moves, made = align_inputs(torch_side.names, names, pair)
-        outputs = pair_outputs(self.torch_trace.output, self.flax_trace.output, self.report)
-        torch_side.outputs = frozenset(outputs.values())
         moves |= align_outputs(self.torch_trace, self.flax_trace, made, self.report, outputs)
+        outputs = {f: t for f, t in outputs.items() if t not in chance.left_out}
+        torch_side.outputs = frozenset(outputs.values())
         seen = align_layers(self.layers, self.torch_trace, self.flax_trace)
+        seen = tuple(i for i in seen if not chance.changes(i.torch, i.flax))
         moves |= {i.name: i.lies for i in seen}
         torch_side.watched = {i.torch: i.name for i in seen}
         trained = {n for n, p in pair.torch.named_parameters() if p.requires_grad}

@@ -399,6 +399,11 @@ CAUSES: Mapping[str, Cause] = {
         "": ("torch's own {name} has values that are not numbers (NaN), or beyond float32",
              "give inputs and weights with which the torch module gives finite numbers"),
     }),
+    "random": Cause("a side that draws random numbers in its forward pass", {
+        "": ("{who} random numbers in the forward pass: {names} change{s} from run to run, and no "
+             "run can be held against another",
+             "give the noise to both as an input argument, or let both take it from outside"),
+    }),
     "unknown": Cause("no known cause fits", {
         "layer": ("its parameters are right and its inputs are torch's own, yet its output is not "
                   "torch's; no known cause fits", _LINE_BY_LINE),

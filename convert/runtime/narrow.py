@@ -1,4 +1,4 @@
-"""Modules of 16-bit floats: what they are widened by, so that float32 and float64 can judge them."""
+"""Modules of 16-bit floats, widened so that float32 and float64 can judge them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def widened_dtypes(module: Any) -> frozenset[str]:
 
 
 class Rounding:
-    """A torch module's forward in which casts to `dtypes` round, and stay in the module's precision.
+    """A torch module's forward in which casts to `dtypes` round, and keep the module's precision.
 
     Code such as `layer(x.to(torch.bfloat16))` could not run with parameters of float32. To be put
     in the place of `module.forward`; copies of the module copy it too.

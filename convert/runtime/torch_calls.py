@@ -28,29 +28,33 @@ Enter = Callable[
 Leave = Callable[[str, Any, Any], Any]
 
 
-def trace_torch(module: Any, call: Call, precision: str = "float32") -> Trace:
+def trace_torch(module: Any, call: Call, precision: str = "float32", seed: int = 0) -> Trace:
     """Every call of every submodule of a torch.nn.Module, run once in `precision`.
 
     The run is that of a copy: mode, hooks, buffers and generators of `module` stay as they are.
     """
-    return record(replica(module, precision), call, precision)
+    return record(replica(module, precision), call, precision, seed)
 
 
-def record(module: Any, call: Call, precision: str) -> Trace:
+def record(module: Any, call: Call, precision: str, seed: int = 0) -> Trace:
     """As `trace_torch`, of the module itself."""
     recorder = Recorder()
+    before: list[Any] = []  # of the calls that go on: the state of torch's generators
 
     def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = array_arguments(part.forward, args, kwargs)
         entry = recorder.enter(name, type(part).__name__, _numpy(given))
         entry.arguments = copied(args), copied(kwargs)
+        before.append(_generators())
         return args, kwargs
 
     def leave(name: str, part: Any, output: Any) -> Any:
         recorder.leave(_numpy(leaves(output)))
+        if _generators() != before.pop():
+            recorder.trace.drawing.append(name)
         return output
 
-    recorder.trace.output = run(module, call, precision, enter, leave)
+    recorder.trace.output = run(module, call, precision, enter, leave, seed)
     return recorder.trace
 
 
@@ -99,6 +103,16 @@ def run(module: Any, call: Call, precision: str, enter: Enter, leave: Leave, see
     ):
         torch.manual_seed(seed)
         return module(*args, **kwargs)
+
+
+def _generators() -> list[bytes]:
+    """The state of torch's generators."""
+    import torch
+
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return [state.numpy().tobytes() for state in states]
 
 
 @contextlib.contextmanager
