@@ -155,3 +155,357 @@ def test_dropout_that_is_off_is_no_noise() -> None:
     ours = Dropping()
     report = convert.verify(ours, DroppingNnx(ours), X)
     assert (report.verdict, report.notices) == ("same", [])
+
+
+# --- Functions with parameters ---
+
+
+class Mlp(nn.Module):
+    """A layer, a list of them, and arrays without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.gain = nn.Parameter(torch.randn(6))
+        self.register_buffer("shift", torch.arange(6.0))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.fc(x)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x * self.gain + self.shift
+
+
+class Weights(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+def mlp_params(ours: Mlp) -> dict[str, Any]:
+    def dense(layer: nn.Linear) -> Weights:
+        kernel, bias = (jnp.asarray(t.detach().numpy()) for t in (layer.weight, layer.bias))
+        return Weights(kernel.T, bias)
+
+    return {
+        "fc": dense(ours.fc),
+        "blocks": [dense(block) for block in ours.blocks],  # type: ignore[arg-type]
+        "gain": jnp.asarray(ours.gain.detach().numpy()),
+        "shift": jnp.asarray(ours.shift.numpy()),
+    }
+
+
+def mlp(params: Any, x: Any, scale: float = 1.0) -> Any:
+    x = x @ params["fc"].kernel + params["fc"].bias
+    for block in params["blocks"]:
+        x = x + jnp.tanh(x @ block.kernel + block.bias)
+    return x * params["gain"] * scale + params["shift"]
+
+
+class Transformed(NamedTuple):
+    """As haiku has it."""
+
+    init: Any
+    apply: Any
+
+
+def test_a_function_with_parameters_is_a_side_like_others() -> None:
+    ours = Mlp()
+    report = convert.verify((mlp, mlp_params(ours)), ours, X, "training", optimizers=["SGD"])
+    assert (report.verdict, report.a, report.b) == ("same", "mlp", "Mlp")
+    named = set(ours.state_dict())
+    assert report.compared == len(named) == 8
+    assert {r.name for r in report.gradients} == {*named - {"shift"}, "in.x"}
+    trained = {r.name for r in report.training[0].rows}
+    assert named <= trained, "what torch does not train stays as it is in Flax too"
+
+
+def test_a_function_s_fault_is_found() -> None:
+    ours = Mlp()
+    params = mlp_params(ours)
+    params["blocks"][1] = params["blocks"][1]._replace(bias=params["blocks"][0].bias)
+    report = convert.verify(ours, (mlp, params), X)
+    assert report.verdict == "different"
+    assert [d.name for d in report.differences] == ["blocks.1.bias"]
+    report = convert.verify(ours, (lambda p, x: mlp(p, x, 2.0), mlp_params(ours)), X)
+    assert report.verdict == "different"
+    assert report.first_divergence is not None
+
+
+def test_what_has_an_apply_is_taken_too() -> None:
+    ours = Mlp()
+
+    def apply(params: Any, rng: Any, x: Any) -> Any:
+        assert rng is None
+        return mlp(params, x)
+
+    haiku = Transformed(None, apply)
+    assert convert.verify(ours, (haiku, mlp_params(ours)), X, "bits").verdict == "same"
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dense(4, name="fc")(x)
+
+    dense = Dense()
+    variables = {"params": {"fc": weights(dense)}}
+    report = convert.verify(dense, (Net().apply, variables), X)
+    assert (report.verdict, report.compared) == ("same", 2)
+    assert "fc" in [r.name for r in report.outputs], "layers are seen"
+
+
+def test_functions_without_parameters_are_refused() -> None:
+    with pytest.raises(convert_errors(), match="the parameters of mlp hold no array"):
+        convert.verify(Mlp(), (mlp, {"fc": 3}), X)
+
+
+def convert_errors() -> type[Exception]:
+    from zoo.containers.errors import UsageError
+
+    return UsageError
+
+
+# --- Outputs that only one side gives ---
+
+
+def gpt2() -> tuple[Any, dict[str, Any]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    state = {k: jnp.asarray(v.detach().numpy()) for k, v in model.state_dict().items()}
+    return model, {k: v for k, v in state.items() if k != "lm_head.weight"}
+
+
+def gpt2_flax(p: Any, input_ids: Any) -> Any:
+    """Logits, keys and values."""
+
+    def norm(x: Any, n: str) -> Any:
+        x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * p[f"{n}.weight"] + p[f"{n}.bias"]
+
+    def dense(x: Any, n: str) -> Any:
+        return x @ p[f"{n}.weight"] + p[f"{n}.bias"]
+
+    h, wte = "transformer.h.0", p["transformer.wte.weight"]
+    steps = input_ids.shape[1]
+    x = wte[input_ids] + p["transformer.wpe.weight"][jnp.arange(steps)]
+    parts = jnp.split(dense(norm(x, f"{h}.ln_1"), f"{h}.attn.c_attn"), 3, -1)
+    q, k, v = (a.reshape(*a.shape[:2], 2, 4).swapaxes(1, 2) for a in parts)
+    logits = jnp.where(jnp.tril(jnp.ones((steps, steps), bool)), q @ k.mT / 2, -jnp.inf)
+    mixed = (jax.nn.softmax(logits, -1) @ v).swapaxes(1, 2).reshape(x.shape)
+    x = x + dense(mixed, f"{h}.attn.c_proj")
+    inner = jax.nn.gelu(dense(norm(x, f"{h}.ln_2"), f"{h}.mlp.c_fc"), approximate=True)
+    x = x + dense(inner, f"{h}.mlp.c_proj")
+    return norm(x, "transformer.ln_f") @ wte.T, k, v
+
+
+def test_a_causal_lm_in_its_default_mode() -> None:
+    ours, params = gpt2()
+    given = {"input_ids": np.arange(6)[None] % 16}
+    report = convert.verify(ours, (lambda p, input_ids: gpt2_flax(p, input_ids)[0], params), given)
+    assert report.verdict == "same"
+    assert report.compared == len(params)
+    assert told(report, "only torch gives caches (output.past_key_values): they are left out")
+    report = convert.verify(ours, (gpt2_flax, params), given)
+    assert [r.name for r in report.outputs] == [
+        "output.logits",
+        "output.past_key_values.0.keys",
+        "output.past_key_values.0.values",
+    ]
+    assert report.verdict == "same"
+
+
+class Named(Dense):
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.fc(x)
+        return {"h": h, "norm": h.norm(), "other": object()}
+
+
+def test_outputs_pair_by_name_and_what_is_left_is_said() -> None:
+    ours = Named()
+
+    class Fewer(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            return {"h": self.fc(x)}
+
+    class More(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            h = self.fc(x)
+            return {"more": h + 1, "norm": jnp.sqrt((h * h).sum()), "h": h}
+
+    class Strange(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            return {"strange": self.fc(x)}
+
+    report = convert.verify(ours, Fewer(ours), X, "gradients")
+    assert report.verdict == "same", "the loss is of what is compared"
+    assert told(report, "only torch gives output.norm: not compared")
+    assert told(report, "output.other (object) of torch is not made of arrays")
+    report = convert.verify(ours, More(ours), X)
+    assert report.verdict == "same"
+    assert told(report, "only Flax gives output.more: not compared")
+    with pytest.raises(convert_errors(), match="gives 2 outputs, the Flax one 1") as e:
+        convert.verify(ours, Strange(ours), X)
+    assert "NamedTuple" in e.value.advice  # type: ignore[attr-defined]
+
+
+# --- 16 bits ---
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_modules_of_16_bits_are_judged_in_more(name: str) -> None:
+    ours = Dense().to(getattr(torch, name))
+    dtype = getattr(jnp, name)
+    for theirs in (DenseNnx(ours, dtype, dtype), DenseNnx(ours, dtype), DenseNnx(ours)):
+        report = convert.verify(ours, theirs, X)
+        assert report.verdict == "same"
+        assert all(not r.note for r in report.outputs)
+        assert told(report, f"the torch module has parameters of {name}, and computes in it as wri")
+    assert told(report, f"equal values of other dtypes: fc.weight ({name}, float32)")
+    assert convert.verify(ours, theirs, X, "bits").verdict == "different", "dtype included"
+    theirs = DenseNnx(ours, dtype, dtype)
+    theirs.fc.bias[...] += 1
+    assert convert.verify(ours, theirs, X).verdict == "different"
+
+
+def test_linen_modules_of_16_bits() -> None:
+    ours = Dense().bfloat16()
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.Dense(4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, name="fc")(x)
+
+    variables = {"params": {"fc": weights(ours, jnp.bfloat16)}}
+    report = convert.verify(ours, (Net(), variables), X)
+    assert (report.verdict, [r.note for r in report.outputs]) == ("same", ["", ""])
+
+
+def test_casts_that_are_written_down_round_in_any_precision() -> None:
+    class Casts(Dense):
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.fc(x.to(torch.bfloat16))
+
+    class CastsNnx(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            return self.fc(x.astype(jnp.bfloat16))
+
+    ours = Casts().bfloat16()
+    report = convert.verify(ours, CastsNnx(ours, held=jnp.bfloat16), X)
+    assert report.verdict == "same"
+    assert convert.verify(ours, DenseNnx(ours), X).verdict == "different", "no rounding there"
+
+
+# --- NaN, and arrays that are no parameters ---
+
+
+def test_nan_on_both_sides_is_no_difference() -> None:
+    class Rooted(Dense):
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.sqrt(self.fc(x))
+
+    class RootedNnx(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            return jnp.sqrt(self.fc(x))
+
+    ours = Rooted()
+    report = convert.verify(ours, RootedNnx(ours), X)
+    assert report.verdict == "same"
+    assert "NaN on both sides in" in report.outputs[-1].note
+
+    class Safe(DenseNnx):
+        def __call__(self, x: Any) -> Any:
+            return jnp.sqrt(jnp.maximum(self.fc(x), 0))
+
+    assert convert.verify(ours, Safe(ours), X).verdict == "different"
+
+
+class Holding(Dense):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0))
+        self.register_buffer("ids", torch.arange(4))
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(4)) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.fc(x) * self.scales[0] * self.scales[1] + self.table[self.ids]
+
+
+class HoldingNnx(DenseNnx):
+    def __init__(self, ours: nn.Module, last: float = 1.0) -> None:
+        super().__init__(ours)
+        self.table = jnp.arange(4.0)
+        self.ids = np.arange(4, dtype=np.int32)
+        self.scales = nnx.data([jnp.ones(4), jnp.full(4, last)])
+
+    def __call__(self, x: Any) -> Any:
+        return self.fc(x) * self.scales[0] * self.scales[1] + self.table[self.ids]
+
+
+def test_arrays_that_are_no_variables_are_compared() -> None:
+    ours = Holding()
+    report = convert.verify(ours, HoldingNnx(ours), X, "bits")
+    assert (report.verdict, report.compared) == ("same", 6)
+    report = convert.verify(ours, HoldingNnx(ours, 2.0), X)
+    assert [d.name for d in report.differences] == ["scales.1"]
+
+
+# --- assert_same, and notebooks ---
+
+
+def test_assert_same_passes_or_says_why() -> None:
+    ours = Dense()
+    convert.testing.assert_same(ours, DenseNnx(ours), X)
+    wrong = DenseNnx(ours)
+    wrong.fc.kernel[...] = wrong.fc.kernel[...].T
+    with pytest.raises(AssertionError) as e:
+        convert.testing.assert_same(ours, wrong, X, titles=("mine", "theirs"))
+    lines = str(e.value).splitlines()
+    assert lines[0] == "different: mine and theirs"
+    assert lines[1] == "  first to differ: fc"
+    assert "transposed" in lines[2]
+    assert any(line.startswith("  try: ") for line in lines)
+    assert any("output" in line and "e" in line for line in lines)
+    assert len(lines) <= 24
+    assert "--report" not in str(e.value)
+
+
+def test_a_failure_shows_the_test_s_own_line(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import numpy as np, torch
+        from flax import nnx
+        import convert
+
+        class Twice(nnx.Module):
+            def __call__(self, x):
+                return 2 * x
+
+        def test_parity():
+            convert.testing.assert_same(torch.nn.Identity(), Twice(), np.ones((2, 3), np.float32))
+        """
+    )
+    result = pytester.runpytest("-p", "no:cacheprovider")
+    result.stdout.fnmatch_lines(["*AssertionError: different: Identity and Twice", "*2 times*"])
+    assert "def assert_same" not in result.stdout.str()
+
+
+def test_notebooks_show_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Dense()
+    wrong = DenseNnx(ours)
+    wrong.fc.bias[...] += 1
+    report = convert.verify(ours, wrong, X, titles=("<b>mine</b>", "theirs"))
+    page = report._repr_html_()
+    assert page.lstrip().startswith("<div class=")
+    assert page.count('<div class="zooconvert-report') == 1
+    assert "<script" not in page
+    assert "<b>mine" not in page
+    assert "First divergence" in page
+    assert len(page) < 20_000
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    page = report._repr_html_()
+    assert page.startswith("<pre>different: &lt;b&gt;mine&lt;/b&gt; and theirs")

@@ -24,8 +24,8 @@ from torch import nn
 
 import convert
 from convert.cli.main import cli
-from convert.cli.show_report import report as show
 from convert.compare.report import Report
+from convert.compare.summary_text import report as show
 from convert.compare.twins import twin
 from convert.diagnose.divergence import Divergence
 from convert.judge import noise as numerics

@@ -94,8 +94,8 @@ def verify(
     import shlex
     from pathlib import Path
 
-    from convert.cli.show_report import report as show
     from convert.compare.report_file import check_report, write_report
+    from convert.compare.summary_text import report as show
 
     if report_file is not None:
         check_report(Path(report_file))
