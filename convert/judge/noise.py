@@ -64,8 +64,9 @@ def _not_finite(rough: np.ndarray, exact: np.ndarray, a: np.ndarray, b: np.ndarr
     number, or everywhere, or beyond what float32 holds."""
     if not rough.shape == exact.shape == a.shape == b.shape:
         return False
-    numbers = np.isfinite(exact) | np.isfinite(a) | np.isfinite(b)
-    return bool((~np.isfinite(rough) & numbers).any() or np.isnan(rough).all())
+    nan = np.isnan(rough)
+    missing = nan & ~(np.isnan(exact) & np.isnan(a) & np.isnan(b))
+    return bool(missing.any() or nan.all() or (~np.isfinite(rough) & np.isfinite(exact)).any())
 
 
 def _notes(a: np.ndarray, b: np.ndarray, both64: bool) -> Iterator[str]:
