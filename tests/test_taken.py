@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from flax import linen, nnx
 from torch import nn
 from torch.nn import functional as F
 
 import convert
+from convert.cli.main import cli
 from convert.compare.report import Report
+from convert.diagnose.case import Case
+from convert.diagnose.causes import found
 from zoo.checkpoint.certificate import Certificate
 from zoo.containers.errors import UsageError
 
@@ -108,17 +113,19 @@ def test_where_all_is_noise_nothing_is_the_same() -> None:
     ours = NoisyDrop()
     report = convert.verify(ours, DropNnx(ours), X, "training")
     assert report.verdict == "different"
-    found = report.first_divergence
-    assert found is not None
-    assert found.cause == "random"
-    assert found.diagnosis.startswith("torch and Flax draw random numbers")
+    parted = report.first_divergence
+    assert parted is not None
+    assert parted.cause == "random"
+    assert parted.diagnosis.startswith("torch and Flax draw random numbers")
     assert not report.gradients
     assert not report.training
     wrong = DropNnx(ours)
     wrong.fc.bias[...] += 1
-    found = convert.verify(ours, wrong, X).first_divergence
-    assert found is not None
-    assert (found.layer, found.cause) != ("fc", "random"), "a fault before the noise is still seen"
+    parted = convert.verify(ours, wrong, X).first_divergence
+    assert parted is not None
+    assert (parted.layer, parted.cause == "random") == ("fc", False), (
+        "a fault before the noise is still seen"
+    )
 
 
 def test_noise_of_one_side_alone_is_a_difference() -> None:
@@ -260,6 +267,24 @@ def test_what_has_an_apply_is_taken_too() -> None:
 def test_functions_without_parameters_are_refused() -> None:
     with pytest.raises(UsageError, match="the parameters of mlp hold no array"):
         convert.verify(Mlp(), (mlp, {"fc": 3}), X)
+
+
+def test_a_function_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_functions.py").write_text(
+        "import torch\n"
+        "ours = torch.nn.Linear(4, 2)\n"
+        "params = {'w': ours.weight.detach().numpy(), 'b': ours.bias.detach().numpy()}\n"
+        "def apply(p, x): return x @ p['w'].T + p['b']\n"
+        "theirs = apply, params\n"
+        "def made(): return theirs\n"
+    )
+    np.save("x.npy", X)
+    for name in ("theirs", "made"):
+        targets = ["nets_of_functions.py:ours", f"nets_of_functions.py:{name}"]
+        result = CliRunner().invoke(cli, ["verify", *targets, "--inputs", "x.npy"])
+        assert result.exit_code == 0, result.output
+        assert "same: nets_of_functions.py:ours" in result.output
 
 
 # --- Outputs that only one side gives ---
@@ -493,3 +518,25 @@ def test_notebooks_show_certificates() -> None:
     page = made._repr_html_()
     assert page.startswith("<table>")
     assert "&lt;a&gt;.pt (pt)" in page
+
+
+# --- Sentences ---
+
+
+def test_no_sentence_holds_equal_things_against_each_other() -> None:
+    for variant in ("split", "value", "tensor"):
+        said = found("heads", variant, name="x", size=64, heads=8, width=8, axis=0)
+        assert "(8, 8)" not in said.diagnosis
+    right = np.arange(4.0).reshape(2, 2)
+    case = Case([right + 1e-3, right], right, 1e-4)
+    assert not case.fits(right), "what torch gives too explains nothing"
+    assert case.fits(right + 1e-3)
+
+
+def test_parameters_without_a_counterpart_are_said_to_have_none() -> None:
+    ours = Dense()
+    values = {f"other_{k}": v for k, v in weights(ours).items()}
+    theirs = (lambda p, x: x @ p["other_kernel"] + p["other_bias"]), values
+    report = convert.verify(ours, theirs, X)
+    assert told(report, "of Dense, for want of a counterpart, not compared one by one: fc.weight")
+    assert not told(report, "'s other")

@@ -49,7 +49,7 @@ def as_applied(given: Any) -> Applied | None:
             return apply(params, None, *args, **kwargs)
 
         parameters = list(inspect.signature(apply).parameters.values())
-        function.__signature__ = inspect.Signature(parameters[:1] + parameters[2:])  # type: ignore[attr-defined]
+        function.__signature__ = inspect.Signature(parameters[:1] + parameters[2:])
     return Applied(function, params)
 
 

@@ -38,7 +38,7 @@ def widen_layers(module: Any, dtypes: Collection[str]) -> None:
 
 def widened_dtypes(module: Any) -> frozenset[str]:
     """What `widen_layers` said of a bound linen.Module."""
-    return vars(module).get(_HELD, frozenset())
+    return frozenset(vars(module).get(_HELD, ()))
 
 
 class Rounding:

@@ -110,7 +110,7 @@ def _generators() -> list[bytes]:
     import torch
 
     states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states += torch.cuda.get_rng_state_all()
     return [state.numpy().tobytes() for state in states]
 
