@@ -182,7 +182,7 @@ class Noise:
         if rough == exact or not np.isfinite(row.error):
             return row
         if exact:
-            if not self.chaotic and np.prod(row.shape) >= FEW and row.noise:
+            if not self.chaotic and np.prod(row.shape) >= FEW:
                 return row
             noise = max(row.noise, self.of(row.name))
             same = within(row.error, noise, row.scale)
