@@ -6,6 +6,7 @@
     convert.lint("model.safetensors")                  -> Lint
     convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
     convert.optim.nadam(2e-3)                          optax transformations by torch's rules
+    convert.testing.assert_same(torch_net, flax_net, inputs)   in anybody's tests
     convert.to_jax(tensor_or_tree)                     PyTorch tensors as JAX arrays
     convert.to_torch(array_or_tree)                    and back
 
@@ -18,7 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert import optim
+    from convert import optim, testing
     from convert.api import convert, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
@@ -54,6 +55,7 @@ __all__ = [
     "load_optimizer",
     "optim",
     "pack",
+    "testing",
     "to_jax",
     "to_torch",
     "verify",
@@ -61,8 +63,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "optim":  # the module itself
-        return importlib.import_module("convert.optim")
+    if name in ("optim", "testing"):  # the modules themselves
+        return importlib.import_module(f"convert.{name}")
     if name in _WHERE:
         value = getattr(importlib.import_module(_WHERE[name]), name)
         globals()[name] = value

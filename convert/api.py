@@ -109,7 +109,8 @@ def verify(
     """Whether two models are the same: the verdict, and what it stands on.
 
     `a` and `b` are checkpoints of the zoo's models, of any containers and frameworks; or a
-    torch.nn.Module and an nnx.Module, a bound linen.Module, or (linen.Module, variables).
+    torch.nn.Module and an nnx.Module, a bound linen.Module, (linen.Module, variables), or
+    (function, params) for a JAX function that is called as function(params, *inputs).
 
     Levels, each with those before it:
     "bits": every tensor, mapped to torch's names and shapes, bit for bit (the default for

@@ -20,6 +20,7 @@ FLOORS = (
     ("convert.__main__",),
     ("convert.cli",),
     ("convert",),  # __init__: the public names
+    ("convert.testing",),
     ("convert.api",),
     ("convert.packing", "convert.linting", "convert.inspection"),
     ("convert.engine",),

@@ -24,8 +24,8 @@ from torch import nn
 
 import convert
 from convert.cli.main import cli
-from convert.cli.show_report import report as show
 from convert.compare.report import Report
+from convert.compare.summary_text import report as show
 from convert.compare.twins import twin
 from convert.diagnose.divergence import Divergence
 from convert.judge import noise as numerics
@@ -78,13 +78,25 @@ def test_noise_decides_and_float64_too() -> None:
     assert judge("x", (exact, exact), (exact + 7.9 * FLOOR, exact)).same, "the floor"
 
 
-def test_masked_logits_may_be_infinite_and_nan_may_not() -> None:
+def test_what_is_not_finite_on_both_sides_alike_is_no_difference() -> None:
     x = np.array([1.0, -np.inf, 2.0])
     assert gap(x, x) == 0
     assert gap(x, np.array([1.0, 5.0, 2.0])) == float("inf")
-    nan = np.array([np.nan])
-    assert gap(nan, nan) == float("inf")
     assert judge("x", (x, x), (x, x)).same
+    holed = np.array([1.0, np.nan, 2.0])
+    row = judge("x", (holed, holed), (holed, holed))
+    assert (row.same, row.note) == (True, "NaN on both sides in 1 of 3 elements")
+    for other in (x, np.array([1.0, 0.0, 2.0]), np.array([np.nan, 1.0, 2.0])):
+        assert not judge("x", (other, other), (holed, holed)).same
+        row = judge("x", (holed, holed), (other, other))
+        assert (row.same, row.noise) == (False, float("inf")), "torch's own"
+    nothing = np.array([np.nan])
+    assert not judge("x", (nothing, nothing), (nothing, nothing)).same, "nothing was compared"
+    far = judge("x", (holed, holed), (holed + 1e-3, holed + 1e-3))
+    assert (far.same, far.noise, far.scale) == (False, 0.0, 2.0)
+    beyond = np.array([np.inf, 1.0])
+    row = judge("x", (beyond, np.array([1e39, 1.0])), (np.array([1.0, 2.0]), np.array([1e39, 1.0])))
+    assert not row.same, "what float32 cannot hold is no measure of its rounding"
 
 
 def test_statistics_count_every_element_once() -> None:

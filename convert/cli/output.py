@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json as _json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from convert.compare.columns import size as size
+from convert.compare.columns import table as table
 
 if TYPE_CHECKING:
     from zoo.checkpoint.progress import Progress as Callback
@@ -49,33 +52,3 @@ def progress(quiet: bool) -> Iterator[Callback]:
             bars.update(tasks[stage], completed=done)
 
         yield show
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people, in powers of ten."""
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns, as wide as they need to be: a name broken in two is not a name."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from zoo.containers.errors import printable
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for name in header:
-        right = name in ("parameters", "tensors", "size", "error", "noise", "ratio", "max error")
-        grid.add_column(name, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(printable(cell)) for cell in row))
-    console = Console(highlight=False, width=1000)
-    with console.capture() as text:
-        console.print(grid)
-    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))

@@ -90,7 +90,8 @@ def verify(
     A and B are checkpoints of the zoo's models, each of either framework and of any container. Or
     they are modules of your own, one of PyTorch and one of Flax (NNX or Linen): pkg.mod:NAME or
     path/to/file.py:NAME, where NAME is a module, or a class or function that gives one without
-    arguments; for Linen it gives (module, variables). Importing them runs their code.
+    arguments; for Linen it gives (module, variables), for a JAX function (function, params).
+    Importing them runs their code.
 
     \b
     Examples:
@@ -102,8 +103,8 @@ def verify(
     import shlex
     from pathlib import Path
 
-    from convert.cli.show_report import report as show
     from convert.compare.report_file import check_report, write_report
+    from convert.compare.summary_text import report as show
 
     if report_file is not None:
         check_report(Path(report_file))

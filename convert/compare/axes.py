@@ -66,32 +66,19 @@ def align_layers(layers: list[LayerPair], torch: Trace, flax: Trace) -> tuple[In
 
 
 def align_outputs(
-    torch_trace: Trace, flax_trace: Trace, allowed: Collection[str], report: Report
-) -> tuple[list[str], dict[str, Lies]]:
-    """Torch's names of the outputs in Flax's order, and how the axes of each lie in Flax: as they
-    are where the shapes are equal, or by an `allowed` move, which the inputs have made too."""
-    ours = {k: to_numpy(v) for k, v in named_outputs(torch_trace.output).items()}
-    theirs = {k: to_numpy(v) for k, v in named_outputs(flax_trace.output).items()}
-    if len(ours) != len(theirs):
-        raise UsageError(
-            f"the torch module gives {len(ours)} outputs, the Flax one {len(theirs)}",
-            "let both return the same",
-            [f"torch: {_shapes(ours)}", f"Flax: {_shapes(theirs)}"],
-        )
-    if ours.keys() == theirs.keys():
-        ours = {name: ours[name] for name in theirs}
-    else:
-        report.notices.append(
-            f"outputs are paired in order: {', '.join(ours)} with {', '.join(theirs)}"
-        )
-    if not any(x.size for x in ours.values()):
-        raise UsageError(
-            "the torch module gives no output that could be compared"
-            + (f": {_shapes(ours)}" if ours else ""),
-            "return arrays, and give inputs that are not empty",
-        )
+    torch_trace: Trace,
+    flax_trace: Trace,
+    allowed: Collection[str],
+    report: Report,
+    pairs: Mapping[str, str],
+) -> dict[str, Lies]:
+    """How the axes of each of torch's paired outputs lie in Flax: as they are where the shapes are
+    equal, or by an `allowed` move, which the inputs have made too. `pairs`: Flax's name -> torch's.
+    """
+    ours, theirs = _arrays(torch_trace), _arrays(flax_trace)
     moves: dict[str, Any] = {}
-    for (name, x), y in zip(ours.items(), theirs.values(), strict=True):
+    for there, name in pairs.items():
+        x, y = ours[name], theirs[there]
         if not alignment.moves(x.shape, y.shape):
             raise UsageError(
                 f"{name} has shape {x.shape} in torch and {y.shape} in Flax",
@@ -109,7 +96,11 @@ def align_outputs(
                 f"{name}: {x.shape} is the same with two axes swapped, so it is compared as it is; "
                 "inputs of other sizes would tell whether the axes are meant to be swapped"
             )
-    return list(ours), moves
+    return moves
+
+
+def _arrays(trace: Trace) -> dict[str, np.ndarray]:
+    return {k: to_numpy(v) for k, v in named_outputs(trace.output).items()}
 
 
 def align_inputs(
@@ -127,7 +118,3 @@ def align_inputs(
             moves[name] = (alignment.best_move(x, y), x.shape, y.shape)
             made |= alignment.likely_moves(x, y)
     return moves, made
-
-
-def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
-    return ", ".join(f"{name} {x.shape}" for name, x in arrays.items()) or "none"

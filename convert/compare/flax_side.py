@@ -13,7 +13,8 @@ from convert.matching.pair import Match
 from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import watch
-from convert.runtime.flax_module import FlaxModule, Values, flax_module, narrow_operation
+from convert.runtime.flax_module import FlaxModule, Values, flax_module
+from convert.runtime.jaxpr import jaxpr_of, narrow_operation
 from convert.runtime.precision import precision_of
 from convert.runtime.trace import Place
 from zoo.layout.ops import inverse
@@ -23,7 +24,8 @@ from zoo.layout.ops import run as apply_ops
 class FlaxSide(Side):
     """`call` has Flax's axes and arrays that are named as torch's are by `inputs` (path of an array
     -> name). `shapes` are those of torch's tensors, to which `matches` lead back. `outputs` are
-    torch's names of the outputs, in Flax's order; None where both have the same names."""
+    those that are compared, Flax's name -> torch's; None for all, where both have the same names.
+    """
 
     framework = "flax"
 
@@ -36,7 +38,7 @@ class FlaxSide(Side):
         shapes: Mapping[str, tuple[int, ...]],
         inputs: Mapping[str, str],
         *,
-        outputs: tuple[str, ...] | None = None,
+        outputs: Mapping[str, str] | None = None,
         watched: Mapping[Place, str] | None = None,
         seed: int = 0,
         frozen: frozenset[str] = frozenset(),
@@ -115,7 +117,7 @@ class FlaxSide(Side):
             )
 
     def narrow_operation(self) -> str | None:
-        return narrow_operation(flax_module(self.module, "float64"), self.call)
+        return narrow_operation(jaxpr_of(flax_module(self.module, "float64"), self.call))
 
     def to_torch(self, values: Mapping[str, Any]) -> Arrays:
         """Torch's tensors for those of `values` that have a counterpart."""
@@ -187,7 +189,7 @@ class FlaxSide(Side):
         named = named_outputs(output)
         if self.outputs is None:
             return named
-        return dict(zip(self.outputs, named.values(), strict=True))
+        return {name: named[there] for there, name in self.outputs.items()}
 
     def _back(self, named: Mapping[str, Any]) -> Arrays:
         """The same with the axes that torch has."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
 from convert.compare.flax_side import FlaxSide
-from convert.compare.levels import compare_sides, weights_differ
+from convert.compare.levels import compare_sides, locate, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
+from convert.compare.paired_outputs import pair_outputs
+from convert.compare.randomness import Randomness
 from convert.compare.report import Report
 from convert.compare.settings import Settings
 from convert.compare.sides import Side
@@ -20,6 +22,7 @@ from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
+from convert.runtime.applied import name_of
 from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
@@ -55,7 +58,7 @@ def compare_modules(
         torch_module, flax_module, swapped = split_sides(*modules, hints.variables)
         first, second = titles or (title(modules[0]), title(modules[1]))
         report = Report(second, first, level) if swapped else Report(first, second, level)
-        call, flax_call = fit_calls(torch_module, flax_module, *inputs, report)
+        call, flax_call, draws = fit_calls(torch_module, flax_module, *inputs, report)
         layers = dict(hints.layers or {})
         pair = Pair(torch_module, flax_module, call, flax_call, layers, _stated(hints.layout))
         case = ModulePair(pair, report)
@@ -63,7 +66,7 @@ def compare_modules(
         if level == "bits":
             report.first_divergence = weights_differ(report)
         else:
-            case.run(options)
+            case.run(options, draws)
     return report
 
 
@@ -91,6 +94,7 @@ class ModulePair:
         report = self.report
         flax = {n: np.asarray(v) for n, v in flax_module(self.pair.flax).values.items()}
         ours = {n: _numpy(self.state[n]) for m in self.matches for n in m.torch if n in self.state}
+        other: list[str] = []  # of equal values
         for match in self.matches:
             if wrong := self._misfit(match, flax):
                 raise UsageError(
@@ -104,9 +108,14 @@ class ModulePair:
                 report.nbytes += ours[name].nbytes
                 if difference is None:
                     continue
+                if _forgiven(ours[name], theirs, report.level):
+                    other.append(f"{name} ({ours[name].dtype.name}, {theirs.dtype.name})")
+                    continue
                 others = {n: x for n, x in ours.items() if n != name}
                 why = diagnose_tensor(name, ours[name], theirs, others, match.kind)
                 report.differences.append(dataclasses.replace(difference, diagnosis=why))
+        if other:
+            report.notices.append(f"equal values of other dtypes: {_listed(other)}")
         self._tell_unmatched()
 
     def _misfit(self, match: Match, flax: Mapping[str, np.ndarray]) -> str | None:
@@ -132,27 +141,41 @@ class ModulePair:
                     for n in names
                 ]
             else:
-                told = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
                 self.report.notices.append(
-                    f"not compared one by one, for want of a counterpart in {title}'s other: {told}"
+                    f"of {title}, for want of a counterpart, not compared one by one: "
+                    f"{_listed(names)}"
                 )
 
-    def run(self, options: Settings) -> None:
-        """The levels above bits."""
-        torch_side, flax_side = self._module_sides(options.seed)
-        self._wide(torch_side, flax_side)
+    def run(self, options: Settings, flax_draws: bool) -> None:
+        """The levels above bits. `flax_draws`: whether Flax may draw random numbers."""
         pair = dataclasses.replace(self.pair, matches=self.matches)
-        compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+        outputs = pair_outputs(self.torch_trace.output, self.flax_trace.output, self.report)
+        chance = Randomness(pair, self.torch_trace, self.flax_trace, outputs, flax_draws)
+        torch_side, flax_side = self._module_sides(options.seed, outputs, chance)
+        rows = chance.rows(flax_side.axes)
+        self.report.notices += chance.notices()
+        if chance.everywhere:
+            self.report.outputs = rows
+            locate(self.report, lambda: pair)
+        else:
+            self._wide(torch_side, flax_side)
+            compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+            self.report.outputs += rows
+        chance.blame(self.report, {p.flax: p.torch for p in self.layers})
 
-    def _module_sides(self, seed: int) -> tuple[TorchSide, FlaxSide]:
+    def _module_sides(
+        self, seed: int, outputs: dict[str, str], chance: Randomness
+    ) -> tuple[TorchSide, FlaxSide]:
         pair = self.pair
         torch_side = TorchSide(pair.torch, pair.call, seed=seed)
         torch_side.combined = self._combined()
         names = input_names(torch_side.names, pair.flax_call)
         moves, made = align_inputs(torch_side.names, names, pair)
-        outputs, found = align_outputs(self.torch_trace, self.flax_trace, made, self.report)
-        moves |= found
+        moves |= align_outputs(self.torch_trace, self.flax_trace, made, self.report, outputs)
+        outputs = {f: t for f, t in outputs.items() if t not in chance.left_out}
+        torch_side.outputs = frozenset(outputs.values())
         seen = align_layers(self.layers, self.torch_trace, self.flax_trace)
+        seen = tuple(i for i in seen if not chance.changes(i.torch, i.flax))
         moves |= {i.name: i.lies for i in seen}
         torch_side.watched = {i.torch: i.name for i in seen}
         trained = {n for n, p in pair.torch.named_parameters() if p.requires_grad}
@@ -163,7 +186,7 @@ class ModulePair:
             self.matches,
             {n: tuple(t.shape) for n, t in self.state.items()},
             names,
-            outputs=tuple(outputs),
+            outputs=outputs,
             watched={i.flax: i.name for i in seen},
             seed=seed,
             frozen=frozenset(f for m in self.matches if not trained & set(m.torch) for f in m.flax),
@@ -213,6 +236,22 @@ def _stated(layout: Any) -> tuple[Match, ...] | None:
         ) from None
 
 
+def _forgiven(ours: np.ndarray, theirs: np.ndarray, level: str) -> bool:
+    """Whether two tensors differ in their dtype alone where that is no difference: integers of
+    torch's 64 bits, which JAX does not have by default; above "bits" other floats too."""
+    kinds = {ours.dtype.kind, theirs.dtype.kind}
+    if kinds <= {"i", "u"}:
+        return np.array_equal(ours, theirs)
+    if level == "bits" or ours.dtype == theirs.dtype or kinds & set("biuc"):
+        return False
+    return np.array_equal(ours.astype(np.float64), theirs.astype(np.float64), equal_nan=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+
+
 def _numpy(tensor: Any) -> np.ndarray:
     """A tensor's own bits, those of bfloat16 and FP8 included."""
     import torch
@@ -226,5 +265,7 @@ def _numpy(tensor: Any) -> np.ndarray:
 
 
 def title(module: Any) -> str:
-    """What a module is called in reports: its class."""
-    return type(module[0] if isinstance(module, tuple) else module).__name__
+    """What a module is called in reports: its class; a function by its name."""
+    if isinstance(module, tuple):
+        return name_of(module[0])
+    return type(module).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -80,6 +81,11 @@ class Report:
         if self.first_divergence is not None:
             data["first_divergence"]["ratio"] = self.first_divergence.ratio
         return _finite(data)  # type: ignore[no-any-return]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        room = importlib.import_module("convert.compare.notebook")  # which imports this module
+        return str(room.cell(self))
 
     def to_json(self) -> str:
         """As JSON text."""

@@ -32,12 +32,14 @@ class TorchSide(Side):
         # Parameters that the other side may hold combined, and so rounded to float32 once more (an
         # LSTM's two biases as their sum): noise in float64 moves them by units of float32.
         self.combined: frozenset[str] = frozenset()
+        self.outputs: frozenset[str] | None = None  # those that are compared; None: all
         self.names = call.names(module.forward)
 
     def shaken(self, i: int) -> TorchSide:
         """The same with other rounding."""
         made = TorchSide(self.module, self.call, seed=self.seed, moved=i)
-        made.combined, made.precisions, made.watched = self.combined, self.precisions, self.watched
+        made.combined, made.outputs = self.combined, self.outputs
+        made.precisions, made.watched = self.precisions, self.watched
         return made
 
     def run(self, precision: str, *, backward: bool) -> Run:
@@ -51,7 +53,7 @@ class TorchSide(Side):
             torch.manual_seed(0)  # a module that draws numbers draws the same ones in every run
             with watched(module, seen):
                 output = module(*args, **kwargs)
-            named = named_outputs(output)
+            named = self._named(output)
             outputs = {k: to_numpy(v) for k, v in named.items()}
             intermediates = {k: x for k, x in self.named(seen).items() if x.dtype.kind in "fc"}
             if not backward:
@@ -83,7 +85,7 @@ class TorchSide(Side):
             for step in range(steps + 1):
                 # The last loss is of the trained parameters; its statistics would be a step ahead.
                 before = None if step < steps else _state(module)
-                loss = scalar(named_outputs(module(*args, **kwargs)), self.seed)
+                loss = scalar(self._named(module(*args, **kwargs)), self.seed)
                 losses.append(loss.item())
                 if before is not None:
                     return Trained(losses, before, gradients)
@@ -105,6 +107,11 @@ class TorchSide(Side):
         if self.moved is not None:
             shake(module, self.moved, self.combined)
         return module
+
+    def _named(self, output: Any) -> dict[str, Any]:
+        """The outputs that are compared, by name."""
+        named = named_outputs(output)
+        return {k: x for k, x in named.items() if self.outputs is None or k in self.outputs}
 
     def _inputs(
         self, module: Any, precision: str, track: bool

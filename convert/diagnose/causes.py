@@ -89,23 +89,23 @@ CAUSES: Mapping[str, Cause] = {
             "transpose_kernel=True in Flax, or flip the kernel's spatial axes"),
     }),
     "flatten": Cause("an image is flattened channel last on one side, channel first on the other", {
-        "tensor": ("{name} has its {size} inputs flattened as ({pixels}, {channels}), pixels "
-                   "before channels, not as ({channels}, {pixels}), channels before pixels",
+        "tensor": ("{name} has its {size} inputs, {channels} channels of {pixels} pixels, "
+                   "flattened pixels before channels, not channels before pixels",
                    "torch flattens images channel first, Flax channel last: reorder the rows"),
-        "value": ("torch flattens {name} channel first ({channels} x {pixels}), "
-                  "Flax channel last ({pixels} x {channels})", _CHANNELS_FIRST),
+        "value": ("torch flattens {name}, {channels} channels of {pixels} pixels, channel first, "
+                  "Flax channel last", _CHANNELS_FIRST),
         "layer": ("torch's layer {name} flattens channel first, Flax channel last",
                   _CHANNELS_FIRST),
     }, layer="flatten"),
     "heads": Cause("attention heads: another number, or head_dim before heads", {
-        "tensor": ("{name} has axis {axis} in the order (head_dim, heads) = ({width}, {heads}), "
-                   "not (heads, head_dim) = ({heads}, {width})", _HEADS_FIRST),
+        "tensor": ("{name} has the {heads} heads of {width} features along axis {axis} with "
+                   "head_dim before heads, not heads before head_dim", _HEADS_FIRST),
         "axes": ("{name} has heads and head_dim swapped: its axes are in the order {axes}",
                  _HEADS_FIRST),
-        "split": ("torch splits {size} features into (heads, head_dim) = ({heads}, {width}), "
-                  "Flax into (head_dim, heads) = ({width}, {heads})", _HEADS_FIRST),
-        "value": ("torch has the last axis as (heads, head_dim) = ({heads}, {width}), "
-                  "Flax as (head_dim, heads) = ({width}, {heads})", _HEADS_FIRST),
+        "split": ("torch splits {size} features into {heads} heads of {width}, heads before "
+                  "head_dim, Flax head_dim before heads", _HEADS_FIRST),
+        "value": ("torch has the {heads} heads of {width} in the last axis heads before head_dim, "
+                  "Flax head_dim before heads", _HEADS_FIRST),
         "number": ("torch has {torch} heads, Flax's values fit {flax}",
                    "use {torch} heads in Flax"),
     }),
@@ -418,6 +418,11 @@ CAUSES: Mapping[str, Cause] = {
     "not_finite": Cause("torch's own values are not finite, and nothing can equal them", {
         "": ("torch's own {name} has values that are not numbers (NaN), or beyond float32",
              "give inputs and weights with which the torch module gives finite numbers"),
+    }),
+    "random": Cause("a side that draws random numbers in its forward pass", {
+        "": ("{who} random numbers in the forward pass: {names} change{s} from run to run, and no "
+             "run can be held against another",
+             "give the noise to both as an input argument, or let both take it from outside"),
     }),
     "unknown": Cause("no known cause fits", {
         "layer": ("its parameters are right and its inputs are torch's own, yet its output is not "

@@ -53,7 +53,9 @@ def _stopped(wrong: Wrong) -> Reason | None:
     if np.abs(wrong.exact).max(initial=0.0) <= quiet:
         return found("stop_gradient", "detach", gradient=wrong.title)
     factor = float((wrong.exact * wrong.given).sum() / (wrong.exact**2).sum())
-    if factor and gap(wrong.exact * factor, wrong.given) <= quiet * max(1.0, abs(factor)):
+    if not factor or factor_name(factor) == "1":
+        return None
+    if gap(wrong.exact * factor, wrong.given) <= quiet * max(1.0, abs(factor)):
         return found("scale", "gradient", gradient=wrong.title, factor=factor_name(factor))
     return None
 

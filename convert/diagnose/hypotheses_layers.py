@@ -203,7 +203,9 @@ def _cut(case: Case) -> Candidates:
             made = whole[flip]
             if made is None or made[:, :, *inside].shape[2:] != shape:
                 continue
-            if flip:
+            if flip and cut == tuple(m.padding):
+                why = found("flipped", "transposed convolution", tensor="weight")
+            elif flip:
                 why = found("padding", "transposed, not flipped", flax=cut, torch=tuple(m.padding))
             else:
                 why = found("padding", "transposed", flax=cut, torch=tuple(m.padding))

@@ -255,7 +255,7 @@ def _scaled(t: _Tensor) -> Iterator[Reason]:
     if not np.isfinite(y).all() or not x.any():
         return
     factor = float((x * y).sum() / (x * x).sum())
-    if _close(x, y):
+    if _close(x, y) or (factor_name(factor or 2) == "1" and _close(x * factor, y)):
         yield found("scale", "rounding", name=t.name)
     elif factor and _close(x * factor, y):
         yield found("scale", "tensor", name=t.name, factor=factor_name(factor))

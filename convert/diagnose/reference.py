@@ -33,7 +33,7 @@ class Reference:
         ran = replica(module, precision)
         self.before = _buffers(ran)
         change = partial(_disturbed, disturbed) if disturbed else None
-        self.trace = record(ran, call, precision, change)
+        self.trace = record(ran, call, precision, change=change)
         self.after = _buffers(ran)
         self.calls = self.trace.by_key()
         self._exact_calls = self.calls

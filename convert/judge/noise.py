@@ -8,7 +8,7 @@ small by luck (a tensor of few elements): the noise is then measured again, see 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -37,11 +37,15 @@ def judge(
     rough, exact = a if reference is None else reference
     if exact is None:
         exact = rough
-    noise, scale = gap(rough, exact), largest(exact)
+    noise, scale = _finite_gap(rough, exact), largest(exact)
     error = gap(a[0], b[0])
     both64 = a[1] is not None and b[1] is not None
     error64 = gap(a[1], b[1]) if a[1] is not None and b[1] is not None else 0.0
     same = within(error, noise, scale) and error64 <= EXACT * scale
+    if exact.size and np.isnan(rough).all():
+        same = False  # nothing was compared
+    if not same and not np.isfinite(rough).all() and _not_finite(rough, exact, a[0], b[0]):
+        noise = float("inf")
     return Row(
         name,
         tuple(exact.shape),
@@ -50,9 +54,28 @@ def judge(
         scale,
         error64,
         same,
-        note="" if both64 else "in float32 only",
+        note="; ".join(_notes(a[0], b[0], both64)),
         statistics=statistics(a[0], b[0], scale),
     )
+
+
+def _not_finite(rough: np.ndarray, exact: np.ndarray, a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether PyTorch's own values in float32 are what nothing can equal: NaN where another has a
+    number, or everywhere, or beyond what float32 holds."""
+    if not rough.shape == exact.shape == a.shape == b.shape:
+        return False
+    nan = np.isnan(rough)
+    missing = nan & ~(np.isnan(exact) & np.isnan(a) & np.isnan(b))
+    return bool(missing.any() or nan.all() or (~np.isfinite(rough) & np.isfinite(exact)).any())
+
+
+def _notes(a: np.ndarray, b: np.ndarray, both64: bool) -> Iterator[str]:
+    if not both64:
+        yield "in float32 only"
+    if a.shape == b.shape and np.isnan(a).any():
+        count = int((np.isnan(a) & np.isnan(b)).sum())
+        if count:
+            yield f"NaN on both sides in {count} of {a.size} elements"
 
 
 def within(error: float, noise: float, scale: float) -> bool:
@@ -61,21 +84,30 @@ def within(error: float, noise: float, scale: float) -> bool:
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:
-    """max|a - b|. A wrong shape is infinitely far, and so is NaN anywhere; infinities that both
-    have (masks hold them on purpose) are not."""
+    """max|a - b|. A wrong shape is infinitely far, and so is NaN or an infinity on one side only;
+    those that both have at the same places (masks hold them on purpose) are no difference."""
     if a.shape != b.shape:
         return float("inf")
-    with np.errstate(invalid="ignore", over="ignore"):
-        apart = np.abs(_difference(a, b))
-    if not np.isfinite(apart).all():
-        apart = np.where(a == b, 0.0, apart)
-    found = float(apart.max(initial=0.0))
+    found = float(_apart(a, b).max(initial=0.0))
     return found if np.isfinite(found) else float("inf")
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _finite_gap(a: np.ndarray, b: np.ndarray) -> float:
+    """max|a - b| where both are finite: what float32 cannot hold says nothing of its rounding."""
+    if a.shape != b.shape:
+        return float("inf")
+    both = np.isfinite(a) & np.isfinite(b)
+    return gap(a[both], b[both])
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b|, 0 where both are the same infinity or NaN."""
     wide = np.complex128 if np.iscomplexobj(a) or np.iscomplexobj(b) else np.float64
-    return np.subtract(a, b, dtype=wide)  # type: ignore[no-any-return]
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.abs(np.subtract(a, b, dtype=wide))
+    if not np.isfinite(apart).all():
+        apart = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, apart)
+    return apart  # type: ignore[no-any-return]
 
 
 def largest(x: np.ndarray) -> float:
@@ -90,7 +122,7 @@ def statistics(a: np.ndarray, b: np.ndarray, scale: float) -> Statistics | None:
     if a.shape != b.shape or not a.size:
         return None
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        apart = np.abs(_difference(a, b)).ravel()
+        apart = _apart(a, b).ravel()
         if scale and np.isfinite(scale):
             decade = np.floor(np.log10(apart / scale)) + _BINS
         else:
@@ -141,7 +173,7 @@ class Noise:
         """The largest gap of all further runs."""
         if precision not in self._runs:
             self._runs[precision] = [self.rerun(precision, i) for i in range(RERUNS)]
-        return max(gap(run[name], self.exact[name]) for run in self._runs[precision])
+        return max(_finite_gap(run[name], self.exact[name]) for run in self._runs[precision])
 
     def again(self, row: Row) -> Row:
         """The row, judged by the noise of all runs, if one precision alone made it different."""
@@ -154,6 +186,11 @@ class Noise:
                 return row
             noise = max(row.noise, self.of(row.name))
             same = within(row.error, noise, row.scale)
-            return dataclasses.replace(row, noise=noise, same=same, note=AGAIN)
+            return dataclasses.replace(row, noise=noise, same=same, note=_with(row.note, AGAIN))
         same = self.exact64 and row.error64 <= MARGIN * self.of(row.name, "float64")
-        return dataclasses.replace(row, same=same, note=AGAIN64 if same else row.note)
+        note = _with(row.note, AGAIN64) if same else row.note
+        return dataclasses.replace(row, same=same, note=note)
+
+
+def _with(note: str, more: str) -> str:
+    return f"{note}; {more}" if note else more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
+from convert.runtime.applied import Applied
+from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import state
 from zoo.layout.kinds import kinds, torch_kind
-from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run_shapes
+from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run, run_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Found = Iterator[Match]
@@ -33,6 +36,7 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, layers, side)]
     for layer in [*layers, *uncalled]:
         for m in _of_layer(layer, modules[layer.torch], side, flax):
+            m = _as_it_lies(m, module, side)
             if not taken & set(m.flax):
                 found.append(m)
                 taken |= set(m.flax)
@@ -76,6 +80,22 @@ def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> 
         Match(tuple(before + n for n in m.torch), tuple(prefix + n for n in m.flax), m.ops, m.kind)
         for m in made
     ]
+
+
+def _as_it_lies(match: Match, module: Any, side: FlaxModule) -> Match:
+    """The match without its ops where nothing but the values tells that it needs none: a square
+    matrix of a function's parameters, or one that is called as torch's is."""
+    if len(match.torch) > 1 or len(match.flax) > 1 or not match.ops:
+        return match
+    ours, theirs = state(module)[match.torch[0]], side.values[match.flax[0]]
+    named = match.torch[0].rpartition(".")[2] == match.flax[0].rpartition(".")[2]
+    unruled = named or isinstance(side.modules.get(""), Applied)
+    if not unruled or tuple(ours.shape) != np.shape(theirs):
+        return match
+    x, y = to_numpy(ours), to_numpy(theirs)
+    turned = run(match.ops, [x])[0]
+    nearer = np.abs(x - y).mean() < np.abs(turned - y).mean()
+    return dataclasses.replace(match, ops=()) if nearer else match
 
 
 def _plain(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,73 @@ COMPLEX = {"float32": "complex64", "float64": "complex128"}  # what holds two nu
 
 
 def named_outputs(output: Any, name: str = "output") -> dict[str, Any]:
-    """Every array of an output under a dotted name: NamedTuples and dataclasses by field, mappings
-    by key, tuples by index."""
+    """Every array and number of an output under a dotted name: NamedTuples, dataclasses and
+    transformers' ModelOutput by field, mappings by key, tuples by index. Caches of attention are
+    opened; other objects are left out, see `unread_outputs`."""
+    return {n: x for n, x in _walked(output, name) if _counts(x)}
+
+
+def unread_outputs(output: Any, name: str = "output") -> dict[str, str]:
+    """What of an output is no array and holds none that can be seen: name -> class."""
+    found = {n: x for n, x in _walked(output, name) if not _counts(x)}
+    return {n: type(x).__name__ for n, x in found.items()}
+
+
+def caches(output: Any, name: str = "output") -> list[str]:
+    """The names below which an output holds caches: what transformers' use_cache=True adds."""
+    if _cached(output) is not None:
+        return [name]
+    found: list[str] = []
+    for key, part in _inside(output) or []:
+        below = f"{name}.{key}"
+        found += [below] if key in _CACHES else caches(part, below)
+    return found
+
+
+_CACHES = ("past_key_values", "cache_params", "cache")
+
+
+def _walked(output: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Everything in an output that has no parts, None and texts left out."""
     if output is None or isinstance(output, str):
-        return {}
+        return
+    parts = _inside(output)
+    if parts is None:
+        yield name, output
+        return
+    for key, part in parts:
+        yield from _walked(part, f"{name}.{key}")
+
+
+def _counts(x: Any) -> bool:
+    if isinstance(x, bool | int | float | complex):
+        return True
+    return hasattr(x, "dtype") and not str(x.dtype).startswith("key")
+
+
+def _inside(output: Any) -> list[tuple[Any, Any]] | None:
+    """What an output consists of, if it is no leaf."""
     if hasattr(output, "_asdict"):
-        parts: Any = output._asdict().items()
-    elif isinstance(output, Mapping):
-        parts = output.items()
-    elif dataclasses.is_dataclass(output) and not hasattr(output, "shape"):
-        parts = ((f.name, getattr(output, f.name)) for f in dataclasses.fields(output))
-    elif isinstance(output, tuple | list):
-        parts = enumerate(output)
-    else:
-        return {name: output}
-    return {k: v for key, part in parts for k, v in named_outputs(part, f"{name}.{key}").items()}
+        return list(output._asdict().items())
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if dataclasses.is_dataclass(output) and not hasattr(output, "shape"):
+        return [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    return _cached(output)
+
+
+def _cached(output: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a cache as transformers has them: of a layer, keys and values, or states."""
+    both = {n: getattr(output, f"{n}_attention_cache", None) for n in ("self", "cross")}
+    if any(x is not None for x in both.values()):
+        return [(n, x) for n, x in both.items() if x is not None]
+    layers = getattr(output, "layers", None)
+    if not type(output).__name__.endswith("Cache") or not isinstance(layers, list):
+        return None
+    kept = ("keys", "values", "conv_states", "recurrent_states")
+    return [
+        (i, {n: x for n in kept if (x := getattr(layer, n, None)) is not None})
+        for i, layer in enumerate(layers)
+    ]

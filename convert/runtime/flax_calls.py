@@ -46,6 +46,17 @@ def record(module: FlaxModule, call: Call) -> Trace:
     return recorder.trace
 
 
+def record_again(module: Any, call: Call) -> Trace:
+    """A run in float32 as `trace_flax` makes it, that draws other random numbers: of generators
+    that the module holds, and of keys that it makes itself (which then are of another kind)."""
+    import jax
+
+    side = flax_module(module, "float32")
+    side.reseed()
+    with jax.default_prng_impl("rbg"):
+        return record(side, call)
+
+
 def watch(found: dict[Place, Any]) -> Around:
     """Puts every array that a submodule gives into `found`, in the order of execution.
 

@@ -1,4 +1,4 @@
-"""A Flax module of either kind, taken apart: a pure function of its values."""
+"""A Flax module, or a function with its parameters, taken apart: a pure function of its values."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from convert.runtime.arrays import dtype_in, is_array, is_inexact, leaves, to_numpy
+from convert.runtime.applied import Applied, as_applied, flattened
+from convert.runtime.arrays import dtype_in, is_array, is_inexact, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.interception import Around, intercepted
-from convert.runtime.precision import jax_precision
+from convert.runtime.linen_calls import (
+    generators,
+    mutable,
+    widened,
+    with_batch_statistics,
+    with_dropout,
+)
+from convert.runtime.narrow import widened_dtypes
+from convert.runtime.precision import jax_precision, wide_attributes
 from zoo.containers.errors import UsageError
 
 Values = dict[str, Any]  # dotted path -> array
 
-_DTYPES = ("dtype", "param_dtype")
-_LINEN_MUTABLE = ("batch_stats", "intermediates")
-
 
 def as_flax(given: Any, variables: Mapping[str, Any] | None) -> Any | None:
-    """An nnx.Module or a bound linen.Module, in eval mode and apart from the user's; None for what
-    is not a Flax module. UsageError for a linen module without variables."""
+    """An nnx.Module, a bound linen.Module or an Applied, in eval mode and apart from the user's;
+    None for what is none of these. UsageError for a linen module without variables."""
     from flax import linen, nnx
 
+    if isinstance(given, tuple) and len(given) == 2 and _is_linen_apply(given[0]):
+        given = given[0].__self__, given[1]
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], linen.Module):
         given, variables = given
     if isinstance(given, nnx.Module):
@@ -32,7 +40,7 @@ def as_flax(given: Any, variables: Mapping[str, Any] | None) -> Any | None:
         copied.eval()
         return copied
     if not isinstance(given, linen.Module):
-        return None
+        return as_applied(given)
     if variables is not None:
         if not isinstance(variables, Mapping):
             raise UsageError(
@@ -45,34 +53,24 @@ def as_flax(given: Any, variables: Mapping[str, Any] | None) -> Any | None:
                 f"wrap them: {{'params': variables}}; they have {', '.join(map(str, variables))}",
             )
         module = given.unbind()[0] if given.scope is not None else given
-        return _with_dropout(module.bind(variables))
+        return with_dropout(module.bind(variables))
     if given.scope is None:
         raise UsageError(
             f"{type(given).__name__} is a linen module without variables",
             "give (module, variables), or module.bind(variables)",
         )
-    return _with_dropout(given)
+    return with_dropout(given)
 
 
-def _with_dropout(module: Any) -> Any:
-    """The bound linen module with a generator for dropout: one that is left on is then found and
-    named, where it would only raise."""
-    import jax
+def _is_linen_apply(function: Any) -> bool:
+    from flax import linen
 
-    rngs = _linen_rngs(module)
-    if "dropout" in rngs:
-        return module
-    bare, variables = module.unbind()
-    rngs["dropout"] = jax.random.key(0)
-    return bare.bind(variables, rngs=rngs, mutable=module.scope.mutable)
-
-
-def _linen_rngs(module: Any) -> dict[str, Any]:
-    return {name: rng.as_jax_rng() for name, rng in module.scope.rngs.items()}
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, linen.Module) and getattr(function, "__name__", "") == "apply"
 
 
 def flax_module(module: Any, precision: str | None = None, training: bool = False) -> FlaxModule:
-    """`module`, an nnx.Module or a bound linen.Module, taken apart; it stays as it is.
+    """`module`, an nnx.Module, a bound linen.Module or an Applied, taken apart; it stays as it is.
 
     `precision` ("float32", "float64") casts values, and the dtypes that layers compute in; None
     leaves both. `training`: norms use and move their batch statistics. UsageError for what is
@@ -84,6 +82,8 @@ def flax_module(module: Any, precision: str | None = None, training: bool = Fals
         return _Nnx(module, precision, training)
     if isinstance(module, linen.Module) and module.scope is not None:
         return _Linen(module, precision, training)
+    if isinstance(module, Applied):
+        return _Function(module, precision, training)
     raise UsageError(
         f"{type(module).__name__} is neither an nnx.Module nor a bound flax.linen.Module",
         "give module.bind(variables) of a Linen module",
@@ -119,6 +119,9 @@ class FlaxModule:
         `around` takes the place of every submodule's call. May be traced by JAX."""
         raise NotImplementedError
 
+    def reseed(self) -> None:
+        """Other keys in the module's generators, so that a run draws other numbers."""
+
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as JAX arrays, floating-point ones in the module's precision."""
         arrays = {k: self._cast(to_numpy(x)) for k, x in call.arrays().items()}
@@ -151,9 +154,8 @@ class _Nnx(FlaxModule):
             self.modules[_dotted(path)] = part
             if training and isinstance(part, nnx.BatchNorm):
                 part.use_running_average = False
-            for name in _DTYPES if precision else ():  # nnx.Embed fixes its own when it is made
-                if _is_wide(vars(part).get(name)):
-                    setattr(part, name, np.dtype(precision))
+            for name in wide_attributes(part) if precision else ():  # nnx.Embed fixes its own
+                setattr(part, name, np.dtype(precision))
         self._graph, state = nnx.split(made)
         self._rest: dict[Any, Any] = {}
         self._variables: dict[str, tuple[Any, Any]] = {}
@@ -195,12 +197,18 @@ class _Nnx(FlaxModule):
         after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
         return output, {n: after[n] for n in self.values if n in after}
 
+    def reseed(self) -> None:
+        for path, variable in self._rest.items():
+            if _is_key(value := _raw(variable)):
+                self._rest[path] = variable.replace(_folded(value))
+
 
 class _Linen(FlaxModule):
     def __init__(self, module: Any, precision: str | None, training: bool) -> None:
         super().__init__(precision, training)
-        self._rngs = _linen_rngs(module)
-        self._mutable = _mutable(module.scope.mutable)
+        self._rngs = generators(module)
+        self._widened = widened_dtypes(module)
+        self._mutable = mutable(module.scope.mutable)
         self._module, variables = module.unbind()
         self._collections: dict[str, tuple[str, ...]] = {}
         self._rest: dict[tuple[str, ...], Any] = {}  # what was sown, and other trees of arrays
@@ -230,15 +238,18 @@ class _Linen(FlaxModule):
             if around is not None:
                 stack.enter_context(linen.intercept_methods(self._interceptor(around)))
             if self.training:
-                stack.enter_context(linen.intercept_methods(_with_batch_statistics))
+                stack.enter_context(linen.intercept_methods(with_batch_statistics))
             if self.precision:
-                stack.enter_context(widened(self.precision))
+                stack.enter_context(widened(self.precision, self._widened))
             output, moved = self._module.apply(
                 variables, *args, rngs=self._rngs, mutable=self._mutable, **kwargs
             )
         names = {path: n for n, path in self._collections.items()}
         after = {names[p]: _unboxed(v) for p, v in _flatten(moved).items() if p in names}
         return output, {**every, **after}
+
+    def reseed(self) -> None:
+        self._rngs = {name: _folded(key) for name, key in self._rngs.items()}
 
     def _interceptor(self, around: Around) -> Any:
         def intercept(proceed: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -250,6 +261,42 @@ class _Linen(FlaxModule):
             return around(path, module, proceed, args, dict(kwargs))
 
         return intercept
+
+
+class _Function(FlaxModule):
+    """All floating-point parameters count as trained; there are no layers to see."""
+
+    def __init__(self, module: Applied, precision: str | None, training: bool) -> None:
+        super().__init__(precision, training)
+        self._function = module.function
+        self._leaves, self._together = flattened(module.params)
+        self.modules[""] = module
+        with self.precise():
+            self.values = {n: self._cast(x) for n, x in self._leaves.items() if is_array(x)}
+        self._trained = set(self.values)
+
+    def __call__(
+        self, values: Values, args: Any, kwargs: Any, around: Around | None = None
+    ) -> tuple[Any, Values]:
+        every = {**self.values, **values}
+        module = Applied(self._function, self._together({**self._leaves, **every}))
+        self.modules = {"": module}
+        if around is None:
+            return module(*args, **kwargs), every
+        return around("", module, module.__call__, args, kwargs), every
+
+    def reseed(self) -> None:
+        self._leaves = {n: _folded(x) if _is_key(x) else x for n, x in self._leaves.items()}
+
+
+def _is_key(value: Any) -> bool:
+    return str(getattr(value, "dtype", "")).startswith("key")
+
+
+def _folded(key: Any) -> Any:
+    import jax
+
+    return jax.random.fold_in(key, 1)
 
 
 def _with_nnx_batch_statistics(around: Around | None) -> Around:
@@ -266,88 +313,6 @@ def _with_nnx_batch_statistics(around: Around | None) -> Around:
     return training
 
 
-def _with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Linen's BatchNorm in training mode, however the module calls it."""
-    from flax import linen
-
-    layer = context.module
-    if not isinstance(layer, linen.BatchNorm) or context.method_name != "__call__":
-        return call(*args, **kwargs)
-    given = layer.use_running_average
-    object.__setattr__(layer, "use_running_average", None)  # else the argument is refused
-    try:
-        return call(*args, **{**kwargs, "use_running_average": False})
-    finally:
-        object.__setattr__(layer, "use_running_average", given)
-
-
-@contextlib.contextmanager
-def widened(precision: str) -> Iterator[None]:
-    """Linen layers whose `dtype` is float32 computing in `precision`: NNX ones are cast as they are
-    copied, but Linen's exist only while they are called."""
-    from flax import linen
-
-    def compute(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        held = {n: vars(layer)[n] for n in _DTYPES if _is_wide(vars(layer).get(n))}
-        for name in held:
-            object.__setattr__(layer, name, np.dtype(precision))
-        try:
-            return call(*args, **kwargs)
-        finally:
-            for name, value in held.items():
-                object.__setattr__(layer, name, value)
-
-    with linen.intercept_methods(compute):
-        yield
-
-
-def narrow_operation(module: FlaxModule, call: Call) -> str | None:
-    """An operation that computes in fewer than 64 bits though `module` is in float64, if there is
-    one. Nothing is run. Raises what the module raises."""
-    import jax
-
-    with module.precise():
-        args, kwargs = module.arguments(call)
-
-        def forward(values: Values) -> Any:
-            output, after = module(values, args, kwargs)
-            return leaves(output), after
-
-        return _narrow(jax.make_jaxpr(forward)(module.values).jaxpr)
-
-
-def _narrow(jaxpr: Any) -> str | None:
-    import jax.numpy as jnp
-
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns") and (found := _narrow(inner)):
-                    return found
-        for out in equation.outvars:
-            dtype = getattr(out.aval, "dtype", None)
-            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-                continue
-            if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
-                return f"{equation.primitive.name} in {dtype.name}"
-    return None
-
-
-def _mutable(mutable: Any) -> Any:
-    """What a bound module may change, and what we want to see changed."""
-    if mutable is True:
-        return True
-    if mutable is False or mutable is None:
-        mutable = ()
-    if isinstance(mutable, str):
-        mutable = (mutable,)
-    if isinstance(mutable, tuple | list | set | frozenset):
-        return [*mutable, *(c for c in _LINEN_MUTABLE if c not in mutable)]
-    return mutable  # a DenyList
-
-
 def _renewed(variable: Any) -> Any:
     from flax import nnx
 
@@ -359,12 +324,6 @@ def _raw(variable: Any) -> Any:
     from flax import nnx
 
     return variable.get_raw_value() if isinstance(variable, nnx.Variable) else variable
-
-
-def _is_wide(dtype: Any) -> bool:
-    with contextlib.suppress(TypeError):
-        return dtype is not None and np.dtype(dtype) in (np.float32, np.float64)
-    return False
 
 
 def _dotted(path: Any) -> str:

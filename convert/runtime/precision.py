@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from zoo.containers.errors import MissingExtra
 
@@ -78,3 +81,19 @@ def torch_as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def wide_attributes(layer: Any) -> dict[str, Any]:
+    """What a Flax layer says it computes in and holds, where that is 32 or 64 bits."""
+    return {n: d for n, d in dtype_attributes(layer).items() if d in (np.float32, np.float64)}
+
+
+def dtype_attributes(layer: Any) -> dict[str, np.dtype]:
+    """What a Flax layer says it computes in and holds, where it says so."""
+    found = {}
+    for name in ("dtype", "param_dtype"):
+        value = vars(layer).get(name)
+        with contextlib.suppress(TypeError):
+            if value is not None:
+                found[name] = np.dtype(value)
+    return found

@@ -28,39 +28,44 @@ Enter = Callable[
 Leave = Callable[[str, Any, Any], Any]
 
 
-def trace_torch(module: Any, call: Call, precision: str = "float32") -> Trace:
+def trace_torch(module: Any, call: Call, precision: str = "float32", seed: int = 0) -> Trace:
     """Every call of every submodule of a torch.nn.Module, run once in `precision`.
 
     The run is that of a copy: mode, hooks, buffers and generators of `module` stay as they are.
     """
-    return record(replica(module, precision), call, precision)
+    return record(replica(module, precision), call, precision, seed)
 
 
 def record(
     module: Any,
     call: Call,
     precision: str,
+    seed: int = 0,
     change: Callable[[str, dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
 ) -> Trace:
     """As `trace_torch`, of the module itself. `change` gets a submodule's name and what it gives,
     and says what it gives on instead."""
     recorder = Recorder()
+    before: list[Any] = []  # of the calls that go on: the state of torch's generators
 
     def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = array_arguments(part.forward, args, kwargs)
         entry = recorder.enter(name, type(part).__name__, _numpy(given))
         entry.arguments = copied(args), copied(kwargs)
+        before.append(_generators())
         return args, kwargs
 
     def leave(name: str, part: Any, output: Any) -> Any:
         made = leaves(output)
         entry = recorder.leave(_numpy(made))
+        if _generators() != before.pop():
+            recorder.trace.drawing.append(name)
         if change is None:
             return output
         entry.outputs = change(name, entry.outputs)
         return replaced(output, _like(made, entry.outputs))
 
-    recorder.trace.output = run(module, call, precision, enter, leave)
+    recorder.trace.output = run(module, call, precision, enter, leave, seed)
     return recorder.trace
 
 
@@ -109,6 +114,16 @@ def run(module: Any, call: Call, precision: str, enter: Enter, leave: Leave, see
     ):
         torch.manual_seed(seed)
         return module(*args, **kwargs)
+
+
+def _generators() -> list[bytes]:
+    """The state of torch's generators."""
+    import torch
+
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states += torch.cuda.get_rng_state_all()
+    return [state.numpy().tobytes() for state in states]
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class Trace:
     calls: list[Recorded]
     notes: list[str]
     output: Any = None
+    # Submodules of torch that drew random numbers, the innermost before those around it.
+    drawing: list[str] = field(default_factory=list)
 
     def by_key(self) -> dict[tuple[str, int], Recorded]:
         """(name, index) -> call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import platform
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from zoo.containers.errors import printable
 
 FORMAT = 1  # of the JSON; docs/containers.md describes it
 
@@ -61,6 +64,20 @@ class Certificate:
     def to_json(self) -> str:
         """The text of certificate.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        told = {
+            "converted": f"{self.source} ({self.source_container})",
+            "to": f"{self.target} ({self.target_container})",
+            "model": self.model or self.layout,
+            "tensors": f"{len(self.tensors):,}",
+            "verified": ", ".join(f"{k} {v}" for k, v in self.verified.items()),
+            "made": self.created,
+        }
+        cells = {name: html.escape(printable(value)) for name, value in told.items()}
+        rows = (f"<tr><th>{name}</th><td>{cell}</td></tr>" for name, cell in cells.items())
+        return f"<table>{''.join(rows)}</table>"
 
     @classmethod
     def read(cls, path: Path) -> Certificate:

@@ -13,12 +13,29 @@ from convert.compare.report import Report
 from convert.judge.noise import EXACT, MARGIN
 from zoo.containers.errors import printable
 
+_WORST = 5  # rows that a notebook's cell shows
+
 
 def render(report: Report) -> str:
     """The page as text, to be written as UTF-8. Every name in it is escaped.
 
     It holds the report's JSON too, in the element `#report`. Needs the `report` extra.
     """
+    script = _part("script.js")
+    # Only this script runs, whatever else might get into the page.
+    hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _made("page.html", report, _part("style.css"), script=script, script_hash=hashed)
+
+
+def render_cell(report: Report) -> str:
+    """What a notebook shows: the verdict, where the two part, the levels, and the rows that differ
+    most; one element, without a script. Needs the `report` extra."""
+    bad = [(s, r) for s in page.sections(report) for r in s.bad]
+    worst = sorted(bad, key=lambda pair: -pair[1].ratio)[:_WORST]
+    return _made("cell.html", report, _part("cell.css"), worst=worst, differing=len(bad))
+
+
+def _made(template: str, report: Report, style: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
@@ -34,16 +51,13 @@ def render(report: Report) -> str:
     made.filters |= {f.__name__: f for f in filters}
     made.globals |= {"plots": plots, "STATISTICS": page.STATISTICS}
     made.globals |= {"EXACT": EXACT, "MARGIN": MARGIN}
-    script = _part("script.js")
     sections = page.sections(report)
-    return made.get_template("page.html").render(
+    return made.get_template(template).render(
         report=report,
         sections=sections,
         reason=page.reason(report, sections),
-        style=_part("style.css"),
-        script=script,
-        # Only this script runs, whatever else might get into the page.
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=style,
+        **values,
     )
 
 

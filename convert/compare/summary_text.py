@@ -1,12 +1,14 @@
-"""What `verify` prints: the verdict first, and no more than a screen."""
+"""What `verify` says on a terminal: the verdict first, and no more than a screen."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 
 import click
 
-from convert.cli.output import size, table
+from convert.compare.columns import size, table
 from convert.compare.report import Report
 from convert.diagnose.divergence import Divergence
 from convert.judge.bits import TensorDifference
@@ -18,8 +20,16 @@ _SHOWN = 5  # rows of a table
 _WIDTH = 96
 
 
-def report(found: Report, file: str | None = None) -> None:
-    """Verdict, where and why they part, then a line a level and what is farthest off."""
+def text(found: Report) -> str:
+    """What `report` prints, without what the command line adds."""
+    with contextlib.redirect_stdout(io.StringIO()) as made:
+        report(found, ways=False)
+    return made.getvalue().rstrip()
+
+
+def report(found: Report, file: str | None = None, *, ways: bool = True) -> None:
+    """Verdict, where and why they part, then a line a level and what is farthest off. `ways`: the
+    ways to see all of it."""
     click.echo(f"{found.verdict}: {printable(found.a)} and {printable(found.b)}")
     if found.first_divergence is not None:
         _divergence(found.first_divergence)
@@ -36,7 +46,7 @@ def report(found: Report, file: str | None = None) -> None:
     _training(found)
     _differences(found)
     _rows(found)
-    if found.verdict == "different" and file is None:
+    if ways and found.verdict == "different" and file is None:
         click.echo("  all of it: --report FILE.html, or --json")
     if file is not None:
         click.echo(f"  report: {printable(file)}")

@@ -1,0 +1,57 @@
+"""What a Flax module computes in, and whether it draws random numbers: read from its jaxpr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from convert.runtime.arrays import leaves
+from convert.runtime.call import Call
+from convert.runtime.flax_module import FlaxModule, Values
+
+_DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+def jaxpr_of(module: FlaxModule, call: Call) -> Any:
+    """The module's jaxpr. Nothing is run. Raises what the module raises."""
+    import jax
+
+    with module.precise():
+        args, kwargs = module.arguments(call)
+
+        def forward(values: Values) -> Any:
+            output, after = module(values, args, kwargs)
+            return leaves(output), after
+
+        return jax.make_jaxpr(forward)(module.values).jaxpr
+
+
+def narrow_operation(jaxpr: Any) -> str | None:
+    """An operation that computes in fewer than 64 bits, if there is one, in the jaxpr of a module
+    that is in float64."""
+    import jax.numpy as jnp
+
+    for equation in _equations(jaxpr):
+        for out in equation.outvars:
+            dtype = getattr(out.aval, "dtype", None)
+            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+                continue
+            if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
+                return f"{equation.primitive.name} in {dtype.name}"
+    return None
+
+
+def draws(jaxpr: Any) -> bool:
+    """Whether random numbers are drawn."""
+    return any(equation.primitive.name in _DRAWS for equation in _equations(jaxpr))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those of inner jaxprs before the one that holds them."""
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+        yield equation

@@ -1,0 +1,81 @@
+"""A bound Linen module's generators, what it may change, and how its layers compute."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from convert.runtime.precision import dtype_attributes, wide_attributes
+
+_MUTABLE = ("batch_stats", "intermediates")
+
+
+def with_dropout(module: Any) -> Any:
+    """The bound linen module with a generator for dropout: one that is left on is then found and
+    named, where it would only raise."""
+    import jax
+
+    rngs = generators(module)
+    if "dropout" in rngs:
+        return module
+    bare, variables = module.unbind()
+    rngs["dropout"] = jax.random.key(0)
+    return bare.bind(variables, rngs=rngs, mutable=module.scope.mutable)
+
+
+def generators(module: Any) -> dict[str, Any]:
+    """The keys of a bound module, by stream."""
+    return {name: rng.as_jax_rng() for name, rng in module.scope.rngs.items()}
+
+
+def with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Linen's BatchNorm in training mode, however the module calls it."""
+    from flax import linen
+
+    layer = context.module
+    if not isinstance(layer, linen.BatchNorm) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+    given = layer.use_running_average
+    object.__setattr__(layer, "use_running_average", None)  # else the argument is refused
+    try:
+        return call(*args, **{**kwargs, "use_running_average": False})
+    finally:
+        object.__setattr__(layer, "use_running_average", given)
+
+
+@contextlib.contextmanager
+def widened(precision: str, dtypes: Collection[str] = ()) -> Iterator[None]:
+    """Linen layers whose `dtype` is float32, or one of `dtypes`, computing in `precision`: NNX ones
+    are cast as they are copied, but Linen's exist only while they are called."""
+    from flax import linen
+
+    def compute(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        held = wide_attributes(layer)
+        held |= {n: d for n, d in dtype_attributes(layer).items() if d.name in dtypes}
+        for name in held:
+            object.__setattr__(layer, name, np.dtype(precision))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            for name, value in held.items():
+                object.__setattr__(layer, name, value)
+
+    with linen.intercept_methods(compute):
+        yield
+
+
+def mutable(given: Any) -> Any:
+    """What a bound module may change, and what we want to see changed."""
+    if given is True:
+        return True
+    if given is False or given is None:
+        given = ()
+    if isinstance(given, str):
+        given = (given,)
+    if isinstance(given, tuple | list | set | frozenset):
+        return [*given, *(c for c in _MUTABLE if c not in given)]
+    return given  # a DenyList
