@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
+from convert.compare.by_itself import judge_leaves, leaves_of
 from convert.compare.flax_side import FlaxSide
 from convert.compare.levels import compare_sides, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
@@ -18,6 +20,7 @@ from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
+from convert.judge.rows import Row
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
 from convert.runtime.fitting import input_names
@@ -83,6 +86,7 @@ class ModulePair:
             )
         found = pair_traces(pair, self.torch_trace, side, self.flax_trace)
         report.notices += found.notes
+        self.flax_modules = side.modules
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
 
@@ -142,7 +146,31 @@ class ModulePair:
         torch_side, flax_side = self._module_sides(options.seed)
         self._wide(torch_side, flax_side)
         pair = dataclasses.replace(self.pair, matches=self.matches)
-        compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+        layers = partial(self._by_itself, torch_side, flax_side)
+        compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair, layers)
+
+    def _by_itself(
+        self, torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]
+    ) -> list[Row]:
+        """Each leaf layer by itself, and in the notices what stays float32's."""
+        traces = self.torch_trace, self.flax_trace
+        leaves = leaves_of(self.layers, torch_side, self.flax_modules, *traces)
+        if not leaves:
+            return []
+        try:
+            rows = judge_leaves(leaves, torch_side, flax_side, outputs)
+        except Exception as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+            self.report.notices.append(f"no layer could be judged by itself in float64 ({why})")
+            return []
+        narrow = [r.name for r in rows if r.note and r.judged]
+        if narrow:
+            told = ", ".join(narrow[:8]) + (f" and {len(narrow) - 8} more" if narrow[8:] else "")
+            self.report.notices.append(
+                f"each of {len(rows)} layers was also judged by itself in float64, but for what "
+                f"computes in float32: {told}"
+            )
+        return rows
 
     def _module_sides(self, seed: int) -> tuple[TorchSide, FlaxSide]:
         pair = self.pair

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
 from zoo.layout.kinds import flax_kind, torch_kind
 
+LOG = logging.getLogger(__name__)
 _RULES: dict[str, Rule] = {
     "linear": linear, "embedding": embedding, "norm": norm, "batchnorm": norm,
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
@@ -56,10 +58,27 @@ class Explainer:
     def __call__(self, event: Event) -> Divergence | None:
         """The divergence, or None where it cannot be told from rounding inside the layer."""
         within = event.where in ("output", "raises") and not self._children(event.pair)
-        divergence = self._layer(event) if within else self._between(event)
+        try:
+            divergence = self._layer(event) if within else self._between(event)
+        except Exception:  # the place is known, whatever the cause
+            LOG.debug("explaining %s of %s", event.where, event.pair.torch, exc_info=True)
+            divergence = self._place(event, within)
         if divergence.cause == "unknown" and self.sure:
             return None
         return divergence
+
+    def _place(self, event: Event, within: bool) -> Divergence:
+        """Where it is, without a cause."""
+        if within:
+            return self._divergence(event, event.pair.torch or self._last(event), None, None)
+        return self._divergence(event, self._holding(event), None, self._neighbours(event))
+
+    def _holding(self, event: Event) -> str:
+        """The module whose code between two layers makes the event."""
+        container = event.visit.around if event.where == "input" else event.pair
+        if container is not None and container.torch:
+            return container.torch
+        return event.pair.torch if event.where == "input" else self._last(event)
 
     # --- A layer's own fault ---
 
@@ -111,9 +130,7 @@ class Explainer:
             partial(attention, case),
             partial(values, case, LIKELY),
         )
-        layer = self._unpaired(event, reason) or name
-        if not layer:
-            layer = event.pair.torch if event.where == "input" else self._last(event)
+        layer = self._unpaired(event, reason) or self._holding(event)
         return self._divergence(event, layer, reason, between)
 
     def _ordered(self, event: Event) -> Reason | None:

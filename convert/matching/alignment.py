@@ -104,7 +104,9 @@ def align(
     flax: Mapping[str, np.ndarray],
     allowed: Collection[str] | None = None,
 ) -> list[Aligned]:
-    """Pairs of arrays, each used once: of one name, else those that are equal, else in order.
+    """Pairs of arrays, each used once: of one name (a place in a tuple is none: cells give (c, h)
+    here, (h, c) there), else those that are equal, else of one place, else in order.
+
     `allowed` is `best_move`'s."""
     free = [n for n in torch if torch[n].size]
     pairs: dict[str, str] = {}
@@ -120,10 +122,13 @@ def align(
         move = best_move(a, b, allowed)
         return gap(to_flax(a, move, b.shape), b) <= 1e-5 * scale
 
-    def named(t: str, f: str) -> bool:
+    def positioned(t: str, f: str) -> bool:
         return t == f
 
-    for rule in (named, equal, lambda t, f: True):
+    def named(t: str, f: str) -> bool:
+        return t == f and not t.rpartition(".")[2].isdigit()
+
+    for rule in (named, equal, positioned, lambda t, f: True):
         for f in flax:
             if f in pairs or not flax[f].size:
                 continue

@@ -10,7 +10,7 @@ from convert.runtime.arrays import leaves, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.interception import Around
-from convert.runtime.trace import Place, Recorder, Trace, array_arguments
+from convert.runtime.trace import Place, Recorder, Trace, array_arguments, with_arguments
 
 
 def trace_flax(module: Any, call: Call, precision: str = "float32") -> Trace:
@@ -62,6 +62,29 @@ def watch(found: dict[Place, Any]) -> Around:
         index = counts.get(path, 0)
         counts[path] = index + 1
         output = proceed(*args, **kwargs)
+        for key, x in leaves(output).items():
+            found[path, index, key] = x
+        return output
+
+    return around
+
+
+def alone(found: dict[Place, Any], inputs: Mapping[tuple[str, int], Mapping[str, Any]]) -> Around:
+    """Each call that `inputs` names, by path and index, gets these arrays in place of its own, and
+    what it gives is put into `found`. As `watch`, it is made inside the function that is traced."""
+    here = _current_trace()
+    counts: dict[str, int] = {}
+
+    def around(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
+        if not path or _current_trace() != here:
+            return proceed(*args, **kwargs)
+        index = counts.get(path, 0)
+        counts[path] = index + 1
+        values = inputs.get((path, index))
+        if values is None:
+            return proceed(*args, **kwargs)
+        others, keywords = with_arguments(type(part).__call__, (part, *args), kwargs, values)
+        output = proceed(*others[1:], **keywords)
         for key, x in leaves(output).items():
             found[path, index, key] = x
         return output

@@ -317,21 +317,35 @@ def narrow_operation(module: FlaxModule, call: Call) -> str | None:
         return _narrow(jax.make_jaxpr(forward)(module.values).jaxpr)
 
 
+def narrow_outputs(jaxpr: Any) -> list[str | None]:
+    """Of each output of a jaxpr an operation in fewer than 64 bits on the way to it, if any."""
+    by: dict[Any, str] = {}
+    for equation in jaxpr.eqns:
+        before = (by.get(v) for v in equation.invars if not hasattr(v, "val"))
+        found = next(filter(None, before), None) or _narrow_equation(equation)
+        if found is not None:
+            by |= dict.fromkeys(equation.outvars, found)
+    return [None if hasattr(v, "val") else by.get(v) for v in jaxpr.outvars]
+
+
 def _narrow(jaxpr: Any) -> str | None:
+    return next(filter(None, map(_narrow_equation, jaxpr.eqns)), None)
+
+
+def _narrow_equation(equation: Any) -> str | None:
     import jax.numpy as jnp
 
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns") and (found := _narrow(inner)):
-                    return found
-        for out in equation.outvars:
-            dtype = getattr(out.aval, "dtype", None)
-            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-                continue
-            if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
-                return f"{equation.primitive.name} in {dtype.name}"
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns") and (found := _narrow(inner)):
+                return found
+    for out in equation.outvars:
+        dtype = getattr(out.aval, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
+            return f"{equation.primitive.name} in {dtype.name}"
     return None
 
 

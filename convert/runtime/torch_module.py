@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convert.runtime.arrays import dtype_in, is_inexact
@@ -76,9 +76,17 @@ def narrow_operation(module: Any, call: Call) -> str | None:
     """An operation that computes in fewer than 64 bits though `module` is in float64, if there is
     one. Runs the module once, on the call as it is."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     found: list[str] = []
+    with torch.no_grad(), narrow_watch(found.append):
+        module(*call.args, **call.kwargs)
+    return found[0] if found else None
+
+
+def narrow_watch(tell: Callable[[str], None]) -> Any:
+    """A context in which every operation of torch that gives fewer than 64 bits is told."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
@@ -90,9 +98,7 @@ def narrow_operation(module: Any, call: Call) -> str | None:
                     continue
                 if x.dtype not in (torch.float64, torch.complex128):
                     name = str(func).removeprefix("aten.").partition(".")[0]
-                    found.append(f"{name} in {str(x.dtype).removeprefix('torch.')}")
+                    tell(f"{name} in {str(x.dtype).removeprefix('torch.')}")
             return made
 
-    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
-        module(*call.args, **call.kwargs)
-    return found[0] if found else None
+    return Watch()  # type: ignore[no-untyped-call]
