@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from convert.matching.bare import match_left
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
+from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import state
 from zoo.layout.kinds import kinds, torch_kind
@@ -36,7 +38,18 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
             if not taken & set(m.flax):
                 found.append(m)
                 taken |= set(m.flax)
-    return found + _bare(module, found, flax, taken)
+    found += _bare(module, found, flax, taken)
+    return found + list(match_left(*_left(module, side, found), layers))
+
+
+def _left(module: Any, side: FlaxModule, found: list[Match]) -> tuple[Any, Any]:
+    """torch's parameters, and Flax's values, that no match has, as arrays."""
+    ours, theirs = (set(names) for names in unmatched(module, side, found))
+    trained = dict(module.named_parameters())
+    return (
+        {n: to_numpy(p) for n, p in trained.items() if n in ours},
+        {n: to_numpy(v) for n, v in side.values.items() if n in theirs},
+    )
 
 
 def _uncalled(
