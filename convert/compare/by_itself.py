@@ -29,10 +29,13 @@ from zoo.layout.kinds import flax_kind, torch_kind
 DIVIDED = "the outputs agree: the two layers only end at different places"
 
 
+_NEAR = 2.0**-10  # of the scale: inputs as far apart as that are one another's
+
+
 @dataclass(frozen=True)
 class Leaf:
-    """One call of a pair of layers that holds no other pair. `known`: layers of the two
-    frameworks, or of a kind that both mean alike, which do not end at different places."""
+    """One call of a pair of layers that holds no other pair. `known`: a kind of
+    layer that both frameworks have, and given the same: it ends at the same place."""
 
     pair: LayerPair
     index: int
@@ -66,12 +69,14 @@ def leaves_of(
             if leaf is not None:
                 known = "other" not in kinds and not list(ours[call.name].children())
                 known = known or ("other" not in kinds and "attention" in kinds)
+                known = known and leaf.known
                 found.append(dataclasses.replace(leaf, known=known))
     return found
 
 
 def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> Leaf | None:
-    """None where no input, or no output, of the two is the same."""
+    """None where no input, or no output, of the two can be the same. `known` where the whole run
+    gave both the same inputs, but for rounding."""
     wanted = "fciu" if looks_up else "fc"
     inputs = tuple(
         (a, theirs.inputs[a.flax].shape)
@@ -81,7 +86,12 @@ def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> 
     outputs = tuple(
         a for a in align(ours.outputs, theirs.outputs) if ours.outputs[a.torch].dtype.kind in "fc"
     )
-    return Leaf(pair, ours.index, inputs, outputs, False) if inputs and outputs else None
+    met = all(
+        gap(to_flax(ours.inputs[a.torch], a.move, shape), theirs.inputs[a.flax])
+        <= _NEAR * largest(theirs.inputs[a.flax])
+        for a, shape in inputs
+    )
+    return Leaf(pair, ours.index, inputs, outputs, met) if inputs and outputs else None
 
 
 def judge_leaves(

@@ -132,6 +132,7 @@ class FlaxSide(Side):
         places: list[Place] = []
         with precision_of("float64"):
             module = flax_module(self.module, "float64")
+            module.unroll = True
             args, kwargs = module.arguments(self.call)
 
             def forward(values: Values, given: list[Arrays]) -> list[Any]:

@@ -28,6 +28,7 @@ from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 from convert.runtime.precision import full_precision
 from convert.runtime.torch_module import state
+from convert.runtime.torch_recurrent import unstack
 from zoo.checkpoint.apply import apply
 from zoo.containers import dtypes
 from zoo.containers.errors import UsageError, ZooError
@@ -74,6 +75,7 @@ class ModulePair:
     """One pair, run once in float32 to see which layers and parameters are each other's."""
 
     def __init__(self, pair: Pair, report: Report) -> None:
+        unstack(pair.torch)  # apart from the user's own since `split_sides`
         self.pair = pair
         self.report = report
         self.torch_trace = traced(pair.torch, pair.call)

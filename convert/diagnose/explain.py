@@ -75,10 +75,40 @@ class Explainer:
 
     def _holding(self, event: Event) -> str:
         """The module whose code between two layers makes the event."""
+        if made := self._producer(event) or self._common(event):
+            return made
         container = event.visit.around if event.where == "input" else event.pair
         if container is not None and container.torch:
             return container.torch
         return event.pair.torch if event.where == "input" else self._last(event)
+
+    def _producer(self, event: Event) -> str | None:
+        """torch's module without a counterpart that gave the value which is wrong in Flax."""
+        if event.where != "input" or event.rough.size < 2:
+            return None
+        done = [c for c in self.reference.trace.calls if 0 < c.end < event.call.order]
+        for c in sorted(done, key=lambda c: -c.end):
+            same = (x for x in c.outputs.values() if x.shape == event.rough.shape)
+            if any(np.array_equal(x, event.rough) for x in same):
+                return c.name if c.name and c.name not in self.paired else None
+        return None
+
+    def _common(self, event: Event) -> str | None:
+        """The innermost of torch's modules around a wrong input and the last value before it."""
+        if event.where != "input":
+            return None
+        name = event.visit.around.torch if event.visit.around else ""
+        inside = [n for n in event.past if self._under(n, name)]
+        calls = self.reference.trace.calls
+        ended = [c for c in calls if inside and c.name == inside[-1] and c.end < event.call.order]
+        by_order = {c.order: c for c in calls}
+        parent = event.call.parent if ended else None
+        while parent is not None:
+            call = by_order[parent]
+            if call.order < ended[-1].order:
+                return call.name
+            parent = call.parent
+        return None
 
     # --- A layer's own fault ---
 

@@ -42,17 +42,26 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
     ]
     if not fitting and [n for n in torch if n != 1] == [n for n in flax if n != 1]:
         return ["ones"]
+    if not fitting and _split(torch, flax):
+        return ["split"]
     return fitting
+
+
+def _split(a: Shape, b: Shape) -> bool:
+    """Whether the one has the other's last axis as several: features as (heads, head_dim)."""
+    short, long = sorted((a, b), key=len)
+    n = len(short) - 1
+    return n > 0 and short[:n] == long[:n] and short[n] == int(np.prod(long[n:]))
 
 
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
-    return x.reshape(shape) if move == "ones" else _MOVES[move][0](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][0](x)
 
 
 def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
-    return x.reshape(shape) if move == "ones" else _MOVES[move][1](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][1](x)
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.matching.alignment import moves
 from convert.matching.pair import LayerPair, Pair
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.flax_module import FlaxModule, cell_path
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import compatible, flax_kind, torch_kind
@@ -90,25 +90,15 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
 
 def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
     """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
-    return {
-        name: CalledLayer(
-            name,
-            flax_kind(side.modules[name]),
-            _sizes(
-                np.shape(v) for n, v in side.values.items() if not name or n.startswith(name + ".")
-            ),
-            *rest,
-            total=_sizes(
-                (
-                    np.shape(v)
-                    for n, v in side.params.items()
-                    if not name or n.startswith(name + ".")
-                ),
-                axes=0,
-            ),
-        )
-        for name, *rest in _first_calls(trace)
-    }
+    values = side.unstacked()
+    found = {}
+    for name, *rest in _first_calls(trace):
+        below = [np.shape(v) for n, v in values.items() if not name or n.startswith(f"{name}.")]
+        if not below and (cell := cell_path(side, name)):
+            below = [np.shape(v) for n, v in values.items() if n.startswith(f"{cell}.")]
+        kind = flax_kind(side.modules[name])
+        found[name] = CalledLayer(name, kind, _sizes(below), *rest, total=_sizes(below, axes=0))
+    return found
 
 
 def _own_shapes(module: Any) -> list[tuple[int, ...]]:
@@ -199,7 +189,9 @@ def _same_sort(ours: CalledLayer, theirs: CalledLayer) -> bool:
 
 
 def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
-    if ours.kind in ("attention", "recurrent"):  # fused on one side, apart on the other
+    if ours.kind == "recurrent":
+        return sum(ours.sizes) == sum(theirs.sizes)
+    if ours.kind == "attention":  # fused on one side, apart on the other
         return sum(ours.sizes) <= sum(theirs.sizes)
     return ours.sizes == theirs.sizes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.runtime.arrays import leaves, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.flax_module import FlaxModule, cell_path, flax_module
 from convert.runtime.interception import Around
 from convert.runtime.trace import Place, Recorder, Trace, array_arguments, with_arguments
 
@@ -22,13 +22,18 @@ def trace_flax(module: Any, call: Call, precision: str = "float32") -> Trace:
 
 
 def record(module: FlaxModule, call: Call) -> Trace:
-    """An eager run, recorded. What raises ends the trace with a note; the calls before stay."""
+    """An eager run, recorded; from then on scanned layers of `module` are called one by one.
+
+    What raises ends the trace with a note; the calls before stay.
+    """
     recorder = Recorder()
+    unseen: list[str] = []
+    module.unroll = True
 
     def around(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         given = array_arguments(type(part).__call__, (part, *args), kwargs)
         if traced(given):
-            recorder.note(f"{path}: inside jit, scan or vmap there are no values to record")
+            unseen.append(path)
             return proceed(*args, **kwargs)
         recorder.enter(path, type(part).__name__, {k: to_numpy(v) for k, v in given.items()})
         output = proceed(*args, **kwargs)
@@ -43,6 +48,11 @@ def record(module: FlaxModule, call: Call) -> Trace:
             within = recorder.current.name if recorder.current else ""
             text = str(e).partition("\n")[0]
             recorder.note(f"{within or 'the module'} raises {type(e).__name__}: {text}")
+    # What is seen as a whole: layers of a stack one by one, a cell by what its RNN gives.
+    seen = {*module.stacks, *filter(None, (cell_path(module, p) for p in recorder.trace.names()))}
+    for path in dict.fromkeys(unseen):
+        if not any(path == s or path.startswith(f"{s}.") for s in seen):
+            recorder.note(f"{path}: inside jit, scan or vmap there are no values to record")
     return recorder.trace
 
 

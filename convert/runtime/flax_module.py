@@ -12,6 +12,7 @@ from convert.runtime.arrays import dtype_in, is_array, is_inexact, leaves, to_nu
 from convert.runtime.call import Call
 from convert.runtime.interception import Around, intercepted
 from convert.runtime.precision import jax_precision
+from convert.runtime.unrolled import Unrolled
 from zoo.containers.errors import UsageError
 
 Values = dict[str, Any]  # dotted path -> array
@@ -101,6 +102,8 @@ class FlaxModule:
         self._trained: set[str] = set()
         self._moving: set[str] = set()
         self.modules: dict[str, Any] = {}  # path -> submodule, as last seen
+        self.unroll = False  # whether scanned layers are called one by one where `around` is given
+        self.stacks: dict[str, int] = {}  # path of a scanned stack -> its layers, once it was run
 
     @property
     def params(self) -> Values:
@@ -118,6 +121,32 @@ class FlaxModule:
         """The output, and the values afterwards. `values` may leave out what stays as it is;
         `around` takes the place of every submodule's call. May be traced by JAX."""
         raise NotImplementedError
+
+    def unstacked(self) -> Values:
+        """`values`, with those of scanned stacks layer by layer: `layers.0.kernel`, ..."""
+        made: Values = {}
+        for name, value in self.values.items():
+            stack = next((s for s in self.stacks if name.startswith(f"{s}.")), None)
+            if stack is None:
+                made[name] = value
+                continue
+            rest = name.removeprefix(stack)
+            made |= {f"{stack}.{i}{rest}": x for i, x in enumerate(to_numpy(value))}
+        return made
+
+    @contextlib.contextmanager
+    def _layer_by_layer(self, values: Values, around: Around) -> Iterator[tuple[Unrolled, Around]]:
+        """`around` with the paths of single layers, and what knows them."""
+        scans = Unrolled(values)
+
+        def named(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
+            path = scans.path(path)
+            self.modules[path] = part
+            return around(path, part, proceed, args, kwargs)
+
+        with scans.running() if self.unroll else contextlib.nullcontext():
+            yield scans, named
+        self.stacks |= scans.stacks
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as JAX arrays, floating-point ones in the module's precision."""
@@ -190,7 +219,11 @@ class _Nnx(FlaxModule):
             output = module(*args, **kwargs)
         else:
             self.modules = {_dotted(p): m for p, m in nnx.iter_modules(module)}
-            with intercepted(self.modules, around):
+            every = {**self.values, **values}
+            with (
+                self._layer_by_layer(every, around) as (scans, named),
+                intercepted(dict(self.modules), named, scans.find),
+            ):
                 output = module(*args, **kwargs)
         after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
         return output, {n: after[n] for n in self.values if n in after}
@@ -228,7 +261,8 @@ class _Linen(FlaxModule):
         variables = _unflatten(flat)
         with contextlib.ExitStack() as stack:
             if around is not None:
-                stack.enter_context(linen.intercept_methods(self._interceptor(around)))
+                _, named = stack.enter_context(self._layer_by_layer(every, around))
+                stack.enter_context(linen.intercept_methods(self._interceptor(named)))
             if self.training:
                 stack.enter_context(linen.intercept_methods(_with_batch_statistics))
             if self.precision:
@@ -245,9 +279,7 @@ class _Linen(FlaxModule):
             module = context.module
             if context.method_name != "__call__" or module.scope is None:
                 return proceed(*args, **kwargs)
-            path = ".".join(module.path)
-            self.modules[path] = module
-            return around(path, module, proceed, args, dict(kwargs))
+            return around(".".join(module.path), module, proceed, args, dict(kwargs))
 
         return intercept
 
@@ -288,18 +320,33 @@ def widened(precision: str) -> Iterator[None]:
     from flax import linen
 
     def compute(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        held = {n: vars(layer)[n] for n in _DTYPES if _is_wide(vars(layer).get(n))}
-        for name in held:
+        # An RNN asks its cell for a state to start from without calling it.
+        layers = [
+            m for m in (context.module, getattr(context.module, "cell", None)) if m is not None
+        ]
+        held = [(m, n, vars(m)[n]) for m in layers for n in _DTYPES if _is_wide(vars(m).get(n))]
+        for layer, name, _ in held:
             object.__setattr__(layer, name, np.dtype(precision))
         try:
             return call(*args, **kwargs)
         finally:
-            for name, value in held.items():
+            for layer, name, value in held:
                 object.__setattr__(layer, name, value)
 
     with linen.intercept_methods(compute):
         yield
+
+
+def cell_path(module: FlaxModule, path: str) -> str:
+    """Where the cell of an RNN keeps its values, which in Linen may lie beside it; "" where there
+    is none."""
+    cell = getattr(module.modules.get(path), "cell", None)
+    if cell is None:
+        return ""
+    try:
+        return ".".join(cell.path)
+    except (AttributeError, ValueError):
+        return f"{path}.cell"
 
 
 def narrow_operation(module: FlaxModule, call: Call) -> str | None:

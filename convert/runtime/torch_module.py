@@ -8,6 +8,7 @@ from typing import Any
 
 from convert.runtime.arrays import dtype_in, is_inexact
 from convert.runtime.call import Call
+from convert.runtime.torch_recurrent import is_single
 from zoo.containers.errors import UsageError
 
 
@@ -59,10 +60,12 @@ def shaken(x: Any, generator: Any) -> Any:
 
 
 def state(module: Any) -> dict[str, Any]:
-    """Parameters and buffers, ties and what is not saved included."""
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
+    """Parameters and buffers, ties and what is not saved included; without the second names that
+    single layers of a recurrent stack have."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    every |= dict(module.named_buffers(remove_duplicate=False))
+    single = [n for n, part in module.named_modules() if is_single(part)]
+    return {n: t for n, t in every.items() if n.rpartition(".")[0] not in single}
 
 
 def norms(module: Any) -> Iterator[Any]:
