@@ -150,8 +150,8 @@ def _noise(side: TorchSide, call: Recorded, key: str, narrow: bool) -> float:
     float32 for what Flax may hold combined; and, where it computes in float32, its rounding."""
     part = dict(side.module.named_modules())[call.name]
     right = call.outputs[key]
-    prefix = f"{call.name}." if call.name else ""
-    rough = [n.removeprefix(prefix) for n in side.combined if n.startswith(prefix)]
+    names = {id(p): n for n, p in side.module.named_parameters()}
+    rough = [n for n, p in part.named_parameters() if names[id(p)] in side.combined]
     apart = []
     for i in range(RERUNS):
         moved = replica(part, "float64")

@@ -65,6 +65,7 @@ def _as_written(found: Divergence, reference: Reference) -> Divergence:
     between = found.between
     if between is not None:
         between = name(between[0]), name(between[1])
+        between = None if between[0] == between[1] else between  # all of it within the stack
     inside = found.layer if name(found.layer) != found.layer else ""
     said = f"{inside.rpartition('.')[2]} of {whole(inside)}: {found.diagnosis}" if inside else (
         found.diagnosis)  # fmt: skip

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.matching.alignment import moves
 from convert.matching.pair import LayerPair, Pair
+from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule, cell_path
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
@@ -32,6 +34,7 @@ class CalledLayer:
     parents: tuple[str, ...]  # the calls around its first call, from outside
     shape: tuple[int, ...]  # of what its first call gives
     total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
+    numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
 
 
 Layers = dict[str, CalledLayer]  # by dotted name
@@ -83,6 +86,7 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
             _sizes(_own_shapes(modules[name])),
             *rest,
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
+            numbers=partial(_sorted, list(modules[name].parameters())),
         )
         for name, *rest in _first_calls(trace)
     }
@@ -93,12 +97,19 @@ def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
     values = side.unstacked()
     found = {}
     for name, *rest in _first_calls(trace):
-        below = [np.shape(v) for n, v in values.items() if not name or n.startswith(f"{name}.")]
+        below = [v for n, v in values.items() if not name or n.startswith(f"{name}.")]
         if not below and (cell := cell_path(side, name)):
-            below = [np.shape(v) for n, v in values.items() if n.startswith(f"{cell}.")]
-        kind = flax_kind(side.modules[name])
-        found[name] = CalledLayer(name, kind, _sizes(below), *rest, total=_sizes(below, axes=0))
+            below = [v for n, v in values.items() if n.startswith(f"{cell}.")]
+        shapes = [np.shape(v) for v in below]
+        found[name] = CalledLayer(
+            name, flax_kind(side.modules[name]), _sizes(shapes), *rest,
+            total=_sizes(shapes, axes=0), numbers=partial(_sorted, below),
+        )  # fmt: skip
     return found
+
+
+def _sorted(arrays: list[Any]) -> np.ndarray:
+    return np.sort(np.concatenate([to_numpy(x).ravel() for x in arrays]))
 
 
 def _own_shapes(module: Any) -> list[tuple[int, ...]]:
@@ -224,7 +235,8 @@ def _own_leaves(ours: Layers, theirs: Layers, found: Found) -> None:
         if not same or x.total != y.total or _within(x, found) != _around(y, found):
             return -1.0
         names = [normal(layer.name).rpartition(".")[2] for layer in (x, y)]
-        return 1.0 + 0.5 * (names[0] == names[1]) if moves(x.shape, y.shape) else -1.0
+        alike = np.array_equal(x.numbers(), y.numbers())  # their values tell, if they are right
+        return 1.0 + 0.5 * (names[0] == names[1]) + alike if moves(x.shape, y.shape) else -1.0
 
     _aligned(a, b, found, score)
 
