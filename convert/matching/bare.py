@@ -66,7 +66,7 @@ def _alike(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 def _likeness(torch: str, flax: str) -> float:
     """How many words the two names share."""
     a, b = (re.findall(r"[a-z]+|\d+", n.lower()) for n in (torch, flax))
-    return len(set(a) & set(b)) + (a[-1] == b[-1])
+    return float(len(set(a) & set(b)) + (a[-1] == b[-1]))
 
 
 def operations(x: np.ndarray, y: np.ndarray) -> Ops | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -80,11 +80,8 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
     """The submodules that were called, in the order of their first call."""
     modules = dict(module.named_modules())
     return {
-        name: CalledLayer(
-            name,
-            torch_kind(modules[name]),
-            _sizes(_own_shapes(modules[name])),
-            *rest,
+        name: replace(
+            CalledLayer(name, torch_kind(modules[name]), _sizes(_own_shapes(modules[name])), *rest),
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
             numbers=partial(_sorted, list(modules[name].parameters())),
         )
@@ -101,10 +98,9 @@ def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
         if not below and (cell := cell_path(side, name)):
             below = [v for n, v in values.items() if n.startswith(f"{cell}.")]
         shapes = [np.shape(v) for v in below]
-        found[name] = CalledLayer(
-            name, flax_kind(side.modules[name]), _sizes(shapes), *rest,
-            total=_sizes(shapes, axes=0), numbers=partial(_sorted, below),
-        )  # fmt: skip
+        made = CalledLayer(name, flax_kind(side.modules[name]), _sizes(shapes), *rest)
+        numbers = partial(_sorted, below)
+        found[name] = replace(made, total=_sizes(shapes, axes=0), numbers=numbers)
     return found
 
 

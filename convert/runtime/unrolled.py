@@ -59,14 +59,15 @@ class Unrolled:
         for the backward pass."""
         import jax
 
+        patched: Any = jax
         with _PATCHING:
             scan, remat, checkpoint = jax.lax.scan, jax.remat, jax.checkpoint
-            jax.lax.scan = self._scan(scan)
-            jax.remat = jax.checkpoint = _as_it_is
+            patched.lax.scan = self._scan(scan)
+            patched.remat = patched.checkpoint = _as_it_is
             try:
                 yield
             finally:
-                jax.lax.scan, jax.remat, jax.checkpoint = scan, remat, checkpoint
+                patched.lax.scan, patched.remat, patched.checkpoint = scan, remat, checkpoint
 
     def _scan(self, original: Callable[..., Any]) -> Callable[..., Any]:
         import jax
