@@ -12,9 +12,9 @@ from convert.judge.noise import Arrays
 from convert.matching.pair import Match
 from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.flax_calls import watch
+from convert.runtime.flax_calls import alone, watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
-from convert.runtime.jaxpr import jaxpr_of, narrow_operation
+from convert.runtime.jaxpr import jaxpr_of, narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
 from convert.runtime.trace import Place
 from zoo.layout.ops import inverse
@@ -115,6 +115,35 @@ class FlaxSide(Side):
             return Trained(
                 losses, self.to_torch(jax.device_get({**params, **statistics})), gradients
             )
+
+    def alone(
+        self, inputs: Mapping[tuple[str, int], Arrays]
+    ) -> tuple[dict[Place, np.ndarray], dict[Place, str]]:
+        """What each of these calls (path, index) gives for these inputs in float64, with Flax's
+        axes, and which computes in float32 all the same. One function for all: what lies between
+        the calls is not computed."""
+        import jax
+        from jax.extend.core import jaxpr_as_fun
+
+        places: list[Place] = []
+        with precision_of("float64"):
+            module = flax_module(self.module, "float64")
+            module.unroll = True
+            args, kwargs = module.arguments(self.call)
+
+            def forward(values: Values, given: list[Arrays]) -> list[Any]:
+                found: dict[Place, Any] = {}
+                around = alone(found, dict(zip(inputs, given, strict=True)))
+                module(values, args, kwargs, around)
+                places.extend(found)
+                return list(found.values())
+
+            taken = module.values, list(inputs.values())
+            traced = jax.make_jaxpr(forward)(*taken)
+            made = jax.jit(jaxpr_as_fun(traced))(*jax.tree.leaves(taken))
+            narrow = zip(places, narrow_outputs(traced.jaxpr), strict=True)
+            arrays = {p: to_numpy(x) for p, x in zip(places, jax.device_get(made), strict=True)}
+            return arrays, {p: why for p, why in narrow if why is not None}
 
     def narrow_operation(self) -> str | None:
         return narrow_operation(jaxpr_of(flax_module(self.module, "float64"), self.call))

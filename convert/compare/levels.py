@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from convert.compare.by_itself import DIVIDED
 from convert.compare.outputs import compare_runs
 from convert.compare.report import Report
 from convert.compare.sides import Side
@@ -23,7 +24,6 @@ from convert.runtime.torch_module import norms
 if TYPE_CHECKING:
     from convert.compare.settings import Settings
 
-DIVIDED = "the outputs agree: the two layers only end at different places"
 Mode = Literal["forward", "backward", "training"]
 
 
@@ -34,11 +34,15 @@ def compare_sides(
     report: Report,
     options: Settings,
     pair: Callable[[], Pair],
+    layers: Callable[[list[Row]], list[Row]] | None = None,
 ) -> None:
-    """Fill `report` as far as its level asks for. To be called inside `full_precision`."""
+    """Fill `report` as far as its level asks for. `layers` judges layers by themselves, given the
+    rows of the outputs. To be called inside `full_precision`."""
     backward = report.level in ("gradients", "training")
     rows, report.gradients = compare_runs(reference, a, b, backward=backward)
     report.outputs = _outputs_decide(rows)
+    if layers is not None:
+        report.layers = layers(report.outputs)
     name_layers(report, reference)
     if report.level == "training":
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
@@ -57,7 +61,7 @@ def _outputs_decide(rows: list[Row]) -> list[Row]:
 def locate(report: Report, pair: Callable[[], Pair], seconds: float) -> None:
     """Say where the two part first, if they do; `seconds` at most go into a search for a cause."""
     levels: list[tuple[Mode, list[Row]]] = [
-        ("forward", report.outputs),
+        ("forward", [*report.outputs, *report.layers]),
         ("backward", report.gradients),
         ("training", [row for t in report.training for row in t.rows]),
     ]
@@ -135,4 +139,5 @@ def name_layers(report: Report, reference: TorchSide) -> None:
         return [dataclasses.replace(row, layer=row.layer or of(row.name)) for row in rows]
 
     report.outputs = named(report.outputs, lambda name: types.get(name, ""))
+    report.layers = named(report.layers, lambda name: types.get(name, ""))
     report.gradients = named(report.gradients, layer)

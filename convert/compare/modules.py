@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
+from convert.compare.by_itself import judge_leaves, leaves_of
 from convert.compare.flax_side import FlaxSide
 from convert.compare.levels import compare_sides, locate, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
@@ -20,6 +22,7 @@ from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
+from convert.judge.rows import Row
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
 from convert.runtime.applied import name_of
@@ -28,6 +31,7 @@ from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 from convert.runtime.precision import full_precision
 from convert.runtime.torch_module import state
+from convert.runtime.torch_recurrent import unstack
 from zoo.checkpoint.apply import apply
 from zoo.containers import dtypes
 from zoo.containers.errors import UsageError, ZooError
@@ -74,6 +78,7 @@ class ModulePair:
     """One pair, run once in float32 to see which layers and parameters are each other's."""
 
     def __init__(self, pair: Pair, report: Report) -> None:
+        unstack(pair.torch)  # apart from the user's own since `split_sides`
         self.pair = pair
         self.report = report
         self.torch_trace = traced(pair.torch, pair.call)
@@ -86,6 +91,7 @@ class ModulePair:
             )
         found = pair_traces(pair, self.torch_trace, side, self.flax_trace)
         report.notices += found.notes
+        self.flax_modules = side.modules
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
 
@@ -156,12 +162,38 @@ class ModulePair:
         self.report.notices += chance.notices()
         if chance.everywhere:
             self.report.outputs = rows
-            locate(self.report, lambda: pair)
+            locate(self.report, lambda: pair, options.explain)
         else:
             self._wide(torch_side, flax_side)
-            compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+            layers = partial(self._by_itself, torch_side, flax_side)
+            compare_sides(
+                torch_side, torch_side, flax_side, self.report, options, lambda: pair, layers
+            )
             self.report.outputs += rows
         chance.blame(self.report, {p.flax: p.torch for p in self.layers})
+
+    def _by_itself(
+        self, torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]
+    ) -> list[Row]:
+        """Each leaf layer by itself, and in the notices what stays float32's."""
+        traces = self.torch_trace, self.flax_trace
+        leaves = leaves_of(self.layers, torch_side, self.flax_modules, *traces)
+        if not leaves:
+            return []
+        try:
+            rows = judge_leaves(leaves, torch_side, flax_side, outputs)
+        except Exception as e:
+            why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+            self.report.notices.append(f"no layer could be judged by itself in float64 ({why})")
+            return []
+        narrow = [r.name for r in rows if r.note and r.judged]
+        if narrow:
+            told = ", ".join(narrow[:8]) + (f" and {len(narrow) - 8} more" if narrow[8:] else "")
+            self.report.notices.append(
+                f"each of {len(rows)} layers was also judged by itself in float64, but for what "
+                f"computes in float32: {told}"
+            )
+        return rows
 
     def _module_sides(
         self, seed: int, outputs: dict[str, str], chance: Randomness

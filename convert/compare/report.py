@@ -37,6 +37,8 @@ class Report:
     nbytes: int = 0
     differences: list[TensorDifference] = field(default_factory=list)
     outputs: list[Row] = field(default_factory=list)  # in the order of execution
+    # Each paired leaf layer by itself, fed torch's own inputs, in float64.
+    layers: list[Row] = field(default_factory=list)
     gradients: list[Row] = field(default_factory=list)
     training: list[Training] = field(default_factory=list)
     first_divergence: Divergence | None = None
@@ -54,6 +56,7 @@ class Report:
         """Every row of every level, in order."""
         return [
             *self.outputs,
+            *self.layers,
             *self.gradients,
             *(row for training in self.training for row in training.rows),
         ]
@@ -72,7 +75,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """As data for JSON: infinite and undefined numbers are null."""
         data = {"format": FORMAT, "verdict": self.verdict, **asdict(self)}
-        lists = [(data["outputs"], self.outputs), (data["gradients"], self.gradients)]
+        lists = [(data[k], getattr(self, k)) for k in ("outputs", "layers", "gradients")]
         for made, training in zip(data["training"], self.training, strict=True):
             lists.append((made["rows"], training.rows))
         for made, rows in lists:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded
 from zoo.layout.kinds import flax_kind, torch_kind
 
+LOG = logging.getLogger(__name__)
 _RULES: dict[str, Rule] = {
     "linear": linear, "embedding": embedding, "norm": norm, "batchnorm": norm,
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
@@ -57,7 +59,11 @@ class Explainer:
     def __call__(self, event: Event) -> Divergence | None:
         """The divergence, or None where it cannot be told from rounding inside the layer."""
         within = event.where in ("output", "raises") and not self._children(event.pair)
-        divergence = self._layer(event) if within else self._between(event)
+        try:
+            divergence = self._layer(event) if within else self._between(event)
+        except Exception:  # the place is known, whatever the cause
+            LOG.debug("explaining %s of %s", event.where, event.pair.torch, exc_info=True)
+            divergence = self._place(event, within)
         self.first = self.first or (event, divergence)
         if divergence.cause == "unknown" and self.sure:
             return None
@@ -71,6 +77,49 @@ class Explainer:
         """Flax's path of a torch layer, where it has one."""
         pair = self.paired.get(layer)
         return pair.flax if pair else None
+
+    def _place(self, event: Event, within: bool) -> Divergence:
+        """Where it is, without a cause."""
+        if within:
+            return self._divergence(event, event.pair.torch or self._last(event), None, None)
+        return self._divergence(event, self._holding(event), None, self._neighbours(event))
+
+    def _holding(self, event: Event) -> str:
+        """The module whose code between two layers makes the event."""
+        if made := self._producer(event) or self._common(event):
+            return made
+        container = event.visit.around if event.where == "input" else event.pair
+        if container is not None and container.torch:
+            return container.torch
+        return event.pair.torch if event.where == "input" else self._last(event)
+
+    def _producer(self, event: Event) -> str | None:
+        """torch's module without a counterpart that gave the value which is wrong in Flax."""
+        if event.where != "input" or event.rough.size < 2:
+            return None
+        done = [c for c in self.reference.trace.calls if 0 < c.end < event.call.order]
+        for c in sorted(done, key=lambda c: -c.end):
+            same = (x for x in c.outputs.values() if x.shape == event.rough.shape)
+            if any(np.array_equal(x, event.rough) for x in same):
+                return c.name if c.name and c.name not in self.paired else None
+        return None
+
+    def _common(self, event: Event) -> str | None:
+        """The innermost of torch's modules around a wrong input and the last value before it."""
+        if event.where != "input":
+            return None
+        name = event.visit.around.torch if event.visit.around else ""
+        inside = [n for n in event.past if self._under(n, name)]
+        calls = self.reference.trace.calls
+        ended = [c for c in calls if inside and c.name == inside[-1] and c.end < event.call.order]
+        by_order = {c.order: c for c in calls}
+        parent = event.call.parent if ended else None
+        while parent is not None:
+            call = by_order[parent]
+            if call.order < ended[-1].order:
+                return call.name
+            parent = call.parent
+        return None
 
     # --- A layer's own fault ---
 
@@ -122,9 +171,7 @@ class Explainer:
             partial(attention, case),
             partial(values, case, LIKELY),
         )
-        layer = self._unpaired(event, reason) or name
-        if not layer:
-            layer = event.pair.torch if event.where == "input" else self._last(event)
+        layer = self._unpaired(event, reason) or self._holding(event)
         return self._divergence(event, layer, reason, between)
 
     def _ordered(self, event: Event) -> Reason | None:

@@ -17,6 +17,7 @@ from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
+from convert.runtime.torch_recurrent import is_single, whole
 
 Mode = Literal["forward", "backward", "training"]
 
@@ -53,13 +54,35 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
         found = first_backward(pair, reference, side, walk, matched)
-    return found
+    return _as_written(found, reference) if found else None
+
+
+def _as_written(found: Divergence, reference: Reference) -> Divergence:
+    """The divergence by the names that torch's module has: one layer of a recurrent stack is not a
+    module of its own there, and the sentence says which it is."""
+
+    def name(layer: str) -> str:
+        return whole(layer) if is_single(reference.modules.get(layer)) else layer
+
+    if name(found.layer) == found.layer and (
+        not found.between or found.between == tuple(name(n) for n in found.between)
+    ):
+        return found
+    between = found.between
+    if between is not None:
+        between = name(between[0]), name(between[1])
+        between = None if between[0] == between[1] else between  # all of it within the stack
+    inside = found.layer if name(found.layer) != found.layer else ""
+    said = f"{inside.rpartition('.')[2]} of {whole(inside)}: {found.diagnosis}" if inside else (
+        found.diagnosis)  # fmt: skip
+    return dataclasses.replace(found, layer=name(found.layer), between=between, diagnosis=said)
 
 
 def _in_float64(pair: Pair, pairing: Pairing, seconds: float) -> Divergence | None:
     """What float32's rounding hides, if it can be named."""
     exact = Reference(pair.torch, pair.call, "float64")
     wide = flax_module(pair.flax, "float64")
+    wide.unroll = True
     exact.step(pairing.of_torch())
     explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, pairing.matches), sure=True)
     found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)

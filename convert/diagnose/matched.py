@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 from convert.diagnose.causes import Reason, found
 from convert.diagnose.hypotheses_tensors import explain_tensor
 from convert.matching.pair import Match
+from convert.matching.stacked import layer_by_layer
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
+from convert.runtime.torch_module import state
 from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes
 
@@ -22,19 +25,26 @@ class Matched:
 
     def __init__(self, module: Any, side: FlaxModule, matches: Sequence[Match]) -> None:
         self.modules = dict(module.named_modules())
-        state: dict[str, Any] = dict(module.named_parameters(remove_duplicate=False))
-        state |= dict(module.named_buffers(remove_duplicate=False))
+        tensors = state(module)
         self.names: dict[int, list[str]] = {}
-        for name, tensor in state.items():
+        for name, tensor in tensors.items():
             self.names.setdefault(id(tensor), []).append(name)
-        self.ids = {name: id(tensor) for name, tensor in state.items()}
-        self.torch = {n: to_numpy(t) for n, t in state.items()}
+        self.ids = {name: id(tensor) for name, tensor in tensors.items()}
+        self.torch = {n: to_numpy(t) for n, t in tensors.items()}
         self.flax = {n: to_numpy(v) for n, v in side.values.items()}
         self.matches = [
             m
             for m in matches
             if all(n in self.torch for n in m.torch) and all(n in self.flax for n in m.flax)
         ]
+        # Layer by layer where Flax stacks them, so that the one at fault is named.
+        self.single: list[Match] = []
+        for m in self.matches:
+            for one, place in layer_by_layer(m):
+                self.single.append(one)
+                if place is not None:
+                    held = zip(one.flax, m.flax, strict=True)
+                    self.flax |= {name: self.flax[stack][place] for name, stack in held}
         self._wrong: list[tuple[Match, Reason]] | None = None
 
     def expected(self, match: Match) -> list[np.ndarray]:
@@ -72,7 +82,10 @@ class Matched:
         )
 
     def _owner(self, match: Match) -> str:
-        return match.torch[0].rpartition(".")[0]
+        owner, _, leaf = match.torch[0].rpartition(".")
+        layer = re.search(r"_(l\d+(_reverse)?)$", leaf)
+        single = f"{owner}.{layer[1]}" if layer else owner  # of a stack that is called by layers
+        return single if single in self.modules else owner
 
     def wrong(self) -> list[tuple[Match, Reason]]:
         """Every match whose values differ, and why, in torch's order."""
@@ -82,7 +95,7 @@ class Matched:
         return self._wrong
 
     def _compare(self) -> Iterator[tuple[Match, Reason]]:
-        for match in self.matches:
+        for match in self.single:
             for name, right in zip(match.flax, self.expected(match), strict=True):
                 held = self.flax[name]
                 if right.shape == held.shape and np.array_equal(
@@ -111,7 +124,7 @@ class Matched:
     def _others(self, name: str) -> dict[str, np.ndarray]:
         """All other tensors of torch as Flax lays them out."""
         others = {}
-        for other in self.matches:
+        for other in self.single:
             for path, values in zip(other.flax, self.expected(other), strict=True):
                 if path != name:
                     several = len(other.flax) > 1

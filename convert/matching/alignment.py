@@ -42,17 +42,26 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
     ]
     if not fitting and [n for n in torch if n != 1] == [n for n in flax if n != 1]:
         return ["ones"]
+    if not fitting and _split(torch, flax):
+        return ["split"]
     return fitting
+
+
+def _split(a: Shape, b: Shape) -> bool:
+    """Whether the one has the other's last axis as several: features as (heads, head_dim)."""
+    short, long = sorted((a, b), key=len)
+    n = len(short) - 1
+    return n > 0 and short[:n] == long[:n] and short[n] == int(np.prod(long[n:]))
 
 
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
-    return x.reshape(shape) if move == "ones" else _MOVES[move][0](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][0](x)
 
 
 def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
-    return x.reshape(shape) if move == "ones" else _MOVES[move][1](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][1](x)
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:
@@ -104,7 +113,9 @@ def align(
     flax: Mapping[str, np.ndarray],
     allowed: Collection[str] | None = None,
 ) -> list[Aligned]:
-    """Pairs of arrays, each used once: of one name, else those that are equal, else in order.
+    """Pairs of arrays, each used once: of one name (a place in a tuple is none: cells give (c, h)
+    here, (h, c) there), else those that are equal, else of one place, else in order.
+
     `allowed` is `best_move`'s."""
     free = [n for n in torch if torch[n].size]
     pairs: dict[str, str] = {}
@@ -120,10 +131,13 @@ def align(
         move = best_move(a, b, allowed)
         return gap(to_flax(a, move, b.shape), b) <= 1e-5 * scale
 
-    def named(t: str, f: str) -> bool:
+    def positioned(t: str, f: str) -> bool:
         return t == f
 
-    for rule in (named, equal, lambda t, f: True):
+    def named(t: str, f: str) -> bool:
+        return t == f and not t.rpartition(".")[2].isdigit()
+
+    for rule in (named, equal, positioned, lambda t, f: True):
         for f in flax:
             if f in pairs or not flax[f].size:
                 continue

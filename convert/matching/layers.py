@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.matching.alignment import moves
 from convert.matching.pair import LayerPair, Pair
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.arrays import to_numpy
+from convert.runtime.flax_module import FlaxModule, cell_path
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import compatible, flax_kind, torch_kind
@@ -31,6 +33,8 @@ class CalledLayer:
     order: int
     parents: tuple[str, ...]  # the calls around its first call, from outside
     shape: tuple[int, ...]  # of what its first call gives
+    total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
+    numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
 
 
 Layers = dict[str, CalledLayer]  # by dotted name
@@ -53,6 +57,7 @@ def pair_layers(
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
     _containers(ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
+    _own_leaves(ours, theirs, found)
     modules = dict(pair.torch.named_modules())
     layers = []
     for name, layer in ours.items():
@@ -75,11 +80,10 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
     """The submodules that were called, in the order of their first call."""
     modules = dict(module.named_modules())
     return {
-        name: CalledLayer(
-            name,
-            torch_kind(modules[name]),
-            _sizes(p.shape for p in modules[name].parameters(recurse=False)),
-            *rest,
+        name: replace(
+            CalledLayer(name, torch_kind(modules[name]), _sizes(_own_shapes(modules[name])), *rest),
+            total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
+            numbers=partial(_sorted, list(modules[name].parameters())),
         )
         for name, *rest in _first_calls(trace)
     }
@@ -87,17 +91,32 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
 
 def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
     """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
-    return {
-        name: CalledLayer(
-            name,
-            flax_kind(side.modules[name]),
-            _sizes(
-                np.shape(v) for n, v in side.values.items() if not name or n.startswith(name + ".")
-            ),
-            *rest,
-        )
-        for name, *rest in _first_calls(trace)
-    }
+    values = side.unstacked()
+    found = {}
+    for name, *rest in _first_calls(trace):
+        below = [v for n, v in values.items() if not name or n.startswith(f"{name}.")]
+        if not below and (cell := cell_path(side, name)):
+            below = [v for n, v in values.items() if n.startswith(f"{cell}.")]
+        shapes = [np.shape(v) for v in below]
+        made = CalledLayer(name, flax_kind(side.modules[name]), _sizes(shapes), *rest)
+        numbers = partial(_sorted, below)
+        found[name] = replace(made, total=_sizes(shapes, axes=0), numbers=numbers)
+    return found
+
+
+def _sorted(arrays: list[Any]) -> np.ndarray:
+    return np.sort(np.concatenate([to_numpy(x).ravel() for x in arrays]))
+
+
+def _own_shapes(module: Any) -> list[tuple[int, ...]]:
+    """Shapes of a torch module's own parameters; of a weight that is computed from others
+    (weight_norm), the weight's."""
+    own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+    normed = "weight_g" in own and "weight_v" in own
+    if normed or hasattr(module, "parametrizations"):
+        own = {n: s for n, s in own.items() if n not in ("weight_g", "weight_v")}
+        own["weight"] = tuple(module.weight.shape)
+    return list(own.values())
 
 
 def _first_calls(trace: Trace) -> list[Any]:
@@ -117,8 +136,8 @@ def _first_calls(trace: Trace) -> list[Any]:
     return [(name, *rest) for name, rest in found.items()]
 
 
-def _sizes(shapes: Any) -> tuple[int, ...]:
-    return tuple(sorted(int(np.prod(s)) for s in shapes if len(s) > 1))
+def _sizes(shapes: Any, axes: int = 2) -> tuple[int, ...]:
+    return tuple(sorted(int(np.prod(s)) for s in shapes if len(s) >= axes))
 
 
 def _given(
@@ -177,7 +196,9 @@ def _same_sort(ours: CalledLayer, theirs: CalledLayer) -> bool:
 
 
 def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
-    if ours.kind in ("attention", "recurrent"):  # fused on one side, apart on the other
+    if ours.kind == "recurrent":
+        return sum(ours.sizes) == sum(theirs.sizes)
+    if ours.kind == "attention":  # fused on one side, apart on the other
         return sum(ours.sizes) <= sum(theirs.sizes)
     return ours.sizes == theirs.sizes
 
@@ -195,14 +216,52 @@ def _by_order(
     used = {f for f, _ in found.values()}
     a = [x for n, x in ours.items() if n not in found and x.kind != "other"]
     b = [x for n, x in theirs.items() if n not in used and x.kind != "other"]
+    _aligned(a, b, found, lambda x, y: _score(x, y, may))
+
+
+def _own_leaves(ours: Layers, theirs: Layers, found: Found) -> None:
+    """Layers of somebody's own that call no other, on one side at least, in one container: those
+    that hold as many numbers, aligned in their order."""
+    used = {f for f, _ in found.values()}
+    a = [x for n, x in ours.items() if n not in found and x.total and _calls_none(x, ours)]
+    b = [x for n, x in theirs.items() if n not in used and x.total and _calls_none(x, theirs)]
+
+    def score(x: CalledLayer, y: CalledLayer) -> float:
+        same = "other" in (x.kind, y.kind) or compatible(x.kind, y.kind)
+        if not same or x.total != y.total or _within(x, found) != _around(y, found):
+            return -1.0
+        names = [normal(layer.name).rpartition(".")[2] for layer in (x, y)]
+        alike = np.array_equal(x.numbers(), y.numbers())  # their values tell, if they are right
+        return 1.0 + 0.5 * (names[0] == names[1]) + alike if moves(x.shape, y.shape) else -1.0
+
+    _aligned(a, b, found, score)
+
+
+def _calls_none(layer: CalledLayer, layers: Layers) -> bool:
+    """Whether no layer with parameters is called inside; what computes a layer's own weight
+    (`parametrizations`) is a part of it."""
+    within = f"{layer.name}.parametrizations."
+    return not any(
+        layer.name in x.parents and x.total and not x.name.startswith(within)
+        for x in layers.values()
+    )
+
+
+def _aligned(
+    a: list[CalledLayer],
+    b: list[CalledLayer],
+    found: Found,
+    scored: Callable[[CalledLayer, CalledLayer], float],
+) -> None:
+    """The best alignment of two sequences into `found`."""
     best = np.zeros((len(a) + 1, len(b) + 1))
     for i in range(len(a) - 1, -1, -1):
         for j in range(len(b) - 1, -1, -1):
-            score = _score(a[i], b[j], may)
+            score = scored(a[i], b[j])
             best[i, j] = max(best[i + 1, j], best[i, j + 1], score + best[i + 1, j + 1])
     i = j = 0
     while i < len(a) and j < len(b):
-        score = _score(a[i], b[j], may)
+        score = scored(a[i], b[j])
         if score > 0 and best[i, j] == score + best[i + 1, j + 1]:
             found[a[i].name] = b[j].name, "order"
             i, j = i + 1, j + 1

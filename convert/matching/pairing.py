@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.torch_calls import trace_torch
 from convert.runtime.torch_module import state
+from convert.runtime.torch_recurrent import unstack
 from convert.runtime.trace import Trace
 from zoo.layout import Constant, Entry, Layout, Tensor, constant, tie
 
@@ -82,6 +85,7 @@ def pair_modules(pair: Pair) -> Pairing:
     former names a layer that is not called. The two biases of a torch recurrent layer have no match
     where Flax's cell has one: their sum is not an op.
     """
+    pair = dataclasses.replace(pair, torch=unstack(copy.deepcopy(pair.torch)))
     side = flax_module(pair.flax, "float32")
     traces = trace_torch(pair.torch, pair.call), record(side, pair.flax_call)
     return pair_traces(pair, traces[0], side, traces[1])

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from convert.matching.bare import match_left
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
+from convert.matching.stacked import restacked
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.flax_module import FlaxModule, cell_path
 from convert.runtime.torch_module import state
+from convert.runtime.torch_recurrent import is_single
 from zoo.layout.kinds import kinds, torch_kind
 from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run, run_shapes
 
@@ -30,30 +33,47 @@ _GATES = {
 def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list[Match]:
     """The matches of a torch module's tensors, from layers that are paired already."""
     modules = dict(module.named_modules())
-    flax = {n: tuple(np.shape(v)) for n, v in side.values.items()}
+    values = side.unstacked()
+    flax = {n: tuple(np.shape(v)) for n, v in values.items()}
     found: list[Match] = []
     taken: set[str] = set()
-    uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, layers, side)]
+    uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, layers, values)]
     for layer in [*layers, *uncalled]:
         for m in _of_layer(layer, modules[layer.torch], side, flax):
             m = _as_it_lies(m, module, side)
             if not taken & set(m.flax):
                 found.append(m)
                 taken |= set(m.flax)
-    return found + _bare(module, found, flax, taken)
+    found += _bare(module, found, flax, taken)
+    found += match_left(*_left(module, values, found), layers)
+    return list(restacked(found, side.stacks))
+
+
+def _left(module: Any, values: Mapping[str, Any], found: list[Match]) -> tuple[Any, Any]:
+    """torch's parameters, and Flax's values, that no match has, as arrays."""
+    ours, theirs = (set(names) for names in _unmatched(module, values, found))
+    trained = dict(module.named_parameters())
+    return (
+        {n: to_numpy(p) for n, p in trained.items() if n in ours},
+        {n: to_numpy(v) for n, v in values.items() if n in theirs},
+    )
 
 
 def _uncalled(
-    modules: Mapping[str, Any], layers: list[LayerPair], side: FlaxModule
+    modules: Mapping[str, Any], layers: list[LayerPair], values: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Layers of equal names that no recorded call paired: inside a scan, or not called at all."""
-    flax = {normal(n.rpartition(".")[0]): n.rpartition(".")[0] for n in side.values}
+    flax = {normal(n.rpartition(".")[0]): n.rpartition(".")[0] for n in values}
     paired = {p.torch for p in layers}
     return [(n, flax[normal(n)]) for n in modules if n not in paired and normal(n) in flax]
 
 
 def unmatched(module: Any, side: FlaxModule, matches: Any) -> tuple[list[str], list[str]]:
     """Names of torch's state (ties count once) and of Flax's values that no match has."""
+    return _unmatched(module, side.values, matches)
+
+
+def _unmatched(module: Any, values: Any, matches: Any) -> tuple[list[str], list[str]]:
     ours, theirs = ({n for m in matches for n in getattr(m, s)} for s in ("torch", "flax"))
     tensors = state(module)
     alias = {id(t): n for n, t in tensors.items() if n in ours}
@@ -63,7 +83,7 @@ def unmatched(module: Any, side: FlaxModule, matches: Any) -> tuple[list[str], l
         for n, t in tensors.items()
         if n not in ours and id(t) not in alias and not n.endswith(skip)
     ]
-    return left, [n for n in side.values if n not in theirs]
+    return left, [n for n in values if n not in theirs]
 
 
 def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> list[Match]:
@@ -71,13 +91,23 @@ def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> 
     own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
     own |= {n: tuple(b.shape) for n, b in module.named_buffers(recurse=False)}
     prefix = f"{layer.flax}." if layer.flax else ""
+    if not any(n.startswith(prefix) for n in flax):
+        prefix = f"{cell_path(side, layer.flax)}."
     below = {n.removeprefix(prefix): s for n, s in flax.items() if n.startswith(prefix)}
     matchers: dict[str, Callable[..., Found]] = {"attention": _attention, "recurrent": _recurrent}
     matcher: Callable[..., Found] = matchers.get(kind, _plain)
     made = matcher(module, kind, own, below, side.modules.get(layer.flax))
-    before = f"{layer.torch}." if layer.torch else ""
+
+    def named(leaf: str) -> str:
+        before, _, last = layer.torch.rpartition(".")
+        if is_single(module):  # the stack has its parameters
+            leaf = f"{leaf.removesuffix('_l0')}_{last}"
+        else:
+            before = layer.torch
+        return f"{before}.{leaf}" if before else leaf
+
     return [
-        Match(tuple(before + n for n in m.torch), tuple(prefix + n for n in m.flax), m.ops, m.kind)
+        Match(tuple(named(n) for n in m.torch), tuple(prefix + n for n in m.flax), m.ops, m.kind)
         for m in made
     ]
 

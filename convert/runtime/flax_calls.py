@@ -8,9 +8,9 @@ from typing import Any
 
 from convert.runtime.arrays import leaves, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.flax_module import FlaxModule, cell_path, flax_module
 from convert.runtime.interception import Around
-from convert.runtime.trace import Place, Recorder, Trace, array_arguments
+from convert.runtime.trace import Place, Recorder, Trace, array_arguments, with_arguments
 
 
 def trace_flax(module: Any, call: Call, precision: str = "float32") -> Trace:
@@ -22,13 +22,18 @@ def trace_flax(module: Any, call: Call, precision: str = "float32") -> Trace:
 
 
 def record(module: FlaxModule, call: Call) -> Trace:
-    """An eager run, recorded. What raises ends the trace with a note; the calls before stay."""
+    """An eager run, recorded; from then on scanned layers of `module` are called one by one.
+
+    What raises ends the trace with a note; the calls before stay.
+    """
     recorder = Recorder()
+    unseen: list[str] = []
+    module.unroll = True
 
     def around(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         given = array_arguments(type(part).__call__, (part, *args), kwargs)
         if traced(given):
-            recorder.note(f"{path}: inside jit, scan or vmap there are no values to record")
+            unseen.append(path)
             return proceed(*args, **kwargs)
         recorder.enter(path, type(part).__name__, {k: to_numpy(v) for k, v in given.items()})
         output = proceed(*args, **kwargs)
@@ -43,6 +48,11 @@ def record(module: FlaxModule, call: Call) -> Trace:
             within = recorder.current.name if recorder.current else ""
             text = str(e).partition("\n")[0]
             recorder.note(f"{within or 'the module'} raises {type(e).__name__}: {text}")
+    # What is seen as a whole: layers of a stack one by one, a cell by what its RNN gives.
+    seen = {*module.stacks, *filter(None, (cell_path(module, p) for p in recorder.trace.names()))}
+    for path in dict.fromkeys(unseen):
+        if not any(path == s or path.startswith(f"{s}.") for s in seen):
+            recorder.note(f"{path}: inside jit, scan or vmap there are no values to record")
     return recorder.trace
 
 
@@ -73,6 +83,29 @@ def watch(found: dict[Place, Any]) -> Around:
         index = counts.get(path, 0)
         counts[path] = index + 1
         output = proceed(*args, **kwargs)
+        for key, x in leaves(output).items():
+            found[path, index, key] = x
+        return output
+
+    return around
+
+
+def alone(found: dict[Place, Any], inputs: Mapping[tuple[str, int], Mapping[str, Any]]) -> Around:
+    """Each call that `inputs` names, by path and index, gets these arrays in place of its own, and
+    what it gives is put into `found`. As `watch`, it is made inside the function that is traced."""
+    here = _current_trace()
+    counts: dict[str, int] = {}
+
+    def around(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
+        if not path or _current_trace() != here:
+            return proceed(*args, **kwargs)
+        index = counts.get(path, 0)
+        counts[path] = index + 1
+        values = inputs.get((path, index))
+        if values is None:
+            return proceed(*args, **kwargs)
+        others, keywords = with_arguments(type(part).__call__, (part, *args), kwargs, values)
+        output = proceed(*others[1:], **keywords)
         for key, x in leaves(output).items():
             found[path, index, key] = x
         return output

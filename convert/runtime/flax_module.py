@@ -21,6 +21,7 @@ from convert.runtime.linen_calls import (
 )
 from convert.runtime.narrow import widened_dtypes
 from convert.runtime.precision import jax_precision, wide_attributes
+from convert.runtime.unrolled import Unrolled
 from zoo.containers.errors import UsageError
 
 Values = dict[str, Any]  # dotted path -> array
@@ -101,6 +102,8 @@ class FlaxModule:
         self._trained: set[str] = set()
         self._moving: set[str] = set()
         self.modules: dict[str, Any] = {}  # path -> submodule, as last seen
+        self.unroll = False  # whether scanned layers are called one by one where `around` is given
+        self.stacks: dict[str, int] = {}  # path of a scanned stack -> its layers, once it was run
 
     @property
     def params(self) -> Values:
@@ -121,6 +124,32 @@ class FlaxModule:
 
     def reseed(self) -> None:
         """Other keys in the module's generators, so that a run draws other numbers."""
+
+    def unstacked(self) -> Values:
+        """`values`, with those of scanned stacks layer by layer: `layers.0.kernel`, ..."""
+        made: Values = {}
+        for name, value in self.values.items():
+            stack = next((s for s in self.stacks if name.startswith(f"{s}.")), None)
+            if stack is None:
+                made[name] = value
+                continue
+            rest = name.removeprefix(stack)
+            made |= {f"{stack}.{i}{rest}": x for i, x in enumerate(to_numpy(value))}
+        return made
+
+    @contextlib.contextmanager
+    def _layer_by_layer(self, values: Values, around: Around) -> Iterator[tuple[Unrolled, Around]]:
+        """`around` with the paths of single layers, and what knows them."""
+        scans = Unrolled(values)
+
+        def named(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
+            path = scans.path(path)
+            self.modules[path] = part
+            return around(path, part, proceed, args, kwargs)
+
+        with scans.running() if self.unroll else contextlib.nullcontext():
+            yield scans, named
+        self.stacks |= scans.stacks
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as JAX arrays, floating-point ones in the module's precision."""
@@ -192,7 +221,11 @@ class _Nnx(FlaxModule):
             output = module(*args, **kwargs)
         else:
             self.modules = {_dotted(p): m for p, m in nnx.iter_modules(module)}
-            with intercepted(self.modules, around):
+            every = {**self.values, **values}
+            with (
+                self._layer_by_layer(every, around) as (scans, named),
+                intercepted(dict(self.modules), named, scans.find),
+            ):
                 output = module(*args, **kwargs)
         after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
         return output, {n: after[n] for n in self.values if n in after}
@@ -236,7 +269,8 @@ class _Linen(FlaxModule):
         variables = _unflatten(flat)
         with contextlib.ExitStack() as stack:
             if around is not None:
-                stack.enter_context(linen.intercept_methods(self._interceptor(around)))
+                _, named = stack.enter_context(self._layer_by_layer(every, around))
+                stack.enter_context(linen.intercept_methods(self._interceptor(named)))
             if self.training:
                 stack.enter_context(linen.intercept_methods(with_batch_statistics))
             if self.precision:
@@ -256,9 +290,7 @@ class _Linen(FlaxModule):
             module = context.module
             if context.method_name != "__call__" or module.scope is None:
                 return proceed(*args, **kwargs)
-            path = ".".join(module.path)
-            self.modules[path] = module
-            return around(path, module, proceed, args, dict(kwargs))
+            return around(".".join(module.path), module, proceed, args, dict(kwargs))
 
         return intercept
 
@@ -311,6 +343,18 @@ def _with_nnx_batch_statistics(around: Around | None) -> Around:
         return around(path, part, proceed, args, kwargs)
 
     return training
+
+
+def cell_path(module: FlaxModule, path: str) -> str:
+    """Where the cell of an RNN keeps its values, which in Linen may lie beside it; "" where there
+    is none."""
+    cell = getattr(module.modules.get(path), "cell", None)
+    if cell is None:
+        return ""
+    try:
+        return ".".join(cell.path)
+    except (AttributeError, ValueError):
+        return f"{path}.cell"
 
 
 def _renewed(variable: Any) -> Any:

@@ -15,8 +15,13 @@ Around = Callable[[str, Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]
 
 
 @contextlib.contextmanager
-def intercepted(modules: Mapping[str, Any], around: Around) -> Iterator[None]:
+def intercepted(
+    modules: Mapping[str, Any],
+    around: Around,
+    find: Callable[[Any, Mapping[str, Any], dict[int, str]], str | None],
+) -> Iterator[None]:
     """`around` the `__call__` of each of these NNX modules; the classes are restored afterwards.
+    `find` says what a module is that was made meanwhile.
 
     A module is known by its identity, so that others of its class pass through, and so does what a
     `__call__` asks of its own base class.
@@ -28,6 +33,8 @@ def intercepted(modules: Mapping[str, Any], around: Around) -> Iterator[None]:
         @functools.wraps(original)
         def called(self: Any, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(self))
+            if path is None:
+                path = find(self, modules, paths)
             if path is None or any(a is self for a in active):
                 return original(self, *args, **kwargs)
             active.append(self)

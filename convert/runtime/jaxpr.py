@@ -29,15 +29,31 @@ def jaxpr_of(module: FlaxModule, call: Call) -> Any:
 def narrow_operation(jaxpr: Any) -> str | None:
     """An operation that computes in fewer than 64 bits, if there is one, in the jaxpr of a module
     that is in float64."""
+    return next(filter(None, map(_narrow, _equations(jaxpr))), None)
+
+
+def narrow_outputs(jaxpr: Any) -> list[str | None]:
+    """Of each output of a jaxpr an operation in fewer than 64 bits on the way to it, if any."""
+    by: dict[Any, str] = {}
+    for equation in jaxpr.eqns:
+        before = (by.get(v) for v in equation.invars if not hasattr(v, "val"))
+        inside = filter(None, map(_narrow, (*_inner(equation), equation)))
+        found = next(filter(None, before), None) or next(inside, None)
+        if found is not None:
+            by |= dict.fromkeys(equation.outvars, found)
+    return [None if hasattr(v, "val") else by.get(v) for v in jaxpr.outvars]
+
+
+def _narrow(equation: Any) -> str | None:
+    """The equation, where it computes in fewer than 64 bits."""
     import jax.numpy as jnp
 
-    for equation in _equations(jaxpr):
-        for out in equation.outvars:
-            dtype = getattr(out.aval, "dtype", None)
-            if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
-                continue
-            if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
-                return f"{equation.primitive.name} in {dtype.name}"
+    for out in equation.outvars:
+        dtype = getattr(out.aval, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        if dtype.itemsize < (16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8):
+            return f"{equation.primitive.name} in {dtype.name}"
     return None
 
 
@@ -49,9 +65,14 @@ def draws(jaxpr: Any) -> bool:
 def _equations(jaxpr: Any) -> Iterator[Any]:
     """Every equation, those of inner jaxprs before the one that holds them."""
     for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+        yield from _inner(equation)
         yield equation
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    """The equations of the jaxprs that an equation holds."""
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

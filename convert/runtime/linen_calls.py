@@ -53,19 +53,30 @@ def widened(precision: str, dtypes: Collection[str] = ()) -> Iterator[None]:
     from flax import linen
 
     def compute(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        layer = context.module
-        held = wide_attributes(layer)
-        held |= {n: d for n, d in dtype_attributes(layer).items() if d.name in dtypes}
-        for name in held:
+        # An RNN asks its cell for a state to start from without calling it.
+        layers = [context.module, getattr(context.module, "cell", None)]
+        held = [
+            (layer, name, value)
+            for layer in layers
+            if layer is not None
+            for name, value in _narrowed(layer, dtypes).items()
+        ]
+        for layer, name, _ in held:
             object.__setattr__(layer, name, np.dtype(precision))
         try:
             return call(*args, **kwargs)
         finally:
-            for name, value in held.items():
+            for layer, name, value in held:
                 object.__setattr__(layer, name, value)
 
     with linen.intercept_methods(compute):
         yield
+
+
+def _narrowed(layer: Any, dtypes: Collection[str]) -> dict[str, Any]:
+    """The attributes of a layer that say what it computes in, where that is to be widened."""
+    narrow = {n: d for n, d in dtype_attributes(layer).items() if d.name in dtypes}
+    return dict(wide_attributes(layer)) | narrow
 
 
 def mutable(given: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from convert.runtime.arrays import dtype_in, is_inexact, leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.precision import torch_as_written
-from convert.runtime.torch_module import replica
+from convert.runtime.torch_module import narrow_watch, replica
 from convert.runtime.trace import (
     Place,
     Recorded,
@@ -67,6 +67,34 @@ def record(
 
     recorder.trace.output = run(module, call, precision, enter, leave, seed)
     return recorder.trace
+
+
+def record_narrow(module: Any, call: Call) -> tuple[Trace, dict[tuple[str, int], str]]:
+    """As `record` in float64, and of each call that computes in fewer than 64 bits by which
+    operation: its own or one of a submodule's."""
+    recorder = Recorder()
+    stack: list[Recorded] = []
+    narrow: dict[tuple[str, int], str] = {}
+
+    def tell(operation: str) -> None:
+        for entry in stack:
+            narrow.setdefault(entry.key, operation)
+
+    def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = array_arguments(part.forward, args, kwargs)
+        entry = recorder.enter(name, type(part).__name__, _numpy(given))
+        entry.arguments = copied(args), copied(kwargs)
+        stack.append(entry)
+        return args, kwargs
+
+    def leave(name: str, part: Any, output: Any) -> Any:
+        stack.pop()
+        recorder.leave(_numpy(leaves(output)))
+        return output
+
+    with narrow_watch(tell):
+        recorder.trace.output = run(module, call, "float64", enter, leave)
+    return recorder.trace, narrow
 
 
 def record_forced(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convert.runtime.arrays import dtype_in, is_inexact
 from convert.runtime.call import Call
+from convert.runtime.torch_recurrent import is_single
 from zoo.containers.errors import UsageError
 
 
@@ -59,10 +60,12 @@ def shaken(x: Any, generator: Any) -> Any:
 
 
 def state(module: Any) -> dict[str, Any]:
-    """Parameters and buffers, ties and what is not saved included."""
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(
-        module.named_buffers(remove_duplicate=False)
-    )
+    """Parameters and buffers, ties and what is not saved included; without the second names that
+    single layers of a recurrent stack have."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    every |= dict(module.named_buffers(remove_duplicate=False))
+    single = [n for n, part in module.named_modules() if is_single(part)]
+    return {n: t for n, t in every.items() if n.rpartition(".")[0] not in single}
 
 
 def norms(module: Any) -> Iterator[Any]:
@@ -76,9 +79,17 @@ def narrow_operation(module: Any, call: Call) -> str | None:
     """An operation that computes in fewer than 64 bits though `module` is in float64, if there is
     one. Runs the module once, on the call as it is."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     found: list[str] = []
+    with torch.no_grad(), narrow_watch(found.append):
+        module(*call.args, **call.kwargs)
+    return found[0] if found else None
+
+
+def narrow_watch(tell: Callable[[str], None]) -> Any:
+    """A context in which every operation of torch that gives fewer than 64 bits is told."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
@@ -90,9 +101,7 @@ def narrow_operation(module: Any, call: Call) -> str | None:
                     continue
                 if x.dtype not in (torch.float64, torch.complex128):
                     name = str(func).removeprefix("aten.").partition(".")[0]
-                    found.append(f"{name} in {str(x.dtype).removeprefix('torch.')}")
+                    tell(f"{name} in {str(x.dtype).removeprefix('torch.')}")
             return made
 
-    with torch.no_grad(), Watch():  # type: ignore[no-untyped-call]
-        module(*call.args, **call.kwargs)
-    return found[0] if found else None
+    return Watch()  # type: ignore[no-untyped-call]

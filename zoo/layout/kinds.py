@@ -187,8 +187,8 @@ BUILT_IN = (
     Kind(
         "norm",
         torch=r"LayerNorm|GroupNorm|\w*RMSNorm|\w*LayerNorm|InstanceNorm[123]d",
-        nnx="LayerNorm|GroupNorm|RMSNorm|InstanceNorm",
-        linen="LayerNorm|GroupNorm|RMSNorm|InstanceNorm",
+        nnx=r"\w*LayerNorm|GroupNorm|\w*RMSNorm|InstanceNorm",
+        linen=r"\w*LayerNorm|GroupNorm|\w*RMSNorm|InstanceNorm",
         compact="LayerNorm",
         leaves={"weight": Leaf("scale"), "bias": Leaf("bias")},
         attributes=(

@@ -1,0 +1,109 @@
+"""Parameters that no pair of layers has: of somebody's own layer here that is a bare parameter
+there, or that has another name. Shapes, names and the values themselves tell which is which."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from convert.matching.pair import LayerPair, Match
+from zoo.layout.ops import Merge, Op, Ops, Permute, Split, run, run_shapes
+
+Arrays = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+
+
+def match_left(ours: Arrays, theirs: Arrays, layers: list[LayerPair]) -> Iterator[Match]:
+    """Matches of what is left on both sides, within one paired container and of one size.
+
+    Two tensors match only where the one holds the other's values, in whatever order, or, several
+    taken together, where all of them do: what is computed from a tensor is not the tensor.
+    """
+    by_torch = {p.torch: p.flax for p in layers} | {"": ""}
+    by_flax = {p.flax for p in layers} | {""}
+    groups: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
+    for name, x in ours.items():
+        groups.setdefault((by_torch[_within(name, by_torch)], x.size), ([], []))[0].append(name)
+    for name, x in theirs.items():
+        groups.setdefault((_within(name, by_flax), x.size), ([], []))[1].append(name)
+    for a, b in groups.values():
+        yield from _group(ours, theirs, a, b)
+
+
+def _within(name: str, paired: object) -> str:
+    """The innermost paired module around a tensor."""
+    parts = name.split(".")[:-1]
+    held = (".".join(parts[:k]) for k in range(len(parts), -1, -1))
+    return next(n for n in held if n in paired)  # type: ignore[operator]
+
+
+def _group(ours: Arrays, theirs: Arrays, a: list[str], b: list[str]) -> Iterator[Match]:
+    together = len(a) == len(b) and _alike([ours[n] for n in a], [theirs[n] for n in b])
+    able = sorted(
+        itertools.product(range(len(a)), range(len(b))),
+        key=lambda ij: (-_likeness(a[ij[0]], b[ij[1]]), abs(ij[0] - ij[1]), ij),
+    )
+    done: set[tuple[str, int]] = set()
+    for i, j in able:
+        x, y = ours[a[i]], theirs[b[j]]
+        if {("a", i), ("b", j)} & done or not (together or _alike([x], [y])):
+            continue
+        ops = operations(x, y)
+        if ops is not None:
+            done |= {("a", i), ("b", j)}
+            yield Match((a[i],), (b[j],), ops, "param")
+
+
+def _alike(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+    """Whether two sets of arrays hold the same numbers, which are not all one number."""
+    x, y = (np.sort(np.concatenate([np.ravel(v) for v in side])) for side in (a, b))
+    return x.size == y.size and x.size > 1 and x[0] != x[-1] and np.array_equal(x, y)
+
+
+def _likeness(torch: str, flax: str) -> float:
+    """How many words the two names share."""
+    a, b = (re.findall(r"[a-z]+|\d+", n.lower()) for n in (torch, flax))
+    return float(len(set(a) & set(b)) + (a[-1] == b[-1]))
+
+
+def operations(x: np.ndarray, y: np.ndarray) -> Ops | None:
+    """The ops that make torch's `x` Flax's `y`, the first whose shapes fit where none gives its
+    values; None where no shape fits."""
+    n = x.ndim
+    able: list[Ops] = [()]
+    if n == 2:
+        able.append((Permute((1, 0)),))
+    if n > 2:
+        able.append((Permute((*range(2, n), 1, 0)),))
+    ones = _ones(x.shape, y.shape)
+    if ones is not None:
+        able.append(ones)
+    fitting = [ops for ops in able if run_shapes(ops, [x.shape]) == [y.shape]]
+    return next(
+        (ops for ops in fitting if np.array_equal(run(ops, [x])[0], y, equal_nan=True)),
+        next(iter(fitting), None),
+    )
+
+
+def _ones(shape: Shape, target: Shape) -> Ops | None:
+    """Axes of length one left out, and put in."""
+    squeezed = tuple(n for n in shape if n != 1)
+    if not squeezed or squeezed != tuple(n for n in target if n != 1):
+        return None
+    ops: list[Op] = []
+    made = shape
+    while made != squeezed:
+        k = max(0, made.index(1) - 1)
+        ops.append(Merge(k, ("one", "axis") if made[k] == 1 else ("axis", "one"), made[k : k + 2]))
+        (made,) = ops[-1].shapes([made])
+    undo: list[Op] = []
+    made = target
+    while made != squeezed:
+        k = max(0, made.index(1) - 1)
+        names = ("one", "axis") if made[k] == 1 else ("axis", "one")
+        undo.append(Split(k, names, made[k : k + 2]))
+        made = (*made[:k], made[k] * made[k + 1], *made[k + 2 :])
+    return (*ops, *reversed(undo))
