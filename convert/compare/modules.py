@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
+from convert.compare.blind_inputs import unexercised_layers
+from convert.compare.blind_spots import BlindSpot, listed
+from convert.compare.blind_training import training_attributes
 from convert.compare.flax_side import FlaxSide
 from convert.compare.levels import compare_sides, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
@@ -74,14 +77,14 @@ class ModulePair:
         self.pair = pair
         self.report = report
         self.torch_trace = traced(pair.torch, pair.call)
-        side = flax_module(pair.flax, "float32")
-        self.flax_trace = record(side, pair.flax_call)
+        self.side = flax_module(pair.flax, "float32")
+        self.flax_trace = record(self.side, pair.flax_call)
         if self.flax_trace.output is None and self.flax_trace.notes:
             raise UsageError(
                 f"the Flax module fails: {'; '.join(self.flax_trace.notes)}",
                 "see that it takes these inputs",
             )
-        found = pair_traces(pair, self.torch_trace, side, self.flax_trace)
+        found = pair_traces(pair, self.torch_trace, self.side, self.flax_trace)
         report.notices += found.notes
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
@@ -123,7 +126,8 @@ class ModulePair:
         return None if shapes == held else f"is {shapes} in Flax's axes, and there it is {held}"
 
     def _tell_unmatched(self) -> None:
-        for title, names in zip((self.report.a, self.report.b), self.unmatched, strict=True):
+        titles = (self.report.a, self.report.b)
+        for whose, title, names in zip(("torch's", "Flax's"), titles, self.unmatched, strict=True):
             if not names:
                 continue
             if self.report.level == "bits":
@@ -132,17 +136,25 @@ class ModulePair:
                     for n in names
                 ]
             else:
-                told = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-                self.report.notices.append(
-                    f"not compared one by one, for want of a counterpart in {title}'s other: {told}"
-                )
+                told = f"{whose} {listed(names)}: no counterpart, so not compared one by one"
+                self.report.blind_spots.append(BlindSpot("no counterpart", tuple(names), told))
 
     def run(self, options: Settings) -> None:
         """The levels above bits."""
         torch_side, flax_side = self._module_sides(options.seed)
         self._wide(torch_side, flax_side)
+        self._tell_unseen()
         pair = dataclasses.replace(self.pair, matches=self.matches)
         compare_sides(torch_side, torch_side, flax_side, self.report, options, lambda: pair)
+
+    def _tell_unseen(self) -> None:
+        """What the calls of layers and their settings tell of blind spots."""
+        pair, report = self.pair, self.report
+        report.blind_spots += unexercised_layers(pair.torch, pair.call, self.torch_trace)
+        traces = self.torch_trace, self.flax_trace
+        report.blind_spots += training_attributes(
+            pair, self.layers, self.side.modules, traces, report.level
+        )
 
     def _module_sides(self, seed: int) -> tuple[TorchSide, FlaxSide]:
         pair = self.pair
@@ -177,8 +189,8 @@ class ModulePair:
         if not ours or not theirs:
             return frozenset()
         self.report.notices.append(
-            "these may have been combined in float32: what one unit in their last place changes "
-            "is allowed in float64 too"
+            "tensors without a counterpart may have been combined in float32: what one unit in "
+            "their last place changes is allowed in float64 too"
         )
         return frozenset(ours)
 
@@ -195,9 +207,8 @@ class ModulePair:
                 told = f"does not run in float64 ({why})"
             if why is not None:
                 side.precisions = ("float32",)
-                self.report.notices.append(
-                    f"the {title} module {told}: it is judged in float32 only"
-                )
+                told = f"the {title} module {told}: it is judged in float32 only"
+                self.report.blind_spots.append(BlindSpot("float32 only", (title,), told))
 
 
 def _stated(layout: Any) -> tuple[Match, ...] | None:
