@@ -102,12 +102,12 @@ def _divides(module: Any, call: Recorded) -> bool:
 
 
 def _takes_larger(module: Any, call: Call) -> bool:
-    """Whether the module takes images of other sizes at all; shapes only, nothing is computed."""
+    """Whether the module takes images of twice the size; shapes only, nothing is computed."""
     import torch
 
     def larger(x: Any) -> Any:
         if x.is_floating_point() and x.ndim >= 3:
-            return x.new_empty((*x.shape[:2], *(n + 1 for n in x.shape[2:])), device="meta")
+            return x.new_empty((*x.shape[:2], *(2 * n for n in x.shape[2:])), device="meta")
         return x.to("meta")
 
     args, kwargs = arguments(call, "float32")

@@ -12,6 +12,7 @@ from convert.compare.axes import Moves, align_inputs, align_layers, align_output
 from convert.compare.blind_inputs import unexercised_layers
 from convert.compare.blind_spots import BlindSpot, listed
 from convert.compare.blind_training import training_attributes
+from convert.compare.drawn_inputs import draw_inputs
 from convert.compare.flax_side import FlaxSide
 from convert.compare.levels import compare_sides, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
@@ -23,6 +24,7 @@ from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from convert.judge.bits import TensorDifference, compare
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
+from convert.runtime.call import Call
 from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
@@ -58,6 +60,8 @@ def compare_modules(
         torch_module, flax_module, swapped = split_sides(*modules, hints.variables)
         first, second = titles or (title(modules[0]), title(modules[1]))
         report = Report(second, first, level) if swapped else Report(first, second, level)
+        if isinstance(inputs[0], str):
+            inputs = _drawn(torch_module, flax_module, options.seed, report), inputs[1]
         call, flax_call = fit_calls(torch_module, flax_module, *inputs, report)
         layers = dict(hints.layers or {})
         pair = Pair(torch_module, flax_module, call, flax_call, layers, _stated(hints.layout))
@@ -209,6 +213,17 @@ class ModulePair:
                 side.precisions = ("float32",)
                 told = f"the {title} module {told}: it is judged in float32 only"
                 self.report.blind_spots.append(BlindSpot("float32 only", (title,), told))
+
+
+def _drawn(torch_module: Any, flax_module: Any, seed: int, report: Report) -> Call:
+    """Inputs that both take, and in `report` what they are."""
+
+    def accepts(call: Call) -> None:
+        fit_calls(torch_module, flax_module, call, None, Report("", "", ""))
+
+    call, told = draw_inputs(torch_module, flax_module, seed, accepts)
+    report.notices += told
+    return call
 
 
 def _stated(layout: Any) -> tuple[Match, ...] | None:
