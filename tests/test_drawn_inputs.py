@@ -38,14 +38,14 @@ def drawn(module: nn.Module, flax: Any = None, accepts: Any = takes_all, seed: i
 
 
 class Encoder(nn.Module):
-    def __init__(self, positions: int = 16) -> None:
+    def __init__(self, positions: int = 13) -> None:
         super().__init__()
-        self.places = nn.Embedding(positions, 8)
+        self.positions = nn.Embedding(positions, 8)
         self.table = nn.Embedding(40, 8, padding_idx=3)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
-        x = self.table(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        x = self.table(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
         mask = None if attention_mask is None else attention_mask == 0
         return self.attention(x, x, x, key_padding_mask=mask)[0]
 
@@ -72,8 +72,47 @@ def test_the_seed_decides() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_shorter_where_positions_end() -> None:
-    assert drawn(Encoder(positions=6))[0]["input_ids"].shape[1] == 5
+@pytest.mark.parametrize("positions", [6, 20])
+def test_as_many_steps_as_there_are_positions(positions: int) -> None:
+    assert drawn(Encoder(positions))[0]["input_ids"].shape[1] == positions
+
+
+def test_graphs_and_states() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nodes, self.edges = nn.Linear(5, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Any, edge_index: Any, edge_attr: Any) -> Any:
+            return self.nodes(x)[edge_index[0]] + self.edges(edge_attr)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+            self.cells = nn.LSTM(4, 3, 2)
+
+        def forward(self, data: Any, h0: Any, c0: Any) -> Any:
+            return self.cells(self.table(data), (h0, c0))[0]
+
+    arrays, _, _ = drawn(Graph())
+    assert arrays["edge_index"].shape == (2, 12)
+    assert arrays["edge_attr"].shape == (12, 6)
+    arrays, _, _ = drawn(Model())
+    assert arrays["data"].shape == (13, 3), "steps first, as its cells have them"
+    assert arrays["h0"].shape == (2, 3, 3)
+
+
+def test_lengths_are_of_what_is_padded() -> None:
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 2, 5)
+
+        def forward(self, wave: Any, lengths: Any) -> Any:
+            return self.conv(wave[:, None]) * (lengths > 0)[:, None, None]
+
+    assert drawn(Wave())[0]["lengths"].tolist() == [32, 30, 28]
 
 
 def test_images_are_odd_where_both_take_that() -> None:

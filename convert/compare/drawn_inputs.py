@@ -1,4 +1,4 @@
-"""Inputs drawn for two modules of anybody's (`--inputs auto`) that let a comparison see much: ids of
+"""Inputs drawn for two modules (`--inputs auto`) that let a comparison see much: ids of
 the whole vocabulary, lengths that differ, masks that mask, sizes that are odd and differ.
 
 What a parameter takes is told by its name and by the layers that the torch module has, and tried:
@@ -28,11 +28,12 @@ from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import torch_kind
 
-_TRIES = 400  # calls of the torch module
-_SIZES = 24  # of these for one choice of forms
+_TRIES = 200  # calls of the torch module
+_SIZES = 24  # of these for one choice of forms,
+_FEWER = 6  # after the first few choices
 _BATCH = 8  # at most, to have more ids
 _OPTIONAL = re.compile(f"{MASK.pattern}|{LENGTHS.pattern}|^decoder_input_ids$", re.I)
-_TOLD = 8  # refusals
+_TOLD = 4  # refusals
 Forms = Mapping[str, Form]  # by parameter
 
 
@@ -82,11 +83,11 @@ class _Search:
         suggested, able = suggested_forms(self.torch), choices(self.torch)
         for names in self._names():
             likely = [forms(name, suggested) for name in names]
-            for picked in _by_rank(likely):
+            for rank, picked in enumerate(_by_rank(likely)):
                 chosen = dict(zip(names, picked, strict=True))
                 axes = list(dict.fromkeys(a for f in picked for a in f.axes))
                 tried = _by_rank([able[a] for a in axes])
-                for values in itertools.islice(tried, _SIZES):
+                for values in itertools.islice(tried, _SIZES if rank < _FEWER else _FEWER):
                     yield chosen, Sizes(**dict(zip(axes, values, strict=True)))
 
     def _names(self) -> list[list[str]]:
@@ -180,7 +181,7 @@ class _Search:
 
 def _room(form: Form, sizes: Sizes) -> int:
     """How many ids an argument holds."""
-    return int(sizes.kept.sum()) if "steps" in form.axes else sizes.batch
+    return int(sizes.kept().sum()) if "steps" in form.axes else sizes.batch
 
 
 def _parameters(torch_module: Any, flax_module: Any) -> tuple[list[str], list[str]]:
