@@ -80,7 +80,7 @@ def _single(module: Any, call: Recorded, attends: bool) -> bool:
     batch_first = getattr(module, "batch_first", None)
     if kind not in ("attention", "recurrent") or x is None or batch_first is None:
         return False
-    return x.shape[1 if batch_first and x.ndim == 3 else 0] == 1
+    return bool(x.shape[1 if batch_first and x.ndim == 3 else 0] == 1)
 
 
 def _divides(module: Any, call: Recorded) -> bool:

@@ -215,7 +215,8 @@ def _momenta(
     attribute = kinds()["batchnorm"].attribute("momentum")
     told = {}
     for p in layers:
-        norm, other = ours.get(p.torch), theirs.get(p.flax)
+        norm: Any = ours.get(p.torch)
+        other: Any = theirs.get(p.flax)
         share = getattr(other, "momentum", None)
         if torch_kind(norm) != "batchnorm" or flax_kind(other) != "batchnorm" or share is None:
             continue

@@ -120,16 +120,20 @@ def _rows(module: Any, gradient: np.ndarray) -> tuple[int, int]:
     the module's own parameters where it is no layer that is known: experts in one array, positions.
     Rows of weights are not: those of a unit that is never active are no table's."""
     if torch_kind(module) == "embedding":
-        reached = gradient.reshape(len(gradient), -1).any(1)
+        reached = _any_in_rows(gradient)
         if getattr(module, "padding_idx", None) is not None:
             reached[module.padding_idx] = True  # never has a gradient
         return int((~reached).sum()), len(reached)
     if torch_kind(module) != "other" or gradient.ndim not in (2, 3):
         return 0, 0
     axis = int(gradient.ndim == 3 and gradient.shape[0] == 1)
-    reached = np.moveaxis(gradient, axis, 0).reshape(gradient.shape[axis], -1).any(1)
+    reached = _any_in_rows(np.moveaxis(gradient, axis, 0))
     if gradient.ndim == 3 and axis == 0:
         return int((~reached).sum()), len(reached)
     last = int(np.flatnonzero(reached).max(initial=-1)) + 1
     missed = len(reached) - last
     return (missed, len(reached)) if missed >= _BLOCK else (0, 0)
+
+
+def _any_in_rows(x: np.ndarray) -> np.ndarray:
+    return np.asarray((x != 0).reshape(len(x), -1).any(axis=1))
