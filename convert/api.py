@@ -120,7 +120,8 @@ def verify(
     of `optimizers` on the one batch.
 
     `inputs` are NumPy, torch or JAX arrays: one, a tuple or list (positional) or a dict (by name;
-    with torch's axes). Checkpoints have sample inputs of their own. For modules: `flax_inputs`
+    with torch's axes). Checkpoints have sample inputs of their own. For modules: "auto" draws them
+    from `seed`, and a notice says what it drew; `flax_inputs`
     where the Flax one takes others, else images are moved to channels-last where it asks for that;
     `layers` pairs that names do not tell, torch name -> Flax path; `layout` a zoo.layout.Layout, or
     its JSON, that says how the parameters lie; `variables` those of an unbound linen module.
@@ -132,7 +133,7 @@ def verify(
     error but the verdict.
     """
     options = Settings(tuple(dict.fromkeys(optimizers)), steps, seed, explain)
-    if isinstance(inputs, str):
+    if isinstance(inputs, str) and inputs != "auto":
         raise UsageError(f"inputs is the text {inputs!r}", f"write level={inputs!r}")
     if level is not None:
         check_level(level)
@@ -142,6 +143,11 @@ def verify(
             raise UsageError(
                 "flax_inputs, layers, layout and variables are for modules, not for checkpoints",
                 "leave them out",
+            )
+        if isinstance(inputs, str):
+            raise UsageError(
+                "inputs are drawn for modules; checkpoints have samples of their own",
+                "leave inputs='auto' (--inputs auto) out",
             )
         from convert.compare.checkpoints import verify_checkpoints
 

@@ -440,7 +440,9 @@ def test_a_module_that_is_narrow_inside_is_judged_in_float32_only() -> None:
     given = (np.array([[1, 2, 3]]), np.float32([[[1 / 3]]]))
     report = convert.verify(ours, EmbedsFlax(ours, narrow=True), given)
     assert report.verdict == "same"
-    assert any("convert_element_type in float32" in n for n in report.notices)
+    (spot,) = (s for s in report.blind_spots if s.kind == "float32 only")
+    assert spot.names == ("Flax",)
+    assert "convert_element_type in float32" in spot.sentence
     assert all(r.note == "in float32 only" for r in report.outputs)
 
     class Narrow(Embeds):
@@ -451,7 +453,8 @@ def test_a_module_that_is_narrow_inside_is_judged_in_float32_only() -> None:
     narrow = Narrow()
     report = convert.verify(narrow, EmbedsFlax(narrow), given)
     assert report.verdict == "same"
-    assert any(n.startswith("the torch module computes") for n in report.notices)
+    told = [s.sentence for s in report.blind_spots if s.kind == "float32 only"]
+    assert any(n.startswith("the torch module computes") for n in told)
 
 
 def test_bits_of_users_modules() -> None:
@@ -965,4 +968,5 @@ def test_outputs_that_fit_two_ways_are_said_to() -> None:
         x = probe.normal("x", (2, batch, 4)).astype(np.float32)
         report = convert.verify(ours, Transposing(weight, (1, 0, 2)), x, "outputs")
         assert report.verdict == verdict
-        assert any(notice in n for n in report.notices) == told
+        found = [s.sentence for s in report.blind_spots if s.kind == "ambiguous axes"]
+        assert any(notice in n for n in found) == told

@@ -33,8 +33,8 @@ from convert.compare.settings import OPTIMIZERS
     "--inputs",
     "inputs_file",
     type=click.Path(),
-    metavar="FILE",
-    help="What to run both on: an .npz or .npy file, with PyTorch's axes.",
+    metavar="FILE|auto",
+    help="What to run both on: an .npz or .npy file, with PyTorch's axes; or auto, which draws it.",
 )
 @click.option(
     "--flax-inputs",
@@ -97,6 +97,7 @@ def verify(
     Examples:
       zooconvert verify model.safetensors model.flax
       zooconvert verify model.safetensors model.flax --level training --report report.html
+      zooconvert verify nets:TorchNet nets:FlaxNet --inputs auto
       zooconvert verify nets:TorchNet nets:FlaxNet --inputs inputs.npz
       zooconvert verify port.py:torch_net port.py:flax_net --inputs x.npy --pair fc=head
     """
@@ -151,7 +152,8 @@ def _compare(
         raise UsageError(f"{module} is a module and {other} a checkpoint", advice)
     options |= {"optimizers": optimizers or tuple(OPTIMIZERS), "level": level}
     if inputs_file is not None:
-        options["inputs"] = read_inputs(Path(inputs_file))
+        auto = inputs_file == "auto"
+        options["inputs"] = inputs_file if auto else read_inputs(Path(inputs_file))
     if not any(targets):
         if flax_inputs or pairs:
             raise UsageError("--flax-inputs and --pair are for modules", "leave them out")
@@ -159,7 +161,8 @@ def _compare(
     if inputs_file is None:
         raise UsageError(
             "two modules need inputs to be run on",
-            "save them with numpy.savez('inputs.npz', x=...) and give --inputs inputs.npz",
+            "save them with numpy.savez('inputs.npz', x=...) and give --inputs inputs.npz; "
+            "or --inputs auto, which draws them",
         )
     if flax_inputs is not None:
         options["flax_inputs"] = read_inputs(Path(flax_inputs))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.compare.blind_spots import BlindSpot
 from convert.compare.report import Report
 from convert.compare.sides import Axes, title
 from convert.matching import alignment
@@ -86,21 +87,37 @@ def align_outputs(
             )
         move = alignment.best_move(x, y, allowed)
         moves[name] = (move, x.shape, y.shape)
-        fitting = alignment.likely_moves(x, y)
-        if x.shape != y.shape:
-            report.notices.append(f"{name}: torch's {x.shape} is compared with Flax's {y.shape}")
+        told = f"{name}: torch's {x.shape} is compared with Flax's {y.shape}"
+        if x.shape != y.shape and (move in allowed or (move == "channels" and x.ndim >= 4)):
+            report.notices.append(told)  # as the frameworks have their images
+        elif x.shape != y.shape:
+            report.blind_spots.append(BlindSpot("fitted axes", (name,), f"{told}, by sizes alone"))
         elif move != "same":
             report.notices.append(f"{name}: axes are compared as those of the inputs ({move})")
-        elif move not in fitting:
-            report.notices.append(
-                f"{name}: {x.shape} is the same with two axes swapped, so it is compared as it is; "
-                "inputs of other sizes would tell whether the axes are meant to be swapped"
-            )
+        if spot := _ambiguous(name, x, y, move, allowed):
+            report.blind_spots.append(spot)
     return moves
 
 
 def _arrays(trace: Trace) -> dict[str, np.ndarray]:
     return {k: to_numpy(v) for k, v in named_outputs(trace.output).items()}
+
+
+def _ambiguous(
+    name: str, x: np.ndarray, y: np.ndarray, move: str, allowed: Collection[str]
+) -> BlindSpot | None:
+    """What is said of an output whose axes could lie otherwise, by its sizes or by its values."""
+    tell = "inputs of other sizes would tell whether the axes are meant to be swapped"
+    able = alignment.moves(x.shape, y.shape)
+    if x.shape == y.shape:
+        able = [m for m in able if m == "same" or m in allowed]
+    if len(able) > 1:
+        told = f"sizes do not tell how the axes of {x.shape} lie, the closest is taken ({move})"
+    elif move == "same" and move not in alignment.likely_moves(x, y):
+        told = f"{x.shape} is the same with two axes swapped, and is compared as it is"
+    else:
+        return None
+    return BlindSpot("ambiguous axes", (name,), f"{name}: {told}; {tell}")
 
 
 def align_inputs(

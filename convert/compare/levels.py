@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from convert.compare.blind_inputs import unexercised_inputs
+from convert.compare.blind_values import unseen_values
 from convert.compare.by_itself import DIVIDED
 from convert.compare.outputs import compare_runs
 from convert.compare.report import Report
@@ -39,11 +41,14 @@ def compare_sides(
     """Fill `report` as far as its level asks for. `layers` judges layers by themselves, given the
     rows of the outputs. To be called inside `full_precision`."""
     backward = report.level in ("gradients", "training")
-    rows, report.gradients = compare_runs(reference, a, b, backward=backward)
+    rows, report.gradients, run = compare_runs(reference, a, b, backward=backward)
     report.outputs = _outputs_decide(rows)
     if layers is not None:
         report.layers = layers(report.outputs)
     name_layers(report, reference)
+    compared = {row.name for row in rows}
+    report.blind_spots += unseen_values(reference, run, compared, report.level)
+    report.blind_spots += unexercised_inputs(reference.call, reference.names)
     if report.level == "training":
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
     locate(report, pair, options.explain)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
+from convert.compare.blind_inputs import unexercised_layers
+from convert.compare.blind_spots import BlindSpot, listed
+from convert.compare.blind_training import training_attributes
 from convert.compare.by_itself import judge_leaves, leaves_of
+from convert.compare.drawn_inputs import draw_inputs
 from convert.compare.flax_side import FlaxSide
 from convert.compare.levels import compare_sides, locate, weights_differ
 from convert.compare.module_calls import fit_calls, split_sides, traced
@@ -26,6 +30,7 @@ from convert.judge.rows import Row
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
 from convert.runtime.applied import name_of
+from convert.runtime.call import Call
 from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
@@ -62,6 +67,8 @@ def compare_modules(
         torch_module, flax_module, swapped = split_sides(*modules, hints.variables)
         first, second = titles or (title(modules[0]), title(modules[1]))
         report = Report(second, first, level) if swapped else Report(first, second, level)
+        if isinstance(inputs[0], str):
+            inputs = _drawn(torch_module, flax_module, options.seed, report), inputs[1]
         call, flax_call, draws = fit_calls(torch_module, flax_module, *inputs, report)
         layers = dict(hints.layers or {})
         pair = Pair(torch_module, flax_module, call, flax_call, layers, _stated(hints.layout))
@@ -82,16 +89,16 @@ class ModulePair:
         self.pair = pair
         self.report = report
         self.torch_trace = traced(pair.torch, pair.call)
-        side = flax_module(pair.flax, "float32")
-        self.flax_trace = record(side, pair.flax_call)
+        self.side = flax_module(pair.flax, "float32")
+        self.flax_trace = record(self.side, pair.flax_call)
         if self.flax_trace.output is None and self.flax_trace.notes:
             raise UsageError(
                 f"the Flax module fails: {'; '.join(self.flax_trace.notes)}",
                 "see that it takes these inputs",
             )
-        found = pair_traces(pair, self.torch_trace, side, self.flax_trace)
+        found = pair_traces(pair, self.torch_trace, self.side, self.flax_trace)
         report.notices += found.notes
-        self.flax_modules = side.modules
+        self.flax_modules = self.side.modules
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
 
@@ -121,7 +128,7 @@ class ModulePair:
                 why = diagnose_tensor(name, ours[name], theirs, others, match.kind)
                 report.differences.append(dataclasses.replace(difference, diagnosis=why))
         if other:
-            report.notices.append(f"equal values of other dtypes: {_listed(other)}")
+            report.notices.append(f"equal values of other dtypes: {listed(other)}")
         self._tell_unmatched()
 
     def _misfit(self, match: Match, flax: Mapping[str, np.ndarray]) -> str | None:
@@ -138,7 +145,8 @@ class ModulePair:
         return None if shapes == held else f"is {shapes} in Flax's axes, and there it is {held}"
 
     def _tell_unmatched(self) -> None:
-        for title, names in zip((self.report.a, self.report.b), self.unmatched, strict=True):
+        titles = (self.report.a, self.report.b)
+        for whose, title, names in zip(("torch's", "Flax's"), titles, self.unmatched, strict=True):
             if not names:
                 continue
             if self.report.level == "bits":
@@ -147,10 +155,8 @@ class ModulePair:
                     for n in names
                 ]
             else:
-                self.report.notices.append(
-                    f"of {title}, for want of a counterpart, not compared one by one: "
-                    f"{_listed(names)}"
-                )
+                told = f"{whose} {listed(names)}: no counterpart, so not compared one by one"
+                self.report.blind_spots.append(BlindSpot("no counterpart", tuple(names), told))
 
     def run(self, options: Settings, flax_draws: bool) -> None:
         """The levels above bits. `flax_draws`: whether Flax may draw random numbers."""
@@ -160,6 +166,7 @@ class ModulePair:
         torch_side, flax_side = self._module_sides(options.seed, outputs, chance)
         rows = chance.rows(flax_side.axes)
         self.report.notices += chance.notices()
+        self._tell_unseen()
         if chance.everywhere:
             self.report.outputs = rows
             locate(self.report, lambda: pair, options.explain)
@@ -172,10 +179,19 @@ class ModulePair:
             self.report.outputs += rows
         chance.blame(self.report, {p.flax: p.torch for p in self.layers})
 
+    def _tell_unseen(self) -> None:
+        """What the calls of layers and their settings tell of blind spots."""
+        pair, report = self.pair, self.report
+        report.blind_spots += unexercised_layers(pair.torch, pair.call, self.torch_trace)
+        traces = self.torch_trace, self.flax_trace
+        report.blind_spots += training_attributes(
+            pair, self.layers, self.side.modules, traces, report.level
+        )
+
     def _by_itself(
         self, torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]
     ) -> list[Row]:
-        """Each leaf layer by itself, and in the notices what stays float32's."""
+        """Each leaf layer by itself; what stays float32's is a blind spot."""
         traces = self.torch_trace, self.flax_trace
         leaves = leaves_of(self.layers, torch_side, self.flax_modules, *traces)
         if not leaves:
@@ -186,13 +202,10 @@ class ModulePair:
             why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
             self.report.notices.append(f"no layer could be judged by itself in float64 ({why})")
             return []
-        narrow = [r.name for r in rows if r.note and r.judged]
+        narrow = tuple(r.name for r in rows if r.note and r.judged)
         if narrow:
-            told = ", ".join(narrow[:8]) + (f" and {len(narrow) - 8} more" if narrow[8:] else "")
-            self.report.notices.append(
-                f"each of {len(rows)} layers was also judged by itself in float64, but for what "
-                f"computes in float32: {told}"
-            )
+            told = f"{listed(narrow)}: of {len(rows)} layers judged by themselves, in float32 only"
+            self.report.blind_spots.append(BlindSpot("float32 only", narrow, told))
         return rows
 
     def _module_sides(
@@ -232,8 +245,8 @@ class ModulePair:
         if not ours or not theirs:
             return frozenset()
         self.report.notices.append(
-            "these may have been combined in float32: what one unit in their last place changes "
-            "is allowed in float64 too"
+            "tensors without a counterpart may have been combined in float32: what one unit in "
+            "their last place changes is allowed in float64 too"
         )
         return frozenset(ours)
 
@@ -250,9 +263,19 @@ class ModulePair:
                 told = f"does not run in float64 ({why})"
             if why is not None:
                 side.precisions = ("float32",)
-                self.report.notices.append(
-                    f"the {title} module {told}: it is judged in float32 only"
-                )
+                told = f"the {title} module {told}: it is judged in float32 only"
+                self.report.blind_spots.append(BlindSpot("float32 only", (title,), told))
+
+
+def _drawn(torch_module: Any, flax_module: Any, seed: int, report: Report) -> Call:
+    """Inputs that both take, and in `report` what they are."""
+
+    def accepts(call: Call) -> None:
+        fit_calls(torch_module, flax_module, call, None, Report("", "", ""))
+
+    call, told = draw_inputs(torch_module, flax_module, seed, accepts)
+    report.notices += told
+    return call
 
 
 def _stated(layout: Any) -> tuple[Match, ...] | None:
@@ -277,11 +300,6 @@ def _forgiven(ours: np.ndarray, theirs: np.ndarray, level: str) -> bool:
     if level == "bits" or ours.dtype == theirs.dtype or kinds & set("biuc"):
         return False
     return np.array_equal(ours.astype(np.float64), theirs.astype(np.float64), equal_nan=True)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -25,8 +25,9 @@ Runs = Mapping[str, Run]  # by precision; without float64 where the module canno
 
 def compare_runs(
     reference: TorchSide, a: Side, b: Side, *, backward: bool
-) -> tuple[list[Row], list[Row]]:
-    """Rows for outputs and intermediates, and for gradients if they are wanted.
+) -> tuple[list[Row], list[Row], Run]:
+    """Rows for outputs and intermediates, and for gradients if they are wanted; and the reference's
+    most precise run.
 
     `reference` is `a` where that is of PyTorch. To be called inside `full_precision`.
     """
@@ -45,8 +46,9 @@ def compare_runs(
     combined = bool(reference.combined)
     rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: everything(rerun(p, i)), combined)
     if not backward:
-        return rows, []
-    return rows, judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
+        return rows, [], exact(of_reference)
+    gradients = judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
+    return rows, gradients, exact(of_reference)
 
 
 def judge_outputs(

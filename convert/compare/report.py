@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from convert.compare.blind_spots import BlindSpot
 from convert.diagnose.divergence import Divergence
 from convert.judge.bits import TensorDifference
 from convert.judge.rows import Row
@@ -42,6 +43,7 @@ class Report:
     gradients: list[Row] = field(default_factory=list)
     training: list[Training] = field(default_factory=list)
     first_divergence: Divergence | None = None
+    blind_spots: list[BlindSpot] = field(default_factory=list)  # what the verdict does not cover
     notices: list[str] = field(default_factory=list)
     model: str | None = None  # title of the zoo's model, if it is one
     config: dict[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from zoo.containers.errors import printable
 
 _GROUP = 3  # differences for one reason that are still listed one by one
 _SHOWN = 5  # rows of a table
+_BLIND = 6  # blind spots
 _WIDTH = 96
 
 
@@ -30,7 +31,11 @@ def text(found: Report) -> str:
 def report(found: Report, file: str | None = None, *, ways: bool = True) -> None:
     """Verdict, where and why they part, then a line a level and what is farthest off. `ways`: the
     ways to see all of it."""
-    click.echo(f"{found.verdict}: {printable(found.a)} and {printable(found.b)}")
+    same = found.verdict == "same"
+    told = f", with {_spots(found)}" if same and found.blind_spots else ""
+    click.echo(f"{found.verdict}{told}: {printable(found.a)} and {printable(found.b)}")
+    if same:
+        _blind(found)
     if found.first_divergence is not None:
         _divergence(found.first_divergence)
     total = f"{found.compared} tensors, {size(found.nbytes)}"
@@ -46,10 +51,25 @@ def report(found: Report, file: str | None = None, *, ways: bool = True) -> None
     _training(found)
     _differences(found)
     _rows(found)
-    if ways and found.verdict == "different" and file is None:
+    if not same:
+        _blind(found)
+    if ways and not same and file is None:
         click.echo("  all of it: --report FILE.html, or --json")
     if file is not None:
         click.echo(f"  report: {printable(file)}")
+
+
+def _spots(found: Report) -> str:
+    count = len(found.blind_spots)
+    return f"{count} blind spot{'s' * (count != 1)}"
+
+
+def _blind(found: Report) -> None:
+    """What the verdict does not cover, a line each where they are short."""
+    for spot in found.blind_spots[:_BLIND]:
+        click.echo("  not seen: " + "\n    ".join(_wrapped(spot.sentence)))
+    if len(found.blind_spots) > _BLIND:
+        click.echo(f"  ... and {len(found.blind_spots) - _BLIND} more")
 
 
 def _divergence(d: Divergence) -> None:

@@ -12,7 +12,7 @@ from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
 # What a module without dropout and with running statistics is called with, where it must be told.
-_EVALUATION = {
+EVALUATION = {
     "train": False,
     "training": False,
     "is_training": False,
@@ -36,9 +36,9 @@ def fit_call(call: Call, forward: Callable[..., Any], whose: str) -> tuple[Call,
         call = Call((*call.args, *call.kwargs.values()))
         told.append(f"{whose} has no argument {', '.join(strange)}: inputs are given by position")
     missing = {
-        name: _EVALUATION[name]
+        name: EVALUATION[name]
         for i, (name, p) in enumerate(signature.parameters.items())
-        if name in _EVALUATION
+        if name in EVALUATION
         and p.default is p.empty
         and i >= len(call.args)
         and name not in call.kwargs
