@@ -107,7 +107,7 @@ def _repaired(
     if fitting is None:
         return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))
     reason = fitting.reason
-    layer = fitting.module or found.layer
+    layer = fitting.module
     return dataclasses.replace(
         found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
         diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
