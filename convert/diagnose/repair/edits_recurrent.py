@@ -44,6 +44,8 @@ def recurrent(node: Node) -> Iterator[Edit]:
         options += [("reset", "gru_reset", "before", "the reset gate before the product"),
                     ("reset", "gru_bias", "bias outside", "the hidden bias outside the reset"),
                     ("update", "gru_update", "new", "the update gate's complement")]  # fmt: skip
+    if node.operation.kwargs.get("sizes") is not None:
+        options.append(("masked", "mask", False, "shorter sequences going on in their padding"))
     options += [("left", "left_out", "h", "the first hidden state zero")]
     for names in (("sigmoid", "tanh", "sigmoid"), ("sigmoid", "relu", "tanh"),
                   ("sigmoid", "sigmoid", "tanh"), ("sigmoid", "tanh", "relu"),
