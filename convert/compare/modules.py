@@ -41,6 +41,7 @@ from zoo.checkpoint.apply import apply
 from zoo.containers import dtypes
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run_shapes
 
 
@@ -149,14 +150,24 @@ class ModulePair:
         for whose, title, names in zip(("torch's", "Flax's"), titles, self.unmatched, strict=True):
             if not names:
                 continue
-            if self.report.level == "bits":
+            fixed = self._fixed(names)
+            if self.report.level == "bits" and not fixed:
                 self.report.differences += [
                     TensorDifference(n, f"of {title}, has no counterpart that could be told")
                     for n in names
                 ]
             else:
                 told = f"{whose} {listed(names)}: no counterpart, so not compared one by one"
+                told += "; constants that the other side may compute" if fixed else ""
                 self.report.blind_spots.append(BlindSpot("no counterpart", tuple(names), told))
+
+    def _fixed(self, names: list[str]) -> bool:
+        """Whether these are buffers of somebody's own torch modules, and Flax has nothing left for
+        them: constants (masks, tables of positions) that stand in Flax's code."""
+        owners = dict(self.pair.torch.named_modules())
+        buffers = {n for n, _ in self.pair.torch.named_buffers()}
+        own = {n for n in buffers if torch_kind(owners[n.rpartition(".")[0]]) == "other"}
+        return set(names) <= own and not self.unmatched[1]
 
     def run(self, options: Settings, flax_draws: bool) -> None:
         """The levels above bits. `flax_draws`: whether Flax may draw random numbers."""

@@ -11,6 +11,7 @@ import numpy as np
 from convert.matching.bare import match_left
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
+from convert.matching.rearranged import match_values
 from convert.matching.stacked import restacked
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
@@ -18,9 +19,10 @@ from convert.runtime.flax_module import FlaxModule, cell_path
 from convert.runtime.torch_module import state
 from convert.runtime.torch_recurrent import is_single
 from zoo.layout.kinds import kinds, torch_kind
-from zoo.layout.ops import Divide, Flip, Op, Ops, Permute, Split, run, run_shapes
+from zoo.layout.ops import Divide, Flip, Merge, Op, Ops, Permute, Split, run, run_shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 Found = Iterator[Match]
 # Flax's cells name a linear layer for each gate; torch stacks them in this order.
 _GATES = {
@@ -40,11 +42,12 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     uncalled = [LayerPair(n, path, "") for n, path in _uncalled(modules, layers, values)]
     for layer in [*layers, *uncalled]:
         for m in _of_layer(layer, modules[layer.torch], side, flax):
-            m = _as_it_lies(m, module, side)
+            m = _as_it_lies(m, module, side, values)
             if not taken & set(m.flax):
                 found.append(m)
                 taken |= set(m.flax)
     found += _bare(module, found, flax, taken)
+    found += match_values(*_left(module, values, found))
     found += match_left(*_left(module, values, found), layers)
     return list(restacked(found, side.stacks))
 
@@ -112,12 +115,12 @@ def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> 
     ]
 
 
-def _as_it_lies(match: Match, module: Any, side: FlaxModule) -> Match:
+def _as_it_lies(match: Match, module: Any, side: FlaxModule, values: Mapping[str, Any]) -> Match:
     """The match without its ops where nothing but the values tells that it needs none: a square
     matrix of a function's parameters, or one that is called as torch's is."""
     if len(match.torch) > 1 or len(match.flax) > 1 or not match.ops:
         return match
-    ours, theirs = state(module)[match.torch[0]], side.values[match.flax[0]]
+    ours, theirs = state(module)[match.torch[0]], values[match.flax[0]]
     named = match.torch[0].rpartition(".")[2] == match.flax[0].rpartition(".")[2]
     unruled = named or isinstance(side.modules.get(""), Applied)
     if not unruled or tuple(ours.shape) != np.shape(theirs):
@@ -133,10 +136,18 @@ def _plain(module: Any, kind: str, own: Shapes, below: Shapes, flax: Any) -> Fou
         for other in _flax_leaves(leaf):
             if other not in below:
                 continue
-            ops = _weight_ops(module, kind, shape, below[other], flax) if leaf == "weight" else ()
+            ops = _weight_ops(module, kind, shape, below[other], flax) if leaf == "weight" else (
+                _split_bias(shape, below[other]))  # fmt: skip
             if ops is not None and run_shapes(ops, [shape]) == [below[other]]:
                 yield Match((leaf,), (other,), ops, _word(kind))
                 break
+
+
+def _split_bias(shape: Shape, target: Shape) -> Ops:
+    """A bias with several axes of features, as DenseGeneral has it."""
+    if len(shape) == 1 and len(target) > 1 and shape[0] == int(np.prod(target)):
+        return (Split(0, _axes(len(target)), target),)
+    return ()
 
 
 def _flax_leaves(leaf: str) -> list[str]:
@@ -156,6 +167,10 @@ def _weight_ops(module: Any, kind: str, shape: Any, target: Any, flax: Any) -> O
         flat: tuple[Op, ...] = () if type(module).__name__ == "Conv1D" else (Permute((1, 0)),)
         rows, columns = run_shapes(flat, [shape])[0]
         return _features(flat, rows, columns, target)
+    pointwise = int(np.prod(shape[2:])) == 1 and len(target) == 2
+    if kind.startswith("conv") and kind != "conv_transpose" and pointwise:
+        flat = (Merge(1, ("channels", *_axes(n - 2)), shape[1:]), Permute((1, 0)))
+        return flat
     if kind.startswith("conv") and kind != "conv_transpose":
         return (Permute((*range(2, n), 1, 0)),)
     if kind == "conv_transpose":
