@@ -211,6 +211,8 @@ CAUSES: Mapping[str, Cause] = {
         "": ("Flax leaves out the bias", "use_bias=True in the Flax layer, and load it"),
     }),
     "scale_plus_one": Cause("one side multiplies by 1 + scale, the other by the scale", {
+        "plain": ("torch multiplies by 1 + its weight, Flax by the weight itself",
+                  "multiply by 1 + scale in Flax, or load 1 + weight"),
         "smaller": ("{name} is smaller by one",
                     "one side multiplies by 1 + scale: store the scale that Flax's layer means"),
         "larger": ("{name} is larger by one",

@@ -198,7 +198,11 @@ class Explainer:
         between = [c.name for c in self._skipped(event)]
         wanted = CAUSES[reason.cause].layer if reason else None
         named = [n for n in between if self._kind(n) == wanted]
-        return next(iter((*named, *between)), None)
+        # One with parameters runs beside others here (a fused projection): it says nothing.
+        plain = [
+            n for n in between if not any(True for _ in self.reference.modules[n].parameters())
+        ]
+        return next(iter((*named, *plain)), None)
 
     def _open_call(self, name: str, event: Event) -> Recorded | None:
         """The call of a container in which the event happens."""

@@ -46,6 +46,7 @@ def _affine(case: Case) -> Candidates:
         yield case.variant(tensors={"bias": np.zeros_like(bias)}), found("missing_bias")
     if weight is not None:
         yield case.variant(tensors={"weight": weight + 1}), found("scale_plus_one", "code")
+        yield case.variant(tensors={"weight": weight - 1}), found("scale_plus_one", "plain")
 
 
 def _mode(case: Case) -> Candidates:
@@ -133,8 +134,12 @@ def _means(case: Case) -> Candidates:
     if (p := _parts(case)) is None:
         return
     square = (p.x**2).mean(p.axes, keepdims=True)
-    yield p.affine(p.x / np.sqrt(square + p.eps)), found("norm_kind", "rms")
-    yield p.affine(p.centred / np.sqrt(p.variance + p.eps)), found("norm_kind", "layer")
+    rms = p.affine(p.x / np.sqrt(square + p.eps))
+    layer = p.affine(p.centred / np.sqrt(p.variance + p.eps))
+    if case.is_right(layer):
+        yield rms, found("norm_kind", "rms")
+    if case.is_right(rms):
+        yield layer, found("norm_kind", "layer")
 
 
 def _centred_inputs(case: Case) -> Candidates:

@@ -58,10 +58,28 @@ def stretches(program: Program) -> list[Stretch]:
     single = [[i] for i in range(len(program.operations))]
     fused = [indices for indices in sites.values() if len(indices) > 1]
     functions = [indices for indices in calls.values() if len(indices) > 1]
-    for kind, groups in (("one", single), ("fused", fused), ("function", functions)):
+    for kind, groups in (
+        ("one", single), ("fused", fused), ("function", functions), ("chain", _chains(program)),
+    ):  # fmt: skip
         for indices in groups:
             if (borders := _borders(program, indices)) is not None:
                 found.append(Stretch(_title(program, indices, kind), indices, *borders))
+    return found
+
+
+def _chains(program: Program) -> list[list[int]]:
+    """Two to four operations that follow each other, each of one value: a soft cap."""
+    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    found = []
+    for index in range(len(program.operations)):
+        chain = [index]
+        while len(chain) < 4:
+            refs = program.operations[chain[0]].refs
+            before = makers.get(refs[0]) if len(refs) == 1 else None
+            if before is None or len(program.operations[before].refs) != 1:
+                break
+            chain.insert(0, before)
+            found.append(list(chain))
     return found
 
 
@@ -69,6 +87,8 @@ def _title(program: Program, indices: list[int], kind: str) -> str:
     operation = program.operations[indices[0]]
     if kind == "function" and operation.site is not None:
         return operation.site.function
+    if kind == "chain":
+        return " and ".join(program.operations[i].name for i in indices)
     if kind == "fused" and operation.site is not None:
         return f"`{operation.site.text[:40]}`"
     return operation.name

@@ -347,6 +347,8 @@ def _left_out_word(node: Node) -> str:
         return "mask"
     if name == "flip":
         return "reversed"
+    if name == "tril":
+        return "causal"
     if name in ("mul", "div") and not two:
         return "scale"
     if name == "add" and two:

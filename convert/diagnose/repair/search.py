@@ -316,6 +316,7 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
         site = node.operation.site
         same = sites[(site.position if site else None, node.name)]
         for edit in _of(node):
+            edit.cause = _of_masks(node, edit.cause)
             yield edit
             yield from _grouped(edit, node, same, names[node.name])
     yield from leaf_edits(program, values)
@@ -323,6 +324,16 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
     yield from functions(program, values)
     yield from orders(program, values)
     yield from interleavings(program, values)
+
+
+def _of_masks(node: Node, cause: str) -> str:
+    """What is done to truth values concerns a mask."""
+    import torch
+
+    if node.out is None or node.out.dtype != torch.bool:
+        return cause
+    plain = ("left_out", "operation", "operand", "constant", "offset", "order", "reversed", "size")
+    return "mask" if cause in plain else cause
 
 
 def _grouped(edit: Edit, node: Node, same: list[int], alike: list[int]) -> Iterator[Edit]:
