@@ -173,6 +173,9 @@ def _equations(node: Node, path: Path, equation: str) -> Iterator[Edit]:
                                 with_scalar(path, text))  # fmt: skip
 
 
+_MANY = ("mean", "sum", "amax", "amin", "var", "std", "flip", "norm", "logsumexp")
+
+
 def _axes(node: Node) -> Iterator[Edit]:
     """The same over another axis, or other axes."""
     found = dims_of(node.operation)
@@ -191,10 +194,13 @@ def _axes(node: Node) -> Iterator[Edit]:
             new: Any = d if isinstance(old, int) else type(old)([d])
             said = f"{node.name} over axis {d} of {n} in place of {_told(olds, n)}"
             yield node.edit(1.0, why, said, with_scalar(path, new))
+    if node.name in _MANY and len(held) < n:
+        said = f"{node.name} over all axes in place of {_told(olds, n)}"
+        yield node.edit(1.1, why, said, with_scalar(path, tuple(range(n))))
     if len(olds) > 1 or n > 2:
         for a in range(n):
             for b in range(a + 1, n):
-                if {a, b} != held and node.name in ("mean", "sum", "amax", "var", "std", "flip"):
+                if {a, b} != held and node.name in _MANY:
                     said = f"{node.name} over axes {a} and {b} in place of {_told(olds, n)}"
                     yield node.edit(1.2, why, said, with_scalar(path, (a, b)))
 

@@ -22,7 +22,10 @@ def operands(node: Node) -> Iterator[Edit]:
         held = node.values[ref]
         for other in dict.fromkeys((*before, *taken)):
             x = node.values.get(other)
-            if other == ref or x is None or x.shape != held.shape or x.dtype != held.dtype:
+            if other == ref or x is None or x.dtype != held.dtype:
+                continue
+            handed_on = node.operation.site is None and x.ndim == held.ndim
+            if x.shape != held.shape and not handed_on:
                 continue
             why = "residual" if node.name == "add" and held.ndim > 1 else "operand"
             if node.name == "matmul":
@@ -159,25 +162,6 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
-
-
-def tables(program: Program, values: Values) -> Iterator[Edit]:
-    """All tables of one shape turned round alike: means and deviations for BGR."""
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for value, leaf in program.leaves.items():
-        if leaf.kind in ("buffer", "constant") and values[value].is_floating_point():
-            by_shape.setdefault(tuple(values[value].shape), []).append(value)
-    first = {r: i for i, o in reversed(list(enumerate(program.operations))) for r in o.refs}
-    for shape, held in by_shape.items():
-        used = [v for v in held if v in first]
-        if len(used) < 2:
-            continue
-        for d, n in enumerate(shape):
-            if n > 1:
-                names = " and ".join(program.leaves[v].name for v in used[:2])
-                yield Edit(1.2, "reversed", f"{names} back to front along axis {d}",
-                           leaves=dict.fromkeys(used, lambda t, d=d: t.flip(d)),
-                           at=min(first[v] for v in used))  # fmt: skip
 
 
 def _shifted(t: Any, d: int) -> Any:

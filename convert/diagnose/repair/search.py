@@ -23,7 +23,8 @@ from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_recurrent import recurrent
 from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
-from convert.diagnose.repair.edits_values import insertions, leaf_edits, neutral, operands, tables
+from convert.diagnose.repair.edits_tables import sinusoids, tables
+from convert.diagnose.repair.edits_values import insertions, leaf_edits, neutral, operands
 from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import gap
@@ -196,8 +197,8 @@ class _Search:
 
     def _made(self, run: int, edit: Edit, changes: Changes | None = None) -> np.ndarray | None:
         values = self.runs[run][1]
-        new = {v: f(values[v]) for v, f in edit.leaves.items()}
         with contextlib.suppress(Exception):
+            new = {v: f(values[v]) for v, f in edit.leaves.items()}
             return _numpy(changed(self.program, values, changes or edit.changes, new))
         return None
 
@@ -217,9 +218,9 @@ class _Search:
             self._rough = _float32(self.program, self.runs[0][0].leaves)
         if run or not self._rough:
             return tolerance
-        new = {v: f(self._rough[v]) for v, f in edit.leaves.items()}
         made = self._made(run, edit)
         with contextlib.suppress(Exception):
+            new = {v: f(self._rough[v]) for v, f in edit.leaves.items()}
             rough = _numpy(changed(self.program, self._rough, edit.changes, new))
             assert made is not None
             assert rough is not None
@@ -277,8 +278,8 @@ class _Search:
             if error <= self._tolerance(0, exact, error):
                 return self._fit(exact)
         sample = self.runs[0][0]
-        if sample.error < NEAR * sample.tolerance:
-            return None
+        if sample.error < NEAR * sample.tolerance or len(self.runs) < 2:
+            return None  # a number that is not round needs a second sample
         solved = replace(edit, changes=edit.free(c), said=edit.said.format(number=word(c)))
         error = self._error(0, solved)
         return self._fit(solved) if error <= self._tolerance(0, solved, error) else None
@@ -321,6 +322,7 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
             yield from _grouped(edit, node, same, names[node.name])
     yield from leaf_edits(program, values)
     yield from tables(program, values)
+    yield from sinusoids(program, values)
     yield from functions(program, values)
     yield from orders(program, values)
     yield from interleavings(program, values)
