@@ -393,6 +393,9 @@ CAUSES: Mapping[str, Cause] = {
         "tensor": ("{name} was rounded to {dtype} on the way", "convert without a cast"),
         "parameters": ("Flax's parameters are rounded to {dtype}",
                        "remove {dtype} from the Flax layer"),
+        "rounding": ("Flax's values are off as {dtype} rounding makes them: in most elements, "
+                     "neither biased nor following the values",
+                     "look for {dtype} before this value in Flax"),
         "": ("Flax computes in {dtype}: every value is a number of {dtype}, torch's are not",
              "remove dtype={dtype} (or a cast) from the Flax layer"),
     }),

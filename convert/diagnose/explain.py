@@ -55,6 +55,8 @@ class Explainer:
         self.matched, self.sure = matched, sure
         self.paired = pairing.of_torch()
         self.first: tuple[Event, Divergence] | None = None  # what it was asked about first
+        self.guessed = False  # whether that one's cause is of a rule that knows only torch's layers
+        self._guessing = False
 
     def __call__(self, event: Event) -> Divergence | None:
         """The divergence, or None where it cannot be told from rounding inside the layer."""
@@ -64,7 +66,8 @@ class Explainer:
         except Exception:  # the place is known, whatever the cause
             LOG.debug("explaining %s of %s", event.where, event.pair.torch, exc_info=True)
             divergence = self._place(event, within)
-        self.first = self.first or (event, divergence)
+        if self.first is None:
+            self.first, self.guessed = (event, divergence), self._guessing
         if divergence.cause == "unknown" and self.sure:
             return None
         return divergence
@@ -133,6 +136,7 @@ class Explainer:
             rules = [_RULES[kind]] if (kind := self._kind(name)) in _RULES else []
             reason = first(*(partial(rule, case) for rule in rules))
             reason = reason or self._general(case, event)
+            self._guessing = torch_kind(self.reference.modules[name]) == "other"
         return self._divergence(event, name or self._last(event), reason, None)
 
     def _general(self, case: Case, event: Event) -> Reason | None:
@@ -164,8 +168,9 @@ class Explainer:
         case.call = self._open_call(name, event) or event.call
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
-        reason = first(
-            partial(values, case, CERTAIN),
+        reason = first(partial(values, case, CERTAIN))
+        self._guessing = reason is None
+        reason = reason or first(
             partial(self._ordered, event),
             partial(pooling, case),
             partial(attention, case),

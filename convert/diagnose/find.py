@@ -10,7 +10,7 @@ from convert.diagnose.divergence import Divergence
 from convert.diagnose.explain import Explainer
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
-from convert.diagnose.repair.problem import Runs, repair, with_statistics
+from convert.diagnose.repair.problem import Runs, repair, rounding, with_statistics
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.walk import Forward
 from convert.matching.pair import Pair
@@ -96,19 +96,26 @@ def _in_float64(pair: Pair, pairing: Pairing, seconds: float) -> Divergence | No
 def _repaired(
     pair: Pair, found: Divergence | None, explain: Explainer, seconds: float
 ) -> Divergence | None:
-    """The divergence with a cause by search, where it has none."""
-    if found is None or explain.first is None or found.cause not in ("unknown", "shape"):
+    """The divergence with a cause by search, where it has none, or one that was guessed from the
+    code of known layers though this is the user's own."""
+    if found is None or explain.first is None or seconds <= 0:
         return found
-    if seconds <= 0:
+    nameless = found.cause in ("unknown", "shape")
+    if not nameless and not explain.guessed:
         return found
     event = explain.first[0]
     runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case)
     fitting = repair(runs, event, seconds)
-    if fitting is None:
-        return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))
-    reason = fitting.reason
-    layer = fitting.module or found.layer
-    return dataclasses.replace(
-        found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
-        diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
-    )  # fmt: skip
+    if fitting is not None:
+        reason, layer = fitting.reason, fitting.module
+        return dataclasses.replace(
+            found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
+            diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
+        )  # fmt: skip
+    if not nameless:
+        return found
+    if (reason := rounding(event)) is not None:
+        return dataclasses.replace(
+            found, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
+        )
+    return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
-from convert.matching.alignment import Aligned, align, likely_moves, to_flax, to_torch
+from convert.matching.alignment import Aligned, align, likely_moves, moves, to_flax, to_torch
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
@@ -164,20 +164,22 @@ class Forward:
         """torch's own inputs as Flax has them, each compared with what Flax made of it."""
         call, arrays = visit.call, visit.flax_inputs
         forced: dict[str, np.ndarray] = {}
-        for a in align(call.inputs, arrays):
-            right, given = call.inputs[a.torch], arrays[a.flax]
+        single = _without_repeats(call.inputs, arrays)
+        for a in align(call.inputs, single):
+            right, given = call.inputs[a.torch], single[a.flax]
             if right.dtype.kind != "f" and not (
                 right.dtype.kind in "iu" and _looks_up(visit.flax_module)
             ):
                 continue  # masks and lengths may be meant otherwise: the output tells
-            self._aligned(visit, "in", a, given)
+            if given is arrays[a.flax]:
+                self._aligned(visit, "in", a, given)
             if not self.stack:  # the model's own inputs are the caller's to choose
                 self.input_moves |= likely_moves(right, given)
                 continue
             event = self._event(visit, "input", a.torch, given, a)
             if not event.judged.same and f"in:{a.torch}" not in self._random(call):
                 self._tell(event)
-            forced[a.flax] = to_flax(right, a.move, given.shape)
+            forced[a.flax] = _repeated(to_flax(right, a.move, given.shape), arrays[a.flax])
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
         if self.stack and unmet and theirs and not forced and self._is_leaf(visit):
@@ -188,13 +190,16 @@ class Forward:
         """torch's own outputs as Flax has them, each compared with what Flax gave."""
         call = visit.call
         right: dict[str, np.ndarray] = {}
-        pairs = align(call.outputs, made, None if self.stack else self.input_moves)
+        single = _without_repeats(call.outputs, made)
+        pairs = align(call.outputs, single, None if self.stack else self.input_moves)
         for a in pairs:
-            event = self._event(visit, "output", a.torch, made[a.flax], a)
+            event = self._event(visit, "output", a.torch, single[a.flax], a)
             if not event.judged.same and f"out:{a.torch}" not in self._random(call):
                 self._tell(event)
-            right[a.flax] = to_flax(call.outputs[a.torch], a.move, made[a.flax].shape)
-            self._aligned(visit, "out", a, made[a.flax])
+            lying = to_flax(call.outputs[a.torch], a.move, single[a.flax].shape)
+            right[a.flax] = _repeated(lying, made[a.flax])
+            if single[a.flax] is made[a.flax]:
+                self._aligned(visit, "out", a, made[a.flax])
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))
             self._tell(self._event(visit, "output", key, theirs))
@@ -235,6 +240,25 @@ class Forward:
 
     def _random(self, call: Recorded) -> set[str]:
         return self.reference.random.get(call.key, set())
+
+
+def _without_repeats(
+    torch: dict[str, np.ndarray], flax: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Flax's arrays; those of which every row of the batch is the same, where torch has one row
+    only (positions), as one row."""
+
+    def once(x: np.ndarray) -> np.ndarray:
+        few = x.ndim > 1 and len(x) > 1 and not any(moves(y.shape, x.shape) for y in torch.values())
+        shapes = {y.shape for y in torch.values()}
+        return x[0] if few and x.shape[1:] in shapes and bool((x == x[:1]).all()) else x
+
+    return {k: once(x) for k, x in flax.items()}
+
+
+def _repeated(row: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """The row as often as Flax has it."""
+    return row if row.shape == like.shape else np.broadcast_to(row, like.shape)
 
 
 def _like(value: np.ndarray, given: Any) -> Any:

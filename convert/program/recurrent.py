@@ -24,17 +24,22 @@ class Style:
 def recurrent(
     cell: str, x: Any, states: Sequence[Any], weights: Sequence[Any], *, has_biases: bool,
     num_layers: int, bidirectional: bool, batch_first: bool, ways: str = "fb", joined: str = "fb",
-    stack: str = "01", left: str = "", **style: Any,
+    stack: str = "01", left: str = "", sizes: Any = None, masked: bool = True, **style: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What torch.lstm, torch.gru and torch.rnn_* give: (outputs, last states).
 
     x is (B, T, I) or (T, B, I), `weights` are torch's flat weights. `ways`: in which direction the
     first and the second go, forward or backward; `joined`: how both are put together; `stack`: the
-    order of the layers; `left`: which first states ("h", "c") are zero. The rest are of Style.
+    order of the layers; `left`: which first states ("h", "c") are zero. Of packed sequences x is
+    (N, I), `sizes` says how many have each step, and `masked` whether shorter ones wait meanwhile.
+    The rest are of Style.
     """
     import torch
 
     x = x.transpose(0, 1) if batch_first else x
+    held = None if sizes is None else [torch.arange(int(sizes[0])) < n for n in sizes]
+    x = x if held is None else _padded(x, held)
+    waits = held if masked and held is not None else [None] * len(x)
     step, many = (4 if has_biases else 2), (2 if bidirectional else 1)
     ends: list[list[Any]] = [[], []]
     for layer in range(num_layers):
@@ -43,15 +48,28 @@ def recurrent(
         for way in range(many):
             i = at * many + way
             first = [s[i] * (n not in left) for s, n in zip(states, "hc", strict=False)]
-            steps = x.unbind(0)[:: -1 if ways[way] == "b" else 1]
+            turn = -1 if ways[way] == "b" else 1
+            steps = list(zip(x.unbind(0), waits, strict=True))[::turn]
             made, last = _run(cell, steps, first, weights[i * step : (i + 1) * step],
                               Style(**style))  # fmt: skip
             outs.append(torch.stack(made[::-1] if ways[way] == "b" and many == 2 else made))
             for end, state in zip(ends, last, strict=False):
                 end.append(state)
         x = outs[0] if many == 1 else _joined(joined, *outs)
+    x = x if held is None else torch.cat([a[m] for a, m in zip(x, held, strict=True)])
     x = x.transpose(0, 1) if batch_first else x
     return (x, *(torch.stack(e) for e in ends if e))
+
+
+def _padded(x: Any, held: Sequence[Any]) -> Any:
+    """Packed sequences (N, I) as (T, B, I)."""
+    made = x.new_zeros(len(held), len(held[0]), x.shape[-1])
+    start = 0
+    for step, mask in zip(made, held, strict=True):
+        count = int(mask.sum())
+        step[:count] = x[start : start + count]
+        start += count
+    return made
 
 
 def _joined(how: str, a: Any, b: Any) -> Any:
@@ -68,7 +86,7 @@ def _joined(how: str, a: Any, b: Any) -> Any:
 def _run(
     cell: str, steps: Sequence[Any], state: list[Any], parts: Sequence[Any], style: Style
 ) -> tuple[list[Any], list[Any]]:
-    """The output of every step, and the last states."""
+    """The output of every step, and the last states. `steps`: inputs, each with who takes part."""
     import torch
 
     w_i, w_h, *b = parts
@@ -78,13 +96,17 @@ def _run(
     functions = [getattr(torch, name) for name in names]
     advance = {"lstm": _lstm, "gru": _gru}.get(cell)
     made = []
-    for x in steps:
+    for x, mask in steps:
+        before = state
         ours, its = x @ w_i.T + b_i, state[0] @ w_h.T
         if advance is not None:
             state = advance(ours, its, b_h, state, w_h, style, functions)
         else:
             inner = torch.relu if cell == "rnn_relu" else functions[1]
             state = [inner(ours + its + b_h)]
+        if mask is not None:
+            pairs = zip(state, before, strict=True)
+            state = [torch.where(mask[:, None], new, old) for new, old in pairs]
         made.append(state[0])
     return made, state
 
@@ -123,17 +145,22 @@ def _gru(
 
 def as_recurrent(cell: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `recurrent` for those of torch.lstm and its like. NotImplementedError for
-    packed sequences."""
+    what it does not take."""
     import torch
 
-    x, states, weights = args[:3]
-    if len(args) != 9 or torch.is_tensor(weights):
+    sizes, batch_first = None, False
+    if len(args) != 9:
         raise NotImplementedError
-    biases, layers, _, _, both, batch_first = args[3:]
+    if torch.is_tensor(args[1]) and not args[1].is_floating_point():  # packed
+        x, sizes, states, weights, biases, layers, _, _, both = args
+    else:
+        x, states, weights, biases, layers, _, _, both, batch_first = args
     states = tuple(states) if cell == "lstm" else (states,)
-    if len(weights) != layers * (2 if both else 1) * (4 if biases else 2) or x.ndim != 3:
+    if len(weights) != layers * (2 if both else 1) * (4 if biases else 2) or x.ndim != (
+        3 if sizes is None else 2
+    ):
         raise NotImplementedError  # a projection, or a sequence without a batch
     return (cell, x, states, tuple(weights)), {
         "has_biases": biases, "num_layers": layers, "bidirectional": both,
-        "batch_first": batch_first,
+        "batch_first": batch_first, "sizes": sizes,
     }  # fmt: skip

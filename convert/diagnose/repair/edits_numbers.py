@@ -75,7 +75,23 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
         return "offset"
     if name in ("add", "sub") and isinstance(value, int):
         return "offset" if not node.out.is_floating_point() else "constant"
+    if name in ("mul", "div", "add", "sub", "pow") and _is_table(node):
+        return "constant"
     return _CAUSES.get(name, "constant")
+
+
+def _is_table(node: Node) -> bool:
+    """Whether a value follows from numbers in the code alone, as frequencies and positions do."""
+    made = {v: o for o in node.program.operations for v in o.made}
+    todo, seen = list(node.operation.refs), set()
+    while todo:
+        value = todo.pop()
+        if value in node.program.leaves:
+            return False
+        if value not in seen and value in made:
+            seen.add(value)
+            todo += made[value].refs
+    return True
 
 
 def _one(node: Node, path: Path, value: Any, cost: float) -> Edit:

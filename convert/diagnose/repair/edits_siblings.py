@@ -129,6 +129,7 @@ def _reduce() -> dict[str, Callable[[Any, Any, bool], Any]]:
         "std over n": lambda x, d, k: x.std(d, unbiased=False, keepdim=k),
         "var": lambda x, d, k: x.var(d, keepdim=k),
         "var over n": lambda x, d, k: x.var(d, unbiased=False, keepdim=k),
+        "sum over n - 1": lambda x, d, k: x.sum(d, keepdim=k) / (_count(x, d) - 1),
         "mean square": lambda x, d, k: (x * x).mean(d, keepdim=k),
         "root of the sum of squares": lambda x, d, k: (x * x).sum(d, keepdim=k).sqrt(),
         "root of the mean square": lambda x, d, k: (x * x).mean(d, keepdim=k).sqrt(),
@@ -145,6 +146,10 @@ _REDUCTIONS = {
     "prod",
 }  # fmt: skip
 _SAME = {"amax": "max", "amin": "min"}
+
+
+def _count(x: Any, dims: Any) -> int:
+    return math.prod(x.shape[d] for d in ((dims,) if isinstance(dims, int) else dims))
 
 
 def _taken(x: Any, dims: Any, index: int, keep: bool) -> Any:
@@ -168,6 +173,7 @@ def _reduction(node: Node) -> Iterator[Edit]:
             return reduce(at.args[0], dims, keep)
 
         variance = node.name in ("var", "std") and said.startswith(node.name)
+        variance = variance or said == "sum over n - 1"
         why = "unbiased_variance" if variance else "operation"
         why = "token" if "element" in said else why
         yield node.edit(1.0, why, f"the {said} in place of the {node.name}", change)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,13 +28,13 @@ def operands(node: Node) -> Iterator[Edit]:
             if node.name == "matmul":
                 why = "operand"
             said = f"{_named(node, other)} in place of {_named(node, ref)}"
-            yield node.edit(1.7, why, said, _replacing(ref, other))
+            yield node.edit(1.7, why, said, replacing(ref, other))
     tensors = [node.values[r] for r in refs]
     if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and node.name not in ("add", "mul"):
         a, b = refs[:2]
 
         def exchanged(at: At) -> Any:
-            return _with_values(at, {a: at.values[b], b: at.values[a]})
+            return with_values(at, {a: at.values[b], b: at.values[a]})
 
         yield node.edit(1.2, "operand", "its first two operands exchanged", exchanged)
 
@@ -54,11 +53,11 @@ def short(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _replacing(ref: int, other: int) -> Change:
-    return lambda at: _with_values(at, {ref: at.values[other]})
+def replacing(ref: int, other: int) -> Change:
+    return lambda at: with_values(at, {ref: at.values[other]})
 
 
-def _with_values(at: At, new: dict[int, Any]) -> Any:
+def with_values(at: At, new: dict[int, Any]) -> Any:
     """The operation on other values."""
     from convert.program.operations import mapped
     from convert.program.replay import resolve
@@ -162,142 +161,29 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
 
 
+def tables(program: Program, values: Values) -> Iterator[Edit]:
+    """All tables of one shape turned round alike: means and deviations for BGR."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for value, leaf in program.leaves.items():
+        if leaf.kind in ("buffer", "constant") and values[value].is_floating_point():
+            by_shape.setdefault(tuple(values[value].shape), []).append(value)
+    first = {r: i for i, o in reversed(list(enumerate(program.operations))) for r in o.refs}
+    for shape, held in by_shape.items():
+        used = [v for v in held if v in first]
+        if len(used) < 2:
+            continue
+        for d, n in enumerate(shape):
+            if n > 1:
+                names = " and ".join(program.leaves[v].name for v in used[:2])
+                yield Edit(1.2, "reversed", f"{names} back to front along axis {d}",
+                           leaves=dict.fromkeys(used, lambda t, d=d: t.flip(d)),
+                           at=min(first[v] for v in used))  # fmt: skip
+
+
 def _shifted(t: Any, d: int) -> Any:
     import torch
 
     return torch.cat((t.narrow(d, 0, 1), t.narrow(d, 0, t.shape[d] - 1)), d)
-
-
-def functions(program: Program, values: Values) -> Iterator[Edit]:
-    """A call of a function of the user's left out, or done with its arguments exchanged."""
-    inside: dict[int, list[int]] = defaultdict(list)
-    for index, operation in enumerate(program.operations):
-        for call in operation.site.calls[1:] if operation.site else ():
-            inside[call].append(index)
-    for indices in inside.values():
-        found = _borders(program, indices)
-        if found is None:
-            continue
-        taken, outgoing, maker = found
-        for value in taken:
-            if values[value].shape != values[outgoing].shape:
-                continue
-            site = program.operations[indices[0]].site
-            name = site.function.rpartition(".")[2] if site else "the function"
-            yield Edit(1.0, _function_word(name), f"no {name} here",
-                       {maker: lambda at, v=value: at.values[v]})  # fmt: skip
-
-
-def _function_word(name: str) -> str:
-    low = name.lower()
-    if "rot" in low or "rope" in low:
-        return "rope"
-    return "left_out"
-
-
-def _borders(program: Program, indices: list[int]) -> tuple[list[int], int, int] | None:
-    """What a stretch of operations takes from outside, and the one value that it gives."""
-    held = set(indices)
-    made = {v for i in indices for v in program.operations[i].made}
-    used = {r for i, o in enumerate(program.operations) if i not in held for r in o.refs}
-    outgoing = [v for v in made if v in used or v == program.target]
-    if len(outgoing) != 1:
-        return None
-    taken = [r for i in indices for r in program.operations[i].refs if r not in made]
-    maker = next(i for i in indices if outgoing[0] in program.operations[i].made)
-    return list(dict.fromkeys(taken)), outgoing[0], maker
-
-
-def orders(program: Program, values: Values) -> Iterator[Edit]:
-    """Two operations that follow each other, the other way round."""
-    by_value = {v: i for i, o in enumerate(program.operations) for v in o.made}
-    for second, operation in enumerate(program.operations):
-        if not operation.args or not isinstance(operation.args[0], Ref):
-            continue
-        first = by_value.get(operation.args[0].value)
-        if first is None:
-            continue
-        before = program.operations[first]
-        if not before.args or not isinstance(before.args[0], Ref) or len(before.made) != 1:
-            continue
-        start = before.args[0].value
-
-        def early(at: At, o: Any = operation, start: int = start) -> Any:
-            return _on(o, at.values[start], at)
-
-        def late(at: At, o: Any = before) -> Any:
-            return _on(o, at.args[0], at)
-
-        said = f"{operation.name} before {before.name}, not after it"
-        yield Edit(1.6, "order", said, {first: early, second: late}, at=first)
-
-
-def _on(operation: Any, x: Any, at: At) -> Any:
-    """An operation with another first argument."""
-    from convert.program.operations import mapped
-    from convert.program.replay import resolve
-
-    def value(y: Any) -> Any:
-        return at.values[y.value] if isinstance(y, Ref) else y
-
-    args = (x, *mapped(operation.args[1:], value))
-    return resolve(operation.function)(*args, **mapped(dict(operation.kwargs), value))
-
-
-def recurrent(node: Node) -> Iterator[Edit]:
-    """Options of the reference cell."""
-    if node.name != "recurrent":
-        return
-    cell = node.operation.args[0]
-    two = node.operation.kwargs["bidirectional"]
-    biases = node.operation.kwargs["has_biases"]
-    layers = node.operation.kwargs["num_layers"]
-    options: list[tuple[str, str, Any, str]] = []
-    if two:
-        options += [
-            ("ways", "reversed", "ff", "both directions going forward"),
-            ("ways", "reversed", "bf", "the two directions exchanged"),
-            ("joined", "concat", "bf", "the two directions joined in the other order"),
-            ("joined", "operation", "sum", "the two directions added up"),
-            ("joined", "operation", "mean", "the mean of the two directions"),
-            ("joined", "reversed", "unflipped", "the backward direction not turned round again"),
-        ]
-    else:
-        options += [("ways", "reversed", "bb", "the sequence gone through back to front")]
-    if biases:
-        options += [("biases", "bias_missing", b, f"bias_{n} left out")
-                    for b, n in (("i", "hh"), ("h", "ih"), ("", "ih and bias_hh"))]  # fmt: skip
-    if cell == "lstm":
-        options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
-                    for p in itertools.permutations("ifgo") if p != tuple("ifgo")]  # fmt: skip
-        options += [("forget", "forget_bias", 1.0, "1 added to the forget gate"),
-                    ("left", "left_out", "c", "the first cell state zero")]  # fmt: skip
-    if cell == "gru":
-        options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
-                    for p in itertools.permutations("rzn") if p != tuple("rzn")]  # fmt: skip
-        options += [("reset", "gru_reset", "before", "the reset gate before the product"),
-                    ("reset", "gru_bias", "bias outside", "the hidden bias outside the reset"),
-                    ("update", "gru_update", "new", "the update gate's complement")]  # fmt: skip
-    options += [("left", "left_out", "h", "the first hidden state zero")]
-    for names in (("sigmoid", "tanh", "sigmoid"), ("sigmoid", "relu", "tanh"),
-                  ("sigmoid", "sigmoid", "tanh"), ("sigmoid", "tanh", "relu"),
-                  ("sigmoid", "relu", "relu")):  # fmt: skip
-        options.append(("activations", "activation", ",".join(names), f"activations {names}"))
-    if layers > 1:
-        options += [("stack", "swapped", "10", "the two layers exchanged"),
-                    ("stack", "swapped", "00", "the first layer's weights in the second too"),
-                    ("stack", "swapped", "11", "the second one in the first too")]  # fmt: skip
-    for key, why, value, said in options:
-        yield node.edit(1.0, why, said, _option(key, value))
-
-
-def _option(key: str, value: Any) -> Change:
-    def change(at: At) -> Any:
-        from convert.program.recurrent import recurrent as cells
-
-        return cells(*at.args, **{**at.kwargs, key: value})
-
-    return change
 
 
 def neutral(node: Node) -> Iterator[Edit]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from convert.diagnose.case import Case
-from convert.diagnose.causes import Reason, repaired
+from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edits_values import short
 from convert.diagnose.repair.search import NEAR, Answer, Observation, Problem
@@ -150,6 +150,32 @@ def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
     return short(site.text, 90), f"{file}:{site.line}"
 
 
+_ROUNDED = {"bfloat16": (2.0**-14, 2.0**-7), "float16": (2.0**-18, 2.0**-14)}
+
+
+def rounding(event: Event) -> Reason | None:
+    """Differences that look like rounding to 16 bits: of that size, in most elements, and neither
+    biased nor following the values."""
+    a, b = event.exact, event.given
+    if a.shape != b.shape or a.size < 16 or a.dtype.kind != "f":
+        return None
+    apart, scale = (b - a).ravel(), float(np.abs(a).max())
+    if not np.isfinite(apart).all() or not scale or not apart.any():
+        return None
+    chance = 4 / np.sqrt(apart.size)
+    many = (np.abs(apart) > event.judged.tolerance).mean() > 0.6
+    biased = abs(apart.mean()) > max(0.25, chance) * apart.std()
+    varied = float(a.std()) > 0
+    follows = varied and abs(np.corrcoef(apart, a.ravel())[0, 1]) > max(0.2, chance)
+    if not many or biased or follows or np.abs(apart).max() > 2.0**-5 * scale:
+        return None
+    size = float(np.median(np.abs(apart))) / scale
+    for dtype, (least, most) in _ROUNDED.items():
+        if least <= size < most:
+            return found("dtype", "rounding", dtype=dtype)
+    return None
+
+
 def with_statistics(diagnosis: str, event: Event) -> str:
     """The sentence, with how the two values differ, where nothing explains it."""
     a, b = event.exact, event.given
@@ -160,6 +186,4 @@ def with_statistics(diagnosis: str, event: Event) -> str:
     share = float((apart > event.judged.tolerance).mean())
     largest = float(np.nanmax(apart)) / scale
     text = f"{share:.0%} of the elements differ, by up to {largest:.2g} of the largest value"
-    if largest < 2.0**-7 and share > 0.2 and float(np.nanmedian(apart)) > 2.0**-14 * scale:
-        text += ", which is of the size of bfloat16 rounding"
     return f"{diagnosis} ({text})"

@@ -20,16 +20,10 @@ import numpy as np
 from convert.diagnose.repair.edit import Changes, Edit, Node, word
 from convert.diagnose.repair.edits_axes import interleavings, rearranged
 from convert.diagnose.repair.edits_numbers import numbers
+from convert.diagnose.repair.edits_orders import functions, orders
+from convert.diagnose.repair.edits_recurrent import recurrent
 from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
-from convert.diagnose.repair.edits_values import (
-    functions,
-    insertions,
-    leaf_edits,
-    neutral,
-    operands,
-    orders,
-    recurrent,
-)
+from convert.diagnose.repair.edits_values import insertions, leaf_edits, neutral, operands, tables
 from convert.judge.noise import MARGIN
 from convert.judge.rows import FLOOR
 from convert.matching.alignment import gap
@@ -75,6 +69,7 @@ class Fit:
     said: str
     place: int  # index of the operation
     free: bool = False  # with a number that was solved for, and is not round
+    error: float = 0.0  # what it leaves, over the tolerance
 
 
 @dataclass
@@ -116,7 +111,7 @@ class _Search:
         helped = self._singles(singles)
         if not self.answer.fits and not self._late():
             self._pairs(singles, helped)
-        self.answer.fits.sort(key=lambda f: f.cost)
+        self.answer.fits.sort(key=lambda f: (_leaves_much(f, self.answer.fits), f.cost))
         return self.answer
 
     def _reproduced(self, sample: Observation) -> Values | None:
@@ -238,7 +233,8 @@ class _Search:
             error = self._error(run, edit)
             if error > max(self.runs[run][0].tolerance, 1e-3 * self.runs[run][0].error):
                 return None
-        return Fit(edit.cost, edit.cause, edit.said, edit.place, edit.free is not None)
+        left = self._error(0, edit) / self.runs[0][0].tolerance
+        return Fit(edit.cost, edit.cause, edit.said, edit.place, edit.free is not None, left)
 
     def _solved(self, edit: Edit) -> Fit | None:
         """The number for which the edit fits, found by Gauss-Newton; said as a round one if it
@@ -288,6 +284,11 @@ class _Search:
         return self._fit(solved) if error <= self._tolerance(0, solved, error) else None
 
 
+def _leaves_much(fit: Fit, others: Sequence[Fit]) -> bool:
+    """Whether another explanation leaves far less of the difference."""
+    return fit.error > 0.05 and any(o.error < fit.error / 20 for o in others)
+
+
 def _rounded(c: float) -> Iterator[float]:
     """Numbers that people write, near c."""
     for digits in (1, 2, 3):
@@ -318,6 +319,7 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
             yield edit
             yield from _grouped(edit, node, same, names[node.name])
     yield from leaf_edits(program, values)
+    yield from tables(program, values)
     yield from functions(program, values)
     yield from orders(program, values)
     yield from interleavings(program, values)

@@ -1,0 +1,222 @@
+"""Whole stretches of a computation: left out, given another value, done earlier or later."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from convert.diagnose.repair.edit import Edit
+from convert.diagnose.repair.edits_values import with_values
+from convert.program.operations import Operation, Program
+from convert.program.replay import At, Change, Values, execute
+
+_MOVED = 24  # places before or after to which a stretch is moved
+
+
+@dataclass
+class Stretch:
+    """Operations that take one value from outside that matters, and give one: one operation, a
+    fused one by its steps, or a call of a function or module of the user's."""
+
+    name: str
+    indices: list[int]
+    taken: list[int]  # values from outside
+    given: int  # the value that it gives
+    maker: int  # the operation that makes it
+
+    def on(self, program: Program, incoming: int, x: Any, at: At) -> Any:
+        """What the stretch gives where `incoming` is x."""
+        import torch
+
+        local = {incoming: x}
+
+        class Both(dict[int, Any]):
+            def __missing__(self, key: int) -> Any:
+                return local[key] if key in local else at.values[key]
+
+        values = Both()
+        for index in self.indices:
+            operation = program.operations[index]
+            output = execute(operation, values)
+            made = [output] if isinstance(output, torch.Tensor) else list(output)
+            local.update(zip(operation.made, made, strict=False))
+        return local[self.given]
+
+
+def stretches(program: Program) -> list[Stretch]:
+    """Every stretch: single operations, fused ones, calls of functions."""
+    calls: dict[int, list[int]] = defaultdict(list)
+    sites: dict[Any, list[int]] = defaultdict(list)
+    found: list[Stretch] = []
+    for index, operation in enumerate(program.operations):
+        site = operation.site
+        for call in site.calls[1:] if site else ():
+            calls[call].append(index)
+        sites[(site.position, site.calls) if site else index].append(index)
+    single = [[i] for i in range(len(program.operations))]
+    fused = [indices for indices in sites.values() if len(indices) > 1]
+    functions = [indices for indices in calls.values() if len(indices) > 1]
+    for kind, groups in (("one", single), ("fused", fused), ("function", functions)):
+        for indices in groups:
+            if (borders := _borders(program, indices)) is not None:
+                found.append(Stretch(_title(program, indices, kind), indices, *borders))
+    return found
+
+
+def _title(program: Program, indices: list[int], kind: str) -> str:
+    operation = program.operations[indices[0]]
+    if kind == "function" and operation.site is not None:
+        return operation.site.function
+    if kind == "fused" and operation.site is not None:
+        return f"`{operation.site.text[:40]}`"
+    return operation.name
+
+
+def _borders(program: Program, indices: list[int]) -> tuple[list[int], int, int] | None:
+    """What operations take from outside, the one value that they give, and who makes it."""
+    held = set(indices)
+    made = {v for i in indices for v in program.operations[i].made}
+    used = {r for i, o in enumerate(program.operations) if i not in held for r in o.refs}
+    outgoing = [v for v in made if v in used or v == program.target]
+    if len(outgoing) != 1:
+        return None
+    taken = [r for i in indices for r in program.operations[i].refs if r not in made]
+    maker = next(i for i in indices if outgoing[0] in program.operations[i].made)
+    return list(dict.fromkeys(taken)), outgoing[0], maker
+
+
+def functions(program: Program, values: Values) -> Iterator[Edit]:
+    """A stretch left out, or given another value for one that it takes."""
+    for stretch in stretches(program):
+        if len(stretch.indices) < 2:
+            continue
+        for value in stretch.taken:
+            if _like(values, value, stretch.given):
+                yield Edit(1.0, _word(stretch.name), f"no {stretch.name} here",
+                           {stretch.maker: lambda at, v=value: at.values[v]})  # fmt: skip
+        yield from _other_arguments(program, values, stretch)
+
+
+def _word(name: str) -> str:
+    low = name.lower()
+    return "rope" if "rot" in low or "rope" in low else "left_out"
+
+
+def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iterator[Edit]:
+    """One value in place of another, wherever the stretch takes it."""
+    before = [v for o in program.operations[: stretch.indices[0]] for v in o.made]
+    for old in stretch.taken:
+        for new in (*program.leaves, *before):
+            if new == old or not _like(values, new, old):
+                continue
+
+            def change(at: At, old: int = old, new: int = new) -> Any:
+                return with_values(at, {old: at.values[new]})
+
+            users = [i for i in stretch.indices if old in program.operations[i].refs]
+            said = f"another argument of {stretch.name}: {_named(program, new)} " \
+                   f"in place of {_named(program, old)}"  # fmt: skip
+            yield Edit(1.5, "operand", said, dict.fromkeys(users, change))
+    same = [(a, b) for i, a in enumerate(stretch.taken) for b in stretch.taken[i + 1 :]
+            if _like(values, a, b)]  # fmt: skip
+    for a, b in same:
+
+        def exchange(at: At, a: int = a, b: int = b) -> Any:
+            return with_values(at, {a: at.values[b], b: at.values[a]})
+
+        users = [i for i in stretch.indices if {a, b} & set(program.operations[i].refs)]
+        said = f"{_named(program, a)} and {_named(program, b)} exchanged in {stretch.name}"
+        yield Edit(1.3, "operand", said, dict.fromkeys(users, exchange))
+
+
+def _named(program: Program, value: int) -> str:
+    if value in program.leaves:
+        return program.leaves[value].name
+    maker: Operation | None = next((o for o in program.operations if value in o.made), None)
+    return f"`{maker.site.text[:50]}`" if maker is not None and maker.site else "another value"
+
+
+def _like(values: Values, a: int, b: int) -> bool:
+    x, y = values.get(a), values.get(b)
+    return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
+
+
+def orders(program: Program, values: Values) -> Iterator[Edit]:
+    """A stretch done earlier or later than in torch."""
+    after: dict[int, list[int]] = defaultdict(list)  # operation -> those that follow from it
+    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    for index, operation in enumerate(program.operations):
+        for ref in operation.refs:
+            if ref in makers:
+                after[makers[ref]].append(index)
+    for stretch in stretches(program):
+        for incoming in stretch.taken:
+            leaf = program.leaves.get(incoming)
+            if leaf is not None and leaf.kind in ("parameter", "buffer"):
+                continue
+            if not _like(values, incoming, stretch.given):
+                continue
+            yield from _moved(program, values, stretch, incoming, after, makers)
+
+
+def _moved(
+    program: Program, values: Values, stretch: Stretch, incoming: int,
+    after: dict[int, list[int]], makers: dict[int, int],
+) -> Iterator[Edit]:  # fmt: skip
+    held = set(stretch.indices)
+
+    def leave_out(at: At) -> Any:
+        return at.values[incoming]
+
+    for index in _reached(after, stretch.maker)[:_MOVED]:
+        if index in held or len(program.operations[index].made) != 1:
+            continue
+        said = f"{stretch.name} after `{_text(program, index)}`, not before"
+        yield Edit(1.4, "order", said,
+                   {stretch.maker: leave_out, index: _then(program, stretch, incoming)},
+                   at=stretch.maker)  # fmt: skip
+    before: dict[int, list[int]] = {
+        i: [makers[r] for r in o.refs if r in makers] for i, o in enumerate(program.operations)
+    }
+    start = makers.get(incoming)
+    if start is None:
+        return
+    earlier = [start, *_reached(before, start)][:_MOVED]
+    for index in earlier:
+        operation = program.operations[index]
+        for ref in dict.fromkeys(operation.refs):
+            taken = values.get(ref)
+            if taken is None or not taken.is_floating_point():
+                continue
+            said = f"{stretch.name} before `{_text(program, index)}`, on {_named(program, ref)}"
+            yield Edit(1.4, "order", said,
+                       {index: _first(program, stretch, incoming, ref), stretch.maker: leave_out},
+                       at=index)  # fmt: skip
+
+
+def _then(program: Program, stretch: Stretch, incoming: int) -> Change:
+    return lambda at: stretch.on(program, incoming, at.run(), at)
+
+
+def _first(program: Program, stretch: Stretch, incoming: int, ref: int) -> Change:
+    """An operation on what the stretch makes of one of its arguments."""
+    return lambda at: with_values(at, {ref: stretch.on(program, incoming, at.values[ref], at)})
+
+
+def _text(program: Program, index: int) -> str:
+    operation = program.operations[index]
+    return operation.site.text[:40] if operation.site else operation.name
+
+
+def _reached(edges: dict[int, list[int]], start: int) -> list[int]:
+    """What follows from a place, the nearest first."""
+    found: list[int] = []
+    todo = list(edges.get(start, ()))
+    while todo:
+        index = todo.pop(0)
+        if index not in found:
+            found.append(index)
+            todo += edges.get(index, ())
+    return found
