@@ -3,6 +3,7 @@ compute, in whatever order or shape, although it has all that the value is made 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from convert.runtime.torch_module import replica
 
 _CLOSE = 1e-6  # of the largest value: both run in float64
 _FEW = 4  # elements: fewer may be the same by chance
+_PART = 4  # times as many numbers hold a value as a part of them
 
 Place = tuple[str, tuple[str, str] | None]  # layer, and the layers between which its code differs
 
@@ -100,8 +102,10 @@ def _made(tensors: Iterable[Any]) -> list[Any]:
 
 
 def _lacking(call: _Call, seen: _Seen, ancestors: set[Any]) -> list[Any]:
-    """Inputs that Flax has not computed."""
-    return [t for t in _made(call.inputs) if not seen.has(t) and t.grad_fn not in ancestors]
+    """Inputs that Flax has not computed, or not in an order that is one of its axes."""
+    given = _made(call.inputs)
+    lacking = [t for t in given if not seen.has(t) and t.grad_fn not in ancestors]
+    return lacking or [t for t in given if not seen.as_it_lies(t)]
 
 
 def _ancestors(tensors: Iterable[Any]) -> set[Any]:
@@ -121,20 +125,45 @@ class _Seen:
     def __init__(self, values: list[np.ndarray]) -> None:
         self._by_size: dict[int, list[np.ndarray]] = {}
         for x in values:
-            self._by_size.setdefault(x.size, []).append(np.sort(x, None))
+            self._by_size.setdefault(x.size, []).append(x.ravel())
+        self._ordered: dict[int, list[np.ndarray]] = {}
         self._known: dict[int, bool] = {}
-        self._kept: list[Any] = []
+        self._kept: list[Any] = []  # so that no identity is used twice
 
     def has(self, tensor: Any) -> bool:
-        """Whether Flax computes this value."""
+        """Whether Flax computes this value, alone or as a part of one (a packed sequence)."""
         if id(tensor) not in self._known:
             self._kept.append(tensor)
             self._known[id(tensor)] = self._has(to_numpy(tensor))
         return self._known[id(tensor)]
 
+    def as_it_lies(self, tensor: Any) -> bool:
+        """Whether Flax has the same with its axes in some order, or holds it as a part."""
+        x = to_numpy(tensor)
+        held = self._by_size.get(x.size, ())
+        turned = (x.transpose(axes).ravel() for axes in itertools.permutations(range(x.ndim)))
+        return not held or any(np.abs(t - y).max() <= _near(x) for t in turned for y in held)
+
     def _has(self, x: np.ndarray) -> bool:
         if x.dtype.kind != "f" or x.size < _FEW or np.ptp(x) == 0:
             return False
-        ordered = np.sort(x, None)
-        near = _CLOSE * float(np.abs(x).max())
-        return any(np.abs(ordered - y).max() <= near for y in self._by_size.get(x.size, ()))
+        ordered, near = np.sort(x, None), _near(x)
+        if any(np.abs(ordered - y).max() <= near for y in self._sorted(x.size)):
+            return True
+        larger = (n for n in self._by_size if x.size < n <= _PART * x.size)
+        return any(_within(ordered, y, near) for n in larger for y in self._sorted(n))
+
+    def _sorted(self, size: int) -> list[np.ndarray]:
+        if size not in self._ordered:
+            self._ordered[size] = [np.sort(x) for x in self._by_size.get(size, ())]
+        return self._ordered[size]
+
+
+def _near(x: np.ndarray) -> float:
+    return _CLOSE * float(np.abs(x).max())
+
+
+def _within(x: np.ndarray, y: np.ndarray, near: float) -> bool:
+    """Whether every value of `x` is one of `y`; both in order."""
+    at = np.searchsorted(y, x).clip(1, y.size - 1)
+    return bool((np.minimum(np.abs(y[at] - x), np.abs(y[at - 1] - x)) <= near).all())

@@ -57,7 +57,8 @@ def _made(equation: Any, given: list[Any], kept: list[Any]) -> list[Any]:
         jaxpr = getattr(inner, "jaxpr", inner)
         if len(jaxpr.invars) == len(given):
             return _evaluate(jaxpr, getattr(inner, "consts", ()), given, kept)
-    functions, rest = equation.primitive.get_bind_params(params)
+    bound = equation.primitive.get_bind_params(params)
+    functions, rest = bound if isinstance(bound, tuple) else ((), bound)  # as JAX before 0.10
     made = equation.primitive.bind(*functions, *given, **rest)
     return list(made) if equation.primitive.multiple_results else [made]
 
