@@ -72,7 +72,9 @@ def _scanned(params: Any, given: list[Any], kept: list[Any]) -> list[Any]:
     steps = range(params["length"])
     rows: list[list[Any]] = []
     for i in reversed(steps) if params["reverse"] else steps:
-        made = _evaluate(body.jaxpr, body.consts, [*constants, *carry, *(x[i] for x in every)], kept)
+        made = _evaluate(
+            body.jaxpr, body.consts, [*constants, *carry, *(x[i] for x in every)], kept
+        )
         carry = made[: len(carry)]
         rows.append(made[len(carry) :])
     rows = rows[::-1] if params["reverse"] else rows
