@@ -424,3 +424,63 @@ def test_faults_of_grouped_attention_are_placed(fault: str) -> None:
     assert found is not None
     assert found.layer == "attn"
     assert found.between == ("attn.v_proj", "attn.o_proj")
+
+
+# --- The same values in another shape, in fewer tensors or in more ---
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(E, HIDDEN, bias=False) for _ in range(3))
+        self.mix = nn.Conv1d(5, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mix(x)
+        return torch.tanh(self.q(x)) * self.k(x) + self.v(x)
+
+
+def heads(params: Array, x: Array, gate: Any = jnp.tanh) -> Array:
+    x = jnp.einsum("oi,bie->boe", params["mix"], x) + params["bias"][:, None]
+    q = jnp.einsum("bte,hec->bthc", x, params["q"]).reshape(2, 5, HIDDEN)
+    k, v = jnp.einsum("bte,shec->sbthc", x, params["kv"]).reshape(2, 2, 5, HIDDEN)
+    return gate(q) * k + v
+
+
+def heads_pair() -> tuple[nn.Module, Any]:
+    a = Heads()
+    w = seeded(a)
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        return x.reshape(H, HIDDEN // H, E).transpose(0, 2, 1)
+
+    kv = np.stack([cut(w["k.weight"]), cut(w["v.weight"])])
+    mix, bias = w["mix.weight"][..., 0], w["mix.bias"]
+    return a, (heads, {"q": cut(w["q.weight"]), "kv": kv, "mix": mix, "bias": bias})
+
+
+def test_tensors_in_other_shapes_are_paired_by_their_values() -> None:
+    a, b = heads_pair()
+    assert convert.verify(a, b, X, level="bits").verdict == "same"
+
+
+def test_of_a_function_the_layer_at_fault_is_told_by_its_values() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = nn.Linear(E, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, E)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.act(self.up(x)))
+
+    def gated(p: Array, x: Array) -> Array:
+        y = jax.nn.sigmoid(x @ p["up"] + p["up_bias"])
+        return y @ p["down"] + p["down_bias"]
+
+    a = Gated()
+    w = seeded(a)
+    params = {n: w[f"{n}.weight"].T for n in ("up", "down")}
+    params |= {f"{n}_bias": w[f"{n}.bias"] for n in ("up", "down")}
+    report = convert.verify(a, (gated, params), X, explain=0)
+    assert report.first_divergence is not None
+    assert report.first_divergence.layer == "act"

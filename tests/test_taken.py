@@ -54,7 +54,7 @@ def weights(ours: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 def told(report: Report, text: str) -> bool:
-    return any(text in notice for notice in report.notices)
+    return any(text in x for x in (*report.notices, *(s.sentence for s in report.blind_spots)))
 
 
 # --- Random numbers ---

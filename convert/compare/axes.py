@@ -80,7 +80,7 @@ def align_outputs(
     moves: dict[str, Any] = {}
     for there, name in pairs.items():
         x, y = ours[name], theirs[there]
-        if alignment.moves(x.shape, y.shape) in ([], ["spread"]):
+        if not alignment.moves(x.shape, y.shape):
             raise UsageError(
                 f"{name} has shape {x.shape} in torch and {y.shape} in Flax",
                 "let both return the same; axes may be in another order, sizes may not differ",
@@ -131,7 +131,7 @@ def align_inputs(
     made: set[str] = set()
     for path, name in list(flax.items()):
         x, y = ours[name], theirs[path]
-        if alignment.moves(x.shape, y.shape) not in ([], ["spread"]):
+        if alignment.moves(x.shape, y.shape):
             moves[name] = (alignment.best_move(x, y), x.shape, y.shape)
             made |= alignment.likely_moves(x, y)
     return moves, made

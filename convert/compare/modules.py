@@ -176,7 +176,7 @@ class ModulePair:
         chance = Randomness(pair, self.torch_trace, self.flax_trace, outputs, flax_draws)
         torch_side, flax_side = self._module_sides(options.seed, outputs, chance)
         rows = chance.rows(flax_side.axes)
-        self.report.notices += chance.notices()
+        self.report.blind_spots += chance.blind_spots()
         self._tell_unseen()
         if chance.everywhere:
             self.report.outputs = rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from convert.compare.blind_spots import BlindSpot
 from convert.compare.report import Report
 from convert.compare.sides import Axes
 from convert.diagnose.causes import Reason, found
@@ -68,12 +69,13 @@ class Randomness:
                 made.append(dataclasses.replace(row, same=False, judged=self.everywhere, note=NOTE))
         return made
 
-    def notices(self) -> list[str]:
+    def blind_spots(self) -> list[BlindSpot]:
         """What was left out, and how it can be compared."""
         if not self.left_out:
             return []
         reason = self._reason(self.left_out)
-        return [f"{reason.diagnosis}: not judged; {reason.advice}"]
+        told = f"{reason.diagnosis}: not judged; {reason.advice}"
+        return [BlindSpot("random", tuple(self.left_out), told)]
 
     def blame(self, report: Report, torch_names: Mapping[str, str]) -> None:
         """Say that chance is the cause, where nothing better is known. `torch_names`: of Flax's

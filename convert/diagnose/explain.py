@@ -194,15 +194,11 @@ class Explainer:
         return found("norm_order", layer=event.pair.torch, other=before[0])
 
     def _unpaired(self, event: Event, reason: Reason | None) -> str | None:
-        """torch's own layer without a counterpart that ran just before the value went wrong."""
+        """torch's own layer without a counterpart that ran just before the value went wrong, where
+        the cause is one of such a layer's."""
         between = [c.name for c in self._skipped(event)]
         wanted = CAUSES[reason.cause].layer if reason else None
-        named = [n for n in between if self._kind(n) == wanted]
-        # One with parameters runs beside others here (a fused projection): it says nothing.
-        plain = [
-            n for n in between if not any(True for _ in self.reference.modules[n].parameters())
-        ]
-        return next(iter((*named, *plain)), None)
+        return next((n for n in between if self._kind(n) == wanted), None)
 
     def _open_call(self, name: str, event: Event) -> Recorded | None:
         """The call of a container in which the event happens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Literal
 
 from convert.diagnose.backward import first_backward
@@ -12,6 +13,7 @@ from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.problem import Runs, repair, rounding, with_statistics
 from convert.diagnose.statistics import running_statistics
+from convert.diagnose.unseen import first_unseen
 from convert.diagnose.walk import Forward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing, pair_traces
@@ -19,6 +21,7 @@ from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 from convert.runtime.torch_recurrent import is_single, whole
 
+LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
 
 
@@ -47,7 +50,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     explain = Explainer(reference, side, pairing, matched, False)
     walk = Forward(reference, side, pairing, explain)
     found: Divergence | None = walk.run(pair.flax_call)
-    found = _repaired(pair, found, explain, seconds)
+    found = _nearer(pair, _repaired(pair, found, explain, seconds), explain)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, seconds)
     if found is None and mode == "training":
@@ -76,6 +79,30 @@ def _as_written(found: Divergence, reference: Reference) -> Divergence:
     said = f"{inside.rpartition('.')[2]} of {whole(inside)}: {found.diagnosis}" if inside else (
         found.diagnosis)  # fmt: skip
     return dataclasses.replace(found, layer=name(found.layer), between=between, diagnosis=said)
+
+
+def _nearer(pair: Pair, found: Divergence | None, explain: Explainer) -> Divergence | None:
+    """The divergence at the place that the values tell, where Flax shows none of the layers that
+    torch calls there: a function of its parameters, a layer of somebody's own."""
+    if found is None or explain.first is None or found.source or found.tensor:
+        return found
+    layer = found.layer
+    inside = f"{layer}." if layer else ""
+    modules = explain.reference.order
+    shown = [n for n in modules if n and n.startswith(inside) and n in explain.paired]
+    if shown or not any(n and n.startswith(inside) for n in modules):
+        return found
+    try:
+        place = first_unseen(pair, layer)
+    except Exception:  # the place by layers stands
+        LOG.debug("no place by values", exc_info=True)
+        return found
+    if place is None:
+        return found
+    layer, between = place
+    return dataclasses.replace(
+        found, layer=layer, between=between, flax_layer=explain.flax_of(layer)
+    )
 
 
 def _in_float64(pair: Pair, pairing: Pairing, seconds: float) -> Divergence | None:

@@ -224,7 +224,7 @@ class Forward:
         return Event(where, visit, key, judged, rough, exact, given, list(self.past), raw)
 
     def _aligned(self, visit: Visit, where: str, a: Aligned, given: np.ndarray) -> None:
-        if given.dtype.kind == "f" and a.move != "spread":  # its cotangents are sums
+        if given.dtype.kind == "f":
             self.aligned[visit.pair.flax, visit.call.index, where, a.flax] = visit.pair, a, given
 
     def _is_leaf(self, visit: Visit) -> bool:

@@ -21,7 +21,6 @@ _MOVES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray
     "heads": (lambda x: np.swapaxes(x, 1, 2), lambda x: np.swapaxes(x, 1, 2)),
 }
 _LEAST = {"same": 0, "channels": 3, "time": 2, "heads": 4}
-_RESHAPES = ("ones", "split", "spread")
 MASKED = -1e4  # what is added to a logit that shall not count is at most this
 
 
@@ -45,24 +44,7 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
         return ["ones"]
     if not fitting and _split(torch, flax):
         return ["split"]
-    if not fitting and (_spread(torch, flax) or _spread(flax, torch)):
-        return ["spread"]
     return fitting
-
-
-def _spread(one: Shape, many: Shape) -> bool:
-    """Whether the one may be the other for every row of a batch: the vectors of positions."""
-    bare = one[1:] if len(one) == len(many) and one[:1] == (1,) else one
-    return len(bare) > 1 and many[1:] == bare
-
-
-def _moved(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
-    if move != "spread":
-        return x.reshape(shape)
-    if x.size <= int(np.prod(shape)):
-        return np.broadcast_to(x, shape)
-    alike = np.ptp(x, 0).max(initial=0.0) <= 1e-6 * np.abs(x).max(initial=0.0)
-    return x[0].reshape(shape) if alike else x
 
 
 def _split(a: Shape, b: Shape) -> bool:
@@ -74,12 +56,12 @@ def _split(a: Shape, b: Shape) -> bool:
 
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
-    return _moved(x, move, shape) if move in _RESHAPES else _MOVES[move][0](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][0](x)
 
 
 def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
-    return _moved(x, move, shape) if move in _RESHAPES else _MOVES[move][1](x)
+    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][1](x)
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:

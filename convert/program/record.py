@@ -207,6 +207,13 @@ def _torch() -> Any:
     return torch
 
 
+def _variable_function(func: Any) -> str:
+    """The name of a function that torch does not list: of packed sequences."""
+    name = getattr(func, "__name__", "")
+    held = getattr(_torch()._C._VariableFunctions, name, None) if name else None
+    return f"torch._C._VariableFunctions.{name}" if held is not None else ""
+
+
 def _mode() -> Any:
     """A TorchFunctionMode that records."""
     from torch.overrides import TorchFunctionMode, resolve_name
@@ -222,7 +229,7 @@ def _mode() -> Any:
             kwargs = kwargs or {}
             if self.muted:
                 return func(*args, **kwargs)
-            name = resolve_name(func) or ""
+            name = resolve_name(func) or _variable_function(func)
             if not name or name.startswith(("torch.nn.init.", "torch.Tensor.requires_grad")):
                 return func(*args, **kwargs)
             opened = self.written_out(name, args, kwargs)

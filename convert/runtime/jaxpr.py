@@ -14,6 +14,11 @@ _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 
 def jaxpr_of(module: FlaxModule, call: Call) -> Any:
     """The module's jaxpr. Nothing is run. Raises what the module raises."""
+    return closed_jaxpr_of(module, call).jaxpr
+
+
+def closed_jaxpr_of(module: FlaxModule, call: Call) -> Any:
+    """As `jaxpr_of`, with the constants in it."""
     import jax
 
     with module.precise():
@@ -23,7 +28,7 @@ def jaxpr_of(module: FlaxModule, call: Call) -> Any:
             output, after = module(values, args, kwargs)
             return leaves(output), after
 
-        return jax.make_jaxpr(forward)(module.values).jaxpr
+        return jax.make_jaxpr(forward)(module.values)
 
 
 def narrow_operation(jaxpr: Any) -> str | None:

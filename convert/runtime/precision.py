@@ -66,7 +66,8 @@ def jax_precision(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_as_written() -> Iterator[None]:
-    """Without torch's fused encoder layers, which bypass their submodules, and without TF32."""
+    """Without torch's fused encoder layers, which bypass their submodules, without TF32, and with
+    a hard sigmoid whose gradient is float64's in float64."""
     import torch
 
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -76,11 +77,31 @@ def torch_as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        yield
+        with _exact_sigmoids():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _exact_sigmoids() -> Any:
+    """torch's backward pass of hardsigmoid takes 1/6 in float32, whatever it is given."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Exact(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = getattr(function, "__name__", "")
+            if name.rstrip("_") == "hardsigmoid" and args and args[0].dtype == torch.float64:
+                made = torch.nn.functional.relu6(args[0] + 3) / 6
+                inplace = name.endswith("_") or (kwargs or {}).get("inplace", False)
+                return args[0].copy_(made) if inplace else made
+            return function(*args, **(kwargs or {}))
+
+    return Exact()
 
 
 def wide_attributes(layer: Any) -> dict[str, Any]:

@@ -21,6 +21,22 @@ def unstack(module: Any) -> Any:
     return module
 
 
+def restack(module: Any) -> Any:
+    """The module itself, as it was before `unstack`."""
+    from torch import nn
+
+    for part in list(module.modules()):
+        pieces = [n for n, m in part._modules.items() if m is not None and is_single(m)]
+        if not pieces:
+            continue
+        part.__class__ = next(b for b in type(part).__mro__ if b in (nn.LSTM, nn.GRU, nn.RNN))
+        vars(part).pop("flatten_parameters", None)
+        for name in pieces:
+            del part._modules[name]
+        part._flat_weights = [getattr(part, n) for n in part._flat_weights_names]
+    return module
+
+
 def whole(name: str) -> str:
     """The name of the layer that the user wrote, of `lstm.l0_reverse`: `lstm`."""
     return re.sub(r"(^|\.)l\d+(_reverse)?$", "", name)

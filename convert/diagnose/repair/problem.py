@@ -22,6 +22,7 @@ from convert.program.operations import Operation, Program
 from convert.program.record import Goal, NotSeen, Recording, record
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.torch_module import replica
+from convert.runtime.torch_recurrent import restack, whole
 
 LOG = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
 
 def _recorded(runs: Runs, reference: Reference, event: Event, target: Goal) -> Recording:
     module = replica(runs.pair.torch, "float64")
+    if not any(whole(name) != name for name in event.past):
+        module = restack(module)  # no layer of a stack has a counterpart of its own
     return record(module, runs.pair.call, "float64", reference.calls, event.past, target)
 
 

@@ -1,0 +1,169 @@
+"""Where two modules part if Flax shows no layers: the first of torch's values that Flax does not
+compute, in whatever order or shape, although it has all that the value is made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from convert.matching.pair import Pair
+from convert.runtime.arrays import leaves, to_numpy
+from convert.runtime.flax_module import flax_module
+from convert.runtime.jax_values import values_of
+from convert.runtime.precision import torch_as_written
+from convert.runtime.torch_calls import arguments, hooked
+from convert.runtime.torch_module import replica
+
+_CLOSE = 1e-6  # of the largest value: both run in float64
+_FEW = 4  # elements: fewer may be the same by chance
+_PART = 4  # times as many numbers hold a value as a part of them
+
+Place = tuple[str, tuple[str, str] | None]  # layer, and the layers between which its code differs
+
+
+@dataclass
+class _Call:
+    """A call of a torch module with the tensors that it takes and gives."""
+
+    name: str
+    order: int
+    parent: _Call | None
+    inputs: list[Any]
+    outputs: list[Any] = field(default_factory=list)
+    end: int = -1
+
+
+def first_unseen(pair: Pair, inside: str) -> Place | None:
+    """The place, in the calls of the module `inside`; None where every value is seen, or none."""
+    calls = _calls(pair)
+    seen = _Seen(values_of(flax_module(pair.flax, "float64"), pair.flax_call))
+    ended = sorted(calls, key=lambda c: c.end)
+    ancestors = _ancestors(t for c in ended for t in c.outputs if seen.has(t))
+    right = {c.order for c in ended if any(seen.has(t) or t.grad_fn in ancestors
+                                           for t in c.outputs)}  # fmt: skip
+    within = [c for c in ended if not inside or c.name.startswith(f"{inside}.") or c.name == inside]
+    if not any(c.order in right for c in within):
+        return None
+    wrong = next((c for c in within if c.order not in right and _made(c.outputs)), None)
+    if wrong is None:
+        return None
+    lacking = _lacking(wrong, seen, ancestors)
+    if not lacking:
+        children = [c for c in ended if c.parent is wrong]
+        return wrong.name, (children[-1].name, "the output") if children else None
+    while wrong.parent and {id(t) for t in lacking} & {id(t) for t in wrong.parent.inputs}:
+        wrong = wrong.parent
+    around = wrong.parent.name if wrong.parent else ""
+    before = [c for c in ended if c.end < wrong.order and c.order in right]
+    beside = [c for c in before if c.parent is wrong.parent] or before[-1:]
+    return around, (beside[-1].name if beside else "the input", wrong.name)
+
+
+def _calls(pair: Pair) -> list[_Call]:
+    """One run of torch in float64, with what its values are made of."""
+    import torch
+
+    module = replica(pair.torch, "float64")
+    for p in module.parameters():
+        p.requires_grad_(p.is_floating_point())
+    calls: list[_Call] = []
+    stack: list[_Call] = []
+    count = 0
+
+    def enter(name: str, part: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        given = [x for x in leaves((args, kwargs)).values() if isinstance(x, torch.Tensor)]
+        stack.append(_Call(name, count, stack[-1] if stack else None, given))
+        calls.append(stack[-1])
+        return args, kwargs
+
+    def leave(name: str, part: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        done = stack.pop()
+        done.outputs = [x for x in leaves(output).values() if isinstance(x, torch.Tensor)]
+        done.end = count
+        return output
+
+    args, kwargs = arguments(pair.call, "float64")
+    with torch_as_written(), torch.enable_grad(), hooked(module, enter, leave):
+        module(*args, **kwargs)
+    return calls
+
+
+def _made(tensors: Iterable[Any]) -> list[Any]:
+    """Those that are computed from parameters, and large enough to be told."""
+    return [t for t in tensors if t.grad_fn is not None and t.numel() >= _FEW]
+
+
+def _lacking(call: _Call, seen: _Seen, ancestors: set[Any]) -> list[Any]:
+    """Inputs that Flax has not computed, or not in an order that is one of its axes."""
+    given = _made(call.inputs)
+    lacking = [t for t in given if not seen.has(t) and t.grad_fn not in ancestors]
+    return lacking or [t for t in given if not seen.as_it_lies(t)]
+
+
+def _ancestors(tensors: Iterable[Any]) -> set[Any]:
+    """All that these tensors are made of, as nodes of torch's graph."""
+    open_, met = [t.grad_fn for t in tensors if t.grad_fn is not None], set()
+    while open_:
+        node = open_.pop()
+        if node not in met:
+            met.add(node)
+            open_ += [n for n, _ in node.next_functions if n is not None]
+    return met
+
+
+class _Seen:
+    """Flax's values, found again whatever their order and shape."""
+
+    def __init__(self, values: list[np.ndarray]) -> None:
+        self._by_size: dict[int, list[np.ndarray]] = {}
+        for x in values:
+            self._by_size.setdefault(x.size, []).append(x.ravel())
+        self._ordered: dict[int, list[np.ndarray]] = {}
+        self._known: dict[int, bool] = {}
+        self._kept: list[Any] = []  # so that no identity is used twice
+
+    def has(self, tensor: Any) -> bool:
+        """Whether Flax computes this value, alone or as a part of one (a packed sequence)."""
+        if id(tensor) not in self._known:
+            self._kept.append(tensor)
+            self._known[id(tensor)] = self._has(to_numpy(tensor))
+        return self._known[id(tensor)]
+
+    def as_it_lies(self, tensor: Any) -> bool:
+        """Whether Flax has the same with its axes in some order, or holds it as a part."""
+        x = to_numpy(tensor)
+        held = self._by_size.get(x.size, ())
+        turned = (x.transpose(axes).ravel() for axes in itertools.permutations(range(x.ndim)))
+        return not held or any(np.abs(t - y).max() <= _near(x) for t in turned for y in held)
+
+    def _has(self, x: np.ndarray) -> bool:
+        if x.dtype.kind != "f" or x.size < _FEW or np.ptp(x) == 0:
+            return False
+        ordered, near = np.sort(x, None), _near(x)
+        if any(np.abs(ordered - y).max() <= near for y in self._sorted(x.size)):
+            return True
+        larger = (n for n in self._by_size if x.size < n <= _PART * x.size)
+        return any(_within(ordered, y, near) for n in larger for y in self._sorted(n))
+
+    def _sorted(self, size: int) -> list[np.ndarray]:
+        if size not in self._ordered:
+            self._ordered[size] = [np.sort(x) for x in self._by_size.get(size, ())]
+        return self._ordered[size]
+
+
+def _near(x: np.ndarray) -> float:
+    return _CLOSE * float(np.abs(x).max())
+
+
+def _within(x: np.ndarray, y: np.ndarray, near: float) -> bool:
+    """Whether every value of `x` is one of `y`; both in order."""
+    at = np.searchsorted(y, x).clip(1, y.size - 1)
+    return bool((np.minimum(np.abs(y[at] - x), np.abs(y[at - 1] - x)) <= near).all())
