@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit
-from convert.diagnose.repair.edits_values import with_values
+from convert.diagnose.repair.edits_values import taken_for, with_values
 from convert.program.operations import Operation, Program
 from convert.program.replay import At, Change, Values, execute
 
@@ -138,7 +138,7 @@ def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iter
             users = [i for i in stretch.indices if old in program.operations[i].refs]
             said = f"another argument of {stretch.name}: {_named(program, new)} " \
                    f"in place of {_named(program, old)}"  # fmt: skip
-            yield Edit(1.5, "operand", said, dict.fromkeys(users, change))
+            yield Edit(1.5, taken_for(program, old, new), said, dict.fromkeys(users, change))
     same = [(a, b) for i, a in enumerate(stretch.taken) for b in stretch.taken[i + 1 :]
             if _like(values, a, b)]  # fmt: skip
     for a, b in same:
@@ -148,7 +148,7 @@ def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iter
 
         users = [i for i in stretch.indices if {a, b} & set(program.operations[i].refs)]
         said = f"{_named(program, a)} and {_named(program, b)} exchanged in {stretch.name}"
-        yield Edit(1.3, "operand", said, dict.fromkeys(users, exchange))
+        yield Edit(1.3, taken_for(program, a, b), said, dict.fromkeys(users, exchange))
 
 
 def _named(program: Program, value: int) -> str:

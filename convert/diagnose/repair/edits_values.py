@@ -28,8 +28,8 @@ def operands(node: Node) -> Iterator[Edit]:
             if x.shape != held.shape and not handed_on:
                 continue
             why = "residual" if node.name == "add" and held.ndim > 1 else "operand"
-            if node.name == "matmul":
-                why = "operand"
+            if taken_for(node.program, ref, other) == "swapped":
+                why = "swapped"
             said = f"{_named(node, other)} in place of {_named(node, ref)}"
             yield node.edit(1.7, why, said, replacing(ref, other))
     tensors = [node.values[r] for r in refs]
@@ -40,6 +40,12 @@ def operands(node: Node) -> Iterator[Edit]:
             return with_values(at, {a: at.values[b], b: at.values[a]})
 
         yield node.edit(1.2, "operand", "its first two operands exchanged", exchanged)
+
+
+def taken_for(program: Program, one: int, other: int) -> str:
+    """The word for one value in place of another."""
+    kinds = {program.leaves[v].kind if v in program.leaves else "" for v in (one, other)}
+    return "swapped" if kinds == {"parameter"} else "operand"
 
 
 def _named(node: Node, value: int) -> str:
