@@ -33,7 +33,7 @@ _NEAR = 2.0**-10  # of the scale: inputs as far apart as that are one another's
 
 
 @dataclass(frozen=True)
-class Leaf:
+class _Leaf:
     """One call of a pair of layers that holds no other pair. `known`: a kind of
     layer that both frameworks have, and given the same: it ends at the same place."""
 
@@ -52,7 +52,7 @@ class Leaf:
 def leaves_of(
     pairs: list[LayerPair], torch_side: TorchSide, modules: Mapping[str, object], torch: Trace,
     flax: Trace,
-) -> list[Leaf]:  # fmt: skip
+) -> list[_Leaf]:  # fmt: skip
     """The leaves in torch's order of execution. `modules` are Flax's by path."""
     names = [p.torch for p in pairs]
     holding = {n for n in names if any(m != n and m.startswith(f"{n}.") for m in names)} | {""}
@@ -74,7 +74,7 @@ def leaves_of(
     return found
 
 
-def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> Leaf | None:
+def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> _Leaf | None:
     """None where no input, or no output, of the two can be the same. `known` where the whole run
     gave both the same inputs, but for rounding."""
     wanted = "fciu" if looks_up else "fc"
@@ -91,11 +91,11 @@ def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> 
         <= _NEAR * largest(theirs.inputs[a.flax])
         for a, shape in inputs
     )
-    return Leaf(pair, ours.index, inputs, outputs, met) if inputs and outputs else None
+    return _Leaf(pair, ours.index, inputs, outputs, met) if inputs and outputs else None
 
 
 def judge_leaves(
-    leaves: list[Leaf], torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]
+    leaves: list[_Leaf], torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]
 ) -> list[Row]:  # fmt: skip
     """A row for each output of each leaf; `outputs` are the rows of the whole run.
 
@@ -162,7 +162,7 @@ def _noise(side: TorchSide, call: Recorded, key: str, narrow: bool) -> float:
     return max(apart)
 
 
-def _decided(rows: list[Row], leaves: list[Leaf], outputs: list[Row]) -> list[Row]:
+def _decided(rows: list[Row], leaves: list[_Leaf], outputs: list[Row]) -> list[Row]:
     """Two layers of somebody's own that differ by themselves, while all outputs agree, may only
     end at different places: they are judged where the whole run saw them agree in float32."""
     whole = [r for r in outputs if r.name == "output" or r.name.startswith("output.")]
