@@ -110,7 +110,7 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     ("scores / math.sqrt(d)", "scores", "scale"),
     ("(x + mixed)", "(mixed)", "residual"),
     ("triu(1)", "triu(0)", "causal"),
-    ("a, b = (x", "b, a = (x", "operand"),
+    ("a, b = (x", "b, a = (x", "blocks"),
     ("functional.silu(a)", "functional.gelu(a)", "activation"),
     ("k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)", "k.repeat(1, 2, 1, 1), "
      "v.repeat(1, 2, 1, 1)", "rearranged"),

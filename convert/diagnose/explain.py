@@ -92,7 +92,7 @@ class Explainer:
         if made := self._producer(event) or self._common(event):
             return made
         container = event.visit.around if event.where == "input" else event.pair
-        if container is not None and container.torch:
+        if container is not None:
             return container.torch
         return event.pair.torch if event.where == "input" else self._last(event)
 
@@ -169,7 +169,7 @@ class Explainer:
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
         reason = first(partial(values, case, CERTAIN))
-        self._guessing = reason is None
+        self._guessing = reason is None or reason.cause == "heads"
         reason = reason or first(
             partial(self._ordered, event),
             partial(pooling, case),
@@ -335,9 +335,17 @@ class Explainer:
             else event.pair.torch
         )
         inside = [n for n in event.past if self._under(n, name)]
-        before = self._outermost(inside[-1], name) if inside else "the input"
-        after = event.pair.torch if event.where == "input" else "the output"
+        if inside:
+            before = self._outermost(inside[-1], name)
+        else:
+            before = event.past[-1] if event.past else "the input"
+        after = event.pair.torch if event.where == "input" else self._next(event.call)
         return before, after
+
+    def _next(self, call: Recorded) -> str:
+        """The paired layer that torch calls after this call has ended."""
+        later = (c.name for c in self.reference.trace.calls if c.order > call.end)
+        return next((n for n in later if n in self.paired), "the output")
 
     def _outermost(self, name: str, inside: str) -> str:
         """The paired module directly inside `inside` that holds `name`."""

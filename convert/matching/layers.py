@@ -35,6 +35,7 @@ class CalledLayer:
     shape: tuple[int, ...]  # of what its first call gives
     total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
     numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
+    held: Callable[[], frozenset[bytes]] = frozenset  # the numbers of each of its tensors
 
 
 Layers = dict[str, CalledLayer]  # by dotted name
@@ -58,6 +59,7 @@ def pair_layers(
     _containers(ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
     _own_leaves(ours, theirs, found)
+    _by_values(ours, theirs, found)
     modules = dict(pair.torch.named_modules())
     layers = []
     for name, layer in ours.items():
@@ -84,6 +86,7 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
             CalledLayer(name, torch_kind(modules[name]), _sizes(_own_shapes(modules[name])), *rest),
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
             numbers=partial(_sorted, list(modules[name].parameters())),
+            held=partial(_each, [*modules[name].parameters(), *modules[name].buffers()]),
         )
         for name, *rest in _first_calls(trace)
     }
@@ -100,12 +103,19 @@ def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
         shapes = [np.shape(v) for v in below]
         made = CalledLayer(name, flax_kind(side.modules[name]), _sizes(shapes), *rest)
         numbers = partial(_sorted, below)
-        found[name] = replace(made, total=_sizes(shapes, axes=0), numbers=numbers)
+        held = partial(_each, below)
+        found[name] = replace(made, total=_sizes(shapes, axes=0), numbers=numbers, held=held)
     return found
 
 
 def _sorted(arrays: list[Any]) -> np.ndarray:
     return np.sort(np.concatenate([to_numpy(x).ravel() for x in arrays]))
+
+
+def _each(arrays: list[Any]) -> frozenset[bytes]:
+    """The numbers of each array, in order of size; not of one that holds a single number only."""
+    ordered = (np.sort(to_numpy(x).ravel()) for x in arrays if x.size)
+    return frozenset(x.tobytes() for x in ordered if x[0] != x[-1])
 
 
 def _own_shapes(module: Any) -> list[tuple[int, ...]]:
@@ -235,6 +245,21 @@ def _own_leaves(ours: Layers, theirs: Layers, found: Found) -> None:
         return 1.0 + 0.5 * (names[0] == names[1]) + alike if moves(x.shape, y.shape) else -1.0
 
     _aligned(a, b, found, score)
+
+
+def _by_values(ours: Layers, theirs: Layers, found: Found) -> None:
+    """Leaves that are left though they hold the very same numbers: called in another order, or
+    inside another container. Only where no second layer holds them."""
+    used = {f for f, _ in found.values()}
+    left = {n: x.held() for n, x in ours.items() if n not in found and x.kind != "other"}
+    free = {n: x.held() for n, x in theirs.items() if n not in used and x.kind != "other"}
+    for t, held in left.items():
+        able = [
+            f for f, h in free.items() if compatible(ours[t].kind, theirs[f].kind) and held <= h
+        ]
+        if held and len(able) == 1:
+            found[t] = able[0], "values"
+            del free[able[0]]
 
 
 def _calls_none(layer: CalledLayer, layers: Layers) -> bool:

@@ -31,7 +31,7 @@ class LayerPair:
     torch: str  # dotted name, "" for the whole
     flax: str  # dotted path
     kind: str  # as in zoo.layout where it is one of those, else the torch class's name
-    why: str = "name"  # "name", "order", "given": by what it was found
+    why: str = "name"  # "name", "order", "values", "given": by what it was found
     alternatives: int = 0  # other layers of Flax's that would fit by kind and sizes
 
 

@@ -16,7 +16,7 @@ from convert.matching.stacked import restacked
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule, cell_path
-from convert.runtime.torch_module import state
+from convert.runtime.torch_module import computed, state
 from convert.runtime.torch_recurrent import is_single
 from zoo.layout.kinds import kinds, torch_kind
 from zoo.layout.ops import Divide, Flip, Merge, Op, Ops, Permute, Split, run, run_shapes
@@ -72,8 +72,11 @@ def _uncalled(
 
 
 def unmatched(module: Any, side: FlaxModule, matches: Any) -> tuple[list[str], list[str]]:
-    """Names of torch's state (ties count once) and of Flax's values that no match has."""
-    return _unmatched(module, side.values, matches)
+    """Names of torch's state (ties count once, and without what its code makes and nobody saves:
+    positions, angles of a rotation) and of Flax's values that no match has."""
+    ours, theirs = _unmatched(module, side.values, matches)
+    made = computed(module)
+    return [n for n in ours if n not in made], theirs
 
 
 def _unmatched(module: Any, values: Any, matches: Any) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ def recurrent(
 
     x is (B, T, I) or (T, B, I), `weights` are torch's flat weights. `ways`: in which direction the
     first and the second go, forward or backward; `joined`: how both are put together; `stack`: the
-    order of the layers; `left`: which first states ("h", "c") are zero. Of packed sequences x is
+    order of the layers; `left`: which first state ("h", "c") is zero, or "swapped". Of packed sequences x is
     (N, I), `sizes` says how many have each step, and `masked` whether shorter ones wait meanwhile.
     The rest are of Style.
     """
@@ -47,7 +47,8 @@ def recurrent(
         outs = []
         for way in range(many):
             i = at * many + way
-            first = [s[i] * (n not in left) for s, n in zip(states, "hc", strict=False)]
+            given = states[::-1] if left == "swapped" else states
+            first = [s[i] * (n != left) for s, n in zip(given, "hc", strict=False)]
             turn = -1 if ways[way] == "b" else 1
             steps = list(zip(x.unbind(0), waits, strict=True))[::turn]
             made, last = _run(cell, steps, first, weights[i * step : (i + 1) * step],
@@ -93,7 +94,7 @@ def _run(
     b_i = b[0] if b and "i" in style.biases else torch.zeros_like(w_i[:, 0])
     b_h = b[1] if b and "h" in style.biases else torch.zeros_like(w_i[:, 0])
     names = style.activations.split(",") if style.activations else ["sigmoid", "tanh", "tanh"]
-    functions = [getattr(torch, name) for name in names]
+    functions = [_ACTIVATIONS.get(name) or getattr(torch, name) for name in names]
     advance = {"lstm": _lstm, "gru": _gru}.get(cell)
     made = []
     for x, mask in steps:
@@ -109,6 +110,13 @@ def _run(
             state = [torch.where(mask[:, None], new, old) for new, old in pairs]
         made.append(state[0])
     return made, state
+
+
+_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "hard_sigmoid": lambda x: (x / 6 + 0.5).clamp(0, 1),
+    "keras_hard_sigmoid": lambda x: (0.2 * x + 0.5).clamp(0, 1),
+    "identity": lambda x: x,
+}
 
 
 def _lstm(

@@ -11,13 +11,16 @@ import numpy as np
 from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
-# What a module without dropout and with running statistics is called with, where it must be told.
+# What a module without dropout and with running statistics is called with, where it must be told:
+# nothing is drawn then, so there are no keys either.
 EVALUATION = {
     "train": False,
     "training": False,
     "is_training": False,
     "deterministic": True,
     "use_running_average": True,
+    "rngs": None,
+    "rng": None,
 }
 Shapes = Callable[[Call], Any]  # tries a call without computing; raises what the module raises
 

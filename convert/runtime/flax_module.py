@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -241,7 +242,8 @@ class _Linen(FlaxModule):
         super().__init__(precision, training)
         self._rngs = generators(module)
         self._widened = widened_dtypes(module)
-        self._mutable = mutable(module.scope.mutable)
+        self._given = module.scope.mutable
+        self._mutable: Any = None  # what a call may change, once that is known
         self._module, variables = module.unbind()
         self._collections: dict[str, tuple[str, ...]] = {}
         self._rest: dict[tuple[str, ...], Any] = {}  # what was sown, and other trees of arrays
@@ -267,6 +269,7 @@ class _Linen(FlaxModule):
         every = {**self.values, **values}
         flat = self._rest | {self._collections[n]: v for n, v in every.items()}
         variables = _unflatten(flat)
+        self._mutable = self._mutable or self._may_change(variables, args, kwargs)
         with contextlib.ExitStack() as stack:
             if around is not None:
                 _, named = stack.enter_context(self._layer_by_layer(every, around))
@@ -281,6 +284,22 @@ class _Linen(FlaxModule):
         names = {path: n for n, path in self._collections.items()}
         after = {names[p]: _unboxed(v) for p, v in _flatten(moved).items() if p in names}
         return output, {**every, **after}
+
+    def _may_change(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        """In evaluation no statistics, since modules tell by that which mode they are in; but all
+        of them where the module moves them even so, which is then found and named."""
+        import jax
+        from flax import errors
+
+        every, still = mutable(self._given, "batch_stats"), mutable(self._given)
+        if self.training or not self._moving:
+            return every
+        apply = functools.partial(self._module.apply, rngs=self._rngs, mutable=still)
+        try:
+            jax.eval_shape(lambda: apply(variables, *args, **kwargs)[0])
+        except errors.ModifyScopeVariableError:
+            return every
+        return still
 
     def reseed(self) -> None:
         self._rngs = {name: _folded(key) for name, key in self._rngs.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.runtime.precision import dtype_attributes, wide_attributes
 
-_MUTABLE = ("batch_stats", "intermediates")
+_SOWN = ("intermediates",)
 
 
 def with_dropout(module: Any) -> Any:
@@ -41,7 +41,7 @@ def with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> An
     given = layer.use_running_average
     object.__setattr__(layer, "use_running_average", None)  # else the argument is refused
     try:
-        return call(*args, **{**kwargs, "use_running_average": False})
+        return call(*args[:1], **{**kwargs, "use_running_average": False})
     finally:
         object.__setattr__(layer, "use_running_average", given)
 
@@ -79,8 +79,8 @@ def _narrowed(layer: Any, dtypes: Collection[str]) -> dict[str, Any]:
     return dict(wide_attributes(layer)) | narrow
 
 
-def mutable(given: Any) -> Any:
-    """What a bound module may change, and what we want to see changed."""
+def mutable(given: Any, *more: str) -> Any:
+    """What a bound module may change, what we want to see changed, and the collections `more`."""
     if given is True:
         return True
     if given is False or given is None:
@@ -88,5 +88,5 @@ def mutable(given: Any) -> Any:
     if isinstance(given, str):
         given = (given,)
     if isinstance(given, tuple | list | set | frozenset):
-        return [*given, *(c for c in _MUTABLE if c not in given)]
+        return list(dict.fromkeys((*given, *_SOWN, *more)))
     return given  # a DenyList

@@ -68,6 +68,15 @@ def state(module: Any) -> dict[str, Any]:
     return {n: t for n, t in every.items() if n.rpartition(".")[0] not in single}
 
 
+def computed(module: Any) -> set[str]:
+    """Buffers that are not in the state_dict: the module's own code makes them."""
+    return {
+        f"{path}.{n}" if path else n
+        for path, part in module.named_modules()
+        for n in part._non_persistent_buffers_set
+    }
+
+
 def norms(module: Any) -> Iterator[Any]:
     """Layers that keep running statistics: in training mode the others would only drop."""
     for part in module.modules():

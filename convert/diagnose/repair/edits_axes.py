@@ -144,7 +144,7 @@ def _parts(node: Node) -> Iterator[Edit]:
             return tuple(made[i] for i in order)
 
         said = f"its parts in the order {tuple(order)}"
-        yield node.edit(1.0, "blocks" if count > 2 else "operand", said, change)
+        yield node.edit(1.0, "blocks", said, change)
     if node.name != "unbind" and len({t.shape for t in _made(node)}) == 1:
         d = dims_of(node.operation)
         axis = d[1] if d and isinstance(d[1], int) else 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node, Path, dims_of, scalars, with_scalar, word
+from convert.program.replay import At, resolve
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
@@ -55,6 +56,32 @@ def numbers(node: Node) -> Iterator[Edit]:
         elif isinstance(value, str):
             yield from _strings(node, path, value)
     yield from _axes(node)
+    if node.name in ("conv1d", "conv2d", "conv3d"):
+        yield from _dilations(node)
+
+
+def _dilations(node: Node) -> Iterator[Edit]:
+    """Another dilation, with the padding that keeps the size."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.operation.kwargs)
+    padding, dilation = given.get("padding", 0), given.get("dilation", 1)
+    if isinstance(padding, str):
+        return
+    kernel = node.tensors[1].shape[2:]
+    pads, olds = (list(x) if isinstance(x, tuple | list) else [x] * len(kernel)
+                  for x in (padding, dilation))  # fmt: skip
+    for new in (1, 2, 3, 4, 5):
+        if all(d == new for d in olds):
+            continue
+        wider = [p + (new - d) * (k - 1) // 2 for p, d, k in zip(pads, olds, kernel, strict=True)]
+
+        def change(at: At, new: int = new, wider: list[int] = wider) -> Any:
+            held = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
+            held |= {"dilation": new, "padding": wider}
+            return resolve(at.operation.function)(**held)
+
+        if min(wider) >= 0:
+            yield node.edit(1.0, "dilation", f"dilation {new} and padding {wider}", change)
 
 
 def cause(node: Node, path: Path, value: Any = None) -> str:

@@ -36,7 +36,8 @@ def recurrent(node: Node) -> Iterator[Edit]:
     if cell == "lstm":
         options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
                     for p in itertools.permutations("ifgo") if p != tuple("ifgo")]  # fmt: skip
-        options += [("forget", "forget_bias", 1.0, "1 added to the forget gate"),
+        options += [("left", "swapped", "swapped", "the first states h and c exchanged"),
+                    ("forget", "forget_bias", 1.0, "1 added to the forget gate"),
                     ("left", "left_out", "c", "the first cell state zero")]  # fmt: skip
     if cell == "gru":
         options += [("order", "gates", "".join(p), f"gates in the order {','.join(p)}")
@@ -49,7 +50,8 @@ def recurrent(node: Node) -> Iterator[Edit]:
     options += [("left", "left_out", "h", "the first hidden state zero")]
     for names in (("sigmoid", "tanh", "sigmoid"), ("sigmoid", "relu", "tanh"),
                   ("sigmoid", "sigmoid", "tanh"), ("sigmoid", "tanh", "relu"),
-                  ("sigmoid", "relu", "relu")):  # fmt: skip
+                  ("sigmoid", "relu", "relu"), ("sigmoid", "tanh", "identity"),
+                  ("hard_sigmoid", "tanh", "tanh"), ("keras_hard_sigmoid", "tanh", "tanh")):  # fmt: skip
         options.append(("activations", "activation", ",".join(names), f"activations {names}"))
     if layers > 1:
         options += [("stack", "swapped", "10", "the two layers exchanged"),

@@ -321,7 +321,7 @@ def leave_out(node: Node) -> Iterator[Edit]:
             return at.values[value]
 
         factor = node.name in ("mul", "div") and len(tensors) > 1
-        cost = 1.3 if factor else 0.9
+        cost = 1.3 if factor or not node.out.is_floating_point() else 0.9
         yield node.edit(cost, _left_out_word(node), _left_out_said(node, order), change)
     if len(node.operation.made) == 1 and len(tensors) == 1 and node.tensors[0].shape == shape:
         yield node.edit(1.8, "left_out", f"{node.name} done twice", _twice)

@@ -81,7 +81,7 @@ def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
 
 def _recorded(runs: Runs, reference: Reference, event: Event, target: Goal) -> Recording:
     module = replica(runs.pair.torch, "float64")
-    if not any(whole(name) != name for name in event.past):
+    if not any(whole(name) != name for name in (*event.past, target.call[0])):
         module = restack(module)  # no layer of a stack has a counterpart of its own
     return record(module, runs.pair.call, "float64", reference.calls, event.past, target)
 
