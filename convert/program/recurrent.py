@@ -30,8 +30,9 @@ def recurrent(
 
     x is (B, T, I) or (T, B, I), `weights` are torch's flat weights. `ways`: in which direction the
     first and the second go, forward or backward; `joined`: how both are put together; `stack`: the
-    order of the layers; `left`: which first state ("h", "c") is zero, or "swapped". Of packed sequences x is
-    (N, I), `sizes` says how many have each step, and `masked` whether shorter ones wait meanwhile.
+    order of the layers; `left`: which first state ("h", "c") is zero, or "swapped". Of packed
+    sequences x is (N, I), `sizes` says how many have each step, and `masked` whether shorter ones
+    wait meanwhile.
     The rest are of Style.
     """
     import torch

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit
+from convert.diagnose.repair.edits_siblings import activations
 from convert.diagnose.repair.edits_values import taken_for, with_values
 from convert.program.operations import Operation, Program
 from convert.program.replay import At, Change, Values, execute
@@ -117,6 +118,24 @@ def functions(program: Program, values: Values) -> Iterator[Edit]:
                 yield Edit(1.0, _word(stretch.name), f"no {stretch.name} here",
                            {stretch.maker: lambda at, v=value: at.values[v]})  # fmt: skip
         yield from _other_arguments(program, values, stretch)
+        yield from _other_activation(program, values, stretch)
+
+
+def _other_activation(program: Program, values: Values, stretch: Stretch) -> Iterator[Edit]:
+    """An activation in place of a stretch of one value, as a hard sigmoid is written out."""
+    moving = [v for v in stretch.taken if v not in program.leaves
+              or program.leaves[v].kind in ("layer", "input")]  # fmt: skip
+    if len(moving) != 1 or len(stretch.taken) != 1 or not _like(values, moving[0], stretch.given):
+        return
+    if not values[moving[0]].is_floating_point() or len(stretch.indices) > 8:
+        return
+    for said, function in activations().items():
+
+        def change(at: At, function: Any = function) -> Any:
+            return function(at.values[moving[0]])
+
+        yield Edit(1.35, "activation", f"{said} in place of {stretch.name}",
+                   {stretch.maker: change})  # fmt: skip
 
 
 def _word(name: str) -> str:

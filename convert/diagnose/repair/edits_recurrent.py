@@ -51,7 +51,8 @@ def recurrent(node: Node) -> Iterator[Edit]:
     for names in (("sigmoid", "tanh", "sigmoid"), ("sigmoid", "relu", "tanh"),
                   ("sigmoid", "sigmoid", "tanh"), ("sigmoid", "tanh", "relu"),
                   ("sigmoid", "relu", "relu"), ("sigmoid", "tanh", "identity"),
-                  ("hard_sigmoid", "tanh", "tanh"), ("keras_hard_sigmoid", "tanh", "tanh")):  # fmt: skip
+                  ("hard_sigmoid", "tanh", "tanh"),
+                  ("keras_hard_sigmoid", "tanh", "tanh")):  # fmt: skip
         options.append(("activations", "activation", ",".join(names), f"activations {names}"))
     if layers > 1:
         options += [("stack", "swapped", "10", "the two layers exchanged"),

@@ -20,7 +20,7 @@ _CLOSE = 1e-5
 
 
 @dataclass(frozen=True)
-class Form:
+class SineTable:
     """How a table of sines and cosines is made."""
 
     base: float
@@ -43,7 +43,8 @@ class Form:
         count = _size(shape) // width
         positions = torch.arange(self.start, self.start + count, dtype=torch.float64)
         angles = torch.outer(positions, frequencies)
-        return _LAYOUTS[self.layout](angles).reshape(shape)
+        made = _LAYOUTS[self.layout](angles)
+        return made.reshape(shape) if made.numel() == _size(shape) else None
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -98,7 +99,7 @@ _OTHERS = {
 }
 
 
-def form_of(table: Any) -> Form | None:
+def form_of(table: Any) -> SineTable | None:
     """The form that gives a table, if one does."""
     import torch
 
@@ -108,7 +109,7 @@ def form_of(table: Any) -> Form | None:
     for base, less, start, layout in itertools.product(_BASES, (0, 1), (0, 1), _LAYOUTS):
         if (layout == "polar") != table.is_complex():
             continue
-        form = Form(base, less, start, layout)
+        form = SineTable(base, less, start, layout)
         made = form.make(shape)
         if made is not None and torch.allclose(made, table.to(made.dtype), rtol=0, atol=_CLOSE):
             return form
@@ -119,7 +120,7 @@ def sinusoids(program: Program, values: Values) -> Iterator[Edit]:
     """Every table of sines and cosines made with another base, divisor, first position or order;
     all of one form alike."""
     used = {r: i for i, o in reversed(list(enumerate(program.operations))) for r in o.refs}
-    found: dict[int, Form] = {}
+    found: dict[int, SineTable] = {}
     for value, leaf in program.leaves.items():
         x = values[value]
         if leaf.kind in ("buffer", "constant", "parameter") and value in used and (
@@ -140,7 +141,7 @@ def sinusoids(program: Program, values: Values) -> Iterator[Edit]:
 
 def _changes(
     base: float, less: int, start: int
-) -> Iterator[tuple[str, str, Callable[[Form], Form]]]:
+) -> Iterator[tuple[str, str, Callable[[SineTable], SineTable]]]:
     for other in _BASES:
         if other != base:
             said = f"the base {word(other)} in place of {word(base)}"
@@ -152,7 +153,7 @@ def _changes(
 
 
 def _layouts(
-    program: Program, values: Values, found: dict[int, Form], used: dict[int, int]
+    program: Program, values: Values, found: dict[int, SineTable], used: dict[int, int]
 ) -> Iterator[Edit]:
     causes = {cause for f in found.values() for _, cause in _OTHERS.get(f.layout, ())}
     for cause in sorted(causes):

@@ -320,12 +320,10 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
             edit.cause = _of_masks(node, edit.cause)
             yield edit
             yield from _grouped(edit, node, same, names[node.name])
-    yield from leaf_edits(program, values)
-    yield from tables(program, values)
-    yield from sinusoids(program, values)
-    yield from functions(program, values)
-    yield from orders(program, values)
-    yield from interleavings(program, values)
+    makers = (leaf_edits, tables, sinusoids, functions, orders, interleavings)
+    for maker in makers:
+        with contextlib.suppress(Exception):  # as below
+            yield from maker(program, values)
 
 
 def _of_masks(node: Node, cause: str) -> str:
