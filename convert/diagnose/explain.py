@@ -168,10 +168,9 @@ class Explainer:
         case.call = self._open_call(name, event) or event.call
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
-        reason = first(partial(values, case, CERTAIN))
+        reason = first(partial(self._ordered, event), partial(values, case, CERTAIN))
         self._guessing = reason is None or reason.cause == "heads"
         reason = reason or first(
-            partial(self._ordered, event),
             partial(pooling, case),
             partial(attention, case),
             partial(values, case, LIKELY),

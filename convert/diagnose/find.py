@@ -141,8 +141,8 @@ def _repaired(
         )  # fmt: skip
     if not nameless:
         return found
-    if (reason := rounding(event)) is not None:
+    if (rounded := rounding(event)) is not None:
         return dataclasses.replace(
-            found, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
+            found, cause=rounded.cause, diagnosis=rounded.diagnosis, advice=rounded.advice
         )
     return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))

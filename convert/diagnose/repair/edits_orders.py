@@ -116,9 +116,13 @@ def functions(program: Program, values: Values) -> Iterator[Edit]:
         for value in stretch.taken:
             if _like(values, value, stretch.given):
                 yield Edit(1.0, _word(stretch.name), f"no {stretch.name} here",
-                           {stretch.maker: lambda at, v=value: at.values[v]})  # fmt: skip
+                           {stretch.maker: _handed_on(value)})  # fmt: skip
         yield from _other_arguments(program, values, stretch)
         yield from _other_activation(program, values, stretch)
+
+
+def _handed_on(value: int) -> Change:
+    return lambda at: at.values[value]
 
 
 def _other_activation(program: Program, values: Values, stretch: Stretch) -> Iterator[Edit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node, dims_of
@@ -299,10 +300,10 @@ def inserted() -> dict[str, tuple[str, Unary]]:
         "times sqrt of its last axis": ("scale", lambda x: x * math.sqrt(x.shape[-1])),
     }
     for d in (-1, -2, 1, 2):
-        more[f"back to front along axis {d}"] = ("reversed", lambda x, d=d: x.flip(d))
+        more[f"back to front along axis {d}"] = ("reversed", partial(torch.flip, dims=(d,)))
         for by in (1, -1):
             more[f"rolled by {by} along axis {d}"] = (
-                "offset", lambda x, d=d, by=by: x.roll(by, d))  # fmt: skip
+                "offset", partial(torch.roll, shifts=by, dims=d))  # fmt: skip
     return more
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, word
@@ -134,9 +135,21 @@ def sinusoids(program: Program, values: Values) -> Iterator[Edit]:
         for cause, said, change in _changes(*group):
             tables = {v: change(f).make(tuple(values[v].shape)) for v, f in held.items()}
             if all(t is not None for t in tables.values()):
-                leaves = {v: lambda x, t=t: t.to(x.dtype) for v, t in tables.items()}
+                leaves = {v: partial(_instead, t) for v, t in tables.items()}
                 yield Edit(1.2, cause, f"{names} with {said}", leaves=leaves, at=at)
     yield from _layouts(program, values, found, used)
+
+
+def _instead(table: Any, x: Any) -> Any:
+    return table.to(x.dtype)
+
+
+def _turned(d: int) -> Callable[[Any], Any]:
+    return lambda t: t.flip(d)
+
+
+def _rolled(by: int, d: int) -> Callable[[Any], Any]:
+    return lambda t: t.roll(by, d)
 
 
 def _changes(
@@ -145,7 +158,7 @@ def _changes(
     for other in _BASES:
         if other != base:
             said = f"the base {word(other)} in place of {word(base)}"
-            yield "constant", said, lambda f, b=other: replace(f, base=b)
+            yield "constant", said, partial(replace, base=other)
     divisor = "n - 1" if not less else "n"
     yield "constant", f"exponents over {divisor}", lambda f: replace(f, less=1 - less)
     said = f"positions from {1 - start} in place of {start}"
@@ -164,7 +177,7 @@ def _layouts(
             if other is None:
                 continue
             table = replace(form, layout=other).make(tuple(values[value].shape))
-            leaves[value] = lambda x, t=table: t.to(x.dtype)
+            leaves[value] = partial(_instead, table)
             said = f"{program.leaves[value].name} as {other}, not {form.layout}"
         yield Edit(1.1, cause, said, leaves=leaves, at=min(used[v] for v in leaves))
 
@@ -183,9 +196,9 @@ def tables(program: Program, values: Values) -> Iterator[Edit]:
         for d, n in enumerate(shape):
             if n > 1:
                 yield Edit(1.2, "reversed", f"{names} back to front along axis {d}",
-                           leaves=dict.fromkeys(used, lambda t, d=d: t.flip(d)),
+                           leaves=dict.fromkeys(used, _turned(d)),
                            at=at)  # fmt: skip
             if n > 3 and n % 2 == 0:
                 yield Edit(1.2, "concat", f"the halves of {names} along axis {d} exchanged",
-                           leaves=dict.fromkeys(used, lambda t, d=d, n=n: t.roll(n // 2, d)),
+                           leaves=dict.fromkeys(used, _rolled(n // 2, d)),
                            at=at)  # fmt: skip

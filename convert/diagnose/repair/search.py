@@ -326,6 +326,13 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
             yield from maker(program, values)
 
 
+def _all_alike(
+    free: Callable[[float], Changes], index: int, indices: list[int]
+) -> Callable[[float], Changes]:
+    """The same number in several operations."""
+    return lambda c: dict.fromkeys(indices, free(c)[index])
+
+
 def _of_masks(node: Node, cause: str) -> str:
     """What is done to truth values concerns a mask."""
     import torch
@@ -345,11 +352,8 @@ def _grouped(edit: Edit, node: Node, same: list[int], alike: list[int]) -> Itera
             change = edit.changes[node.index]
             grouped = replace(edit, changes=dict.fromkeys(indices, change), cost=edit.cost + extra)
         else:
-            free, index = edit.free, node.index
-            grouped = replace(
-                edit, cost=edit.cost + extra, at=indices[0],
-                free=lambda c, n=indices, f=free, i=index: dict.fromkeys(n, f(c)[i]),
-            )  # fmt: skip
+            free = _all_alike(edit.free, node.index, indices)
+            grouped = replace(edit, cost=edit.cost + extra, at=indices[0], free=free)
         yield grouped
 
 
