@@ -122,7 +122,7 @@ def _wrong_layouts(t: _Tensor) -> Layouts:
     for axis in range(a.ndim):
         yield from _factors(t, axis)
         yield from _rope_rows(t, axis)
-    for axis in range(a.ndim - 1):
+    for axis in range(a.ndim - 1 if a.ndim > 2 else 0):
         yield from _joined_factors(t, axis)
 
 

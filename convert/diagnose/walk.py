@@ -192,7 +192,8 @@ class Forward:
         right: dict[str, np.ndarray] = {}
         single = _without_repeats(call.outputs, made)
         pairs = align(call.outputs, single, None if self.stack else self.input_moves)
-        for a in pairs:
+        # The largest first: of two last states of one shape, which is which is told by order only.
+        for a in sorted(pairs, key=lambda a: -call.outputs[a.torch].size):
             event = self._event(visit, "output", a.torch, single[a.flax], a)
             if not event.judged.same and f"out:{a.torch}" not in self._random(call):
                 self._tell(event)

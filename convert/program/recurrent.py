@@ -24,7 +24,8 @@ class Style:
 def recurrent(
     cell: str, x: Any, states: Sequence[Any], weights: Sequence[Any], *, has_biases: bool,
     num_layers: int, bidirectional: bool, batch_first: bool, ways: str = "fb", joined: str = "fb",
-    stack: str = "01", left: str = "", sizes: Any = None, masked: bool = True, **style: Any,
+    stack: str = "01", left: str = "", sizes: Any = None, masked: bool = True,
+    only: Sequence[int] | None = None, **style: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What torch.lstm, torch.gru and torch.rnn_* give: (outputs, last states).
 
@@ -32,8 +33,8 @@ def recurrent(
     first and the second go, forward or backward; `joined`: how both are put together; `stack`: the
     order of the layers; `left`: which first state ("h", "c") is zero, or "swapped". Of packed
     sequences x is (N, I), `sizes` says how many have each step, and `masked` whether shorter ones
-    wait meanwhile.
-    The rest are of Style.
+    wait meanwhile. The rest are of Style, for `only` some layers and
+    directions (layer * directions + direction) if that is given.
     """
     import torch
 
@@ -53,7 +54,7 @@ def recurrent(
             turn = -1 if ways[way] == "b" else 1
             steps = list(zip(x.unbind(0), waits, strict=True))[::turn]
             made, last = _run(cell, steps, first, weights[i * step : (i + 1) * step],
-                              Style(**style))  # fmt: skip
+                              Style(**style) if only is None or i in only else Style())  # fmt: skip
             outs.append(torch.stack(made[::-1] if ways[way] == "b" and many == 2 else made))
             for end, state in zip(ends, last, strict=False):
                 end.append(state)

@@ -59,13 +59,34 @@ def recurrent(node: Node) -> Iterator[Edit]:
                     ("stack", "swapped", "00", "the first layer's weights in the second too"),
                     ("stack", "swapped", "11", "the second one in the first too")]  # fmt: skip
     for key, why, value, said in options:
-        yield node.edit(1.0, why, said, _option(key, value))
+        yield node.edit(1.0, why, said, _option({key: value}))
+    for where, pieces in _parts(layers, 2 if two else 1):
+        for key, why, value, said in options:
+            if key in _STYLE:
+                change = _option({key: value, "only": pieces})
+                yield node.edit(1.05, why, f"{said}, in {where}", change)
 
 
-def _option(key: str, value: Any) -> Change:
+def _parts(layers: int, ways: int) -> Iterator[tuple[str, list[int]]]:
+    """One direction of all layers, one layer, one direction of one layer: which they are."""
+    names = ("forward", "backward")
+    if ways == 2:
+        for way in range(2):
+            yield f"the {names[way]} direction", [i * 2 + way for i in range(layers)]
+    if layers > 1:
+        for layer in range(layers):
+            yield f"layer {layer}", [layer * ways + way for way in range(ways)]
+        for i in range(layers * ways if ways == 2 else 0):
+            yield f"the {names[i % 2]} direction of layer {i // 2}", [i]
+
+
+_STYLE = ("order", "reset", "update", "forget", "biases", "activations")
+
+
+def _option(options: dict[str, Any]) -> Change:
     def change(at: At) -> Any:
         from convert.program.recurrent import recurrent as cells
 
-        return cells(*at.args, **{**at.kwargs, key: value})
+        return cells(*at.args, **{**at.kwargs, **options})
 
     return change

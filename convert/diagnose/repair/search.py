@@ -243,29 +243,39 @@ class _Search:
         assert edit.free is not None
         target = self.runs[0][0].targets[0]
         c = edit.start
-        step = 1e-3 * max(abs(c), 1e-3)
-        error = float("inf")
-        for _ in range(10):
-            a = self._made(0, edit, edit.free(c))
-            b = self._made(0, edit, edit.free(c + step))
-            if a is None or b is None or a.shape != target.shape:
+        made = self._made(0, edit, edit.free(c))
+        for _ in range(12):
+            if made is None or made.shape != target.shape:
                 return None
-            slope = (b - a) / step
-            held = np.isfinite(slope) & np.isfinite(target) & np.isfinite(a)
-            size = float((np.abs(slope[held]) ** 2).sum())
-            if size == 0 or not np.isfinite(size):
+            moved = self._step(edit, c, made, target)
+            if moved is None:
                 return None
-            moved = float(np.real(np.conj(slope[held]) * (target - a)[held]).sum()) / size
-            if not np.isfinite(moved) or abs(c + moved) > 1e12:
-                return None
-            c += moved
-            step = max(abs(moved) * 1e-2, 1e-7 * max(abs(c), 1e-6))
-            before, error = error, gap(a, target)
-            if error > 0.9 * before and abs(moved) > 1e-6 * max(abs(c), 1e-12):
-                return None
-            if abs(moved) <= 1e-9 * max(abs(c), 1e-12):
+            error = gap(made, target)
+            for part in (1.0, 0.5, 0.2, 0.05):
+                closer = self._made(0, edit, edit.free(c + part * moved))
+                if closer is not None and gap(closer, target) < error:
+                    break
+            else:
+                break
+            c, made = c + part * moved, closer
+            if abs(part * moved) <= 1e-9 * max(abs(c), 1e-12):
                 break
         return self._round(edit, c)
+
+    def _step(self, edit: Edit, c: float, made: np.ndarray, target: np.ndarray) -> float | None:
+        """How far Gauss-Newton moves the number."""
+        assert edit.free is not None
+        step = 1e-5 * max(abs(c), 1e-3)
+        beside = self._made(0, edit, edit.free(c + step))
+        if beside is None or beside.shape != made.shape:
+            return None
+        slope = (beside - made) / step
+        held = np.isfinite(slope) & np.isfinite(target) & np.isfinite(made)
+        size = float((np.abs(slope[held]) ** 2).sum())
+        if size == 0 or not np.isfinite(size):
+            return None
+        moved = float(np.real(np.conj(slope[held]) * (target - made)[held]).sum()) / size
+        return moved if np.isfinite(moved) and abs(c + moved) < 1e12 else None
 
     def _round(self, edit: Edit, c: float) -> Fit | None:
         assert edit.free is not None
