@@ -48,7 +48,8 @@ def numbers(node: Node) -> Iterator[Edit]:
         if axis is not None and path[: len(axis[0])] == axis[0]:
             continue
         if isinstance(value, bool):
-            yield _one(node, path, not value, 1.0)
+            if path[-1] != "inplace":
+                yield _one(node, path, not value, 1.0)
         elif isinstance(value, int):
             yield from _integers(node, path, value)
         elif isinstance(value, float):

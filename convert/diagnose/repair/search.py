@@ -99,12 +99,17 @@ class _Search:
         self.end = time.monotonic() + problem.seconds
         self.answer = Answer()
         self.runs: list[tuple[Observation, Values]] = []
+        self._written: list[list[int]] = []  # how often each value has been written into
+        self._leaves: list[Values] = []  # as they came
         self._rough: Values | None = None
 
     def run(self) -> Answer:
         for sample in self.problem.samples:
+            kept = {v: t.clone() for v, t in sample.leaves.items()}
             if (values := self._reproduced(sample)) is not None:
                 self.runs.append((sample, values))
+                self._written.append(_versions(values))
+                self._leaves.append(kept)
             elif sample is self.problem.samples[0]:
                 self.answer.reproduced = False
                 return self.answer
@@ -196,11 +201,19 @@ class _Search:
     # --- What an edit gives ---
 
     def _made(self, run: int, edit: Edit, changes: Changes | None = None) -> np.ndarray | None:
-        values = self.runs[run][1]
+        sample, values = self.runs[run]
+        made = None
         with contextlib.suppress(Exception):
             new = {v: f(values[v]) for v, f in edit.leaves.items()}
-            return _numpy(changed(self.program, values, changes or edit.changes, new))
-        return None
+            made = _numpy(changed(self.program, values, changes or edit.changes, new))
+        if (
+            _versions(values) != self._written[run]
+        ):  # an operation that writes into what it is given
+            clean = {v: t.clone() for v, t in self._leaves[run].items()}
+            self.runs[run] = sample, replay(self.program, clean)
+            self._written[run] = _versions(self.runs[run][1])
+            return None
+        return made
 
     def _error(self, run: int, edit: Edit, changes: Changes | None = None) -> float:
         made = self._made(run, edit, changes)
@@ -395,6 +408,10 @@ def _float32(program: Program, leaves: Values) -> Values:
     with contextlib.suppress(Exception):
         return replay(program, {v: rough(x) for v, x in leaves.items()})
     return {}
+
+
+def _versions(values: Values) -> list[int]:
+    return [t._version for t in values.values()]
 
 
 def _numpy(tensor: Any) -> np.ndarray | None:
