@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from convert.cli.show_report import report as show
+from convert.compare.summary_text import report as show
 from flax import linen, nnx
 from nets import images, linen_net, nnx_net, torch_net
 from torch import nn
