@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from convert.compare.summary_text import report as show
 from flax import linen, nnx
 from nets import images, linen_net, nnx_net, torch_net
 from torch import nn
@@ -23,6 +22,7 @@ from convert.compare.blind_training import training_attributes
 from convert.compare.blind_values import unseen_values
 from convert.compare.html import render
 from convert.compare.report import Report
+from convert.compare.summary_text import report as show
 from convert.compare.torch_side import TorchSide
 from convert.matching.pair import Pair
 from convert.matching.pairing import pair_traces
