@@ -99,11 +99,11 @@ def test_nnx_is_traced_and_left_alone() -> None:
     assert int(module.dropout.rngs.count[...]) == count
 
 
-def test_what_runs_inside_a_scan_is_noted() -> None:
+def test_what_runs_inside_jit_is_noted() -> None:
     class Net(linen.Module):
         @linen.compact
         def __call__(self, x: Any) -> Any:
-            return linen.RNN(linen.SimpleCell(4))(x)
+            return linen.jit(linen.Dense)(4)(x)
 
     x = jnp.ones((2, 3, 4))
     trace = trace_flax(Net().bind(Net().init(jax.random.key(0), x)), Call((np.asarray(x),)))

@@ -224,7 +224,7 @@ def test_code_at_fault_in_a_scanned_layer_is_placed() -> None:
     found = convert.verify(*scanned("linen", "gate"), X, level="outputs").first_divergence
     assert found is not None
     assert found.layer == "layers.0"
-    assert found.between == ("layers.0.k", "the output")
+    assert found.between == ("layers.0.k", "layers.1")
 
 
 def test_a_stack_is_a_layout() -> None:
