@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from convert.diagnose.causes import CAUSES
-from convert.diagnose.repair.search import Answer, Observation, Problem, every, search
+from convert.diagnose.repair.candidates import every
+from convert.diagnose.repair.search import Answer, Problem, search
+from convert.diagnose.repair.trial import Observation
 from convert.diagnose.repair.worker import Worker
 from convert.program.record import Goal, record
 from convert.program.replay import replay
@@ -178,6 +181,21 @@ def test_a_process_that_dies_is_no_error() -> None:
         for _ in range(2):  # the second process is started for the first one's problem
             worker.process = worker._start()
             worker.process.kill()
-            assert isinstance(worker.solve(problem), Answer)
+            found = worker.solve(problem)
+            assert not found.fits
+            assert not found.finished
     finally:
         worker.close()
+
+
+def test_a_candidate_that_ended_a_process_is_not_tried_again() -> None:
+    net = Block(Block.gated)
+    program, seen = observed(net, compiled(Block.gated.replace("x.mean(1)", "x.amax(1)")), 0)
+    problem = Problem(program, [seen], 10.0)  # type: ignore[arg-type]
+    tried: list[int] = []
+    (best, *_) = search(problem, tried.append).fits
+    skipped = frozenset(tried)
+    again: list[int] = []
+    fits = search(dataclasses.replace(problem, skip=skipped), again.append).fits
+    assert not skipped & set(again)
+    assert best not in fits

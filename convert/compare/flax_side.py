@@ -12,7 +12,7 @@ from convert.judge.noise import Arrays
 from convert.matching.pair import Match
 from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.flax_calls import alone, watch
+from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
 from convert.runtime.jaxpr import jaxpr_of, narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
@@ -133,7 +133,7 @@ class FlaxSide(Side):
 
             def forward(values: Values, given: list[Arrays]) -> list[Any]:
                 found: dict[Place, Any] = {}
-                around = alone(found, dict(zip(inputs, given, strict=True)))
+                around = watch(found, dict(zip(inputs, given, strict=True)))
                 module(values, args, kwargs, around)
                 places.extend(found)
                 return list(found.values())

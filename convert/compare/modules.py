@@ -99,7 +99,6 @@ class ModulePair:
             )
         found = pair_traces(pair, self.torch_trace, self.side, self.flax_trace)
         report.notices += found.notes
-        self.flax_modules = self.side.modules
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
         self.state = state(pair.torch)
 
@@ -204,7 +203,7 @@ class ModulePair:
     ) -> list[Row]:
         """Each leaf layer by itself; what stays float32's is a blind spot."""
         traces = self.torch_trace, self.flax_trace
-        leaves = leaves_of(self.layers, torch_side, self.flax_modules, *traces)
+        leaves = leaves_of(self.layers, torch_side, self.side.modules, *traces)
         if not leaves:
             return []
         try:

@@ -67,8 +67,11 @@ def record_again(module: Any, call: Call) -> Trace:
         return record(side, call)
 
 
-def watch(found: dict[Place, Any]) -> Around:
-    """Puts every array that a submodule gives into `found`, in the order of execution.
+def watch(
+    found: dict[Place, Any], alone: Mapping[tuple[str, int], Mapping[str, Any]] | None = None
+) -> Around:
+    """Puts every array that a submodule gives into `found`, in the order of execution. With `alone`
+    only the calls that it names, by path and index, which get its arrays in place of their own.
 
     To be made, and given to a FlaxModule, inside the function that JAX traces, which then returns
     `found`. What an inner trace computes (the body of a scan, a nested jit) could not leave it and
@@ -82,30 +85,11 @@ def watch(found: dict[Place, Any]) -> Around:
             return proceed(*args, **kwargs)
         index = counts.get(path, 0)
         counts[path] = index + 1
+        if alone is not None:
+            if (values := alone.get((path, index))) is None:
+                return proceed(*args, **kwargs)
+            (_, *args), kwargs = with_arguments(type(part).__call__, (part, *args), kwargs, values)
         output = proceed(*args, **kwargs)
-        for key, x in leaves(output).items():
-            found[path, index, key] = x
-        return output
-
-    return around
-
-
-def alone(found: dict[Place, Any], inputs: Mapping[tuple[str, int], Mapping[str, Any]]) -> Around:
-    """Each call that `inputs` names, by path and index, gets these arrays in place of its own, and
-    what it gives is put into `found`. As `watch`, it is made inside the function that is traced."""
-    here = _current_trace()
-    counts: dict[str, int] = {}
-
-    def around(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
-        if not path or _current_trace() != here:
-            return proceed(*args, **kwargs)
-        index = counts.get(path, 0)
-        counts[path] = index + 1
-        values = inputs.get((path, index))
-        if values is None:
-            return proceed(*args, **kwargs)
-        others, keywords = with_arguments(type(part).__call__, (part, *args), kwargs, values)
-        output = proceed(*others[1:], **keywords)
         for key, x in leaves(output).items():
             found[path, index, key] = x
         return output

@@ -63,7 +63,7 @@ def record(
         if change is None:
             return output
         entry.outputs = change(name, entry.outputs)
-        return replaced(output, _like(made, entry.outputs))
+        return replaced(output, like(made, entry.outputs))
 
     recorder.trace.output = run(module, call, precision, enter, leave, seed)
     return recorder.trace
@@ -116,13 +116,13 @@ def record_forced(
     def enter(name: str, part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = array_arguments(part.forward, args, kwargs)
         entry = recorder.enter(name, type(part).__name__, _numpy(given))
-        values = _like(given, known[entry.key].inputs) if name in names else {}
+        values = like(given, known[entry.key].inputs) if name in names else {}
         return with_arguments(part.forward, args, kwargs, values)
 
     def leave(name: str, part: Any, output: Any) -> Any:
         made = leaves(output)
         entry = recorder.leave(_numpy(made))
-        values = _like(made, known[entry.key].outputs) if name in names else {}
+        values = like(made, known[entry.key].outputs) if name in names else {}
         return replaced(output, values)
 
     recorder.trace.output = run(module, call, precision, enter, leave, seed)
@@ -194,7 +194,7 @@ def _numpy(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {k: to_numpy(v) for k, v in values.items()}
 
 
-def _like(given: Mapping[str, Any], wanted: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def like(given: Mapping[str, Any], wanted: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The recorded values as tensors of the dtype and device of those given."""
     import torch
 

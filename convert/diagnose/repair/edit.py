@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.program.operations import Operation, Program, Ref, mapped
-from convert.program.replay import At, Change, Values
+from convert.program.replay import At, Change, Values, resolve
 
 Changes = Mapping[int, Change]  # by index of the operation
 
@@ -93,8 +93,6 @@ def with_scalar(path: Path, value: Any) -> Change:
     """The operation with another value at one path of its arguments."""
 
     def change(at: At) -> Any:
-        from convert.program.replay import resolve
-
         args, kwargs = list(at.args), dict(at.kwargs)
         if path[0] == "kwargs":
             kwargs[path[1]] = _put(kwargs[path[1]], path[2:], value)
@@ -137,7 +135,7 @@ _AXIS = {
          "unsqueeze",
          "squeeze", "gather", "index_select", "scatter", "scatter_add", "index_add", "unbind",
          "median", "sort", "argsort", "glu", "all", "any", "concat", "softmin", "logcumsumexp",
-         "index_copy", "unflatten", "diff_", "softmax_"), 1),
+         "index_copy", "unflatten"), 1),
     **dict.fromkeys(("chunk", "split", "repeat_interleave", "topk", "normalize", "norm", "roll",
                      "tensor_split", "diff", "cosine_similarity"), 2),
 }  # fmt: skip
@@ -146,3 +144,27 @@ _AXIS = {
 def word(x: float) -> str:
     """A number as people write it."""
     return f"{x:.6g}"
+
+
+def named(program: Program, value: int) -> str:
+    """What a value is called: a leaf by its name, another one by the expression that makes it."""
+    if value in program.leaves:
+        return program.leaves[value].name
+    maker = next((o for o in program.operations if value in o.made), None)
+    if maker is None or maker.site is None:
+        return "another value"
+    return f"`{short(maker.site.text)}`"
+
+
+def short(text: str, width: int = 60) -> str:
+    """An expression that fits into a line."""
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def first_users(program: Program) -> dict[int, int]:
+    """Of each value that is taken, the first operation that takes it."""
+    found: dict[int, int] = {}
+    for index, operation in enumerate(program.operations):
+        for value in operation.refs:
+            found.setdefault(value, index)
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node, dims_of, with_scalar
 from convert.program.operations import Program
-from convert.program.replay import At, Change, Values
+from convert.program.replay import At, Change, Values, resolve
 
 _PERMUTES = ("permute", "transpose", "swapaxes", "movedim", "T", "mT", "t", "moveaxis")
 _VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
@@ -120,11 +120,9 @@ def _merged_otherwise(
 
 def _heads(node: Node, parts: int) -> str:
     """Whether it is an attention whose heads are split or joined here."""
-    from convert.program.operations import Operation
-
     if parts != 2:
         return "rearranged"
-    near: list[Operation] = node.program.operations
+    near = node.program.operations
     inside = any(o.name == "softmax" and o.module == node.operation.module for o in near)
     text = node.operation.site.text if node.operation.site else ""
     return "heads" if inside or "head" in text else "rearranged"
@@ -170,8 +168,6 @@ def _joined(node: Node) -> Iterator[Edit]:
             continue
 
         def change(at: At, order: Any = order) -> Any:
-            from convert.program.replay import resolve
-
             given = [at.args[0][i] for i in order]
             return resolve(at.operation.function)(given, *at.args[1:], **at.kwargs)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit
+from convert.diagnose.repair.edit import Edit, named, short
 from convert.diagnose.repair.edits_siblings import activations
 from convert.diagnose.repair.edits_values import taken_for, with_values
-from convert.program.operations import Operation, Program
+from convert.program.operations import Program
 from convert.program.replay import At, Change, Values, execute
 
 _MOVED = 24  # places before or after to which a stretch is moved
@@ -91,7 +91,7 @@ def _title(program: Program, indices: list[int], kind: str) -> str:
     if kind == "chain":
         return " and ".join(program.operations[i].name for i in indices)
     if kind == "fused" and operation.site is not None:
-        return f"`{operation.site.text[:40]}`"
+        return f"`{short(operation.site.text, 40)}`"
     return operation.name
 
 
@@ -159,8 +159,8 @@ def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iter
                 return with_values(at, {old: at.values[new]})
 
             users = [i for i in stretch.indices if old in program.operations[i].refs]
-            said = f"another argument of {stretch.name}: {_named(program, new)} " \
-                   f"in place of {_named(program, old)}"  # fmt: skip
+            said = f"another argument of {stretch.name}: {named(program, new)} " \
+                   f"in place of {named(program, old)}"  # fmt: skip
             yield Edit(1.5, taken_for(program, old, new), said, dict.fromkeys(users, change))
     same = [(a, b) for i, a in enumerate(stretch.taken) for b in stretch.taken[i + 1 :]
             if _like(values, a, b)]  # fmt: skip
@@ -170,15 +170,8 @@ def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iter
             return with_values(at, {a: at.values[b], b: at.values[a]})
 
         users = [i for i in stretch.indices if {a, b} & set(program.operations[i].refs)]
-        said = f"{_named(program, a)} and {_named(program, b)} exchanged in {stretch.name}"
+        said = f"{named(program, a)} and {named(program, b)} exchanged in {stretch.name}"
         yield Edit(1.3, taken_for(program, a, b), said, dict.fromkeys(users, exchange))
-
-
-def _named(program: Program, value: int) -> str:
-    if value in program.leaves:
-        return program.leaves[value].name
-    maker: Operation | None = next((o for o in program.operations if value in o.made), None)
-    return f"`{maker.site.text[:50]}`" if maker is not None and maker.site else "another value"
 
 
 def _like(values: Values, a: int, b: int) -> bool:
@@ -233,7 +226,7 @@ def _moved(
             taken = values.get(ref)
             if taken is None or not taken.is_floating_point():
                 continue
-            said = f"{stretch.name} before `{_text(program, index)}`, on {_named(program, ref)}"
+            said = f"{stretch.name} before `{_text(program, index)}`, on {named(program, ref)}"
             yield Edit(1.4, "order", said,
                        {index: _first(program, stretch, incoming, ref), stretch.maker: leave_out},
                        at=index)  # fmt: skip
@@ -250,7 +243,7 @@ def _first(program: Program, stretch: Stretch, incoming: int, ref: int) -> Chang
 
 def _text(program: Program, index: int) -> str:
     operation = program.operations[index]
-    return operation.site.text[:40] if operation.site else operation.name
+    return short(operation.site.text, 40) if operation.site else operation.name
 
 
 def _reached(edges: dict[int, list[int]], start: int) -> list[int]:

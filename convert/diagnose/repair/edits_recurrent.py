@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node
+from convert.program.recurrent import recurrent as cells
 from convert.program.replay import At, Change
 
 
@@ -85,8 +86,6 @@ _STYLE = ("order", "reset", "update", "forget", "biases", "activations")
 
 def _option(options: dict[str, Any]) -> Change:
     def change(at: At) -> Any:
-        from convert.program.recurrent import recurrent as cells
-
         return cells(*at.args, **{**at.kwargs, **options})
 
     return change

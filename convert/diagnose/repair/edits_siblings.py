@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node, dims_of
 from convert.program.operations import is_reflected
-from convert.program.replay import At, Change
+from convert.program.replay import At, Change, resolve
 
 Unary = Callable[[Any], Any]
 
@@ -81,7 +81,7 @@ def siblings(node: Node) -> Iterator[Edit]:
         yield node.edit(1.0, "mask", "the mask inverted", _inverted)
     if name in ("scatter_add", "index_add"):
         yield node.edit(1.2, "operation", "the last value in place of the sum", _last_one)
-    if name == "pad" or name == "conv1d":
+    if name == "pad":
         yield from _padding(node)
 
 
@@ -210,8 +210,6 @@ def _pools(node: Node) -> Iterator[Edit]:
     for other in ("max", "avg"):
         for n in (1, 2, 3):
             name = f"{other}_pool{n}d"
-            if node.name.endswith(f"pool{n}d") and node.name.replace("avg", "max") != node.name:
-                pass
             if not node.name.endswith(f"pool{n}d") or node.name.startswith(
                 (other, "adaptive_" + other)
             ):
@@ -230,8 +228,6 @@ def _padding(node: Node) -> Iterator[Edit]:
     """What is put around an input, put elsewhere."""
     from torch.nn import functional
 
-    if node.name != "pad":
-        return
     pads = node.operation.args[1] if len(node.operation.args) > 1 else node.operation.kwargs["pad"]
     if not isinstance(pads, tuple | list) or not all(isinstance(p, int) for p in pads):
         return
@@ -329,8 +325,6 @@ def leave_out(node: Node) -> Iterator[Edit]:
 
 
 def _twice(at: At) -> Any:
-    from convert.program.replay import resolve
-
     function = resolve(at.operation.function)
     return function(function(*at.args, **at.kwargs), *at.args[1:], **at.kwargs)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, word
+from convert.diagnose.repair.edit import Edit, first_users, word
 from convert.program.operations import Program
 from convert.program.replay import Values
 
@@ -120,7 +120,7 @@ def form_of(table: Any) -> SineTable | None:
 def sinusoids(program: Program, values: Values) -> Iterator[Edit]:
     """Every table of sines and cosines made with another base, divisor, first position or order;
     all of one form alike."""
-    used = {r: i for i, o in reversed(list(enumerate(program.operations))) for r in o.refs}
+    used = first_users(program)
     found: dict[int, SineTable] = {}
     for value, leaf in program.leaves.items():
         x = values[value]
@@ -185,7 +185,7 @@ def _layouts(
 def tables(program: Program, values: Values) -> Iterator[Edit]:
     """All tables of one shape turned round alike: means and deviations for BGR."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
-    first = {r: i for i, o in reversed(list(enumerate(program.operations))) for r in o.refs}
+    first = first_users(program)
     for value, leaf in program.leaves.items():
         x = values[value]
         if leaf.kind in ("buffer", "constant") and x.is_floating_point() and value in first:

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, with_scalar
+from convert.diagnose.repair.edit import Edit, Node, first_users, named, scalars, with_scalar
 from convert.diagnose.repair.edits_siblings import inserted
-from convert.program.operations import Program, Ref
-from convert.program.replay import At, Change, Values
+from convert.program.operations import Program, Ref, mapped
+from convert.program.replay import At, Change, Values, resolve
 
 
 def operands(node: Node) -> Iterator[Edit]:
@@ -30,7 +30,7 @@ def operands(node: Node) -> Iterator[Edit]:
             why = "residual" if node.name == "add" and held.ndim > 1 else "operand"
             if taken_for(node.program, ref, other) == "swapped":
                 why = "swapped"
-            said = f"{_named(node, other)} in place of {_named(node, ref)}"
+            said = f"{named(node.program, other)} in place of {named(node.program, ref)}"
             yield node.edit(1.7, why, said, replacing(ref, other))
     tensors = [node.values[r] for r in refs]
     if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and node.name not in ("add", "mul"):
@@ -52,28 +52,12 @@ def taken_for(program: Program, one: int, other: int) -> str:
     return "swapped" if kinds == {"parameter"} else "operand"
 
 
-def _named(node: Node, value: int) -> str:
-    if value in node.program.leaves:
-        return node.program.leaves[value].name
-    maker = next((o for o in node.program.operations if value in o.made), None)
-    if maker is None or maker.site is None:
-        return "another value"
-    return f"`{short(maker.site.text)}`"
-
-
-def short(text: str, width: int = 60) -> str:
-    """An expression that fits into a line."""
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def replacing(ref: int, other: int) -> Change:
     return lambda at: with_values(at, {ref: at.values[other]})
 
 
 def with_values(at: At, new: dict[int, Any]) -> Any:
     """The operation on other values."""
-    from convert.program.operations import mapped
-    from convert.program.replay import resolve
 
     def value(x: Any) -> Any:
         if not isinstance(x, Ref):
@@ -107,14 +91,15 @@ def insertions(node: Node) -> Iterator[Edit]:
             def scaled(at: At, other: int = other) -> Any:
                 return at.run() * at.values[other]
 
-            yield node.edit(2.3, "order", f"what it gives times {_named(node, other)}", scaled)
+            said = f"what it gives times {named(node.program, other)}"
+            yield node.edit(2.3, "order", said, scaled)
         if x.shape != out.shape:
             continue
 
         def added(at: At, other: int = other) -> Any:
             return at.run() + at.values[other]
 
-        yield node.edit(2.2, "residual", f"{_named(node, other)} added to it", added)
+        yield node.edit(2.2, "residual", f"{named(node.program, other)} added to it", added)
 
 
 def _broadcasts(x: Any, out: Any) -> bool:
@@ -126,10 +111,7 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
     """A leaf in another form: a table or weight of the user's own, an input of a layer."""
     import torch
 
-    users: dict[int, int] = {}
-    for index, operation in enumerate(program.operations):
-        for ref in operation.refs:
-            users.setdefault(ref, index)
+    users = first_users(program)
     for value, leaf in program.leaves.items():
         x = values[value]
         if value not in users:
@@ -182,8 +164,6 @@ def _shifted(t: Any, d: int) -> Any:
 
 def neutral(node: Node) -> Iterator[Edit]:
     """What changes nothing by itself, but shows beside another fault: -inf as a large number."""
-    from convert.diagnose.repair.edit import scalars
-
     for path, value in scalars(node.operation):
         if isinstance(value, float) and value < -1e3:
             for other in (-1e9, -1e10, -1e30, float("-inf")):

@@ -30,6 +30,7 @@ class Worker:
         self.process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
+        self.at.unlink(missing_ok=True)
         path = os.pathsep.join(p for p in sys.path if p)
         return subprocess.Popen(
             [sys.executable, "-m", "convert.diagnose.repair.worker", str(self.at)],
