@@ -130,6 +130,8 @@ def test_noise_is_measured_again_only_where_one_precision_alone_differs() -> Non
     many = dataclasses.replace(lucky, shape=(8, 8))
     assert noise.again(many) is many, "64 elements are no matter of luck"
     assert Noise(exact, rerun, chaotic=True).again(many).same
+    narrow = judge("x", (np.ones(64), None), (np.ones(64) + 7e-5, None))
+    assert Noise({"x": np.ones(3)}, rerun).again(narrow).same, "no float64 says otherwise"
     assert not noise.again(dataclasses.replace(lucky, error=9e-5)).same
     cancels = dataclasses.replace(fine, error64=7e-9, same=False)
     assert noise.again(cancels).same
