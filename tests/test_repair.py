@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from convert.diagnose.causes import CAUSES
 from convert.diagnose.repair.candidates import every
+from convert.diagnose.repair.replayed import Observation
 from convert.diagnose.repair.search import Answer, Problem, search
-from convert.diagnose.repair.trial import Observation
 from convert.diagnose.repair.worker import Worker
 from convert.program.record import Goal, record
 from convert.program.replay import replay

@@ -95,6 +95,7 @@ class Forward:
         self.past: list[str] = []
         self.input_moves: set[str] = set()  # how the model's own inputs lie in Flax
         self.values_after: dict[str, Any] = {}
+        self.unlike: Event | None = None  # the first value that lies in no way that is known
         # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart
         self.aligned: dict[tuple[str, int, str, str], tuple[LayerPair, Aligned, np.ndarray]] = {}
 
@@ -104,6 +105,8 @@ class Forward:
             try:
                 args, kwargs = self.side.arguments(call)
                 _, self.values_after = self.side(self.side.values, args, kwargs, self._around)
+                if self.unlike is not None:
+                    self._tell(self.unlike)
             except Failed as failed:
                 raise failed.found from failed
             except Stop as stop:
@@ -183,7 +186,7 @@ class Forward:
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
         if self.stack and unmet and theirs and not forced and self._is_leaf(visit):
-            self._tell(self._event(visit, "input", unmet[0], theirs[0]))
+            self._tell_unlike(self._event(visit, "input", unmet[0], theirs[0]))
         return forced
 
     def _outputs(self, visit: Visit, made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -203,7 +206,7 @@ class Forward:
                 self._aligned(visit, "out", a, made[a.flax])
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))
-            self._tell(self._event(visit, "output", key, theirs))
+            self._tell_unlike(self._event(visit, "output", key, theirs))
         return right
 
     def _event(
@@ -238,6 +241,14 @@ class Forward:
             raise Failed(e) from e
         if found is not None:
             raise Stop(found)
+
+    def _tell_unlike(self, event: Event) -> None:
+        """Of another shape: a fault, unless it has as many elements. Those may only lie otherwise;
+        then it is told if nothing else is."""
+        if event.given.size != event.rough.size:
+            self._tell(event)
+        elif self.unlike is None:
+            self.unlike = event
 
     def _random(self, call: Recorded) -> set[str]:
         return self.reference.random.get(call.key, set())

@@ -1,7 +1,8 @@
 """Which array of one side is which of the other, and how its axes lie there.
 
 torch images are (B, C, H, W), Flax's (B, H, W, C); sequences may be (T, B, E) here and (B, T, E)
-there; attention may keep its heads before its steps; axes of length one come and go.
+there; attention may keep its heads before its steps; axes of length one come and go; rows and
+columns may be one axis of tokens, windows a part of the batch.
 """
 
 from __future__ import annotations
@@ -35,33 +36,51 @@ class Aligned:
 
 def moves(torch: Shape, flax: Shape) -> list[str]:
     """The ways in which an array of shape `torch` may lie in one of shape `flax`."""
-    fitting = [
-        name
+    able = {
+        name: forth(np.broadcast_to(0, torch)).shape
         for name, (forth, _) in _MOVES.items()
-        if len(torch) >= _LEAST[name] and forth(np.broadcast_to(0, torch)).shape == flax
-    ]
-    if not fitting and [n for n in torch if n != 1] == [n for n in flax if n != 1]:
+        if len(torch) >= _LEAST[name]
+    }
+    if fitting := [name for name, shape in able.items() if shape == flax]:
+        return fitting
+    if [n for n in torch if n != 1] == [n for n in flax if n != 1]:
         return ["ones"]
-    if not fitting and _split(torch, flax):
-        return ["split"]
-    return fitting
+    return [name + _RESHAPED for name, shape in able.items() if _joined(shape, flax)]
 
 
-def _split(a: Shape, b: Shape) -> bool:
-    """Whether the one has the other's last axis as several: features as (heads, head_dim)."""
-    short, long = sorted((a, b), key=len)
-    n = len(short) - 1
-    return n > 0 and short[:n] == long[:n] and short[n] == int(np.prod(long[n:]))
+_RESHAPED = " reshaped"  # after the name of a move: neighbouring axes are then one, or one several
+
+
+def _joined(a: Shape, b: Shape) -> bool:
+    """Whether the one has some of the other's neighbouring axes as one: features as (heads,
+    head_dim), rows and columns as tokens. All in one axis is none of it."""
+    short, long = sorted(([n for n in s if n != 1] for s in (a, b)), key=len)
+    if min(len(a), len(b)) < 2 or len(short) == len(long):
+        return False
+    rest = iter(long)
+    for n in short:
+        size = next(rest, 0)
+        while size and size < n:
+            size *= next(rest, 0)
+        if size != n:
+            return False
+    return next(rest, None) is None
 
 
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
-    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][0](x)
+    move, reshaped, _ = move.partition(_RESHAPED)
+    made = x if move == "ones" else _MOVES[move][0](x)
+    return made.reshape(shape) if reshaped or move == "ones" else made
 
 
 def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
-    return x.reshape(shape) if move in ("ones", "split") else _MOVES[move][1](x)
+    move, reshaped, _ = move.partition(_RESHAPED)
+    if move == "ones":
+        return x.reshape(shape)
+    forth, back = _MOVES[move]
+    return back(x.reshape(forth(np.broadcast_to(0, shape)).shape) if reshaped else x)
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> float:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from convert.diagnose.repair.edit import Changes, Edit, Node
-from convert.diagnose.repair.edits_axes import interleavings, rearranged
+from convert.diagnose.repair.edits_axes import rearranged
+from convert.diagnose.repair.edits_families import families
 from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_orders import functions, orders
+from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
 from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
 from convert.diagnose.repair.edits_tables import sinusoids, tables
@@ -36,7 +38,9 @@ def every(program: Program, values: Values) -> Iterator[Edit]:
             edit.cause = _of_masks(node, edit.cause)
             yield edit
             yield from _grouped(edit, node, same, names[node.name])
-    makers = (leaf_edits, tables, sinusoids, functions, orders, interleavings)
+    makers = (
+        leaf_edits, families, tables, sinusoids, functions, orders, interleavings, slices,
+    )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # as below
             yield from maker(program, values)

@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, dims_of, with_scalar
-from convert.program.operations import Program
-from convert.program.replay import At, Change, Values, resolve
+from convert.diagnose.repair.edit import Edit, Node, with_scalar
+from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
+from convert.program.replay import At
 
 _PERMUTES = ("permute", "transpose", "swapaxes", "movedim", "T", "mT", "t", "moveaxis")
-_VIEWS = ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as")
 _PARTS = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
 
 
@@ -20,12 +19,12 @@ def rearranged(node: Node) -> Iterator[Edit]:
     """What the operation gives, in another order."""
     if node.name in _PERMUTES:
         yield from _permuted(node)
-    elif node.name in _VIEWS:
+    elif node.name in VIEWS:
         yield from _viewed(node)
     elif node.name in _PARTS:
-        yield from _parts(node)
+        yield from parts(node)
     elif node.name in ("cat", "stack", "concat"):
-        yield from _joined(node)
+        yield from joined(node)
     elif node.name in ("repeat_interleave", "repeat", "tile"):
         yield from _repeated(node)
     elif node.name == "getitem":
@@ -126,68 +125,6 @@ def _heads(node: Node, parts: int) -> str:
     inside = any(o.name == "softmax" and o.module == node.operation.module for o in near)
     text = node.operation.site.text if node.operation.site else ""
     return "heads" if inside or "head" in text else "rearranged"
-
-
-def _parts(node: Node) -> Iterator[Edit]:
-    count = len(node.operation.made)
-    if count < 2:
-        return
-    orders = itertools.permutations(range(count)) if count <= 4 else [tuple(range(count))[::-1]]
-    for order in orders:
-        if tuple(order) == tuple(range(count)):
-            continue
-
-        def change(at: At, order: Any = order) -> Any:
-            made = at.run()
-            return tuple(made[i] for i in order)
-
-        said = f"its parts in the order {tuple(order)}"
-        yield node.edit(1.0, "blocks", said, change)
-    if node.name != "unbind" and len({t.shape for t in _made(node)}) == 1:
-        d = dims_of(node.operation)
-        axis = d[1] if d and isinstance(d[1], int) else 0
-
-        def interleaved(at: At) -> Any:
-            x = at.args[0].movedim(axis, -1)
-            return tuple(x[..., i::count].movedim(-1, axis) for i in range(count))
-
-        yield node.edit(1.0, "rearranged", f"every {count}th element in place of blocks",
-                        interleaved)  # fmt: skip
-
-
-def _made(node: Node) -> list[Any]:
-    return [node.values[v] for v in node.operation.made if v in node.values]
-
-
-def _joined(node: Node) -> Iterator[Edit]:
-    parts = node.args[0] if node.args else ()
-    count = len(parts)
-    orders = itertools.permutations(range(count)) if count <= 4 else [tuple(range(count))[::-1]]
-    for order in orders:
-        if tuple(order) == tuple(range(count)):
-            continue
-
-        def change(at: At, order: Any = order) -> Any:
-            given = [at.args[0][i] for i in order]
-            return resolve(at.operation.function)(given, *at.args[1:], **at.kwargs)
-
-        yield node.edit(1.0, "concat", f"its parts in the order {tuple(order)}", change)
-    if count > 1 and len({tuple(p.shape) for p in parts}) == 1:
-        d = dims_of(node.operation)
-        axis = d[1] if d and isinstance(d[1], int) else 0
-
-        def interleaved(at: At) -> Any:
-            import torch
-
-            if at.operation.name == "stack":
-                return torch.cat(list(at.args[0]), axis - 1 if axis < 0 else axis).reshape(
-                    node.out.shape
-                )
-            made = torch.stack([p.movedim(axis, -1) for p in at.args[0]], -1).flatten(-2)
-            return made.movedim(-1, axis)
-
-        said = "its parts interleaved" if node.name != "stack" else "its parts one after another"
-        yield node.edit(1.0, "rearranged", said, interleaved)
 
 
 def _repeated(node: Node) -> Iterator[Edit]:
@@ -293,70 +230,3 @@ def _shown(item: Any) -> str:
         return str(item)
     parts = ["" if x is None else str(x) for x in (item.start, item.stop)]
     return ":".join(parts) + ("" if item.step in (None, 1) else f":{item.step}")
-
-
-def interleavings(program: Program, values: Values) -> Iterator[Edit]:
-    """Rotary positions in the other style: every half taken as every second element, or the other
-    way round, where values are taken apart and joined; the tables alike, or left as they are."""
-    nodes = [Node(i, o, program, values) for i, o in enumerate(program.operations)
-             if o.made[0] in values]  # fmt: skip
-    halves: dict[int, Change] = {}
-    tables: dict[int, Change] = {}
-    for node in nodes:
-        if node.name == "getitem" and (change := _half_otherwise(node)) is not None:
-            halves[node.index] = change
-        elif node.name == "chunk" and len(node.operation.made) == 2:
-            halves[node.index] = _every_second
-        elif node.name in ("cat", "stack") and len(node.operation.refs) == 2:
-            a, b = node.tensors
-            if a.shape == b.shape:
-                twice = len(set(node.operation.refs)) == 1
-                (tables if twice else halves)[node.index] = _joined_otherwise
-    if not halves:
-        return
-    said = "rotary positions in the other style (halves for neighbouring pairs, or back)"
-    at = min(halves)
-    yield Edit(1.0, "rope", said, {**halves, **tables}, at=at)
-    yield Edit(1.1, "rope", f"{said}, the tables as they are", halves, at=at)
-    flat = {v: _interleaved for v, leaf in program.leaves.items()
-            if leaf.kind in ("buffer", "input", "layer", "constant") and values[v].ndim > 1
-            and values[v].is_floating_point() and _is_twice(values[v])}  # fmt: skip
-    if flat:
-        yield Edit(1.0, "rope", said, halves, leaves=flat, at=at)
-
-
-def _half_otherwise(node: Node) -> Change | None:
-    """A half of the last axis as every second element, or the other way round."""
-    index = node.operation.args[1]
-    last = index[-1] if isinstance(index, tuple) else index
-    if not isinstance(last, slice) or not isinstance(index, tuple):
-        return None
-    size = node.tensors[0].shape[-1]
-    forms = [slice(0, size // 2), slice(size // 2, size), slice(0, size, 2), slice(1, size, 2)]
-    held = [s.indices(size) for s in forms]
-    if last.indices(size) not in held:
-        return None
-    other = forms[(held.index(last.indices(size)) + 2) % 4]
-    return with_scalar((1,), (*index[:-1], other))
-
-
-def _every_second(at: At) -> Any:
-    return at.args[0][..., 0::2], at.args[0][..., 1::2]
-
-
-def _joined_otherwise(at: At) -> Any:
-    import torch
-
-    a, b = at.args[0]
-    if at.operation.name == "stack":
-        return torch.cat((a, b), -1).reshape(*a.shape, 2)
-    return torch.stack((a, b), -1).flatten(-2)
-
-
-def _is_twice(x: Any) -> bool:
-    n = x.shape[-1]
-    return n % 2 == 0 and n > 2 and bool((x[..., : n // 2] == x[..., n // 2 :]).all())
-
-
-def _interleaved(x: Any) -> Any:
-    return x[..., : x.shape[-1] // 2].repeat_interleave(2, -1)

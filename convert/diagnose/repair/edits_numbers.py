@@ -56,9 +56,31 @@ def numbers(node: Node) -> Iterator[Edit]:
             yield from _floats(node, path, value)
         elif isinstance(value, str):
             yield from _strings(node, path, value)
+    yield from _alike(node)
     yield from _axes(node)
     if node.name in ("conv1d", "conv2d", "conv3d"):
         yield from _dilations(node)
+
+
+def _alike(node: Node) -> Iterator[Edit]:
+    """Other values for all whole numbers of a tuple at once: shifts, windows, sizes."""
+    axis = dims_of(node.operation)
+    if node.name in _SHAPES or node.name == "recurrent":
+        return
+    tuples: dict[Path, list[int]] = {}
+    for path, value in scalars(node.operation):
+        if isinstance(value, int) and not isinstance(value, bool) and isinstance(path[-1], int):
+            tuples.setdefault(path[:-1], []).append(value)
+    for path, olds in tuples.items():
+        if len(olds) < 2 or not path or (axis is not None and path == axis[0]):
+            continue
+        for news in ([-n for n in olds], [n + 1 for n in olds], [n - 1 for n in olds],
+                     [2 * n for n in olds], [n // 2 for n in olds], olds[::-1]):  # fmt: skip
+            if news != olds:
+                said = f"{_called(node, path)} {tuple(news)} in place of {tuple(olds)}"
+                turned = node.name == "roll" and news == [-n for n in olds]
+                why = "rearranged" if turned else cause(node, path)
+                yield node.edit(1.2, why, said, with_scalar(path, tuple(news)))
 
 
 def _dilations(node: Node) -> Iterator[Edit]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, Node, first_users, named, scalars, with_scalar
@@ -40,10 +40,6 @@ def operands(node: Node) -> Iterator[Edit]:
             return with_values(at, {a: at.values[b], b: at.values[a]})
 
         yield node.edit(1.2, "operand", "its first two operands exchanged", exchanged)
-
-
-def _always(x: Any) -> Callable[[Any], Any]:
-    return lambda _: x
 
 
 def taken_for(program: Program, one: int, other: int) -> str:
@@ -125,8 +121,9 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         layer = program.layers.get(value)
         for given in layer[1] if layer else ():
             if given in values and values[given].shape == x.shape:
-                yield Edit(1.0, "left_out", f"{name} left out",
-                           leaves={value: _always(values[given])}, at=at)  # fmt: skip
+                changes = {i: replacing(value, given) for i, o in enumerate(program.operations)
+                           if value in o.refs}  # fmt: skip
+                yield Edit(1.0, "left_out", f"{name} left out", changes, at=at)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)

@@ -13,8 +13,8 @@ from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edit import short
+from convert.diagnose.repair.replayed import NEAR, Observation
 from convert.diagnose.repair.search import Answer, Problem
-from convert.diagnose.repair.trial import NEAR, Observation
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.walk import Event, Forward
 from convert.matching.pair import Pair

@@ -18,7 +18,7 @@ import numpy as np
 from convert.diagnose.repair.candidates import every, nodes_of
 from convert.diagnose.repair.edit import Edit, word
 from convert.diagnose.repair.edits_values import neutral
-from convert.diagnose.repair.trial import NEAR, Observation, Trial
+from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
 from convert.matching.alignment import gap
 from convert.program.operations import Program
 
@@ -72,13 +72,13 @@ class _Search:
         self.problem, self.note = problem, note
         self.end = time.monotonic() + problem.seconds
         self.answer = Answer()
-        self.trials: list[Trial] = []
+        self.trials: list[Replayed] = []
 
     def run(self) -> Answer:
         for sample in self.problem.samples:
             if sample.error > 3 * sample.tolerance:  # else there is nothing to explain
                 with contextlib.suppress(Exception):
-                    self.trials.append(Trial(self.problem.program, sample))
+                    self.trials.append(Replayed(self.problem.program, sample))
             if not self.trials:
                 self.answer.reproduced = False
                 return self.answer

@@ -35,7 +35,7 @@ class Observation:
         return min(gap(t, self.right) for t in self.targets)
 
 
-class Trial:
+class Replayed:
     """An observation in which edits are tried. ValueError where the replay of the program does not
     give torch's own values again."""
 

@@ -1,0 +1,65 @@
+"""Parameters that have one name but for a number: experts, heads, layers of a stack.
+
+Where the other side holds them as one tensor, what is wrong with one is wrong with all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from convert.diagnose.repair.edit import Edit, first_users
+from convert.program.operations import Program
+from convert.program.replay import Values
+
+Family = dict[tuple[str, ...], int]  # the numbers in a name -> value
+
+
+def families(program: Program, values: Values) -> Iterator[Edit]:
+    """All of a family in another form, in another order, or in the place of another family."""
+    users = first_users(program)
+    found: dict[str, Family] = {}
+    for value, leaf in program.leaves.items():
+        if leaf.kind in ("parameter", "buffer") and value in users:
+            pattern = re.sub(r"\d+", "*", leaf.name)
+            found.setdefault(pattern, {})[tuple(re.findall(r"\d+", leaf.name))] = value
+    for name, family in found.items():
+        if len(family) > 1 and len({values[v].shape for v in family.values()}) == 1:
+            yield from _alone(name, family, values, min(users[v] for v in family.values()))
+    for (one, a), (other, b) in itertools.combinations(found.items(), 2):
+        if a.keys() != b.keys() or one.count(".") != other.count("."):
+            continue
+        if all(values[a[k]].shape == values[b[k]].shape for k in a):
+            leaves = {a[k]: _always(values[b[k]]) for k in a}
+            leaves |= {b[k]: _always(values[a[k]]) for k in a}
+            at = min(users[v] for v in leaves)
+            yield Edit(1.1, "swapped", f"{one} and {other} exchanged", leaves=leaves, at=at)
+
+
+def _alone(name: str, family: Family, values: Values, at: int) -> Iterator[Edit]:
+    held = [family[k] for k in sorted(family, key=lambda k: [int(n) for n in k])]
+    shape = values[held[0]].shape
+    orders = {
+        "in the other order": held[::-1],
+        "one further": held[1:] + held[:1],
+        "one back": held[-1:] + held[:-1],
+        "all as the first one": held[:1] * len(held),
+    }
+    for said, order in orders.items():
+        if order != held:
+            leaves = {v: _always(values[w]) for v, w in zip(held, order, strict=True)}
+            yield Edit(1.2, "swapped", f"{name} {said}", leaves=leaves, at=at)
+    for d in range(len(shape) - 1):
+        if shape[d] == shape[d + 1] > 1:
+            yield Edit(1.1, "transposed", f"{name} transposed",
+                       leaves=dict.fromkeys(held, _turned(d)), at=at)  # fmt: skip
+
+
+def _always(x: Any) -> Callable[[Any], Any]:
+    return lambda _: x
+
+
+def _turned(d: int) -> Callable[[Any], Any]:
+    return lambda x: x.transpose(d, d + 1)
