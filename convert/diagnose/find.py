@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from typing import Literal
 
 from convert.diagnose.backward import first_backward
@@ -11,7 +12,13 @@ from convert.diagnose.divergence import Divergence
 from convert.diagnose.explain import Explainer
 from convert.diagnose.matched import Matched
 from convert.diagnose.reference import Reference
-from convert.diagnose.repair.problem import Runs, repair, rounding, with_statistics
+from convert.diagnose.repair.problem import (
+    Runs,
+    repair,
+    repair_onward,
+    rounding,
+    with_statistics,
+)
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.unseen import first_unseen
 from convert.diagnose.walk import Forward
@@ -23,6 +30,8 @@ from convert.runtime.torch_recurrent import is_single, whole
 
 LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
+# Causes by which Flax has one operation less: it may come later instead.
+_PASSED_BY = ("missing_layer", "wiring", "left_out")
 
 
 def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -> Divergence | None:
@@ -128,11 +137,14 @@ def _repaired(
     if found is None or explain.first is None or seconds <= 0:
         return found
     nameless = found.cause in ("unknown", "shape")
-    if not nameless and not explain.guessed:
+    if not nameless and not explain.guessed and found.cause not in _PASSED_BY:
         return found
-    event = explain.first[0]
+    event, end = explain.first[0], time.monotonic() + seconds
     runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case)
-    fitting = repair(runs, event, seconds)
+    fitting = repair(runs, event, seconds) if nameless or explain.guessed else None
+    if fitting is None or fitting.reason.cause in _PASSED_BY:
+        left = max(0.0, end - time.monotonic())
+        fitting = repair_onward(runs, event, left) or fitting
     if fitting is not None:
         reason, layer = fitting.reason, fitting.module
         return dataclasses.replace(

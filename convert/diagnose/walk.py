@@ -3,10 +3,17 @@
 What a paired call gives is compared with what torch's gave for the same inputs, and then replaced
 by it. So each value is one step away from the reference: an error at a call's output is that
 call's own, and an error at a call's input is made by the code of the module around it.
+
+Two right modules need not be cut alike: one pads, normalises or adds inside a layer where the other
+does so around it. So a wrong value is a fault only where it does harm. A layer that gives the right
+output for other inputs is right; a wrong value at the border of a module with layers inside is a
+suspect, which stays as it is, until a layer is wrong: then the first suspect is told that, put
+right, puts this layer right.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +31,9 @@ from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo.layout.kinds import flax_kind, torch_kind
+
+Place = tuple[str, int, str, str]  # torch's name, which call, "input" or "output", of which array
+_SUSPECTS = 8
 
 
 @dataclass
@@ -63,6 +73,11 @@ class Event:
         """torch's call of it."""
         return self.visit.call
 
+    @property
+    def place(self) -> Place:
+        """Which value it is, the same in every walk."""
+        return self.pair.torch, self.call.index, self.where, self.key
+
 
 class Stop(Exception):
     """Ends a run whose first event is known; carries what was found."""
@@ -76,9 +91,20 @@ class Failed(Stop):
     """`explain` itself failed, which is no fault of the module that runs around it."""
 
 
+@dataclass
+class Undecided:
+    """A layer is wrong, and values before it may be why."""
+
+    event: Event
+    suspects: list[Event]
+
+
 class Forward:
     """One walk. `explain` gets the first event, while Flax's run still stands; what it gives is the
-    walk's result, None lets the walk go on."""
+    walk's result, None lets the walk go on.
+
+    With `chosen` the event at that place is told, and no other.
+    """
 
     def __init__(
         self,
@@ -86,16 +112,20 @@ class Forward:
         side: FlaxModule,
         pairing: Pairing,
         explain: Callable[[Event], Any],
+        chosen: Place | None = None,
     ) -> None:
-        self.reference, self.side = reference, side
+        self.reference, self.side, self.pairing = reference, side, pairing
         self.pairs = pairing.of_flax()
+        self.holding = {f.rpartition(".")[0] for f in self.pairs if f}
+        self.holding |= {h[:i] for h in self.holding for i, c in enumerate(h) if c == "."} | {""}
         self.explain = explain
+        self.chosen = chosen
         self.counts: dict[str, int] = {}
         self.stack: list[LayerPair] = []
         self.past: list[str] = []
+        self.suspects: list[Event] = []
         self.input_moves: set[str] = set()  # how the model's own inputs lie in Flax
         self.values_after: dict[str, Any] = {}
-        self.unlike: Event | None = None  # the first value that lies in no way that is known
         # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart
         self.aligned: dict[tuple[str, int, str, str], tuple[LayerPair, Aligned, np.ndarray]] = {}
 
@@ -105,13 +135,29 @@ class Forward:
             try:
                 args, kwargs = self.side.arguments(call)
                 _, self.values_after = self.side(self.side.values, args, kwargs, self._around)
-                if self.unlike is not None:
-                    self._tell(self.unlike)
             except Failed as failed:
                 raise failed.found from failed
             except Stop as stop:
+                if isinstance(stop.found, Undecided):
+                    return self._decided(stop.found, call)
                 return stop.found
         return None
+
+    def _decided(self, open_: Undecided, call: Call) -> Any:
+        """The first suspect that, put right, puts the event right; else the event. It is told in a
+        walk of its own."""
+        for suspect in open_.suspects[:_SUSPECTS]:
+            trial = _Mended(self, suspect.place)
+            trial.run(call)
+            if trial.same.get(open_.event.place):
+                chosen = suspect
+                break
+        else:
+            chosen = open_.event
+        walk = Forward(self.reference, self.side, self.pairing, self.explain, chosen.place)
+        found = walk.run(call)
+        vars(self).update(vars(walk))
+        return found
 
     def _around(self, path: str, module: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         function = type(module).__call__
@@ -125,7 +171,9 @@ class Forward:
             others, keywords = with_arguments(function, (module, *args), kwargs, values)
             return proceed(*others[1:], **keywords)
 
-        forced = self._inputs(visit)
+        forced, wrong = self._inputs(visit)
+        if path in self.holding:
+            self._suspect(wrong)
         visit.flax_inputs |= forced
         self.stack.append(visit.pair)
         try:
@@ -135,7 +183,7 @@ class Forward:
         except Exception as e:
             event = self._event(visit, "raises", next(iter(visit.call.outputs), ""))
             event.message = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
-            self._tell(event)
+            self._fault(wrong[0] if wrong else event)
             raise
         finally:
             self.stack.pop()
@@ -145,9 +193,32 @@ class Forward:
 
         visit.again = again
         made = leaves(output)
-        right = self._outputs(visit, {k: to_numpy(v) for k, v in made.items()})
-        self.past.append(visit.pair.torch)
+        right, unlike = self._outputs(visit, {k: to_numpy(v) for k, v in made.items()})
+        if not unlike:
+            self.past.append(visit.pair.torch)
+        elif path in self.holding and self.stack:
+            self._suspect(unlike)
+        elif wrong:
+            self._fault(wrong[0])
+        else:  # the suspects have no part in what a layer makes of the right inputs
+            for event in unlike:
+                self._fault(event, certain=bool(self.stack))
+            self.past.append(visit.pair.torch)
         return replaced(output, {k: _like(v, made[k]) for k, v in right.items()})
+
+    def _suspect(self, events: list[Event]) -> None:
+        """What may be wrong: told where it is the one that is looked for."""
+        for event in events:
+            if event.place == self.chosen:
+                self._tell(event)
+        self.suspects += events
+
+    def _fault(self, event: Event, certain: bool = False) -> None:
+        """What is wrong, of itself or by one of the suspects."""
+        if self.chosen is None and self.suspects and not certain:
+            raise Stop(Undecided(event, self.suspects))
+        if self.chosen in (None, event.place):
+            self._tell(event)
 
     def _visit(self, path: str, module: Any, given: dict[str, Any]) -> Visit | None:
         """What this call is on torch's side; None where there is nothing to compare with."""
@@ -163,10 +234,12 @@ class Forward:
         arrays = {k: to_numpy(v) for k, v in given.items()}
         return Visit(pair, call, module, around, arrays)
 
-    def _inputs(self, visit: Visit) -> dict[str, np.ndarray]:
-        """torch's own inputs as Flax has them, each compared with what Flax made of it."""
+    def _inputs(self, visit: Visit) -> tuple[dict[str, np.ndarray], list[Event]]:
+        """torch's own inputs as Flax has them, and the events of those that Flax made otherwise,
+        which stay as they are."""
         call, arrays = visit.call, visit.flax_inputs
         forced: dict[str, np.ndarray] = {}
+        wrong: list[Event] = []
         single = _without_repeats(call.inputs, arrays)
         for a in align(call.inputs, single):
             right, given = call.inputs[a.torch], single[a.flax]
@@ -180,34 +253,49 @@ class Forward:
                 self.input_moves |= likely_moves(right, given)
                 continue
             event = self._event(visit, "input", a.torch, given, a)
-            if not event.judged.same and f"in:{a.torch}" not in self._random(call):
-                self._tell(event)
-            forced[a.flax] = _repeated(to_flax(right, a.move, given.shape), arrays[a.flax])
+            if not self._same(event) and f"in:{a.torch}" not in self._random(call):
+                wrong.append(event)
+            else:
+                forced[a.flax] = _repeated(to_flax(right, a.move, given.shape), arrays[a.flax])
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
-        if self.stack and unmet and theirs and not forced and self._is_leaf(visit):
-            self._tell_unlike(self._event(visit, "input", unmet[0], theirs[0]))
-        return forced
+        if self.stack and unmet and theirs and not forced and not wrong and self._is_leaf(visit):
+            wrong.append(self._event(visit, "input", unmet[0], theirs[0]))
+        return forced, wrong
 
-    def _outputs(self, visit: Visit, made: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """torch's own outputs as Flax has them, each compared with what Flax gave."""
+    def _outputs(
+        self, visit: Visit, made: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], list[Event]]:
+        """torch's own outputs as Flax has them, and the events of those that Flax gave otherwise.
+        Those of a module with layers inside stay as they are."""
         call = visit.call
         right: dict[str, np.ndarray] = {}
+        wrong: list[Event] = []
         single = _without_repeats(call.outputs, made)
         pairs = align(call.outputs, single, None if self.stack else self.input_moves)
         # The largest first: of two last states of one shape, which is which is told by order only.
         for a in sorted(pairs, key=lambda a: -call.outputs[a.torch].size):
             event = self._event(visit, "output", a.torch, single[a.flax], a)
-            if not event.judged.same and f"out:{a.torch}" not in self._random(call):
-                self._tell(event)
-            lying = to_flax(call.outputs[a.torch], a.move, single[a.flax].shape)
-            right[a.flax] = _repeated(lying, made[a.flax])
+            same = self._same(event) or f"out:{a.torch}" in self._random(call)
+            if not same:
+                wrong.append(event)
+            if same or visit.pair.flax not in self.holding:
+                lying = to_flax(call.outputs[a.torch], a.move, single[a.flax].shape)
+                right[a.flax] = _repeated(lying, made[a.flax])
             if single[a.flax] is made[a.flax]:
                 self._aligned(visit, "out", a, made[a.flax])
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))
-            self._tell_unlike(self._event(visit, "output", key, theirs))
-        return right
+            event = self._event(visit, "output", key, theirs)
+            if event.given.size != event.rough.size or not self.stack:
+                wrong.append(event)
+            else:
+                self.suspects.append(event)
+        return right, wrong
+
+    def _same(self, event: Event) -> bool:
+        """Whether the value is torch's."""
+        return event.judged.same
 
     def _event(
         self,
@@ -242,16 +330,70 @@ class Forward:
         if found is not None:
             raise Stop(found)
 
-    def _tell_unlike(self, event: Event) -> None:
-        """Of another shape: a fault, unless it has as many elements. Those may only lie otherwise;
-        then it is told if nothing else is."""
-        if event.given.size != event.rough.size:
-            self._tell(event)
-        elif self.unlike is None:
-            self.unlike = event
-
     def _random(self, call: Recorded) -> set[str]:
         return self.reference.random.get(call.key, set())
+
+
+class _Silent(Forward):
+    """A walk that tells nothing."""
+
+    def _fault(self, event: Event, certain: bool = False) -> None:
+        pass
+
+    def run(self, call: Call) -> Any:
+        with contextlib.suppress(Exception):  # what raises ends it: the values before are known
+            super().run(call)
+
+
+class _Mended(_Silent):
+    """A walk in which the value at one place is torch's. `same` says of each place after it
+    whether the value is torch's."""
+
+    def __init__(self, walk: Forward, place: Place) -> None:
+        super().__init__(walk.reference, walk.side, walk.pairing, walk.explain)
+        self.place = place
+        self.same: dict[Place, bool] = {}
+
+    def _same(self, event: Event) -> bool:
+        self.same[event.place] = event.judged.same
+        return event.judged.same or event.place == self.place
+
+
+class Onward(_Silent):
+    """A walk that puts in nothing from one place on. `later` are the values that come after it, as
+    Flax's own code makes them of the wrong one."""
+
+    def __init__(
+        self, reference: Reference, side: FlaxModule, pairing: Pairing, start: Event
+    ) -> None:
+        super().__init__(reference, side, pairing, lambda event: None)
+        self.start = start.place
+        self.reached = False
+        self.later: list[Event] = []
+
+    def _event(
+        self,
+        visit: Visit,
+        where: str,
+        key: str,
+        raw: np.ndarray | None = None,
+        aligned: Aligned | None = None,
+    ) -> Event:
+        event = super()._event(visit, where, key, raw, aligned)
+        if self.reached and event.given.shape == event.rough.shape:
+            self.later.append(event)
+        self.reached = self.reached or event.place == self.start
+        return event
+
+    def _inputs(self, visit: Visit) -> tuple[dict[str, np.ndarray], list[Event]]:
+        forced, wrong = super()._inputs(visit)
+        return ({} if self.reached else forced), wrong
+
+    def _outputs(
+        self, visit: Visit, made: dict[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], list[Event]]:
+        right, wrong = super()._outputs(visit, made)
+        return ({} if self.reached else right), wrong
 
 
 def _without_repeats(

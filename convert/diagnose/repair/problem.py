@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from convert.diagnose.repair.edit import short
 from convert.diagnose.repair.replayed import NEAR, Observation
 from convert.diagnose.repair.search import Answer, Problem
 from convert.diagnose.repair.worker import Worker
-from convert.diagnose.walk import Event, Forward
+from convert.diagnose.walk import Event, Forward, Onward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
@@ -26,6 +27,8 @@ from convert.runtime.torch_module import replica
 from convert.runtime.torch_recurrent import restack, whole
 
 LOG = logging.getLogger(__name__)
+_TRIED = 6  # places farther on that are looked at
+_SEVERAL = 4  # times the rounding of one step, for that of a few
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,19 @@ class Runs:
 def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
     """The smallest edit of torch's own computation that gives Flax's value; None where none does
     within the time."""
+    return _solved(lambda: _problem(runs, event, seconds))
+
+
+def repair_onward(runs: Runs, event: Event, seconds: float) -> Repair | None:
+    """As `repair`, of a value farther on, that layers after the event have a part in: what is done
+    before a layer in torch and after it in Flax shows there."""
+    return _solved(lambda: _farther(runs, event, seconds))
+
+
+def _solved(make: Callable[[], Problem | None]) -> Repair | None:
     worker = Worker()
     try:
-        problem = _problem(runs, event, seconds)
-        if problem is None:
+        if (problem := make()) is None:
             return None
         return _said(problem.program, worker.solve(problem), problem.samples[0])
     except Exception:  # the verdict and its place stand without it
@@ -65,55 +77,87 @@ def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
 
 
 def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
-    target = Goal(event.call.key, "input" if event.where == "input" else "output", event.key)
     try:
-        first = _recorded(runs, runs.reference, event, target)
+        first = _recorded(runs, runs.reference, event.past, event)
     except NotSeen as e:
         LOG.debug("%s", e)
         return None
-    samples = [_sample(first, runs.case(runs.reference, event))]
-    try:
-        second = _second(runs, event, target, first)
-    except Exception:  # one sample is still a sample
-        LOG.debug("no second sample", exc_info=True)
-        second = None
-    return Problem(first.program, samples + ([second] if second else []), seconds)
+
+    def same(reference: Reference) -> Event | None:
+        walk = Forward(reference, runs.side, runs.pairing, lambda e: e, chosen=event.place)
+        return walk.run(runs.pair.flax_call)  # type: ignore[no-any-return]
+
+    return _in_two_samples(runs, event, event, first, same, seconds)
 
 
-def _recorded(runs: Runs, reference: Reference, event: Event, target: Goal) -> Recording:
-    module = replica(runs.pair.torch, "float64")
-    if not any(whole(name) != name for name in (*event.past, target.call[0])):
-        module = restack(module)  # no layer of a stack has a counterpart of its own
-    return record(module, runs.pair.call, "float64", reference.calls, event.past, target)
+def _farther(runs: Runs, event: Event, seconds: float) -> Problem | None:
+    goal, first = _goal(runs, event)
+    if goal is None or first is None:
+        return None
+
+    def same(reference: Reference) -> Event | None:
+        return next((e for e in _later(runs, reference, event) if e.place == goal.place), None)
+
+    return _in_two_samples(runs, event, goal, first, same, seconds)
 
 
-def _sample(recording: Recording, case: Case) -> Observation:
-    return Observation(recording.leaves, case.targets, case.right, case.tolerance)
+def _later(runs: Runs, reference: Reference, event: Event) -> list[Event]:
+    walk = Onward(reference, runs.side, runs.pairing, event)
+    walk.run(runs.pair.flax_call)
+    return walk.later
 
 
-def _second(runs: Runs, event: Event, target: Goal, first: Recording) -> Observation | None:
-    """The same place in a run in which every layer before it gave other values."""
+def _goal(runs: Runs, event: Event) -> tuple[Event | None, Recording | None]:
+    """The next wrong input that the layer of the event has a part in, and its recording."""
+    layer = event.pair.torch
+    inputs = [e for e in _later(runs, runs.reference, event)
+              if e.where == "input" and e.pair.torch != layer and not e.judged.same]  # fmt: skip
+    for goal in inputs[:_TRIED]:
+        with contextlib.suppress(NotSeen):
+            made = _recorded(runs, runs.reference, event.past, goal)
+            parts = {o.module for o in made.program.operations}
+            if any(m == layer or m.startswith(f"{layer}.") for m in parts):
+                return goal, made
+    return None, None
+
+
+def _in_two_samples(
+    runs: Runs, event: Event, goal: Event, first: Recording,
+    same: Callable[[Reference], Event | None], seconds: float,
+) -> Problem:  # fmt: skip
+    """The problem, with the goal in a run in which every layer before the event gave other values,
+    where there is one; `same` finds it in that run."""
+    samples = [_sample(first, runs.case(runs.reference, goal), goal is not event)]
     done = {n for n in event.past if not any(o.startswith(f"{n}.") for o in event.past)}
     if event.where == "output":
         done -= {event.pair.torch}
-    if not done:
-        return None
-    precision = runs.reference.precision
-    reference = Reference(runs.pair.torch, runs.pair.call, precision, disturbed=done)
-    reference.step(runs.pairing.of_torch())
-    wanted = event.pair.torch, event.call.index, event.where, event.key
+    try:
+        if done:
+            precision = runs.reference.precision
+            reference = Reference(runs.pair.torch, runs.pair.call, precision, disturbed=done)
+            reference.step(runs.pairing.of_torch())
+            found = same(reference)
+            again = _recorded(runs, reference, event.past, goal)
+            if found is not None and _alike(first.program, again.program):
+                case = runs.case(reference, found)
+                samples.append(_sample(again, case, goal is not event))
+    except Exception:  # one sample is still a sample
+        LOG.debug("no second sample", exc_info=True)
+    return Problem(first.program, samples, seconds)
 
-    def explain(other: Event) -> Event | None:
-        key = other.pair.torch, other.call.index, other.where, other.key
-        return other if key == wanted else None
 
-    found = Forward(reference, runs.side, runs.pairing, explain).run(runs.pair.flax_call)
-    if found is None:
-        return None
-    again = _recorded(runs, reference, event, target)
-    if not _alike(first.program, again.program):
-        return None
-    return _sample(again, runs.case(reference, found))
+def _recorded(runs: Runs, reference: Reference, past: list[str], goal: Event) -> Recording:
+    target = Goal(goal.call.key, "input" if goal.where == "input" else "output", goal.key)
+    module = replica(runs.pair.torch, "float64")
+    if not any(whole(name) != name for name in (*past, target.call[0])):
+        module = restack(module)  # no layer of a stack has a counterpart of its own
+    return record(module, runs.pair.call, "float64", reference.calls, past, target)
+
+
+def _sample(recording: Recording, case: Case, several: bool) -> Observation:
+    """`several`: whether more than one layer has rounded."""
+    tolerance = case.tolerance * (_SEVERAL if several else 1)
+    return Observation(recording.leaves, case.targets, case.right, tolerance)
 
 
 def _alike(a: Program, b: Program) -> bool:
