@@ -387,7 +387,10 @@ CAUSES: Mapping[str, Cause] = {
     "rearranged": Cause("a view, split or repetition that puts elements in another order", {}),
     "operand": Cause("operands exchanged, or another value taken as operand", {}),
     "left_out": Cause("an operation of torch's that is left out, or one too many", {}),
-    "order": Cause("the right operations in another order", {}),
+    "order": Cause("the right operations in another order", {
+        "": ("Flax calls {layer} before {other}, torch after it, on what it gives",
+             "call the layers in torch's order"),
+    }),
     "size": Cause("another size: of a window, a kernel, a number of steps", {}),
 
     # --- Precision, gradients ---

@@ -42,6 +42,7 @@ _RULES: dict[str, Rule] = {
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
     "conv_transpose": transposed_convolution, "recurrent": recurrent, "attention": attention,
 }  # fmt: skip
+_WEAK = 8  # times the tolerance
 _NEAREST = 24  # values before the fault that a hypothesis may start from
 
 
@@ -55,6 +56,7 @@ class Explainer:
         self.matched, self.sure = matched, sure
         self.paired = pairing.of_torch()
         self.first: tuple[Event, Divergence] | None = None  # what it was asked about first
+        self.weak: tuple[Event, Divergence] | None = None  # a first one that is hardly one
         self.guessed = False  # whether that one's cause is of a rule that knows only torch's layers
         self._guessing = False
 
@@ -66,11 +68,13 @@ class Explainer:
         except Exception:  # the place is known, whatever the cause
             LOG.debug("explaining %s of %s", event.where, event.pair.torch, exc_info=True)
             divergence = self._place(event, within)
+        nameless = divergence.cause == "unknown"
+        if nameless and self.weak is None and event.judged.error <= _WEAK * event.judged.tolerance:
+            self.weak = event, divergence  # rounding beyond its measure, or a fault that grows
+            return None
         if self.first is None:
             self.first, self.guessed = (event, divergence), self._guessing
-        if divergence.cause == "unknown" and self.sure:
-            return None
-        return divergence
+        return None if nameless and self.sure else divergence
 
     def case(self, reference: Reference, event: Event) -> Case:
         """What there is to explain, beside another reference's values."""
@@ -188,9 +192,14 @@ class Explainer:
         before = [n for n in inside[:position] if n in self.paired and n not in event.past
                   and self._kind(n) != "other"]  # fmt: skip
         kinds = {self._kind(n) for n in (event.pair.torch, *before[-1:])}
-        if not before or not kinds & {"norm", "batchnorm"}:
-            return None
-        return found("norm_order", layer=event.pair.torch, other=before[0])
+        if before and kinds & {"norm", "batchnorm"}:
+            return found("norm_order", layer=event.pair.torch, other=before[0])
+        for call in self.reference.trace.calls:
+            given = any(np.array_equal(x, event.rough) for x in call.outputs.values())
+            later = event.past.count(call.name) <= call.index and call.name in self.paired
+            if given and later and 0 < call.end < event.call.order:
+                return found("order", layer=event.pair.torch, other=call.name)
+        return None
 
     def _unpaired(self, event: Event, reason: Reason | None) -> str | None:
         """torch's own layer without a counterpart that ran just before the value went wrong, where

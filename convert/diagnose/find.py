@@ -31,7 +31,7 @@ from convert.runtime.torch_recurrent import is_single, whole
 LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
 # Causes by which Flax has one operation less: it may come later instead.
-_PASSED_BY = ("missing_layer", "wiring", "left_out")
+_PASSED_BY = ("missing_layer", "wiring")
 
 
 def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -> Divergence | None:
@@ -59,6 +59,8 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     explain = Explainer(reference, side, pairing, matched, False)
     walk = Forward(reference, side, pairing, explain)
     found: Divergence | None = walk.run(pair.flax_call)
+    if found is None and explain.weak is not None:
+        explain.first, found = explain.weak, explain.weak[1]
     found = _nearer(pair, _repaired(pair, found, explain, seconds), explain)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, seconds)
@@ -142,7 +144,7 @@ def _repaired(
     event, end = explain.first[0], time.monotonic() + seconds
     runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case)
     fitting = repair(runs, event, seconds) if nameless or explain.guessed else None
-    if fitting is None or fitting.reason.cause in _PASSED_BY:
+    if fitting is None or fitting.omits:
         left = max(0.0, end - time.monotonic())
         fitting = repair_onward(runs, event, left) or fitting
     if fitting is not None:

@@ -40,7 +40,7 @@ class _Call:
 def first_unseen(pair: Pair, inside: str) -> Place | None:
     """The place, in the calls of the module `inside`; None where every value is seen, or none."""
     calls = _calls(pair)
-    seen = _Seen(values_of(flax_module(pair.flax, "float64"), pair.flax_call))
+    seen = SeenValues(values_of(flax_module(pair.flax, "float64"), pair.flax_call))
     ended = sorted(calls, key=lambda c: c.end)
     ancestors = _ancestors(t for c in ended for t in c.outputs if seen.has(t))
     right = {c.order for c in ended if any(seen.has(t) or t.grad_fn in ancestors
@@ -101,7 +101,7 @@ def _made(tensors: Iterable[Any]) -> list[Any]:
     return [t for t in tensors if t.grad_fn is not None and t.numel() >= _FEW]
 
 
-def _lacking(call: _Call, seen: _Seen, ancestors: set[Any]) -> list[Any]:
+def _lacking(call: _Call, seen: SeenValues, ancestors: set[Any]) -> list[Any]:
     """Inputs that Flax has not computed, or not in an order that is one of its axes."""
     given = _made(call.inputs)
     lacking = [t for t in given if not seen.has(t) and t.grad_fn not in ancestors]
@@ -119,7 +119,7 @@ def _ancestors(tensors: Iterable[Any]) -> set[Any]:
     return met
 
 
-class _Seen:
+class SeenValues:
     """Flax's values, found again whatever their order and shape."""
 
     def __init__(self, values: list[np.ndarray]) -> None:
@@ -136,6 +136,10 @@ class _Seen:
             self._kept.append(tensor)
             self._known[id(tensor)] = self._has(to_numpy(tensor))
         return self._known[id(tensor)]
+
+    def tells(self, tensor: Any) -> bool:
+        """Whether a value is such that its absence says anything."""
+        return bool(tensor.is_floating_point() and tensor.numel() >= _FEW and tensor.std() > 0)
 
     def as_it_lies(self, tensor: Any) -> bool:
         """Whether Flax has the same with its axes in some order, or holds it as a part."""

@@ -36,6 +36,7 @@ class CalledLayer:
     total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
     numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
     held: Callable[[], frozenset[bytes]] = frozenset  # the numbers of each of its tensors
+    pointwise: bool = False  # a convolution over single pixels, which a linear layer is too
 
 
 Layers = dict[str, CalledLayer]  # by dotted name
@@ -87,6 +88,7 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
             numbers=partial(_sorted, list(modules[name].parameters())),
             held=partial(_each, [*modules[name].parameters(), *modules[name].buffers()]),
+            pointwise=set(np.ravel(getattr(modules[name], "kernel_size", 0))) == {1},
         )
         for name, *rest in _first_calls(trace)
     }
@@ -201,8 +203,14 @@ def _without_sequential(side: FlaxModule, path: str) -> str:
 def _same_sort(ours: CalledLayer, theirs: CalledLayer) -> bool:
     if ours.kind == "other" or theirs.kind == "other":
         return True  # one's own class may stand for any: the name says it
-    same_kind = compatible(ours.kind, theirs.kind)
-    return same_kind and _same_sizes(ours, theirs)
+    return _of_one_kind(ours, theirs) and _same_sizes(ours, theirs)
+
+
+def _of_one_kind(ours: CalledLayer, theirs: CalledLayer) -> bool:
+    """Whether these can be the same layer."""
+    return compatible(ours.kind, theirs.kind) or (
+        ours.pointwise and ours.kind.startswith("conv") and theirs.kind == "linear"
+    )
 
 
 def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
@@ -308,7 +316,7 @@ def _around(layer: CalledLayer, found: Found) -> str | None:
 
 
 def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
-    if not (compatible(ours.kind, theirs.kind) and _same_sizes(ours, theirs) and may(ours, theirs)):
+    if not (_of_one_kind(ours, theirs) and _same_sizes(ours, theirs) and may(ours, theirs)):
         return -1.0
     if not ours.sizes and not moves(ours.shape, theirs.shape):
         return -1.0

@@ -25,6 +25,7 @@ class Edit:
     free: Callable[[float], Changes] | None = None
     start: float = 1.0
     at: int = -1  # the operation that is said to differ; -1: the first of `changes`
+    omits: bool = False  # whether an operation is left out: it may come later instead
 
     @property
     def place(self) -> int:
@@ -69,6 +70,20 @@ class Node:
         return Edit(cost, cause, said, {self.index: change})
 
 
+def is_table(node: Node) -> bool:
+    """Whether a value follows from numbers in the code alone, as frequencies and positions do."""
+    made = {v: o for o in node.program.operations for v in o.made}
+    todo, seen = list(node.operation.refs), set()
+    while todo:
+        value = todo.pop()
+        if value in node.program.leaves:
+            return False
+        if value not in seen and value in made:
+            seen.add(value)
+            todo += made[value].refs
+    return True
+
+
 Path = tuple[Any, ...]
 
 
@@ -111,6 +126,18 @@ def _put(tree: Any, path: Path, value: Any) -> Any:
     made = list(tree)
     made[path[0]] = _put(made[path[0]], path[1:], value)
     return tuple(made) if isinstance(tree, tuple) else made
+
+
+def with_values(at: At, new: dict[int, Any]) -> Any:
+    """The operation on other values."""
+
+    def value(x: Any) -> Any:
+        if not isinstance(x, Ref):
+            return x
+        return new[x.value] if x.value in new else at.values[x.value]
+
+    args, kwargs = mapped(at.operation.args, value), mapped(at.operation.kwargs, value)
+    return resolve(at.operation.function)(*args, **kwargs)
 
 
 def dims_of(operation: Operation) -> tuple[Path, Any] | None:

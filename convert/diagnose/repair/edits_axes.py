@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, with_scalar
+from convert.diagnose.repair.edit import Edit, Node, with_scalar, with_values
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
+from convert.program.operations import Ref
 from convert.program.replay import At
 
 _PERMUTES = ("permute", "transpose", "swapaxes", "movedim", "T", "mT", "t", "moveaxis")
@@ -71,6 +72,7 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]
 
 def _viewed(node: Node) -> Iterator[Edit]:
     before, after = tuple(node.tensors[0].shape), tuple(node.out.shape)
+    yield from _parts_first(node, after)
     for old, new in _groups(before, after):
         if len(old) == 1 and 1 < len(new) <= 4:
             yield from _split_otherwise(node, after, new)
@@ -78,6 +80,29 @@ def _viewed(node: Node) -> Iterator[Edit]:
             len(old) > 1 and len(new) > 1 and len(old) <= 4
         ):
             yield from _merged_otherwise(node, before, old, after)
+
+
+def _parts_first(node: Node, after: tuple[int, ...]) -> Iterator[Edit]:
+    """An axis split into (heads, parts), where all heads of one part come before the next part."""
+    x = node.tensors[0]
+    if len(after) < 2 or after[:-2] != tuple(x.shape[:-1]):
+        return
+    heads, width = after[-2:]
+    found = set()
+    for operation in node.program.operations[node.index + 1 :]:
+        made = tuple(node.values[v].shape[-1] for v in operation.made if v in node.values)
+        if operation.name in ("split", "split_with_sizes", "chunk") and sum(made) == width:
+            found.add(made)
+    for sizes in sorted(found):
+
+        def change(at: At, sizes: tuple[int, ...] = sizes) -> Any:
+            import torch
+
+            pieces = at.args[0].split([heads * n for n in sizes], -1)
+            return torch.cat([p.unflatten(-1, (heads, -1)) for p in pieces], -1)
+
+        said = f"the axis as all heads of one part before the next part, of {sizes}"
+        yield node.edit(1.05, "rearranged", said, change)
 
 
 def _split_otherwise(node: Node, after: tuple[int, ...], new: range) -> Iterator[Edit]:
@@ -186,6 +211,7 @@ def _indexed(node: Node) -> Iterator[Edit]:
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
             yield node.edit(1.0, cause, said, with_scalar((1,), new))
         axis += 1
+    yield from _looked_up(node, items)
     ints = [i for i, item in enumerate(items) if isinstance(item, int)]
     if len(ints) == 1:
         at_axis = sum(1 for item in items[: ints[0]] if item is not None and item is not Ellipsis)
@@ -195,6 +221,28 @@ def _indexed(node: Node) -> Iterator[Edit]:
                 return getattr(at.args[0], f)(at_axis)
 
             yield node.edit(1.2, "token", f"the {said} over the axis in place of one index", change)
+
+
+def _looked_up(node: Node, items: list[Any]) -> Iterator[Edit]:
+    """Another index where computed ones stand: the first, the last, one further."""
+    import torch
+
+    x = node.tensors[0]
+    for i, item in enumerate(items):
+        held = node.values[item.value] if isinstance(item, Ref) else None
+        if held is None or held.dtype not in (torch.int64, torch.int32) or i >= x.ndim:
+            continue
+        size = x.shape[i]
+        for said, made in (
+            ("the first", torch.zeros_like), ("the last", lambda t, n=size: t * 0 + n - 1),
+            ("the one before", lambda t, n=size: (t - 1) % n),
+            ("the one after", lambda t, n=size: (t + 1) % n),
+        ):  # fmt: skip
+
+            def change(at: At, ref: int = item.value, made: Any = made) -> Any:
+                return with_values(at, {ref: made(at.values[ref])})
+
+            yield node.edit(1.1, "token", f"{said} in place of the one that is looked up", change)
 
 
 def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:

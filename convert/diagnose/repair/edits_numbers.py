@@ -6,7 +6,16 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, Path, dims_of, scalars, with_scalar, word
+from convert.diagnose.repair.edit import (
+    Edit,
+    Node,
+    Path,
+    dims_of,
+    is_table,
+    scalars,
+    with_scalar,
+    word,
+)
 from convert.program.replay import At, resolve
 
 _SHAPES = {
@@ -125,23 +134,9 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
         return "offset"
     if name in ("add", "sub") and isinstance(value, int):
         return "offset" if not node.out.is_floating_point() else "constant"
-    if name in ("mul", "div", "add", "sub", "pow") and _is_table(node):
+    if name in ("mul", "div", "add", "sub", "pow") and is_table(node):
         return "constant"
     return _CAUSES.get(name, "constant")
-
-
-def _is_table(node: Node) -> bool:
-    """Whether a value follows from numbers in the code alone, as frequencies and positions do."""
-    made = {v: o for o in node.program.operations for v in o.made}
-    todo, seen = list(node.operation.refs), set()
-    while todo:
-        value = todo.pop()
-        if value in node.program.leaves:
-            return False
-        if value not in seen and value in made:
-            seen.add(value)
-            todo += made[value].refs
-    return True
 
 
 def _one(node: Node, path: Path, value: Any, cost: float) -> Edit:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, named, short
+from convert.diagnose.repair.edit import Edit, named, short, with_values
 from convert.diagnose.repair.edits_siblings import activations
-from convert.diagnose.repair.edits_values import taken_for, with_values
+from convert.diagnose.repair.edits_values import taken_for
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values, execute
 
@@ -116,7 +116,7 @@ def functions(program: Program, values: Values) -> Iterator[Edit]:
         for value in stretch.taken:
             if _like(values, value, stretch.given):
                 yield Edit(1.0, _word(stretch.name), f"no {stretch.name} here",
-                           {stretch.maker: _handed_on(value)})  # fmt: skip
+                           {stretch.maker: _handed_on(value)}, omits=True)  # fmt: skip
         yield from _other_arguments(program, values, stretch)
         yield from _other_activation(program, values, stretch)
 

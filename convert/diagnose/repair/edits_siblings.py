@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, dims_of
+from convert.diagnose.repair.edit import Edit, Node, dims_of, is_table
 from convert.program.operations import is_reflected
 from convert.program.replay import At, Change, resolve
 
@@ -83,6 +83,8 @@ def siblings(node: Node) -> Iterator[Edit]:
         yield node.edit(1.2, "operation", "the last value in place of the sum", _last_one)
     if name == "pad":
         yield from _padding(node)
+    if name == "interpolate":
+        yield from _resized(node)
 
 
 def _activation(node: Node) -> Iterator[Edit]:
@@ -224,6 +226,28 @@ def _pools(node: Node) -> Iterator[Edit]:
             yield node.edit(1.0, "pooling", f"{other} pooling in place of {node.name}", change)
 
 
+def _resized(node: Node) -> Iterator[Edit]:
+    """Another rule of resizing an image, with and without smoothing where it shrinks."""
+    from torch.nn import functional
+
+    axes = node.tensors[0].ndim - 2
+    smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(axes, "bilinear")
+    size = node.out.shape[2:]
+    ways: list[dict[str, Any]] = [{"mode": m} for m in ("nearest", "nearest-exact", "area")]
+    for mode in (smooth, *(["bicubic"] if axes == 2 else [])):
+        for corners in (False, True):
+            ways.append({"mode": mode, "align_corners": corners})
+        if axes == 2:
+            ways.append({"mode": mode, "antialias": True})
+    for way in ways:
+
+        def change(at: At, way: dict[str, Any] = way) -> Any:
+            return functional.interpolate(at.args[0], size=size, **way)
+
+        said = ", ".join(f"{k}={v}" for k, v in way.items())
+        yield node.edit(1.0, "operation", f"resizing with {said}", change)
+
+
 def _padding(node: Node) -> Iterator[Edit]:
     """What is put around an input, put elsewhere."""
     from torch.nn import functional
@@ -247,6 +271,19 @@ def _padding(node: Node) -> Iterator[Edit]:
             return functional.pad(at.args[0], form, *at.args[2:], **rest)
 
         yield node.edit(1.0, "padding", f"padding {tuple(form)}: {said}", change)
+    for mode in ("reflect", "replicate", "circular", "constant"):
+
+        def other(at: At, mode: str = mode) -> Any:
+            return functional.pad(at.args[0], pads, mode=mode)
+
+        yield node.edit(1.0, "padding", f"{mode} padding", other)
+    if not any(total):
+        shifts = {-1 - i // 2: pads[i] for i in range(0, len(pads), 2) if pads[i]}
+
+        def rolled(at: At) -> Any:
+            return at.args[0].roll(tuple(shifts.values()), tuple(shifts))
+
+        yield node.edit(1.0, "padding", "what is cut off put in at the other end", rolled)
 
 
 def _inverted(at: At) -> Any:
@@ -319,7 +356,9 @@ def leave_out(node: Node) -> Iterator[Edit]:
 
         factor = node.name in ("mul", "div") and len(tensors) > 1
         cost = 1.3 if factor or not node.out.is_floating_point() else 0.9
-        yield node.edit(cost, _left_out_word(node), _left_out_said(node, order), change)
+        edit = node.edit(cost, _left_out_word(node), _left_out_said(node, order), change)
+        edit.omits = True
+        yield edit
     if len(node.operation.made) == 1 and len(tensors) == 1 and node.tensors[0].shape == shape:
         yield node.edit(1.8, "left_out", f"{node.name} done twice", _twice)
 
@@ -376,6 +415,7 @@ def solved_after(node: Node) -> Iterator[Edit]:
     if out is None or not out.is_floating_point() or len(node.operation.made) != 1:
         return
     index = node.index
+    why = "constant" if is_table(node) else "scale"
 
     def times(c: float) -> dict[int, Change]:
         return {index: lambda at: at.run() * c}
@@ -383,5 +423,5 @@ def solved_after(node: Node) -> Iterator[Edit]:
     def plus(c: float) -> dict[int, Change]:
         return {index: lambda at: at.run() + c}
 
-    yield Edit(2.6, "scale", "what it gives times {number}", free=times, start=1.0, at=index)
+    yield Edit(2.6, why, "what it gives times {number}", free=times, start=1.0, at=index)
     yield Edit(3.2, "constant", "what it gives plus {number}", free=plus, start=0.0, at=index)

@@ -6,10 +6,18 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, first_users, named, scalars, with_scalar
+from convert.diagnose.repair.edit import (
+    Edit,
+    Node,
+    first_users,
+    named,
+    scalars,
+    with_scalar,
+    with_values,
+)
 from convert.diagnose.repair.edits_siblings import inserted
-from convert.program.operations import Program, Ref, mapped
-from convert.program.replay import At, Change, Values, resolve
+from convert.program.operations import Program
+from convert.program.replay import At, Change, Values
 
 
 def operands(node: Node) -> Iterator[Edit]:
@@ -50,18 +58,6 @@ def taken_for(program: Program, one: int, other: int) -> str:
 
 def replacing(ref: int, other: int) -> Change:
     return lambda at: with_values(at, {ref: at.values[other]})
-
-
-def with_values(at: At, new: dict[int, Any]) -> Any:
-    """The operation on other values."""
-
-    def value(x: Any) -> Any:
-        if not isinstance(x, Ref):
-            return x
-        return new[x.value] if x.value in new else at.values[x.value]
-
-    args, kwargs = mapped(at.operation.args, value), mapped(at.operation.kwargs, value)
-    return resolve(at.operation.function)(*args, **kwargs)
 
 
 def insertions(node: Node) -> Iterator[Edit]:
@@ -123,7 +119,7 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             if given in values and values[given].shape == x.shape:
                 changes = {i: replacing(value, given) for i, o in enumerate(program.operations)
                            if value in o.refs}  # fmt: skip
-                yield Edit(1.0, "left_out", f"{name} left out", changes, at=at)
+                yield Edit(1.0, "left_out", f"{name} left out", changes, at=at, omits=True)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)

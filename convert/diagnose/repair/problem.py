@@ -14,15 +14,20 @@ from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edit import short
+from convert.diagnose.repair.frontier import LONG, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
 from convert.diagnose.repair.search import Answer, Problem
 from convert.diagnose.repair.worker import Worker
+from convert.diagnose.unseen import SeenValues
 from convert.diagnose.walk import Event, Forward, Onward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
 from convert.program.record import Goal, NotSeen, Recording, record
-from convert.runtime.flax_module import FlaxModule
+from convert.program.replay import replay
+from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.jax_values import values_of
+from convert.runtime.torch_calls import copied
 from convert.runtime.torch_module import replica
 from convert.runtime.torch_recurrent import restack, whole
 
@@ -38,6 +43,7 @@ class Repair:
     reason: Reason
     module: str  # the innermost torch module around the operation
     source: str | None  # "nets.py:42"
+    omits: bool = False  # whether Flax has an operation less here
 
 
 @dataclass
@@ -143,7 +149,19 @@ def _in_two_samples(
                 samples.append(_sample(again, case, goal is not event))
     except Exception:  # one sample is still a sample
         LOG.debug("no second sample", exc_info=True)
-    return Problem(first.program, samples, seconds)
+    return Problem(first.program, samples, seconds, near=_near(runs, first))
+
+
+def _near(runs: Runs, recording: Recording) -> frozenset[int]:
+    """The operations to begin with, in a program so long that not all can be tried."""
+    program = recording.program
+    if len(program.operations) < LONG:
+        return frozenset()
+    with contextlib.suppress(Exception):  # all are tried in their order then
+        side = flax_module(runs.pair.flax, "float64")
+        seen = SeenValues(values_of(side, runs.pair.flax_call))
+        return frontier(program, replay(program, copied(recording.leaves)), seen)
+    return frozenset()
 
 
 def _recorded(runs: Runs, reference: Reference, past: list[str], goal: Event) -> Recording:
@@ -184,7 +202,7 @@ def _said(program: Program, answer: Answer, sample: Observation) -> Repair | Non
     operation = program.operations[best.place]
     expression, source = _place(program, operation)
     reason = repaired(best.cause, expression=expression, place=source, said=best.said)
-    return Repair(reason, operation.module, source)
+    return Repair(reason, operation.module, source, best.omits)
 
 
 def _place(program: Program, operation: Operation) -> tuple[str, str | None]:

@@ -34,6 +34,7 @@ class Problem:
     samples: list[Observation]
     seconds: float = 20.0
     skip: frozenset[int] = frozenset()  # candidates that ended the process before
+    near: frozenset[int] = frozenset()  # operations that are tried first
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Fit:
     place: int  # index of the operation
     free: bool = False  # with a number that was solved for, and is not round
     error: float = 0.0  # what it leaves, over the tolerance
+    omits: bool = False  # whether an operation is left out
 
 
 @dataclass
@@ -83,7 +85,9 @@ class _Search:
                 self.answer.reproduced = False
                 return self.answer
         self.first, *self.others = self.trials
-        singles = sorted(every(self.problem.program, self.first.values), key=lambda e: e.cost)
+        near = self.problem.near
+        edits = every(self.problem.program, self.first.values)
+        singles = sorted(edits, key=lambda e: (e.place not in near, e.cost))
         helped = self._singles(singles)
         if not self.answer.fits and not self._late():
             self._pairs(singles, helped)
@@ -95,8 +99,10 @@ class _Search:
         helped: dict[int, float] = {}
         best: float | None = None
         for number, edit in enumerate(edits):
-            if self._late() or (best is not None and edit.cost > best + _SPREAD):
+            if self._late():
                 break
+            if best is not None and edit.cost > best + _SPREAD:
+                continue
             if number in self.problem.skip:
                 continue
             self._note(number)
@@ -162,7 +168,8 @@ class _Search:
             if trial.error(edit) > max(sample.tolerance, 1e-3 * sample.error):
                 return None
         left = error / self.first.sample.tolerance
-        return Fit(edit.cost, edit.cause, edit.said, edit.place, edit.free is not None, left)
+        free = edit.free is not None
+        return Fit(edit.cost, edit.cause, edit.said, edit.place, free, left, edit.omits)
 
     def _solved(self, edit: Edit) -> Fit | None:
         """The number for which the edit fits, found by Gauss-Newton; said as a round one if it
