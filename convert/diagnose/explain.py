@@ -189,7 +189,8 @@ class Explainer:
         name = event.visit.around.torch if event.visit.around else ""
         inside = [c.name for c in self.reference.trace.calls if self._under(c.name, name)]
         position = inside.index(event.pair.torch) if event.pair.torch in inside else 0
-        before = [n for n in inside[:position] if n in self.paired and n not in event.past
+        ended = [n for n in inside[:position] if not self._under(event.pair.torch, n)]
+        before = [n for n in ended if n in self.paired and n not in event.past
                   and self._kind(n) != "other"]  # fmt: skip
         kinds = {self._kind(n) for n in (event.pair.torch, *before[-1:])}
         if before and kinds & {"norm", "batchnorm"}:

@@ -117,6 +117,9 @@ def _wrong_layouts(t: _Tensor) -> Layouts:
         for axes in itertools.combinations(range(a.ndim), n):
             words = f"{'axis' if n == 1 else 'axes'} {', '.join(map(str, axes))}"
             yield np.flip(a, axes), found("flipped", "tensor", name=t.name, axes=words)
+    for axes in itertools.permutations(range(a.ndim)) if a.ndim <= 4 else ():
+        # reshaped where it had to be transposed
+        yield a.transpose(axes).reshape(a.shape), _transposed(t, axes)
     for axis in range(a.ndim):
         yield from _blocks(t, axis)
     for axis in range(a.ndim):

@@ -124,6 +124,8 @@ class Forward:
         self.stack: list[LayerPair] = []
         self.past: list[str] = []
         self.suspects: list[Event] = []
+        self.right = 0  # values that are torch's
+        self.shapeless: list[tuple[Event, int]] = []
         self.input_moves: set[str] = set()  # how the model's own inputs lie in Flax
         self.values_after: dict[str, Any] = {}
         # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart
@@ -146,14 +148,13 @@ class Forward:
     def _decided(self, open_: Undecided, call: Call) -> Any:
         """The first suspect that, put right, puts the event right; else the event. It is told in a
         walk of its own."""
+        chosen = open_.event
         for suspect in open_.suspects[:_SUSPECTS]:
             trial = _Mended(self, suspect.place)
             trial.run(call)
-            if trial.same.get(open_.event.place):
+            if trial.same.get(open_.event.place) or suspect.given.shape != suspect.rough.shape:
                 chosen = suspect
                 break
-        else:
-            chosen = open_.event
         walk = Forward(self.reference, self.side, self.pairing, self.explain, chosen.place)
         found = walk.run(call)
         vars(self).update(vars(walk))
@@ -194,7 +195,9 @@ class Forward:
         visit.again = again
         made = leaves(output)
         right, unlike = self._outputs(visit, {k: to_numpy(v) for k, v in made.items()})
-        if not unlike:
+        if wrong and path not in self.holding and not right and not unlike:
+            self._suspect(wrong)  # nothing says whether they do harm
+        elif not unlike:
             self.past.append(visit.pair.torch)
         elif path in self.holding and self.stack:
             self._suspect(unlike)
@@ -215,6 +218,8 @@ class Forward:
 
     def _fault(self, event: Event, certain: bool = False) -> None:
         """What is wrong, of itself or by one of the suspects."""
+        if self.chosen is None and self.shapeless and self.shapeless[-1][1] == self.right:
+            raise Stop(Undecided(event, [self.shapeless[-1][0]]))
         if self.chosen is None and self.suspects and not certain:
             raise Stop(Undecided(event, self.suspects))
         if self.chosen in (None, event.place):
@@ -290,12 +295,20 @@ class Forward:
             if event.given.size != event.rough.size or not self.stack:
                 wrong.append(event)
             else:
-                self.suspects.append(event)
+                self._unlike(event)
         return right, wrong
 
     def _same(self, event: Event) -> bool:
         """Whether the value is torch's."""
+        self.right += event.judged.same
         return event.judged.same
+
+    def _unlike(self, event: Event) -> None:
+        """A layer's output that lies in no way that is known: cut later, or a fault if the next
+        value that can be compared is wrong."""
+        self.shapeless.append((event, self.right))
+        if event.place == self.chosen:
+            self._tell(event)
 
     def _event(
         self,

@@ -125,7 +125,7 @@ def _own_shapes(module: Any) -> list[tuple[int, ...]]:
     (weight_norm), the weight's."""
     own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
     normed = "weight_g" in own and "weight_v" in own
-    if normed or hasattr(module, "parametrizations"):
+    if (normed or hasattr(module, "parametrizations")) and hasattr(module, "weight"):
         own = {n: s for n, s in own.items() if n not in ("weight_g", "weight_v")}
         own["weight"] = tuple(module.weight.shape)
     return list(own.values())

@@ -15,35 +15,32 @@ from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
-from convert.diagnose.repair.edits_siblings import leave_out, siblings, solved_after
+from convert.diagnose.repair.edits_siblings import COMPARED, leave_out, siblings, solved_after
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import insertions, leaf_edits, operands
 from convert.program.operations import Program
 from convert.program.replay import Values
 
 
-def every(program: Program, values: Values) -> Iterator[Edit]:
-    """All single edits, of one operation and of groups."""
-    nodes = list(nodes_of(program, values))
-    sites: dict[Any, list[int]] = defaultdict(list)
-    names: dict[str, list[int]] = defaultdict(list)
+def every(program: Program, values: Values, near: frozenset[int] = frozenset()) -> Iterator[Edit]:
+    """All single edits, of one operation and of groups; with `near` those of these operations."""
+    nodes = [n for n in nodes_of(program, values) if not near or n.index in near]
+    groups = _Groups(program, values)
+    masks = masking(program, values)
     for node in nodes:
-        site = node.operation.site
-        sites[(site.position if site else None, node.name)].append(node.index)
-        names[node.name].append(node.index)
-    for node in nodes:
-        site = node.operation.site
-        same = sites[(site.position if site else None, node.name)]
         for edit in _of(node):
-            edit.cause = _of_masks(node, edit.cause)
+            edit.cause = _of_masks(node, edit.cause, masks)
             yield edit
-            yield from _grouped(edit, node, same, names[node.name])
+            yield from groups.of(edit, node)
     makers = (
         leaf_edits, families, tables, sinusoids, functions, orders, interleavings, slices,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # as below
-            yield from maker(program, values)
+            for edit in maker(program, values):
+                if not near or edit.place in near:
+                    edit.cause = _word_of_mask(edit.cause) if edit.place in masks else edit.cause
+                    yield edit
 
 
 def _all_alike(
@@ -53,28 +50,92 @@ def _all_alike(
     return lambda c: dict.fromkeys(indices, free(c)[index])
 
 
-def _of_masks(node: Node, cause: str) -> str:
-    """What is done to truth values concerns a mask."""
+_PLAIN = (
+    "left_out", "operation", "operand", "constant", "offset", "order", "reversed", "size", "axis",
+    "rearranged", "transposed", "concat", "scale", "residual",
+)  # fmt: skip
+_MASKED = -20.0  # what is added to a logit that hardly counts is at most this
+
+
+def _word_of_mask(cause: str) -> str:
+    return "mask" if cause in _PLAIN else cause
+
+
+def _of_masks(node: Node, cause: str, masks: frozenset[int]) -> str:
+    """What is done to a value that only says what is masked concerns the mask."""
+    if node.index in masks:
+        return _word_of_mask(cause)
+    return "operation" if cause == "mask" and node.name in COMPARED else cause
+
+
+def masking(program: Program, values: Values) -> frozenset[int]:
+    """Operations whose results only say what is masked."""
+    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    kinds = ("layer", "parameter", "input")
+    data = {v for v, leaf in program.leaves.items()
+            if leaf.kind in kinds and values[v].is_floating_point()}  # fmt: skip
+    for operation in program.operations:
+        if data & set(operation.refs):
+            data |= set(operation.made)
+    open_: list[int] = []
+    for operation in program.operations:
+        for ref in operation.refs:
+            x = values.get(ref)
+            if x is None or ref in data or ref not in makers:
+                continue
+            low = x.is_floating_point() and x.numel() > 1 and bool((x <= _MASKED).any())
+            chosen = x.dtype == _bool() and operation.name in ("masked_fill", "where")
+            if chosen or (low and operation.name in ("add", "sub")):
+                open_.append(makers[ref])
+    found: set[int] = set()
+    while open_:
+        index = open_.pop()
+        if index not in found:
+            found.add(index)
+            refs = program.operations[index].refs
+            open_ += [makers[r] for r in refs if r in makers and r not in data]
+    return frozenset(found)
+
+
+def _bool() -> Any:
     import torch
 
-    if node.out is None or node.out.dtype != torch.bool:
-        return cause
-    plain = ("left_out", "operation", "operand", "constant", "offset", "order", "reversed", "size")
-    return "mask" if cause in plain else cause
+    return torch.bool
 
 
-def _grouped(edit: Edit, node: Node, same: list[int], alike: list[int]) -> Iterator[Edit]:
-    """The same edit in every run of one expression, and in all operations of one name."""
-    for indices, extra in ((same, 0.05), (alike, 0.15)):
-        if len(indices) < 2 or indices[0] != node.index or (indices is alike and alike == same):
-            continue
-        if edit.free is None:
-            change = edit.changes[node.index]
-            grouped = replace(edit, changes=dict.fromkeys(indices, change), cost=edit.cost + extra)
-        else:
-            free = _all_alike(edit.free, node.index, indices)
-            grouped = replace(edit, cost=edit.cost + extra, at=indices[0], free=free)
-        yield grouped
+class _Groups:
+    """Operations that are one in the user's code, or alike."""
+
+    def __init__(self, program: Program, values: Values) -> None:
+        self._by: dict[Any, list[int]] = defaultdict(list)
+        self._keys: dict[int, list[Any]] = {}
+        for node in nodes_of(program, values):
+            site = node.operation.site
+            shapes = tuple(tuple(t.shape) for t in (*node.tensors, node.out))
+            keys = [
+                ("site", site.position if site else None, node.name),
+                ("shapes", node.operation.module, node.name, shapes),
+                ("name", node.name),
+            ]
+            self._keys[node.index] = keys
+            for key in keys:
+                self._by[key].append(node.index)
+
+    def of(self, edit: Edit, node: Node) -> Iterator[Edit]:
+        """The same edit in every run of one expression, in those of one name and shape in one
+        module, and in all of one name."""
+        done: list[list[int]] = []
+        for key, extra in zip(self._keys[node.index], (0.05, 0.1, 0.15), strict=True):
+            indices = self._by[key]
+            if len(indices) < 2 or indices[0] != node.index or indices in done:
+                continue
+            done.append(indices)
+            if edit.free is None:
+                changes = dict.fromkeys(indices, edit.changes[node.index])
+                yield replace(edit, changes=changes, cost=edit.cost + extra)
+            else:
+                free = _all_alike(edit.free, node.index, indices)
+                yield replace(edit, cost=edit.cost + extra, at=indices[0], free=free)
 
 
 def _of(node: Node) -> Iterator[Edit]:

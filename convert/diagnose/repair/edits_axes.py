@@ -139,7 +139,11 @@ def _merged_otherwise(
 
         names = " x ".join(str(before[old[i]]) for i in order)
         said = f"axes joined as {names}, not as {' x '.join(str(before[i]) for i in old)}"
-        yield node.edit(1.0, _heads(node, len(old)), said, change)
+        channels = len(old) > 2 and order == (*range(1, len(old)), 0)
+        why = "flatten" if channels else _heads(node, len(old))
+        if not node.out.is_floating_point():
+            why = "transposed"
+        yield node.edit(1.0, why, said, change)
 
 
 def _heads(node: Node, parts: int) -> str:
@@ -232,14 +236,15 @@ def _looked_up(node: Node, items: list[Any]) -> Iterator[Edit]:
         held = node.values[item.value] if isinstance(item, Ref) else None
         if held is None or held.dtype not in (torch.int64, torch.int32) or i >= x.ndim:
             continue
-        size = x.shape[i]
+        size, place = x.shape[i], node.operation.refs.index(item.value)
         for said, made in (
             ("the first", torch.zeros_like), ("the last", lambda t, n=size: t * 0 + n - 1),
             ("the one before", lambda t, n=size: (t - 1) % n),
             ("the one after", lambda t, n=size: (t + 1) % n),
         ):  # fmt: skip
 
-            def change(at: At, ref: int = item.value, made: Any = made) -> Any:
+            def change(at: At, k: int = place, made: Any = made) -> Any:
+                ref = at.operation.refs[k]
                 return with_values(at, {ref: made(at.values[ref])})
 
             yield node.edit(1.1, "token", f"{said} in place of the one that is looked up", change)

@@ -28,14 +28,26 @@ def families(program: Program, values: Values) -> Iterator[Edit]:
     for name, family in found.items():
         if len(family) > 1 and len({values[v].shape for v in family.values()}) == 1:
             yield from _alone(name, family, values, min(users[v] for v in family.values()))
-    for (one, a), (other, b) in itertools.combinations(found.items(), 2):
-        if a.keys() != b.keys() or one.count(".") != other.count("."):
+    yield from _exchanged(program, values, users)
+
+
+def _exchanged(program: Program, values: Values, users: dict[int, int]) -> Iterator[Edit]:
+    """All parameters of layers of one name and those of other such layers, in each other's place:
+    query and key, the two projections of every expert."""
+    layers: dict[str, Family] = {}  # pattern of the layers' names -> (numbers, leaf) -> value
+    for value, leaf in program.leaves.items():
+        if leaf.kind in ("parameter", "buffer") and value in users:
+            layer, _, last = leaf.name.rpartition(".")
+            numbers = (*re.findall(r"\d+", layer), last)
+            layers.setdefault(re.sub(r"\d+", "*", layer), {})[numbers] = value
+    for (one, a), (other, b) in itertools.combinations(layers.items(), 2):
+        if a.keys() != b.keys() or one.rpartition(".")[0] != other.rpartition(".")[0]:
             continue
         if all(values[a[k]].shape == values[b[k]].shape for k in a):
             leaves = {a[k]: _always(values[b[k]]) for k in a}
             leaves |= {b[k]: _always(values[a[k]]) for k in a}
             at = min(users[v] for v in leaves)
-            yield Edit(1.1, "swapped", f"{one} and {other} exchanged", leaves=leaves, at=at)
+            yield Edit(1.0, "swapped", f"{one} and {other} exchanged", leaves=leaves, at=at)
 
 
 def _alone(name: str, family: Family, values: Values, at: int) -> Iterator[Edit]:

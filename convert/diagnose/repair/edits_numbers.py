@@ -16,7 +16,7 @@ from convert.diagnose.repair.edit import (
     with_scalar,
     word,
 )
-from convert.program.replay import At, resolve
+from convert.program.replay import At, Change, resolve
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
@@ -183,9 +183,22 @@ def _floats(node: Node, path: Path, value: float) -> Iterator[Edit]:
         if other != value:
             yield _one(node, path, other, 1.4)
     why = cause(node, path, value)
+    for factor, words in ((2.0, "twice"), (0.5, "half"), (-1.0, "minus")):
+        said = f"{_called(node, path)} {words} the number"
+        yield node.edit(1.45, why, said, _times(path, factor))
     said = f"{_called(node, path)} {{number}} in place of {word(value)}"
     index = node.index
     yield Edit(3.0, why, said, free=lambda c: {index: with_scalar(path, c)}, start=value, at=index)
+
+
+def _times(path: Path, factor: float) -> Change:
+    """A number times a factor, also where each run of the expression has another one."""
+
+    def change(at: At) -> Any:
+        held = next(v for p, v in scalars(at.operation) if p == path)
+        return with_scalar(path, held * factor)(at)
+
+    return change
 
 
 def _strings(node: Node, path: Path, value: str) -> Iterator[Edit]:

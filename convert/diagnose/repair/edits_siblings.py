@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, dims_of, is_table
+from convert.diagnose.repair.edit import Edit, Node, dims_of, is_table, scalars
 from convert.program.operations import is_reflected
 from convert.program.replay import At, Change, resolve
 
@@ -56,7 +56,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b, "pow": lambda a, b: a**b, "floordiv": lambda a, b: a // b,
 }  # fmt: skip
-_COMPARED: dict[str, Callable[[Any, Any], Any]] = {
+COMPARED: dict[str, Callable[[Any, Any], Any]] = {
     "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
     "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
 }  # fmt: skip
@@ -70,7 +70,7 @@ def siblings(node: Node) -> Iterator[Edit]:
     yield from _family(node)
     if name in _REDUCTIONS:
         yield from _reduction(node)
-    if name in _BINARY or name in _COMPARED:
+    if name in _BINARY or name in COMPARED:
         yield from _operator(node)
     if name == "softmax":
         yield node.edit(1.5, "operation", "a sigmoid in place of the softmax",
@@ -183,9 +183,9 @@ def _reduction(node: Node) -> Iterator[Edit]:
 
 
 def _operator(node: Node) -> Iterator[Edit]:
-    table = _BINARY if node.name in _BINARY else _COMPARED
+    table = _BINARY if node.name in _BINARY else COMPARED
     turned = is_reflected(node.operation.function)
-    mask = table is _COMPARED
+    mask = table is COMPARED
     for other, function in table.items():
         if other == node.name:
             continue
@@ -351,8 +351,8 @@ def leave_out(node: Node) -> Iterator[Edit]:
             continue
         seen.add(value)
 
-        def change(at: At, value: int = value) -> Any:
-            return at.values[value]
+        def change(at: At, k: int = order) -> Any:
+            return at.values[at.operation.refs[k]]
 
         factor = node.name in ("mul", "div") and len(tensors) > 1
         cost = 1.3 if factor or not node.out.is_floating_point() else 0.9
@@ -387,11 +387,20 @@ def _left_out_word(node: Node) -> str:
         return "causal"
     if name in ("mul", "div") and not two:
         return "scale"
+    if name == "add" and not two:
+        return _constant_word(node)
     if name == "add" and two:
         return _sum_word(node)
     if name in ("transpose", "permute", "T", "mT"):
         return "transposed"
     return "left_out"
+
+
+def _constant_word(node: Node) -> str:
+    """A plain number added: to a scale, as norms have it, or to something else."""
+    leaf = node.program.leaves.get(node.operation.refs[0])
+    one = any(v == 1 for _, v in scalars(node.operation))
+    return "scale_plus_one" if one and leaf and leaf.kind == "parameter" else "left_out"
 
 
 def _sum_word(node: Node) -> str:
@@ -409,6 +418,9 @@ def _sum_word(node: Node) -> str:
     return "residual"
 
 
+_LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "group_norm")
+
+
 def solved_after(node: Node) -> Iterator[Edit]:
     """A factor or a summand, to be solved for, on what the operation gives."""
     out = node.out
@@ -423,5 +435,6 @@ def solved_after(node: Node) -> Iterator[Edit]:
     def plus(c: float) -> dict[int, Change]:
         return {index: lambda at: at.run() + c}
 
-    yield Edit(2.6, why, "what it gives times {number}", free=times, start=1.0, at=index)
+    layer = 0.2 if node.name in _LAYERS else 0.0  # a factor is seldom where a layer is called
+    yield Edit(2.6 + layer, why, "what it gives times {number}", free=times, start=1.0, at=index)
     yield Edit(3.2, "constant", "what it gives plus {number}", free=plus, start=0.0, at=index)

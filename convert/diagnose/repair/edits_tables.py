@@ -16,7 +16,7 @@ from convert.diagnose.repair.edit import Edit, first_users, word
 from convert.program.operations import Program
 from convert.program.replay import Values
 
-_BASES = (10000.0, 500000.0, 1000000.0, 100.0, 1000.0)
+_BASES = (10000.0, 500000.0, 1000000.0, 100.0, 1000.0, 1e-4)  # the last: frequencies that grow
 _CLOSE = 1e-5
 
 
@@ -156,7 +156,7 @@ def _changes(
     base: float, less: int, start: int
 ) -> Iterator[tuple[str, str, Callable[[SineTable], SineTable]]]:
     for other in _BASES:
-        if other != base:
+        if other != base and (other > 1) == (base > 1):
             said = f"the base {word(other)} in place of {word(base)}"
             yield "constant", said, partial(replace, base=other)
     divisor = "n - 1" if not less else "n"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from convert.diagnose.repair.edit import (
+    Changes,
     Edit,
     Node,
     first_users,
@@ -42,9 +43,10 @@ def operands(node: Node) -> Iterator[Edit]:
             yield node.edit(1.7, why, said, replacing(ref, other))
     tensors = [node.values[r] for r in refs]
     if len(refs) >= 2 and tensors[0].shape == tensors[1].shape and node.name not in ("add", "mul"):
-        a, b = refs[:2]
+        one, two = (node.operation.refs.index(r) for r in refs[:2])
 
         def exchanged(at: At) -> Any:
+            a, b = at.operation.refs[one], at.operation.refs[two]
             return with_values(at, {a: at.values[b], b: at.values[a]})
 
         yield node.edit(1.2, "operand", "its first two operands exchanged", exchanged)
@@ -141,12 +143,29 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             yield edit(1.4, "scale_plus_one", f"1 + {name}", lambda t: 1 + t)
             if leaf.kind == "buffer" and bool((x > 0).all()):
                 yield edit(2.5, "constant", f"{name} to a power", lambda t: t**0.5)
+        if x.numel() == 1 and x.is_floating_point() and leaf.kind != "layer":
+            yield Edit(2.5, "scale" if leaf.kind == "parameter" else "constant",
+                       f"{{number}} in place of {name}", free=_number(program, value),
+                       start=float(x), at=at)  # fmt: skip
         for a, b in itertools.combinations(range(x.ndim), 2):
             if x.shape[a] == x.shape[b] and leaf.kind != "layer":
                 yield edit(1.2, "transposed", f"{name} with axes {a} and {b} exchanged",
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _number(program: Program, value: int) -> Callable[[float], Changes]:
+    """Another number wherever a value is taken."""
+    users = [i for i, o in enumerate(program.operations) if value in o.refs]
+
+    def changes(c: float) -> Changes:
+        def change(at: At) -> Any:
+            return with_values(at, {value: at.values[value] * 0 + c})
+
+        return dict.fromkeys(users, change)
+
+    return changes
 
 
 def _shifted(t: Any, d: int) -> Any:

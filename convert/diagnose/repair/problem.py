@@ -116,9 +116,12 @@ def _later(runs: Runs, reference: Reference, event: Event) -> list[Event]:
 def _goal(runs: Runs, event: Event) -> tuple[Event | None, Recording | None]:
     """The next wrong input that the layer of the event has a part in, and its recording."""
     layer = event.pair.torch
-    inputs = [e for e in _later(runs, runs.reference, event)
-              if e.where == "input" and e.pair.torch != layer and not e.judged.same]  # fmt: skip
-    for goal in inputs[:_TRIED]:
+    around = f"{event.visit.around.torch}." if event.visit.around else ""
+    later = [e for e in _later(runs, runs.reference, event)
+             if e.pair.torch != layer and not e.judged.same
+             and (e.where == "input" or layer.startswith(f"{e.pair.torch}.")
+                  or around == f"{e.pair.torch}.")]  # fmt: skip
+    for goal in later[:_TRIED]:
         with contextlib.suppress(NotSeen):
             made = _recorded(runs, runs.reference, event.past, goal)
             parts = {o.module for o in made.program.operations}

@@ -85,24 +85,26 @@ class _Search:
                 self.answer.reproduced = False
                 return self.answer
         self.first, *self.others = self.trials
-        near = self.problem.near
-        edits = every(self.problem.program, self.first.values)
-        singles = sorted(edits, key=lambda e: (e.place not in near, e.cost))
-        helped = self._singles(singles)
+        edits: list[Edit] = []
+        helped: dict[int, float] = {}
+        for near in (self.problem.near, frozenset()) if self.problem.near else (frozenset(),):
+            if not self.answer.fits and not self._late():
+                start = len(edits)
+                found = every(self.problem.program, self.first.values, near)
+                edits += sorted(found, key=lambda e: e.cost)
+                helped |= self._singles(edits, start)
         if not self.answer.fits and not self._late():
-            self._pairs(singles, helped)
+            self._pairs(edits, helped)
         self.answer.fits.sort(key=lambda f: (_leaves_much(f, self.answer.fits), f.cost))
         return self.answer
 
-    def _singles(self, edits: Sequence[Edit]) -> dict[int, float]:
+    def _singles(self, edits: Sequence[Edit], start: int) -> dict[int, float]:
         """Tries each; the errors of those that change the value, by index."""
         helped: dict[int, float] = {}
         best: float | None = None
-        for number, edit in enumerate(edits):
-            if self._late():
+        for number, edit in enumerate(edits[start:], start):
+            if self._late() or (best is not None and edit.cost > best + _SPREAD):
                 break
-            if best is not None and edit.cost > best + _SPREAD:
-                continue
             if number in self.problem.skip:
                 continue
             self._note(number)
