@@ -40,14 +40,25 @@ def _exchanged(program: Program, values: Values, users: dict[int, int]) -> Itera
             layer, _, last = leaf.name.rpartition(".")
             numbers = (*re.findall(r"\d+", layer), last)
             layers.setdefault(re.sub(r"\d+", "*", layer), {})[numbers] = value
+    for layer, family in layers.items():
+        for one, other in itertools.combinations(sorted({k[-1] for k in family}), 2):
+            pairs = [(family.get((*k[:-1], one)), family.get((*k[:-1], other))) for k in family]
+            named = f"{layer}.{one}", f"{layer}.{other}"
+            yield from _swapped(*named, [p for p in pairs if None not in p], values, users)
     for (one, a), (other, b) in itertools.combinations(layers.items(), 2):
         if a.keys() != b.keys() or one.rpartition(".")[0] != other.rpartition(".")[0]:
             continue
-        if all(values[a[k]].shape == values[b[k]].shape for k in a):
-            leaves = {a[k]: _always(values[b[k]]) for k in a}
-            leaves |= {b[k]: _always(values[a[k]]) for k in a}
-            at = min(users[v] for v in leaves)
-            yield Edit(1.0, "swapped", f"{one} and {other} exchanged", leaves=leaves, at=at)
+        yield from _swapped(one, other, [(a[k], b[k]) for k in a], values, users)
+
+
+def _swapped(
+    one: str, other: str, pairs: list[Any], values: Values, users: dict[int, int]
+) -> Iterator[Edit]:
+    if not pairs or any(values[a].shape != values[b].shape for a, b in pairs):
+        return
+    leaves = {a: _always(values[b]) for a, b in pairs} | {b: _always(values[a]) for a, b in pairs}
+    at = min(users[v] for v in leaves)
+    yield Edit(1.0, "swapped", f"{one} and {other} exchanged", leaves=leaves, at=at)
 
 
 def _alone(name: str, family: Family, values: Values, at: int) -> Iterator[Edit]:

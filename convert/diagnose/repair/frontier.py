@@ -12,7 +12,7 @@ _AROUND = 2  # operations before and after
 
 def frontier(program: Program, values: Values, seen: SeenValues) -> frozenset[int]:
     """Indices of the first operation that gives what Flax has not computed, though it takes nothing
-    but what Flax has, and of those around it."""
+    but what Flax has, of those around it, and of one run of each expression of its module."""
     makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
     users: dict[int, list[int]] = {}
     for i, operation in enumerate(program.operations):
@@ -32,5 +32,9 @@ def frontier(program: Program, values: Values, seen: SeenValues) -> frozenset[in
         for _ in range(_AROUND):
             near |= {makers[v] for k in near for v in program.operations[k].refs if v in makers}
             near |= {u for k in near for v in program.operations[k].made for u in users.get(v, ())}
-        return frozenset(near)
+        first: dict[object, int] = {}
+        for k, other in enumerate(program.operations):
+            if other.module == operation.module and other.site is not None:
+                first.setdefault((other.site.position, other.name), k)
+        return frozenset(near | set(first.values()))
     return frozenset()
