@@ -61,7 +61,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found: Divergence | None = walk.run(pair.flax_call)
     if found is None and explain.weak is not None:
         explain.first, found = explain.weak, explain.weak[1]
-    found = _nearer(pair, _repaired(pair, found, explain, seconds), explain)
+    found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, seconds)
     if found is None and mode == "training":
@@ -142,7 +142,7 @@ def _repaired(
     if not nameless and not explain.guessed and found.cause not in _PASSED_BY:
         return found
     event, end = explain.first[0], time.monotonic() + seconds
-    runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case)
+    runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case, found.layer)
     fitting = repair(runs, event, seconds) if nameless or explain.guessed else None
     if fitting is None or fitting.omits:
         left = max(0.0, end - time.monotonic())

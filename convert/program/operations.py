@@ -71,6 +71,29 @@ class Program:
     # calls of layers that were not opened: the value each gives -> its name and the values it took
     layers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def users(self) -> dict[int, list[int]]:
+        """Of each value that is taken, the operations that take it."""
+        found: dict[int, list[int]] = {}
+        for index, operation in enumerate(self.operations):
+            for value in dict.fromkeys(operation.refs):
+                found.setdefault(value, []).append(index)
+        return found
+
+    @functools.cached_property
+    def makers(self) -> dict[int, int]:
+        """Of each value that is made, the operation that makes it."""
+        return {v: i for i, o in enumerate(self.operations) for v in o.made}
+
+    @functools.cached_property
+    def tables(self) -> frozenset[int]:
+        """Values that follow from numbers in the code alone, as frequencies and positions do."""
+        found: set[int] = set()
+        for operation in self.operations:
+            if found.issuperset(operation.refs):
+                found |= set(operation.made)
+        return frozenset(found)
+
     def slice(self) -> Program:
         """What `target` depends on."""
         needed = {self.target}

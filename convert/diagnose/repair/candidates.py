@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from convert.diagnose.repair.edit import Changes, Edit, Node
@@ -17,7 +18,8 @@ from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
 from convert.diagnose.repair.edits_siblings import COMPARED, leave_out, siblings, solved_after
 from convert.diagnose.repair.edits_tables import sinusoids, tables
-from convert.diagnose.repair.edits_values import insertions, leaf_edits, operands
+from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
+from convert.diagnose.repair.parallel import Parallels
 from convert.program.operations import Program
 from convert.program.replay import Values
 
@@ -26,14 +28,17 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
     """All single edits, of one operation and of groups; with `near` those of these operations."""
     nodes = [n for n in nodes_of(program, values) if not near or n.index in near]
     groups = _Groups(program, values)
-    masks = masking(program, values)
+    masks, parallels = masking(program, values), Parallels(program)
     for node in nodes:
         for edit in _of(node):
             edit.cause = _of_masks(node, edit.cause, masks)
             yield edit
             yield from groups.of(edit, node)
+            if edit.cause in ("operand", "swapped", "residual"):  # these name values
+                yield from parallels.of(edit)
     makers = (
-        leaf_edits, families, tables, sinusoids, functions, orders, interleavings, slices,
+        leaf_edits, families, exchanges, tables, sinusoids, partial(functions, near=near),
+        partial(orders, near=near), interleavings, slices,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # as below
@@ -41,6 +46,7 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
                 if not near or edit.place in near:
                     edit.cause = _word_of_mask(edit.cause) if edit.place in masks else edit.cause
                     yield edit
+                    yield from parallels.of(edit)
 
 
 def _all_alike(
@@ -70,7 +76,7 @@ def _of_masks(node: Node, cause: str, masks: frozenset[int]) -> str:
 
 def masking(program: Program, values: Values) -> frozenset[int]:
     """Operations whose results only say what is masked."""
-    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    makers = program.makers
     kinds = ("layer", "parameter", "input")
     data = {v for v, leaf in program.leaves.items()
             if leaf.kind in kinds and values[v].is_floating_point()}  # fmt: skip

@@ -72,16 +72,7 @@ class Node:
 
 def is_table(node: Node) -> bool:
     """Whether a value follows from numbers in the code alone, as frequencies and positions do."""
-    made = {v: o for o in node.program.operations for v in o.made}
-    todo, seen = list(node.operation.refs), set()
-    while todo:
-        value = todo.pop()
-        if value in node.program.leaves:
-            return False
-        if value not in seen and value in made:
-            seen.add(value)
-            todo += made[value].refs
-    return True
+    return set(node.operation.refs) <= node.program.tables
 
 
 Path = tuple[Any, ...]
@@ -177,10 +168,9 @@ def named(program: Program, value: int) -> str:
     """What a value is called: a leaf by its name, another one by the expression that makes it."""
     if value in program.leaves:
         return program.leaves[value].name
-    maker = next((o for o in program.operations if value in o.made), None)
-    if maker is None or maker.site is None:
-        return "another value"
-    return f"`{short(maker.site.text)}`"
+    maker = program.makers.get(value)
+    site = None if maker is None else program.operations[maker].site
+    return f"`{short(site.text)}`" if site else "another value"
 
 
 def short(text: str, width: int = 60) -> str:
@@ -190,8 +180,4 @@ def short(text: str, width: int = 60) -> str:
 
 def first_users(program: Program) -> dict[int, int]:
     """Of each value that is taken, the first operation that takes it."""
-    found: dict[int, int] = {}
-    for index, operation in enumerate(program.operations):
-        for value in operation.refs:
-            found.setdefault(value, index)
-    return found
+    return {value: users[0] for value, users in program.users.items()}

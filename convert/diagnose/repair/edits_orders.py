@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, named, short, with_values
 from convert.diagnose.repair.edits_siblings import activations
-from convert.diagnose.repair.edits_values import taken_for
+from convert.diagnose.repair.edits_values import LATELY, taken_for
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values, execute
 
@@ -46,8 +46,9 @@ class Stretch:
         return local[self.given]
 
 
-def stretches(program: Program) -> list[Stretch]:
-    """Every stretch: single operations, fused ones, calls of functions."""
+def stretches(program: Program, near: frozenset[int] = frozenset()) -> list[Stretch]:
+    """Every stretch: single operations, fused ones, calls of functions. With `near` those that end
+    in one of these operations."""
     calls: dict[int, list[int]] = defaultdict(list)
     sites: dict[Any, list[int]] = defaultdict(list)
     found: list[Stretch] = []
@@ -63,6 +64,8 @@ def stretches(program: Program) -> list[Stretch]:
         ("one", single), ("fused", fused), ("function", functions), ("chain", _chains(program)),
     ):  # fmt: skip
         for indices in groups:
+            if near and indices[-1] not in near:
+                continue
             if (borders := _borders(program, indices)) is not None:
                 found.append(Stretch(_title(program, indices, kind), indices, *borders))
     return found
@@ -70,7 +73,7 @@ def stretches(program: Program) -> list[Stretch]:
 
 def _chains(program: Program) -> list[list[int]]:
     """Two to four operations that follow each other, each of one value: a soft cap."""
-    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    makers = program.makers
     found = []
     for index in range(len(program.operations)):
         chain = [index]
@@ -99,8 +102,9 @@ def _borders(program: Program, indices: list[int]) -> tuple[list[int], int, int]
     """What operations take from outside, the one value that they give, and who makes it."""
     held = set(indices)
     made = {v for i in indices for v in program.operations[i].made}
-    used = {r for i, o in enumerate(program.operations) if i not in held for r in o.refs}
-    outgoing = [v for v in made if v in used or v == program.target]
+    outgoing = [
+        v for v in made if v == program.target or not held.issuperset(program.users.get(v, ()))
+    ]
     if len(outgoing) != 1:
         return None
     taken = [r for i in indices for r in program.operations[i].refs if r not in made]
@@ -108,9 +112,11 @@ def _borders(program: Program, indices: list[int]) -> tuple[list[int], int, int]
     return list(dict.fromkeys(taken)), outgoing[0], maker
 
 
-def functions(program: Program, values: Values) -> Iterator[Edit]:
+def functions(
+    program: Program, values: Values, near: frozenset[int] = frozenset()
+) -> Iterator[Edit]:
     """A stretch left out, or given another value for one that it takes."""
-    for stretch in stretches(program):
+    for stretch in stretches(program, near):
         if len(stretch.indices) < 2:
             continue
         for value in stretch.taken:
@@ -149,7 +155,7 @@ def _word(name: str) -> str:
 
 def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iterator[Edit]:
     """One value in place of another, wherever the stretch takes it."""
-    before = [v for o in program.operations[: stretch.indices[0]] for v in o.made]
+    before = [v for o in program.operations[: stretch.indices[0]] for v in o.made][-LATELY:]
     for old in stretch.taken:
         for new in (*program.leaves, *before):
             if new == old or not _like(values, new, old):
@@ -179,27 +185,29 @@ def _like(values: Values, a: int, b: int) -> bool:
     return x is not None and y is not None and x.shape == y.shape and x.dtype == y.dtype
 
 
-def orders(program: Program, values: Values) -> Iterator[Edit]:
+def orders(program: Program, values: Values, near: frozenset[int] = frozenset()) -> Iterator[Edit]:
     """A stretch done earlier or later than in torch."""
     after: dict[int, list[int]] = defaultdict(list)  # operation -> those that follow from it
-    makers = {v: i for i, o in enumerate(program.operations) for v in o.made}
+    makers = program.makers
     for index, operation in enumerate(program.operations):
         for ref in operation.refs:
             if ref in makers:
                 after[makers[ref]].append(index)
-    for stretch in stretches(program):
+    before = {i: [makers[r] for r in o.refs if r in makers]
+              for i, o in enumerate(program.operations)}  # fmt: skip
+    for stretch in stretches(program, near):
         for incoming in stretch.taken:
             leaf = program.leaves.get(incoming)
             if leaf is not None and leaf.kind in ("parameter", "buffer"):
                 continue
             if not _like(values, incoming, stretch.given):
                 continue
-            yield from _moved(program, values, stretch, incoming, after, makers)
+            yield from _moved(program, values, stretch, incoming, after, before, makers)
 
 
 def _moved(
     program: Program, values: Values, stretch: Stretch, incoming: int,
-    after: dict[int, list[int]], makers: dict[int, int],
+    after: dict[int, list[int]], before: dict[int, list[int]], makers: dict[int, int],
 ) -> Iterator[Edit]:  # fmt: skip
     held = set(stretch.indices)
 
@@ -213,9 +221,6 @@ def _moved(
         yield Edit(1.4, "order", said,
                    {stretch.maker: leave_out, index: _then(program, stretch, incoming)},
                    at=stretch.maker)  # fmt: skip
-    before: dict[int, list[int]] = {
-        i: [makers[r] for r in o.refs if r in makers] for i, o in enumerate(program.operations)
-    }
     start = makers.get(incoming)
     if start is None:
         return
@@ -247,12 +252,12 @@ def _text(program: Program, index: int) -> str:
 
 
 def _reached(edges: dict[int, list[int]], start: int) -> list[int]:
-    """What follows from a place, the nearest first."""
-    found: list[int] = []
-    todo = list(edges.get(start, ()))
-    while todo:
-        index = todo.pop(0)
+    """What follows from a place, the nearest first; no more than are asked for."""
+    found: dict[int, None] = {}
+    todo = deque(edges.get(start, ()))
+    while todo and len(found) < _MOVED:
+        index = todo.popleft()
         if index not in found:
-            found.append(index)
+            found[index] = None
             todo += edges.get(index, ())
-    return found
+    return list(found)

@@ -20,12 +20,18 @@ from convert.diagnose.repair.edits_siblings import inserted
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
+LATELY = 80  # values made last before an operation, that it may take by mistake
+
+
+def _made_before(node: Node) -> list[int]:
+    earlier = node.program.operations[max(0, node.index - LATELY) : node.index]
+    return [v for o in earlier for v in o.made]
+
 
 def operands(node: Node) -> Iterator[Edit]:
     """Another value of the same shape in place of one that the operation takes."""
     refs = list(dict.fromkeys(node.operation.refs))
-    made = {v for o in node.program.operations[: node.index] for v in o.made}
-    before = [v for v in (*node.program.leaves, *sorted(made)) if v in node.values]
+    before = [v for v in (*node.program.leaves, *_made_before(node)) if v in node.values]
     taken = [i for layer in node.program.layers.values() for i in layer[1]]
     for ref in refs:
         held = node.values[ref]
@@ -75,8 +81,7 @@ def insertions(node: Node) -> Iterator[Edit]:
             return function(at.run())
 
         yield node.edit(2.0, why, f"what it gives {said}", change)
-    before = [v for o in node.program.operations[: node.index] for v in o.made]
-    for other in (*node.program.leaves, *before):
+    for other in (*node.program.leaves, *_made_before(node)):
         x = node.values.get(other)
         if x is None or x.dtype != out.dtype or out.ndim < 2 or not x.numel():
             continue
@@ -101,6 +106,28 @@ def _broadcasts(x: Any, out: Any) -> bool:
     return x.ndim <= out.ndim and all(a in (1, b) for a, b in sizes)
 
 
+def exchanges(program: Program, values: Values) -> Iterator[Edit]:
+    """Two values in each other's place, in all that takes them."""
+    if len(program.operations) > _MOST:
+        return
+    users, made = program.users, program.makers
+    for a, b in itertools.combinations(users, 2):
+        x, y = values[a], values[b]
+        last = max(made.get(a, -1), made.get(b, -1))
+        places = [i for i in (*users[a], *users[b]) if i > last]
+        if x.shape != y.shape or x.dtype != y.dtype or len(set(places)) < 2:
+            continue
+
+        def change(at: At, a: int = a, b: int = b) -> Any:
+            return with_values(at, {a: at.values[b], b: at.values[a]})
+
+        said = f"{named(program, a)} and {named(program, b)} exchanged"
+        yield Edit(1.25, taken_for(program, a, b), said, dict.fromkeys(places, change))
+
+
+_MOST = 80  # operations of a program in which all pairs of values are tried
+
+
 def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
     """A leaf in another form: a table or weight of the user's own, an input of a layer."""
     import torch
@@ -119,8 +146,7 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         layer = program.layers.get(value)
         for given in layer[1] if layer else ():
             if given in values and values[given].shape == x.shape:
-                changes = {i: replacing(value, given) for i, o in enumerate(program.operations)
-                           if value in o.refs}  # fmt: skip
+                changes = dict.fromkeys(program.users[value], replacing(value, given))
                 yield Edit(1.0, "left_out", f"{name} left out", changes, at=at, omits=True)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
@@ -157,7 +183,7 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
 
 def _number(program: Program, value: int) -> Callable[[float], Changes]:
     """Another number wherever a value is taken."""
-    users = [i for i, o in enumerate(program.operations) if value in o.refs]
+    users = program.users[value]
 
     def changes(c: float) -> Changes:
         def change(at: At) -> Any:

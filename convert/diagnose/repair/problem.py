@@ -55,6 +55,7 @@ class Runs:
     side: FlaxModule
     pairing: Pairing
     case: Callable[[Reference, Event], Case]
+    layer: str = ""  # the module at fault, as far as is known: its operations are tried first
 
 
 def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
@@ -163,7 +164,8 @@ def _near(runs: Runs, recording: Recording) -> frozenset[int]:
     with contextlib.suppress(Exception):  # all are tried in their order then
         side = flax_module(runs.pair.flax, "float64")
         seen = SeenValues(values_of(side, runs.pair.flax_call))
-        return frontier(program, replay(program, copied(recording.leaves)), seen)
+        values = replay(program, copied(recording.leaves))
+        return frontier(program, values, seen, runs.layer)
     return frozenset()
 
 
