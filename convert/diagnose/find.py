@@ -144,15 +144,18 @@ def _repaired(
     event, end = explain.first[0], time.monotonic() + seconds
     runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case, found.layer)
     fitting = repair(runs, event, seconds) if nameless or explain.guessed else None
-    if fitting is None or fitting.omits:
-        left = max(0.0, end - time.monotonic())
-        fitting = repair_onward(runs, event, left) or fitting
-    if fitting is not None:
-        reason, layer = fitting.reason, fitting.module
+    if fitting is None or fitting.reason is None or fitting.omits:
+        onward = repair_onward(runs, event, max(0.0, end - time.monotonic()))
+        fitting = onward if onward and onward.reason else fitting
+    if fitting is not None and (reason := fitting.reason) is not None:
+        layer = fitting.module
         return dataclasses.replace(
             found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
             diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
         )  # fmt: skip
+    if nameless and fitting is not None and fitting.module.startswith(f"{found.layer}."):
+        layer = fitting.module
+        found = dataclasses.replace(found, layer=layer, flax_layer=explain.flax_of(layer))
     if not nameless:
         return found
     if (rounded := rounding(event)) is not None:

@@ -16,7 +16,13 @@ from convert.diagnose.repair.edits_numbers import numbers
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
-from convert.diagnose.repair.edits_siblings import COMPARED, leave_out, siblings, solved_after
+from convert.diagnose.repair.edits_siblings import (
+    COMPARED,
+    MASKED,
+    leave_out,
+    siblings,
+    solved_after,
+)
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
 from convert.diagnose.repair.parallel import Parallels
@@ -60,7 +66,6 @@ _PLAIN = (
     "left_out", "operation", "operand", "constant", "offset", "order", "reversed", "size", "axis",
     "rearranged", "transposed", "concat", "scale", "residual",
 )  # fmt: skip
-_MASKED = -20.0  # what is added to a logit that hardly counts is at most this
 
 
 def _word_of_mask(cause: str) -> str:
@@ -89,7 +94,7 @@ def masking(program: Program, values: Values) -> frozenset[int]:
             x = values.get(ref)
             if x is None or ref in data or ref not in makers:
                 continue
-            low = x.is_floating_point() and x.numel() > 1 and bool((x <= _MASKED).any())
+            low = x.is_floating_point() and x.numel() > 1 and bool((x <= MASKED).any())
             chosen = x.dtype == _bool() and operation.name in ("masked_fill", "where")
             if chosen or (low and operation.name in ("add", "sub")):
                 open_.append(makers[ref])

@@ -396,6 +396,9 @@ def _left_out_word(node: Node) -> str:
     return "left_out"
 
 
+MASKED = -20.0  # what is added to a logit that hardly counts is at most this
+
+
 def _constant_word(node: Node) -> str:
     """A plain number added: to a scale, as norms have it, or to something else."""
     leaf = node.program.leaves.get(node.operation.refs[0])
@@ -413,6 +416,8 @@ def _sum_word(node: Node) -> str:
             else "left_out"  # fmt: skip
     for r in node.operation.refs:
         t = node.values[r]
+        if torch.is_floating_point(t) and r in node.program.tables and bool((t <= MASKED).any()):
+            return "mask"
         if torch.is_floating_point(t) and bool((t <= -1e4).any()):
             return "mask"
     return "residual"

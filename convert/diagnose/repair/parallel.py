@@ -23,6 +23,7 @@ class Parallels:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self._known: dict[tuple[int, int], tuple[dict[int, int], dict[int, int]]] = {}
         self._inside: dict[int, list[int]] = defaultdict(list)  # call -> operations
         for i, operation in enumerate(program.operations):
             for call in operation.site.calls if operation.site else ():
@@ -55,14 +56,22 @@ class Parallels:
                 yield replace(edit, changes=changes, cost=edit.cost + _MORE, at=edit.place)
 
     def _carried(self, changes: Mapping[int, Change], call: int, other: int) -> dict[int, Change]:
+        places, values = self._names(call, other)
         operations = self.program.operations
-        places = dict(zip(self._inside[call], self._inside[other], strict=True))
-        values: dict[int, int] = {}
-        for here, there in places.items():
-            a, b = operations[here], operations[there]
-            values |= dict(zip(a.refs, b.refs, strict=False))
-            values |= dict(zip(a.made, b.made, strict=False))
         return {places[i]: _translated(c, operations[i], values) for i, c in changes.items()}
+
+    def _names(self, call: int, other: int) -> tuple[dict[int, int], dict[int, int]]:
+        """The operations and the values of one run, and what they are in the other."""
+        if (call, other) not in self._known:
+            operations = self.program.operations
+            places = dict(zip(self._inside[call], self._inside[other], strict=True))
+            values: dict[int, int] = {}
+            for here, there in places.items():
+                a, b = operations[here], operations[there]
+                values |= dict(zip(a.refs, b.refs, strict=False))
+                values |= dict(zip(a.made, b.made, strict=False))
+            self._known[call, other] = places, values
+        return self._known[call, other]
 
 
 def _translated(change: Change, operation: Operation, values: Mapping[int, int]) -> Change:

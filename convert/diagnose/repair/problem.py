@@ -38,9 +38,9 @@ _SEVERAL = 4  # times the rounding of one step, for that of a few
 
 @dataclass(frozen=True)
 class Repair:
-    """What an edit of torch's computation explains."""
+    """What an edit of torch's computation explains, or where that computation is."""
 
-    reason: Reason
+    reason: Reason | None  # None where nothing fits
     module: str  # the innermost torch module around the operation
     source: str | None  # "nets.py:42"
     omits: bool = False  # whether Flax has an operation less here
@@ -75,7 +75,8 @@ def _solved(make: Callable[[], Problem | None]) -> Repair | None:
     try:
         if (problem := make()) is None:
             return None
-        return _said(problem.program, worker.solve(problem), problem.samples[0])
+        found = _said(problem.program, worker.solve(problem), problem.samples[0])
+        return found or Repair(None, _around(problem.program), None)
     except Exception:  # the verdict and its place stand without it
         LOG.debug("repair failed", exc_info=True)
         return None
@@ -208,6 +209,13 @@ def _said(program: Program, answer: Answer, sample: Observation) -> Repair | Non
     expression, source = _place(program, operation)
     reason = repaired(best.cause, expression=expression, place=source, said=best.said)
     return Repair(reason, operation.module, source, best.omits)
+
+
+def _around(program: Program) -> str:
+    """The innermost module around all that is computed."""
+    modules = {o.module for o in program.operations}
+    parts = os.path.commonprefix([m.split(".") for m in modules])
+    return ".".join(parts)
 
 
 def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
