@@ -52,6 +52,16 @@ class Operation:
         """The values that it takes."""
         return tuple(r.value for r in find((self.args, self.kwargs), Ref))
 
+    @functools.cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Those whose numbers matter, not their shape or dtype alone."""
+        return self.refs[: {**dict.fromkeys(_FRESH, 0), **dict.fromkeys(_FORMED, 1)}.get(self.name)]
+
+
+_FRESH = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like", "ones_like",
+          "full_like", "empty_like"}  # fmt: skip
+_FORMED = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -90,9 +100,14 @@ class Program:
         """Values that follow from numbers in the code alone, as frequencies and positions do."""
         found: set[int] = set()
         for operation in self.operations:
-            if found.issuperset(operation.refs):
+            if found.issuperset(operation.sources):
                 found |= set(operation.made)
         return frozenset(found)
+
+    def until(self, index: int) -> Program:
+        """The operations up to this one, which gives the target."""
+        made = self.operations[index].made[0]
+        return Program(self.operations[: index + 1], self.leaves, made, self.layers)
 
     def slice(self) -> Program:
         """What `target` depends on."""

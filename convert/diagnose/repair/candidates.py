@@ -43,8 +43,8 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
             if edit.cause in ("operand", "swapped", "residual"):  # these name values
                 yield from parallels.of(edit)
     makers = (
-        leaf_edits, families, exchanges, tables, sinusoids, partial(functions, near=near),
-        partial(orders, near=near), interleavings, slices,
+        leaf_edits, families, partial(exchanges, near=near), tables, sinusoids,
+        partial(functions, near=near), partial(orders, near=near), interleavings, slices,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # as below
@@ -86,7 +86,7 @@ def masking(program: Program, values: Values) -> frozenset[int]:
     data = {v for v, leaf in program.leaves.items()
             if leaf.kind in kinds and values[v].is_floating_point()}  # fmt: skip
     for operation in program.operations:
-        if data & set(operation.refs):
+        if data & set(operation.sources):
             data |= set(operation.made)
     open_: list[int] = []
     for operation in program.operations:

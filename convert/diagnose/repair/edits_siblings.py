@@ -416,9 +416,8 @@ def _sum_word(node: Node) -> str:
             else "left_out"  # fmt: skip
     for r in node.operation.refs:
         t = node.values[r]
-        if torch.is_floating_point(t) and r in node.program.tables and bool((t <= MASKED).any()):
-            return "mask"
-        if torch.is_floating_point(t) and bool((t <= -1e4).any()):
+        low = MASKED if r in node.program.tables else -1e4
+        if torch.is_floating_point(t) and bool((t <= low).any()):
             return "mask"
     return "residual"
 

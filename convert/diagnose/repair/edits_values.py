@@ -106,11 +106,16 @@ def _broadcasts(x: Any, out: Any) -> bool:
     return x.ndim <= out.ndim and all(a in (1, b) for a, b in sizes)
 
 
-def exchanges(program: Program, values: Values) -> Iterator[Edit]:
-    """Two values in each other's place, in all that takes them."""
-    if len(program.operations) > _MOST:
+def exchanges(
+    program: Program, values: Values, near: frozenset[int] = frozenset()
+) -> Iterator[Edit]:
+    """Two values in each other's place, in all that takes them. With `near` where these operations
+    do."""
+    made = program.makers
+    users = {v: [i for i in at if not near or i in near] for v, at in program.users.items()}
+    users = {v: at for v, at in users.items() if at}
+    if len(users) > _MOST:
         return
-    users, made = program.users, program.makers
     for a, b in itertools.combinations(users, 2):
         x, y = values[a], values[b]
         last = max(made.get(a, -1), made.get(b, -1))
@@ -125,7 +130,7 @@ def exchanges(program: Program, values: Values) -> Iterator[Edit]:
         yield Edit(1.25, taken_for(program, a, b), said, dict.fromkeys(places, change))
 
 
-_MOST = 80  # operations of a program in which all pairs of values are tried
+_MOST = 120  # values of which all pairs are tried
 
 
 def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from convert.diagnose.repair.search import Near
 from convert.diagnose.unseen import SeenValues
-from convert.program.operations import Program
+from convert.program.operations import Operation, Program
 from convert.program.replay import Values
 
 LONG = 60  # operations: of fewer, all are tried in time
 _AROUND = 2  # operations before and after
 
 
-def frontier(program: Program, values: Values, seen: SeenValues, layer: str = "") -> frozenset[int]:
-    """Indices of the first operation that gives what Flax has not computed, though it takes nothing
-    but what Flax has, of those around it, and of one run of each expression of its module. `layer`
-    is that module where it is known."""
+def frontier(program: Program, values: Values, seen: SeenValues, layer: str = "") -> Near | None:
+    """The first operation that gives what Flax has not computed, though it takes nothing but what
+    Flax has, with those around it, and one run of each expression of its module. `layer` is that
+    module where it is known. None where there is no such operation."""
     operations = program.operations
     good: set[int] = set(program.leaves)
     for operation in reversed(operations):
@@ -25,7 +26,16 @@ def frontier(program: Program, values: Values, seen: SeenValues, layer: str = ""
     wrong = (i for i in inside if not set(operations[i].made) & good
              and (layer or set(operations[i].refs) <= good))  # fmt: skip
     first = next(wrong, inside[0] if layer and inside else None)
-    return frozenset() if first is None else _around(program, first)
+    if first is None:
+        return None
+    last = first
+    while last + 1 < len(operations) and _within(operations[last + 1].module, operations[first]):
+        last += 1
+    return Near(_around(program, first), last, seen)
+
+
+def _within(module: str, operation: Operation) -> bool:
+    return module == operation.module or module.startswith(f"{operation.module}.")
 
 
 def _around(program: Program, index: int) -> frozenset[int]:

@@ -16,7 +16,7 @@ from convert.diagnose.reference import Reference
 from convert.diagnose.repair.edit import short
 from convert.diagnose.repair.frontier import LONG, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
-from convert.diagnose.repair.search import Answer, Problem
+from convert.diagnose.repair.search import Answer, Near, Problem
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.unseen import SeenValues
 from convert.diagnose.walk import Event, Forward, Onward
@@ -157,17 +157,17 @@ def _in_two_samples(
     return Problem(first.program, samples, seconds, near=_near(runs, first))
 
 
-def _near(runs: Runs, recording: Recording) -> frozenset[int]:
+def _near(runs: Runs, recording: Recording) -> Near | None:
     """The operations to begin with, in a program so long that not all can be tried."""
     program = recording.program
     if len(program.operations) < LONG:
-        return frozenset()
+        return None
     with contextlib.suppress(Exception):  # all are tried in their order then
         side = flax_module(runs.pair.flax, "float64")
         seen = SeenValues(values_of(side, runs.pair.flax_call))
         values = replay(program, copied(recording.leaves))
         return frontier(program, values, seen, runs.layer)
-    return frozenset()
+    return None
 
 
 def _recorded(runs: Runs, reference: Reference, past: list[str], goal: Event) -> Recording:
@@ -212,10 +212,9 @@ def _said(program: Program, answer: Answer, sample: Observation) -> Repair | Non
 
 
 def _around(program: Program) -> str:
-    """The innermost module around all that is computed."""
-    modules = {o.module for o in program.operations}
-    parts = os.path.commonprefix([m.split(".") for m in modules])
-    return ".".join(parts)
+    """The module whose code makes the value."""
+    maker = program.makers.get(program.target)
+    return "" if maker is None else program.operations[maker].module
 
 
 def _place(program: Program, operation: Operation) -> tuple[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,19 @@ class Replayed:
             self._restore()
             return None
         return made
+
+    def gives(self, edit: Edit, last: int, known: Callable[[Any], bool]) -> bool:
+        """Whether what the edit makes of the value of one operation is known; True where it does
+        not come there."""
+        if not edit.changes or min(edit.changes) > last:
+            return True
+        until = self.program.until(last)
+        made = None
+        with contextlib.suppress(Exception):
+            made = changed(until, self.values, {i: c for i, c in edit.changes.items() if i <= last})
+        if self._versions() != self._written:
+            self._restore()
+        return made is not None and known(made)
 
     def error(self, edit: Edit, changes: Changes | None = None) -> float:
         """How far the edit leaves torch from Flax."""

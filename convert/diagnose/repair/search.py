@@ -19,6 +19,7 @@ from convert.diagnose.repair.candidates import every, nodes_of
 from convert.diagnose.repair.edit import Edit, word
 from convert.diagnose.repair.edits_values import neutral
 from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
+from convert.diagnose.unseen import SeenValues
 from convert.matching.alignment import gap
 from convert.program.operations import Program
 
@@ -34,7 +35,17 @@ class Problem:
     samples: list[Observation]
     seconds: float = 20.0
     skip: frozenset[int] = frozenset()  # candidates that ended the process before
-    near: frozenset[int] = frozenset()  # operations that are tried first
+    near: Near | None = None  # where to begin, in a long program
+
+
+@dataclass
+class Near:
+    """Operations that are tried first; and the last one of a stretch around them. An edit within it
+    must give a value there that Flax has computed too, which is sooner seen than its result."""
+
+    operations: frozenset[int]
+    last: int
+    seen: SeenValues
 
 
 @dataclass(frozen=True)
@@ -87,18 +98,23 @@ class _Search:
         self.first, *self.others = self.trials
         edits: list[Edit] = []
         helped: dict[int, float] = {}
-        for near in (self.problem.near, frozenset()) if self.problem.near else (frozenset(),):
-            if not self.answer.fits and not self._late():
-                start = len(edits)
-                found = every(self.problem.program, self.first.values, near)
-                edits += sorted(found, key=lambda e: e.cost)
-                helped |= self._singles(edits, start)
+        near = self.problem.near
+        if near is not None:
+            found = every(self.problem.program, self.first.values, near.operations)
+            edits += sorted(found, key=lambda e: e.cost)
+            helped |= self._singles(edits, 0, near)
+        if not self.answer.fits and not self._late():
+            start = len(edits)
+            edits += sorted(every(self.problem.program, self.first.values), key=lambda e: e.cost)
+            helped |= self._singles(edits, start)
         if not self.answer.fits and not self._late():
             self._pairs(edits, helped)
         self.answer.fits.sort(key=lambda f: (_leaves_much(f, self.answer.fits), f.cost))
         return self.answer
 
-    def _singles(self, edits: Sequence[Edit], start: int) -> dict[int, float]:
+    def _singles(
+        self, edits: Sequence[Edit], start: int, near: Near | None = None
+    ) -> dict[int, float]:
         """Tries each; the errors of those that change the value, by index."""
         helped: dict[int, float] = {}
         best: float | None = None
@@ -108,8 +124,11 @@ class _Search:
             if number in self.problem.skip:
                 continue
             self._note(number)
+            fit: Fit | None
             if edit.free is not None:
                 fit = self._solved(edit)
+            elif near is not None and not self.first.gives(edit, near.last, near.seen.has):
+                fit = None
             else:
                 helped[number] = self.first.error(edit)
                 fit = self._fit(edit, helped[number])
