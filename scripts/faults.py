@@ -73,6 +73,9 @@ LIST = """
 Every word that `cause` may be (of a divergence in `zooconvert verify --json`, see
 [report.md](report.md)), what it means, and each way in which it is said, with what to try. Words in
 braces are filled in. The list is `convert/diagnose/causes.py`.
+
+The search (see [report.md](report.md#why-they-part)) may find each of them, and says it in one way:
+torch computes `{expression}` ({file}:{line}); Flax's values fit {change}.
 """
 
 
@@ -172,7 +175,7 @@ def _missed(row: dict[str, Any]) -> str:
 def _cause(word: str, cause: Any) -> str:
     said = [
         f"- {_fields(what)}\n  Try: {_fields(advice)}\n" for what, advice in cause.variants.values()
-    ]
+    ] or ["- by the search alone\n"]
     return f"\n### {word}\n\n{cause.meaning[0].upper()}{cause.meaning[1:]}.\n\n{''.join(said)}"
 
 

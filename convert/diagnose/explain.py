@@ -160,6 +160,10 @@ class Explainer:
         if reason is not None and reason.tensor is not None:
             owner = self.matched.owner(reason.tensor)
             return self._divergence(event, owner, reason, None)
+        if event.where == "input" and not self._children(event.pair):
+            own = first(partial(self.matched.of_layer, event.pair.torch, event.pair.flax))
+            if own is not None:  # what it gets may lie otherwise: one side pads before it
+                return self._divergence(event, event.pair.torch, own, None)
         between = self._neighbours(event)
         if event.where == "raises":
             layer = name or self._last(event)

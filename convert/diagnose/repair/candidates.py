@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -37,7 +38,7 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
     masks, parallels = masking(program, values), Parallels(program)
     for node in nodes:
         for edit in _of(node):
-            edit.cause = _of_masks(node, edit.cause, masks)
+            edit.cause = _of_rotation(node, _of_masks(node, edit.cause, masks))
             yield edit
             yield from groups.of(edit, node)
             if edit.cause in ("operand", "swapped", "residual"):  # these name values
@@ -60,6 +61,13 @@ def _all_alike(
 ) -> Callable[[float], Changes]:
     """The same number in several operations."""
     return lambda c: dict.fromkeys(indices, free(c)[index])
+
+
+def _of_rotation(node: Node, cause: str) -> str:
+    """Elements in another order, in a function that rotates by its name."""
+    site = node.operation.site
+    rotates = site is not None and re.search(r"rotat|rotary|rope", site.function.lower())
+    return "rope" if rotates and cause in ("transposed", "rearranged", "concat") else cause
 
 
 _PLAIN = (

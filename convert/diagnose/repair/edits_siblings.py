@@ -194,7 +194,9 @@ def _operator(node: Node) -> Iterator[Edit]:
             a, b = at.args[:2]
             return function(b, a) if turned else function(a, b)
 
-        why = "mask" if mask else "operation"
+        why = "mask" if mask else _counting(node) or "operation"
+        if {node.name, other} in ({"lt", "le"}, {"gt", "ge"}):
+            why = "offset"
         yield node.edit(1.2, why, f"{other} in place of {node.name}", change)
     same = table[node.name]
 
@@ -387,8 +389,8 @@ def _left_out_word(node: Node) -> str:
         return "causal"
     if name in ("mul", "div") and not two:
         return "scale"
-    if name == "add" and not two:
-        return _constant_word(node)
+    if name in ("add", "sub") and not two:
+        return _counting(node) or _constant_word(node)
     if name == "add" and two:
         return _sum_word(node)
     if name in ("transpose", "permute", "T", "mT"):
@@ -397,6 +399,12 @@ def _left_out_word(node: Node) -> str:
 
 
 MASKED = -20.0  # what is added to a logit that hardly counts is at most this
+
+
+def _counting(node: Node) -> str | None:
+    """The word where a plain number is added to whole numbers: positions, places, ids."""
+    plain = len(node.operation.refs) == 1 and node.name in ("add", "sub")
+    return "offset" if plain and not node.out.is_floating_point() else None
 
 
 def _constant_word(node: Node) -> str:
@@ -412,8 +420,8 @@ def _sum_word(node: Node) -> str:
 
     leaves = [node.program.leaves.get(r) for r in node.operation.refs]
     if any(x is not None and x.kind in ("parameter", "buffer") for x in leaves):
-        return "bias_missing" if any(node.values[r].ndim == 1 for r in node.operation.refs) \
-            else "left_out"  # fmt: skip
+        biases = [x for x in leaves if x is not None and x.name.endswith(("bias", ".b", "_b"))]
+        return "bias_missing" if biases else "left_out"
     for r in node.operation.refs:
         t = node.values[r]
         low = MASKED if r in node.program.tables else -1e4
