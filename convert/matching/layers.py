@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class CalledLayer:
     total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
     numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
     held: Callable[[], frozenset[bytes]] = frozenset  # the numbers of each of its tensors
+    # Of each of its tensors the size, the smallest and the largest number, however they lie.
+    ranges: Callable[[], frozenset[tuple[int, float, float]]] = frozenset
     pointwise: bool = False  # a convolution over single pixels, which a linear layer is too
 
 
@@ -88,6 +90,7 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
             numbers=partial(_sorted, list(modules[name].parameters())),
             held=partial(_each, [*modules[name].parameters(), *modules[name].buffers()]),
+            ranges=cache(partial(_ranges, list(modules[name].parameters(recurse=False)))),
             pointwise=set(np.ravel(getattr(modules[name], "kernel_size", 0))) == {1},
         )
         for name, *rest in _first_calls(trace)
@@ -106,7 +109,10 @@ def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
         made = CalledLayer(name, flax_kind(side.modules[name]), _sizes(shapes), *rest)
         numbers = partial(_sorted, below)
         held = partial(_each, below)
-        found[name] = replace(made, total=_sizes(shapes, axes=0), numbers=numbers, held=held)
+        found[name] = replace(
+            made, total=_sizes(shapes, axes=0), numbers=numbers, held=held,
+            ranges=cache(partial(_ranges, below)),
+        )  # fmt: skip
     return found
 
 
@@ -118,6 +124,14 @@ def _each(arrays: list[Any]) -> frozenset[bytes]:
     """The numbers of each array, in order of size; not of one that holds a single number only."""
     ordered = (np.sort(to_numpy(x).ravel()) for x in arrays if x.size)
     return frozenset(x.tobytes() for x in ordered if x[0] != x[-1])
+
+
+def _ranges(arrays: list[Any]) -> frozenset[tuple[int, float, float]]:
+    """Not of an array that holds a single number only."""
+    made = (to_numpy(x) for x in arrays)
+    told = ((x.size, float(x.min()), float(x.max())) for x in made
+            if x.size and x.dtype.kind == "f")  # fmt: skip
+    return frozenset(r for r in told if r[1] != r[2])
 
 
 def _own_shapes(module: Any) -> list[tuple[int, ...]]:
@@ -321,7 +335,8 @@ def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
     if not ours.sizes and not moves(ours.shape, theirs.shape):
         return -1.0
     last = [normal(x.name).rpartition(".")[2] for x in (ours, theirs)]
-    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1])
+    alike = bool(ours.ranges()) and ours.ranges() <= theirs.ranges()
+    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1]) + 2.0 * alike
 
 
 def _containers(ours: Layers, theirs: Layers, found: Found) -> None:

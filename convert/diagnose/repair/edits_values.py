@@ -164,6 +164,7 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             continue
         if leaf.kind in ("parameter", "buffer", "constant"):
             for said, (why, f) in inserted().items():
+                why = "flipped" if why == "reversed" and leaf.kind == "parameter" else why
                 yield edit(1.6, why, f"{name} {said}", f)
             for d in range(x.ndim):
                 if x.shape[d] > 2:
