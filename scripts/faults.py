@@ -89,11 +89,12 @@ def main() -> None:
 def _run() -> list[dict[str, Any]]:
     from faults import FAULTS
 
+    from convert.compare.settings import EXPLAIN
     from convert.diagnose import first_divergence
 
     table: list[dict[str, Any]] = []
     for fault in FAULTS:
-        found = first_divergence(fault.plant(), fault.mode)  # type: ignore[arg-type]
+        found = first_divergence(fault.plant(), fault.mode, EXPLAIN)  # type: ignore[arg-type]
         table.append(
             {
                 "title": fault.title,

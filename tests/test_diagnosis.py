@@ -12,6 +12,7 @@ import pytest
 from faults import FAULTS, Fault
 from test_docs import script
 
+from convert.compare.settings import EXPLAIN
 from convert.diagnose import diagnose_tensor, first_divergence
 from zoo import probe
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.family}: {f.title}")
 def test_a_planted_fault_is_found_and_named(fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "convert.diagnose")
-    found = first_divergence(fault.plant(), fault.mode)  # type: ignore[arg-type]
+    found = first_divergence(fault.plant(), fault.mode, EXPLAIN)  # type: ignore[arg-type]
     assert found is not None, "not found"
     assert found.layer in fault.layers
     assert found.cause in fault.causes, found.diagnosis

@@ -359,8 +359,8 @@ class _Silent(Forward):
 
 
 class _Mended(_Silent):
-    """A walk in which the value at one place is torch's. `same` says of each place after it
-    whether the value is torch's."""
+    """A walk in which the values that one call takes, or gives, are torch's. `same` says of each
+    place after it whether the value is torch's."""
 
     def __init__(self, walk: Forward, place: Place) -> None:
         super().__init__(walk.reference, walk.side, walk.pairing, walk.explain)
@@ -369,7 +369,7 @@ class _Mended(_Silent):
 
     def _same(self, event: Event) -> bool:
         self.same[event.place] = event.judged.same
-        return event.judged.same or event.place == self.place
+        return event.judged.same or event.place[:3] == self.place[:3]
 
 
 class Onward(_Silent):
