@@ -27,7 +27,7 @@ from convert.diagnose.repair.edits_siblings import (
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
 from convert.diagnose.repair.parallel import Parallels
-from convert.program.operations import Program
+from convert.program.operations import Operation, Program
 from convert.program.replay import Values
 
 
@@ -38,7 +38,7 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
     masks, parallels = masking(program, values), Parallels(program)
     for node in nodes:
         for edit in _of(node):
-            edit.cause = _of_rotation(node, _of_masks(node, edit.cause, masks))
+            edit.cause = _of_rotation(node.operation, _of_masks(node, edit.cause, masks))
             yield edit
             yield from groups.of(edit, node)
             if edit.cause in ("operand", "swapped", "residual"):  # these name values
@@ -52,6 +52,8 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
             for edit in maker(program, values):
                 if not near or edit.place in near:
                     edit.cause = _word_of_mask(edit.cause) if edit.place in masks else edit.cause
+                    if edit.place >= 0:
+                        edit.cause = _of_rotation(program.operations[edit.place], edit.cause)
                     yield edit
                     yield from parallels.of(edit)
 
@@ -63,10 +65,11 @@ def _all_alike(
     return lambda c: dict.fromkeys(indices, free(c)[index])
 
 
-def _of_rotation(node: Node, cause: str) -> str:
+def _of_rotation(operation: Operation, cause: str) -> str:
     """Elements in another order, in a function that rotates by its name."""
-    site = node.operation.site
-    rotates = site is not None and re.search(r"rotat|rotary|rope", site.function.lower())
+    site = operation.site
+    told = f"{site.function} {site.text}".lower() if site else ""
+    rotates = re.search(r"rotat|rotary|rope", told)
     return "rope" if rotates and cause in ("transposed", "rearranged", "concat") else cause
 
 

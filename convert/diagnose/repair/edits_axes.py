@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, with_scalar, with_values
+from convert.diagnose.repair.edit import Edit, Node, dims_of, with_scalar, with_values
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
 from convert.program.operations import Ref
 from convert.program.replay import At
@@ -32,6 +32,8 @@ def rearranged(node: Node) -> Iterator[Edit]:
         yield from _indexed(node)
     elif node.name == "matmul":
         yield from _products(node)
+    elif node.name == "unsqueeze":
+        yield from _unsqueezed(node)
 
 
 def _permuted(node: Node) -> Iterator[Edit]:
@@ -177,6 +179,16 @@ def _repeated(node: Node) -> Iterator[Edit]:
         yield node.edit(1.0, "rearranged", "each element repeated, not the whole", each)
 
 
+def _unsqueezed(node: Node) -> Iterator[Edit]:
+    found = dims_of(node.operation)
+    n = node.out.ndim
+    for d in range(n if found else 0):
+        assert found is not None
+        if d != found[1] % n:
+            said = f"the new axis as axis {d}, not {found[1] % n}"
+            yield node.edit(1.1, "axis", said, with_scalar(found[0], d))
+
+
 def _products(node: Node) -> Iterator[Edit]:
     def turned(i: int) -> Any:
         def change(at: At) -> Any:
@@ -216,6 +228,8 @@ def _indexed(node: Node) -> Iterator[Edit]:
             yield node.edit(1.0, cause, said, with_scalar((1,), new))
         axis += 1
     yield from _looked_up(node, items)
+    if None in items and len(items) <= 5:
+        yield from _new_axes(node, items)
     ints = [i for i, item in enumerate(items) if isinstance(item, int)]
     if len(ints) == 1:
         at_axis = sum(1 for item in items[: ints[0]] if item is not None and item is not Ellipsis)
@@ -225,6 +239,20 @@ def _indexed(node: Node) -> Iterator[Edit]:
                 return getattr(at.args[0], f)(at_axis)
 
             yield node.edit(1.2, "token", f"the {said} over the axis in place of one index", change)
+
+
+def _new_axes(node: Node, items: list[Any]) -> Iterator[Edit]:
+    """New axes in other places: a mask over the queries, not over the keys."""
+    plain = [i for i in items if i is not None]
+    seen = {tuple(i is None for i in items)}
+    for order in itertools.permutations(i is None for i in items):
+        if order not in seen:
+            seen.add(order)
+            rest = iter(plain)
+            new = tuple(None if n else next(rest) for n in order)
+            shown = [", ".join(map(_shown, index)) for index in (new, items)]
+            said = f"index {shown[0]} in place of {shown[1]}"
+            yield node.edit(1.1, "axis", said, with_scalar((1,), new))
 
 
 def _looked_up(node: Node, items: list[Any]) -> Iterator[Edit]:

@@ -164,6 +164,7 @@ def interleavings(program: Program, values: Values) -> Iterator[Edit]:
 def slices(program: Program, values: Values) -> Iterator[Edit]:
     """Slices that together are a whole axis, lying in another order along it."""
     taken: dict[Any, list[tuple[slice, Node]]] = {}
+    every: dict[tuple[int, ...], dict[int, Change]] = {}
     for i, operation in enumerate(program.operations):
         node = Node(i, operation, program, values)
         if operation.name != "getitem" or len(operation.args) < 2 or not operation.refs:
@@ -187,7 +188,33 @@ def slices(program: Program, values: Values) -> Iterator[Edit]:
                 index = lying[k][1].operation.args[1][:-1]
                 changes[lying[k][1].index] = with_scalar((1,), (*index, slice(start, stop)))
                 start = stop
-            yield Edit(1.05, "blocks", f"the parts lying in the order {order}", changes)
+            said = f"the parts lying in the order {order}"
+            yield Edit(1.05, "blocks", said, changes)
+            joins = _joins(program, max(changes), len(order))
+            if joins is not None:
+                again = {joins: _in_order(order)}
+                every |= {order: {**every.get(order, {}), **changes, **again}}
+                yield Edit(1.1, "rearranged", f"{said}, and joined so", {**changes, **again})
+    for order, changes in every.items():
+        yield Edit(
+            1.1, "rearranged", f"all parts lying in the order {order}, and joined so", changes
+        )
+
+
+def _joins(program: Program, after: int, count: int) -> int | None:
+    """The next operation that joins as many parts along the last axis again."""
+    for i, operation in enumerate(program.operations[after + 1 :], after + 1):
+        if operation.name in ("cat", "concat") and len(operation.refs) == count:
+            return i
+    return None
+
+
+def _in_order(order: tuple[int, ...]) -> Change:
+    def change(at: At) -> Any:
+        parts = [at.args[0][i] for i in order]
+        return resolve(at.operation.function)(parts, *at.args[1:], **at.kwargs)
+
+    return change
 
 
 def _half_otherwise(node: Node) -> Change | None:

@@ -175,6 +175,9 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             yield edit(1.4, "scale_plus_one", f"1 + {name}", lambda t: 1 + t)
             if leaf.kind == "buffer" and bool((x > 0).all()):
                 yield edit(2.5, "constant", f"{name} to a power", lambda t: t**0.5)
+        if leaf.kind in ("buffer", "constant") and x.numel() > 1 and bool((x > 0).all()):
+            yield Edit(2.7, "constant", f"{name} to the power {{number}}",
+                       free=_power(program, value), start=0.9, at=at)  # fmt: skip
         if x.numel() == 1 and x.is_floating_point() and leaf.kind != "layer":
             yield Edit(2.5, "scale" if leaf.kind == "parameter" else "constant",
                        f"{{number}} in place of {name}", free=_number(program, value),
@@ -196,6 +199,18 @@ def _number(program: Program, value: int) -> Callable[[float], Changes]:
             return with_values(at, {value: at.values[value] * 0 + c})
 
         return dict.fromkeys(users, change)
+
+    return changes
+
+
+def _power(program: Program, value: int) -> Callable[[float], Changes]:
+    """A value to a power wherever it is taken."""
+
+    def changes(c: float) -> Changes:
+        def change(at: At) -> Any:
+            return with_values(at, {value: at.values[value] ** c})
+
+        return dict.fromkeys(program.users[value], change)
 
     return changes
 
