@@ -14,16 +14,11 @@ from convert.diagnose.repair.edit import Changes, Edit, Node
 from convert.diagnose.repair.edits_axes import rearranged
 from convert.diagnose.repair.edits_families import families
 from convert.diagnose.repair.edits_numbers import numbers
+from convert.diagnose.repair.edits_omitted import MASKED, leave_out, solved_after
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
-from convert.diagnose.repair.edits_siblings import (
-    COMPARED,
-    MASKED,
-    leave_out,
-    siblings,
-    solved_after,
-)
+from convert.diagnose.repair.edits_siblings import COMPARED, siblings
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
 from convert.diagnose.repair.parallel import Parallels

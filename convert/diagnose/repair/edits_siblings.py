@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, dims_of, is_table, scalars
+from convert.diagnose.repair.edit import Edit, Node, dims_of
 from convert.program.operations import is_reflected
-from convert.program.replay import At, Change, resolve
+from convert.program.replay import At
 
 Unary = Callable[[Any], Any]
 
@@ -38,7 +38,7 @@ def activations() -> dict[str, Unary]:
     }  # fmt: skip
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu", "relu", "silu", "sigmoid", "tanh", "hardsigmoid", "hardswish", "relu6", "elu", "selu",
     "softplus", "mish", "leaky_relu", "logsigmoid", "softsign", "hardtanh", "celu", "tanhshrink",
     "prelu", "softmax", "log_softmax",
@@ -65,7 +65,7 @@ COMPARED: dict[str, Callable[[Any, Any], Any]] = {
 def siblings(node: Node) -> Iterator[Edit]:
     """Operations that are taken for this one."""
     name = node.name
-    if name in _ACTIVATIONS:
+    if name in ACTIVATIONS:
         yield from _activation(node)
     yield from _family(node)
     if name in _REDUCTIONS:
@@ -194,7 +194,7 @@ def _operator(node: Node) -> Iterator[Edit]:
             a, b = at.args[:2]
             return function(b, a) if turned else function(a, b)
 
-        why = "mask" if mask else _counting(node) or "operation"
+        why = "mask" if mask else counting(node) or "operation"
         if {node.name, other} in ({"lt", "le"}, {"gt", "ge"}):
             why = "offset"
         yield node.edit(1.2, why, f"{other} in place of {node.name}", change)
@@ -342,111 +342,7 @@ def inserted() -> dict[str, tuple[str, Unary]]:
     return more
 
 
-def leave_out(node: Node) -> Iterator[Edit]:
-    """The operation left out, or done twice."""
-    shape = node.out.shape if node.out is not None else None
-    tensors = node.operation.refs
-    seen: set[int] = set()
-    for order, value in enumerate(tensors):
-        held = node.values[value]
-        if held.shape != shape or held.dtype != node.out.dtype or value in seen:
-            continue
-        seen.add(value)
-
-        def change(at: At, k: int = order) -> Any:
-            return at.values[at.operation.refs[k]]
-
-        factor = node.name in ("mul", "div") and len(tensors) > 1
-        cost = 1.3 if factor or not node.out.is_floating_point() else 0.9
-        edit = node.edit(cost, _left_out_word(node), _left_out_said(node, order), change)
-        edit.omits = True
-        yield edit
-    if len(node.operation.made) == 1 and len(tensors) == 1 and node.tensors[0].shape == shape:
-        yield node.edit(1.8, "left_out", f"{node.name} done twice", _twice)
-
-
-def _twice(at: At) -> Any:
-    function = resolve(at.operation.function)
-    return function(function(*at.args, **at.kwargs), *at.args[1:], **at.kwargs)
-
-
-def _left_out_said(node: Node, order: int) -> str:
-    two = len(node.operation.refs) > 1
-    if node.name in ("add", "sub", "mul", "div") and two:
-        return f"only the {('first', 'second')[min(order, 1)]} operand of this {node.name}"
-    return f"no {node.name}"
-
-
-def _left_out_word(node: Node) -> str:
-    name, two = node.name, len(node.operation.refs) > 1
-    if name in _ACTIVATIONS and name != "softmax":
-        return "activation"
-    if name in ("masked_fill", "where"):
-        return "mask"
-    if name == "flip":
-        return "reversed"
-    if name == "tril":
-        return "causal"
-    if name in ("mul", "div") and not two:
-        return "scale"
-    if name in ("add", "sub") and not two:
-        return _counting(node) or _constant_word(node)
-    if name == "add" and two:
-        return _sum_word(node)
-    if name in ("transpose", "permute", "T", "mT"):
-        return "transposed"
-    return "left_out"
-
-
-MASKED = -20.0  # what is added to a logit that hardly counts is at most this
-
-
-def _counting(node: Node) -> str | None:
+def counting(node: Node) -> str | None:
     """The word where a plain number is added to whole numbers: positions, places, ids."""
     plain = len(node.operation.refs) == 1 and node.name in ("add", "sub")
     return "offset" if plain and not node.out.is_floating_point() else None
-
-
-def _constant_word(node: Node) -> str:
-    """A plain number added: to a scale, as norms have it, or to something else."""
-    leaf = node.program.leaves.get(node.operation.refs[0])
-    one = any(v == 1 for _, v in scalars(node.operation))
-    return "scale_plus_one" if one and leaf and leaf.kind == "parameter" else "left_out"
-
-
-def _sum_word(node: Node) -> str:
-    """A sum of a mask, of a bias, or of two values that were computed."""
-    import torch
-
-    leaves = [node.program.leaves.get(r) for r in node.operation.refs]
-    if any(x is not None and x.kind in ("parameter", "buffer") for x in leaves):
-        biases = [x for x in leaves if x is not None and x.name.endswith(("bias", ".b", "_b"))]
-        return "bias_missing" if biases else "left_out"
-    for r in node.operation.refs:
-        t = node.values[r]
-        low = MASKED if r in node.program.tables else -1e4
-        if torch.is_floating_point(t) and bool((t <= low).any()):
-            return "mask"
-    return "residual"
-
-
-_LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "group_norm")
-
-
-def solved_after(node: Node) -> Iterator[Edit]:
-    """A factor or a summand, to be solved for, on what the operation gives."""
-    out = node.out
-    if out is None or not out.is_floating_point() or len(node.operation.made) != 1:
-        return
-    index = node.index
-    why = "constant" if is_table(node) else "scale"
-
-    def times(c: float) -> dict[int, Change]:
-        return {index: lambda at: at.run() * c}
-
-    def plus(c: float) -> dict[int, Change]:
-        return {index: lambda at: at.run() + c}
-
-    layer = 0.2 if node.name in _LAYERS else 0.0  # a factor is seldom where a layer is called
-    yield Edit(2.6 + layer, why, "what it gives times {number}", free=times, start=1.0, at=index)
-    yield Edit(3.2, "constant", "what it gives plus {number}", free=plus, start=0.0, at=index)
