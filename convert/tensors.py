@@ -14,7 +14,7 @@ from zoo.containers import dtypes
 from zoo.containers.errors import MissingExtra, UsageError
 
 _WIDE = "float64", "int64", "uint64", "complex128"
-_CARRIED = {*dtypes.FROM_NAME, "complex128"}
+_CARRIED = set(dtypes.FROM_NAME)
 
 
 def to_jax(tree: Any) -> Any:

@@ -20,7 +20,7 @@ from zoo.checkpoint.label import Label, read_label
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.layout import Constant, Entry, Layout, Tensor, constant, linear, norm, tie
+from zoo.layout import Constant, Entry, Layout, Tensor, constant, linear, norm, param, tie
 from zoo.layout.ops import Unstack
 
 LAYOUT = Layout(
@@ -298,3 +298,48 @@ def test_a_family_that_is_named_wins(source: Path, tmp_path: Path) -> None:
 
 def test_the_metadata_names_no_family() -> None:
     assert set(Label(layout=LAYOUT).to_metadata()) == {"zoo.entries"}
+
+
+# --- Complex numbers ---
+
+ROTATED = Layout([*linear("up", 3, 4), param("freqs", 5, 2)])
+
+
+def rotations(dtype: Any) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    made = {"freqs": rng.standard_normal((5, 2)) + 1j * rng.standard_normal((5, 2))}
+    made |= {"up.weight": rng.standard_normal((4, 3)) * (1 - 2j), "up.bias": np.full(4, -0.0 + 1j)}
+    return {n: x.astype(dtype) for n, x in made.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+@pytest.mark.parametrize("to", ["orbax", "msgpack"])
+def test_complex_tensors_go_there_and_back_bit_for_bit(dtype: Any, to: str, tmp_path: Path) -> None:
+    given = rotations(dtype)
+    source = tmp_path / "w.pt"
+    torch.save({n: torch.from_numpy(x) for n, x in given.items()}, source)
+    convert.convert(source, tmp_path / "flax", to, layout=ROTATED)
+    convert.convert(tmp_path / "flax", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt")
+    for name, x in given.items():
+        assert back[name].numpy().dtype == dtype
+        assert back[name].numpy().tobytes() == x.tobytes(), name
+
+
+def test_safetensors_has_complex_numbers_of_64_bits_only(tmp_path: Path) -> None:
+    given = rotations(np.complex64)
+    write(SafetensorsWriter, tmp_path / "w.safetensors", given)
+    convert.convert(tmp_path / "w.safetensors", tmp_path / "w.flax", layout=ROTATED)
+    convert.convert(tmp_path / "w.flax", tmp_path / "back.safetensors")
+    with open_checkpoint(tmp_path / "back.safetensors") as reader:
+        assert all(reader.read(n).tobytes() == x.tobytes() for n, x in given.items())
+    torch.save(
+        {n: torch.from_numpy(x) for n, x in rotations(np.complex128).items()}, tmp_path / "w.pt"
+    )
+    convert.convert(tmp_path / "w.pt", tmp_path / "wide.msgpack", layout=ROTATED)
+    with pytest.raises(UsageError) as e:
+        convert.convert(tmp_path / "wide.msgpack", tmp_path / "wide.safetensors")
+    assert "safetensors has no complex128: " in e.value.problem
+    assert "freqs" in e.value.problem
+    assert "pt" in e.value.advice
+    assert not list(tmp_path.glob("wide.safetensors*"))

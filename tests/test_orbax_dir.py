@@ -696,8 +696,6 @@ def test_unknown_codecs_of_v3(codecs: Any, zarr3: Path) -> None:
 
 
 def test_dtypes_that_are_not_carried(files: Path, tmp_path: Path) -> None:
-    SAVE["files"](tmp_path / "c128", {"z": np.ones(2, np.complex128)})
-    fails(CorruptInput, lambda: OrbaxReader(tmp_path / "c128"), "z: has dtype '<c16'")
     for dtype in ("int4", "<U4", [["x", "<f4"]], None):
         edit(files / "a" / ".zarray", lambda m, d=dtype: m.update(dtype=d))
         fails(CorruptInput, lambda: OrbaxReader(files), "a: has dtype")

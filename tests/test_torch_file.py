@@ -683,7 +683,7 @@ def test_a_small_expanded_tensor_is_read(tmp_path: Path) -> None:
     assert read_all(path)["w"].sum() == 9000
 
 
-@pytest.mark.parametrize("code", ["complex128", "complex32", "qint8", "float4_e2m1fn_x2"])
+@pytest.mark.parametrize("code", ["complex32", "qint8", "float4_e2m1fn_x2"])
 def test_dtypes_that_are_not_carried(tmp_path: Path, code: str) -> None:
     tensor = tensor_of((1,), (1,))
     tensor.call = (torch._utils._rebuild_tensor_v3, (*tensor.call[1], getattr(torch, code)))

@@ -49,5 +49,5 @@ def compare(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference | None:
 def _code(dtype: np.dtype) -> str:
     try:
         return dtypes.code_of(dtype)
-    except KeyError:  # complex128, which no container has
+    except KeyError:  # a user's array of a dtype that no container has
         return dtype.name

@@ -24,6 +24,7 @@ NUMPY: dict[str, np.dtype] = {
     "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "C64": np.dtype(np.complex64),
+    "C128": np.dtype(np.complex128),  # safetensors has no such dtype, and refuses it
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,13 +24,13 @@ from zoo.containers.errors import CorruptInput, UsageError
 _MAX_HEADER = 100_000_000  # the library's own limit
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 
-# The order in which the library lays out dtypes. Element sizes only fall, so that every tensor
-# is aligned to its own.
+# The dtypes of the format, in the order in which the library lays them out. Element sizes only
+# fall, so that every tensor is aligned to its own.
 _ORDER = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 "
     "F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 BOOL"
 )
-_RANK = {code: rank for rank, code in enumerate(_ORDER.split())}
+RANK = {code: rank for rank, code in enumerate(_ORDER.split())}
 
 
 class SafetensorsReader(Reader):
@@ -93,10 +93,10 @@ class SafetensorsReader(Reader):
                 pass
             case _:
                 raise CorruptInput(f"{self.path}: {name} has a malformed entry", _AGAIN)
-        if dtype not in dtypes.NUMPY:
+        if dtype not in RANK:
             raise CorruptInput(
                 f"{self.path}: {name} has dtype {dtype!r}, which this version does not carry",
-                f"known are {' '.join(dtypes.NUMPY)}",
+                f"known are {' '.join(RANK)}",
             )
         if not _possible(shape, dtypes.itemsize(dtype)):
             raise CorruptInput(f"{self.path}: {name} has the shape {shape}", _AGAIN)
@@ -132,7 +132,7 @@ class SafetensorsWriter(Writer):
         self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     ) -> None:
         super().__init__(path, tensors, metadata)
-        check_names(self.tensors)
+        check_tensors(self.tensors)
         header, self._offset = _layout(self.tensors, self.metadata)
         self._data = len(header)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -165,7 +165,7 @@ def _layout(
         header["__metadata__"] = dict(sorted(metadata.items()))
     offsets: dict[str, int] = {}
     end = 0
-    for name in sorted(tensors, key=lambda n: (_RANK[tensors[n].dtype], n)):
+    for name in sorted(tensors, key=lambda n: (RANK[tensors[n].dtype], n)):
         info = tensors[name]
         offsets[name] = end
         end += info.nbytes
@@ -179,9 +179,16 @@ def _layout(
     return struct.pack("<Q", len(text)) + text, offsets
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise UsageError for a name that no safetensors file can hold."""
-    for name in names:
+def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise UsageError for a name or a dtype that no safetensors file can hold."""
+    lacking = [n for n, info in tensors.items() if info.dtype not in RANK]
+    if lacking:
+        kinds = ", ".join(sorted({dtypes.NAME[tensors[n].dtype] for n in lacking}))
+        raise UsageError(
+            f"safetensors has no {kinds}: {', '.join(lacking)}",
+            "write another container: orbax, msgpack or pt",
+        )
+    for name in tensors:
         if name == "__metadata__":
             raise UsageError(
                 "a tensor is named __metadata__, which safetensors keeps for itself",

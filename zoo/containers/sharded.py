@@ -17,7 +17,7 @@ import numpy as np
 from zoo.containers import filenames
 from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
-from zoo.containers.safetensors_file import SafetensorsWriter, check_names, parse_json
+from zoo.containers.safetensors_file import SafetensorsWriter, check_tensors, parse_json
 
 _MAX_INDEX = 100_000_000
 _T = TypeVar("_T")
@@ -165,7 +165,7 @@ class ShardedSafetensorsWriter(Writer):
             raise UsageError(
                 f"a shard cannot have {max_shard_size} bytes", "give a size of at least one byte"
             )
-        check_names(self.tensors)
+        check_tensors(self.tensors)
         shards = _split(self.tensors, max_shard_size)
         if len(shards) == 1:
             self._shards = {filenames.SAFETENSORS: shards[0]}

@@ -38,7 +38,7 @@ STORAGES: dict[str, tuple[str, int]] = {
     "TypedStorage": ("uint8", 1),
 }
 _DTYPES = frozenset(dtypes.FROM_NAME) | _words(
-    "complex32 complex128 qint8 quint8 qint32 quint4x2 quint2x4 bits8 bits16 bits1x8 bits2x4 "
+    "complex32 qint8 quint8 qint32 quint4x2 quint2x4 bits8 bits16 bits1x8 bits2x4 "
     "bits4x2 float4_e2m1fn_x2 uint1 uint2 uint3 uint4 uint5 uint6 uint7 int1 int2 int3 int4 int5 "
     "int6 int7"
 )
