@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.family}: {f.title}")
 def test_a_planted_fault_is_found_and_named(fault: Fault, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "convert.diagnose")
-    found = first_divergence(fault.plant(), fault.mode, EXPLAIN)  # type: ignore[arg-type]
+    found = first_divergence(fault.plant(), fault.mode)  # type: ignore[arg-type]
+    if found is not None and found.cause == "unknown":  # the search is for what no rule knows
+        found = first_divergence(fault.plant(), fault.mode, EXPLAIN)  # type: ignore[arg-type]
+        caplog.clear()
     assert found is not None, "not found"
     assert found.layer in fault.layers
     assert found.cause in fault.causes, found.diagnosis

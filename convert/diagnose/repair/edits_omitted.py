@@ -50,7 +50,7 @@ def _left_out_word(node: Node) -> str:
     if name in ACTIVATIONS and name != "softmax":
         return "activation"
     if name in ("masked_fill", "where"):
-        return "mask"
+        return "causal" if any(map(_is_causal, node.tensors)) else "mask"
     if name == "flip":
         return "reversed"
     if name == "tril":
@@ -67,6 +67,16 @@ def _left_out_word(node: Node) -> str:
 
 
 MASKED = -20.0  # what is added to a logit that hardly counts is at most this
+
+
+def _is_causal(mask: Any) -> bool:
+    """Whether a mask is that of later steps, true where they are or where they are not."""
+    import torch
+
+    if mask.dtype != torch.bool or mask.ndim < 2 or mask.shape[-1] != mask.shape[-2]:
+        return False
+    later = torch.ones_like(mask).triu(1)
+    return bool(torch.equal(mask, later) or torch.equal(mask, ~later))
 
 
 def _constant_word(node: Node) -> str:
