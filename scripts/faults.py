@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -44,9 +45,10 @@ of the list below, and a few that were added to it: `constant`, `operation`, `ax
 `operand`, `left_out`, `order`, `size`), and the lowest level that can see it. A script that knows
 nothing of the detector checked the right pairs, and that each fault has a numerical effect.
 
-One half was open while the search for causes was written, the other was put aside unread, its hash
-and that of the script that scores it committed ([cases.seal](../scripts/cases.seal)), and scored
-once, at the end. `scripts/cases.py faults scripts/cases/sealed` runs it again.
+Some were open while the search for causes was written. The others, half of those that were written
+before it, were put aside unread, their hash and that of the script that scores it committed
+([cases.seal](../scripts/cases.seal)), and scored once, at the end. `scripts/cases.py faults
+scripts/cases/sealed` runs it again.
 
 | half | faults | flagged | placed | named | named wrongly |
 |---|---|---|---|---|---|
@@ -81,7 +83,9 @@ torch computes `{expression}` ({file}:{line}); Flax's values fit {change}.
 
 def main() -> None:
     """Run them all; takes a few minutes."""
-    if "--text" not in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", action="store_true", help="write docs/faults.md again, no more")
+    if not parser.parse_args().text:
         TABLE.write_text(json.dumps(_run(), indent=1) + "\n")
     (ROOT / "docs" / "faults.md").write_text(document(json.loads(TABLE.read_text())))
 
@@ -197,7 +201,8 @@ def _line(f: dict[str, Any]) -> str:
     where = f["family"] if f["mode"] == "forward" else f"{f['family']}, {f['mode']}"
     what = f"{f['cause']}: {f['diagnosis']}" if f["cause"] else "nothing found"
     what = what.replace("|", "\\|")
-    return f"| {f['title']} | {where} | `{f['layer']}` | {what} | {wrong} |\n"
+    layer = f"`{f['layer']}`" if f["layer"] else "the model itself" if f["cause"] else ""
+    return f"| {f['title']} | {where} | {layer} | {what} | {wrong} |\n"
 
 
 if __name__ == "__main__":

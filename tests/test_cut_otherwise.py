@@ -20,7 +20,6 @@ from zoo import probe
 
 Array = Any
 C, WIDTH, HEADS, TOKENS = 6, 8, 2, 20
-FAULTS = ("", "pooled", "kernel", "softmax", "residual", "second")
 
 
 # --- How axes may lie ---

@@ -119,7 +119,8 @@ def _wrong_layouts(t: _Tensor) -> Layouts:
             yield np.flip(a, axes), found("flipped", "tensor", name=t.name, axes=words)
     for axes in itertools.permutations(range(a.ndim)) if a.ndim <= 4 else ():
         # reshaped where it had to be transposed
-        yield a.transpose(axes).reshape(a.shape), _transposed(t, axes)
+        if axes != tuple(range(a.ndim)):
+            yield a.transpose(axes).reshape(a.shape), _transposed(t, axes)
     for axis in range(a.ndim):
         yield from _blocks(t, axis)
     for axis in range(a.ndim):

@@ -150,15 +150,21 @@ class Forward:
         walk of its own."""
         chosen = open_.event
         for suspect in open_.suspects[:_SUSPECTS]:
-            trial = _Mended(self, suspect.place)
-            trial.run(call)
-            if trial.same.get(open_.event.place) or suspect.given.shape != suspect.rough.shape:
+            if suspect.given.shape != suspect.rough.shape or self._mends(
+                suspect, open_.event, call
+            ):
                 chosen = suspect
                 break
         walk = Forward(self.reference, self.side, self.pairing, self.explain, chosen.place)
         found = walk.run(call)
         vars(self).update(vars(walk))
         return found
+
+    def _mends(self, suspect: Event, event: Event, call: Call) -> bool:
+        """Whether the event is none where the suspect's values are torch's."""
+        trial = _Mended(self, suspect.place)
+        trial.run(call)
+        return trial.same.get(event.place, False)
 
     def _around(self, path: str, module: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         function = type(module).__call__
@@ -326,7 +332,12 @@ class Forward:
         if aligned is not None:
             given = to_torch(given, aligned.move, rough.shape)
         judged = self.reference.judge(rough, exact, given)
-        return Event(where, visit, key, judged, rough, exact, given, list(self.past), raw)
+        event = Event(where, visit, key, judged, rough, exact, given, list(self.past), raw)
+        self._met(event)
+        return event
+
+    def _met(self, event: Event) -> None:
+        """Called with every value that is compared."""
 
     def _aligned(self, visit: Visit, where: str, a: Aligned, given: np.ndarray) -> None:
         if given.dtype.kind == "f":
@@ -384,19 +395,10 @@ class Onward(_Silent):
         self.reached = False
         self.later: list[Event] = []
 
-    def _event(
-        self,
-        visit: Visit,
-        where: str,
-        key: str,
-        raw: np.ndarray | None = None,
-        aligned: Aligned | None = None,
-    ) -> Event:
-        event = super()._event(visit, where, key, raw, aligned)
+    def _met(self, event: Event) -> None:
         if self.reached and event.given.shape == event.rough.shape:
             self.later.append(event)
         self.reached = self.reached or event.place == self.start
-        return event
 
     def _inputs(self, visit: Visit) -> tuple[dict[str, np.ndarray], list[Event]]:
         forced, wrong = super()._inputs(visit)

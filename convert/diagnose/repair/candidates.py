@@ -87,6 +87,8 @@ def _of_masks(node: Node, cause: str, masks: frozenset[int]) -> str:
 
 def masking(program: Program, values: Values) -> frozenset[int]:
     """Operations whose results only say what is masked."""
+    import torch
+
     makers = program.makers
     kinds = ("layer", "parameter", "input")
     data = {v for v, leaf in program.leaves.items()
@@ -101,7 +103,7 @@ def masking(program: Program, values: Values) -> frozenset[int]:
             if x is None or ref in data or ref not in makers:
                 continue
             low = x.is_floating_point() and x.numel() > 1 and bool((x <= MASKED).any())
-            chosen = x.dtype == _bool() and operation.name in ("masked_fill", "where")
+            chosen = x.dtype == torch.bool and operation.name in ("masked_fill", "where")
             if chosen or (low and operation.name in ("add", "sub")):
                 open_.append(makers[ref])
     found: set[int] = set()
@@ -112,12 +114,6 @@ def masking(program: Program, values: Values) -> frozenset[int]:
             refs = program.operations[index].refs
             open_ += [makers[r] for r in refs if r in makers and r not in data]
     return frozenset(found)
-
-
-def _bool() -> Any:
-    import torch
-
-    return torch.bool
 
 
 class _Groups:

@@ -177,10 +177,11 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                 yield edit(2.5, "constant", f"{name} to a power", lambda t: t**0.5)
         if leaf.kind in ("buffer", "constant") and x.numel() > 1 and bool((x > 0).all()):
             yield Edit(2.7, "constant", f"{name} to the power {{number}}",
-                       free=_power(program, value), start=0.9, at=at)  # fmt: skip
+                       free=_solved_for(program, value, pow), start=0.9, at=at)  # fmt: skip
         if x.numel() == 1 and x.is_floating_point() and leaf.kind != "layer":
-            yield Edit(2.5, "scale" if leaf.kind == "parameter" else "constant",
-                       f"{{number}} in place of {name}", free=_number(program, value),
+            why = "scale" if leaf.kind == "parameter" else "constant"
+            number = _solved_for(program, value, lambda t, c: t * 0 + c)
+            yield Edit(2.5, why, f"{{number}} in place of {name}", free=number,
                        start=float(x), at=at)  # fmt: skip
         for a, b in itertools.combinations(range(x.ndim), 2):
             if x.shape[a] == x.shape[b] and leaf.kind != "layer":
@@ -190,25 +191,14 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
 
 
-def _number(program: Program, value: int) -> Callable[[float], Changes]:
-    """Another number wherever a value is taken."""
-    users = program.users[value]
+def _solved_for(
+    program: Program, value: int, form: Callable[[Any, float], Any]
+) -> Callable[[float], Changes]:
+    """A value in a form that a number says, wherever it is taken."""
 
     def changes(c: float) -> Changes:
         def change(at: At) -> Any:
-            return with_values(at, {value: at.values[value] * 0 + c})
-
-        return dict.fromkeys(users, change)
-
-    return changes
-
-
-def _power(program: Program, value: int) -> Callable[[float], Changes]:
-    """A value to a power wherever it is taken."""
-
-    def changes(c: float) -> Changes:
-        def change(at: At) -> Any:
-            return with_values(at, {value: at.values[value] ** c})
+            return with_values(at, {value: form(at.values[value], c)})
 
         return dict.fromkeys(program.users[value], change)
 

@@ -63,21 +63,20 @@ class Replayed:
         """The target with the edit; None where it cannot be computed."""
         made = None
         with contextlib.suppress(Exception):
-            made = _edited(self.program, self.values, edit, changes)
+            made = _array(_edited(self.program, self.values, edit, changes))
         if self._versions() != self._written:  # an operation that writes into what it is given
             self._restore()
             return None
         return made
 
-    def gives(self, edit: Edit, last: int, known: Callable[[Any], bool]) -> bool:
-        """Whether what the edit makes of the value of one operation is known; True where it does
-        not come there."""
-        if not edit.changes or min(edit.changes) > last:
+    def gives(self, edit: Edit, until: Program, known: Callable[[Any], bool]) -> bool:
+        """Whether what the edit makes of the target of the program's first operations is known;
+        True where it does not come there."""
+        if min(edit.changes, default=len(until.operations)) >= len(until.operations):
             return True
-        until = self.program.until(last)
         made = None
         with contextlib.suppress(Exception):
-            made = changed(until, self.values, {i: c for i, c in edit.changes.items() if i <= last})
+            made = _edited(until, self.values, edit)
         if self._versions() != self._written:
             self._restore()
         return made is not None and known(made)
@@ -100,17 +99,16 @@ class Replayed:
             if self._rough is None:
                 self._rough = {}  # where it raises
                 self._rough = replay(self.program, copied(self._leaves, "float32"))
-            rough = _edited(self.program, self._rough, edit)
+            rough = _array(_edited(self.program, self._rough, edit))
             if made is not None and rough is not None:
                 return max(tolerance, MARGIN * max(gap(made, rough), FLOOR * _scale(made)))
         return tolerance
 
 
-def _edited(
-    program: Program, values: Values, edit: Edit, changes: Changes | None = None
-) -> np.ndarray | None:
+def _edited(program: Program, values: Values, edit: Edit, changes: Changes | None = None) -> Any:
+    """The target of a program with the edit."""
     leaves = {v: f(values[v]) for v, f in edit.leaves.items()}
-    return _array(changed(program, values, changes or edit.changes, leaves))
+    return changed(program, values, changes or edit.changes, leaves)
 
 
 def _scale(made: np.ndarray) -> float:

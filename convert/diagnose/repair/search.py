@@ -118,6 +118,7 @@ class _Search:
         """Tries each; the errors of those that change the value, by index."""
         helped: dict[int, float] = {}
         best: float | None = None
+        until = self.problem.program.until(near.last) if near is not None else None
         for number, edit in enumerate(edits[start:], start):
             if self._late() or (best is not None and edit.cost > best + _SPREAD):
                 break
@@ -127,7 +128,7 @@ class _Search:
             fit: Fit | None
             if edit.free is not None:
                 fit = self._solved(edit)
-            elif near is not None and not self.first.gives(edit, near.last, near.seen.has):
+            elif near and until and not self.first.gives(edit, until, near.seen.has):
                 fit = None
             else:
                 helped[number] = self.first.error(edit)
