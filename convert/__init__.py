@@ -4,6 +4,7 @@
     convert.verify("model.safetensors", "model.flax")  -> Report
     convert.inspect("model.flax")                      -> Inspection
     convert.lint("model.safetensors")                  -> Lint
+    convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
     convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
     convert.optim.nadam(2e-3)                          optax transformations by torch's rules
     convert.testing.assert_same(torch_net, flax_net, inputs)   in anybody's tests
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
+    from convert.matching.match import match
     from convert.packing import pack
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
@@ -38,6 +40,7 @@ _WHERE = {
     "convert": "convert.api",
     "inspect": "convert.inspection",
     "lint": "convert.linting.run",
+    "match": "convert.matching.match",
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
     "to_jax": "convert.tensors",
@@ -53,6 +56,7 @@ __all__ = [
     "inspect",
     "lint",
     "load_optimizer",
+    "match",
     "optim",
     "pack",
     "testing",

@@ -1,0 +1,289 @@
+"""Which tensor of anybody's PyTorch model is which of anybody's Flax model: `convert.match`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from convert.matching.by_names import Chosen, by_names
+from convert.matching.by_values import Values, pairs_by_print
+from convert.matching.holding import Holding, hold
+from convert.matching.leftover import constants, eliminated, looked_up, surplus
+from convert.matching.matched import Evidence, Matched
+from convert.matching.orientation import Pair, choose, transposed_weights
+from convert.matching.unit_entries import entries
+from convert.matching.units import Unit, Way, aligned, ways
+from zoo.containers.errors import UsageError, ZooError
+from zoo.layout import Entry, constant, tie
+
+MARGIN = 1.0  # by how much names must speak for a pair, where values say nothing
+_SAMPLE = 12  # pairs whose values are looked at to see whether both sides hold the same weights
+_SHOWN = 20
+
+
+def match(
+    torch_side: Any,
+    flax_side: Any,
+    inputs: Any = None,
+    *,
+    flax_inputs: Any = None,
+    pairs: Mapping[str, str] | None = None,
+) -> Matched:
+    """The layout of two models that should be one: which tensor is which, and by what ops.
+
+    A side is a checkpoint of any container, or a module: a torch.nn.Module; an nnx.Module, a bound
+    linen.Module, (linen.Module, variables) or (function, params). Where both hold the same weights,
+    values decide, bit for bit; else names and shapes, and, of two modules with `inputs`, the order
+    of execution and the outputs. `pairs` settle what is open: torch's name -> Flax's, or "" for a
+    tensor that Flax does not have.
+
+    Raises ZooError where anything is open, listing it with its candidates: no layout is guessed.
+    """
+    with ExitStack() as stack:
+        ours, theirs = hold(torch_side, "torch", stack), hold(flax_side, "flax", stack)
+        work = _Matching(ours, theirs, dict(pairs or {}))
+        if inputs is not None:
+            from convert.matching.by_execution import executed
+
+            work.take(executed(ours, theirs, inputs, flax_inputs))
+        work.names()
+        work.values()
+        work.rest()
+        made = work.result()
+        if inputs is not None:
+            from convert.matching.by_execution import proved
+
+            made = proved(made, ours, theirs, inputs, flax_inputs)
+        return made
+
+
+class _Matching:
+    """What is found so far; each step looks at what the ones before left open."""
+
+    def __init__(self, ours: Holding, theirs: Holding, given: dict[str, str]) -> None:
+        self.sides = ours, theirs
+        self.given = given
+        _check_given(ours, theirs, given)
+        self.found: list[tuple[list[Entry], Evidence]] = []
+        self.open: list[tuple[Pair, Chosen, str]] = []
+        self.left: tuple[list[Unit], list[Unit]] = [], []
+        self.chosen: list[Chosen] = []
+        self.same = False  # whether both sides hold the same weights
+        self.tried: list[str] = []
+        self.read = Values(ours.read, theirs.read)
+
+    def take(self, found: list[tuple[list[Entry], Evidence]]) -> None:
+        """Entries that are settled."""
+        self.found += found
+
+    def names(self) -> None:
+        """Pairs of what is not settled, by names and shapes."""
+        done = self._done()
+        absent = {t for t, f in self.given.items() if not f}
+        torch, flax = (
+            {n: i.shape for n, i in side.tensors.items() if n not in taken}
+            for side, taken in zip(self.sides, done, strict=True)
+        )
+        torch = {n: s for n, s in torch.items() if n not in self.sides[0].ties and n not in absent}
+        self.chosen, *left = by_names(torch, flax, {t: f for t, f in self.given.items() if f})
+        self.left = left[0], left[1]
+        self.tried.append(f"names and shapes: {len(self.chosen)} groups of tensors")
+
+    def _done(self) -> tuple[set[str], set[str]]:
+        return (
+            {t.name for made, _ in self.found for e in made for t in e.torch},
+            {t.name for made, _ in self.found for e in made for t in e.flax},
+        )
+
+    def values(self) -> None:
+        """What was chosen by names, held against the values where both sides hold the same."""
+        pairs = [
+            (Pair(a, b, ways(a, b)), c) for c in self.chosen for a, b in aligned(c.ours, c.theirs)
+        ]
+        kept = transposed_weights([p.ours for p, _ in pairs])
+        decided = choose([p for p, _ in pairs], kept)
+        self.same = self._hold_the_same([p for p, _ in pairs])
+        if self.same:
+            self.tried.append("values: both sides hold the same weights")
+        for (pair, chosen), (way, why, _) in zip(pairs, decided, strict=True):
+            if self.same:
+                self._by_values(pair, chosen, way, why)
+            else:
+                self._by_names(pair, chosen, way, why)
+        if self.same:
+            self._look_up()
+
+    def _hold_the_same(self, pairs: list[Pair]) -> bool:
+        """Whether any of the smallest tensors that tell has the values of its counterpart."""
+        small = sorted(pairs, key=lambda p: _size(p.ours))
+        looked = 0
+        for pair in small:
+            print_ = self.read.print_of(0, pair.ours)
+            if print_.plain:
+                continue
+            looked += 1
+            if print_ == self.read.print_of(1, pair.theirs):
+                return True
+            if looked == _SAMPLE:
+                break
+        return bool(self._some_equal())
+
+    def _some_equal(self) -> bool:
+        """Whether a few of the smallest tensors that names left alone are on both sides."""
+        units = [sorted(side, key=_size)[:_SAMPLE] for side in self.left]
+        return any(pairs_by_print(self.read, units[0], units[1]))
+
+    def _by_values(self, pair: Pair, chosen: Chosen, way: Way | None, why: str) -> None:
+        prints = self.read.print_of(0, pair.ours), self.read.print_of(1, pair.theirs)
+        if prints[0] == prints[1]:
+            if prints[0].plain:
+                self._by_names(pair, chosen, way, why)
+                return
+            made = self.read.fitting(pair.ours, pair.theirs, [way] if way else [])
+            if made is not None:
+                self._settle(pair, self._kinds(made, pair), "values", "values", None, "values")
+                return
+            self.open.append((pair, chosen, "equal values, and no op that leads there"))
+            return
+        self.left[0].append(pair.ours)
+        self.left[1].append(pair.theirs)
+
+    def _by_names(self, pair: Pair, chosen: Chosen, way: Way | None, why: str) -> None:
+        if way is None:
+            self.open.append((pair, chosen, "shapes allow several orders of axes"))
+        elif chosen.margin < MARGIN and not self._is_given(chosen):
+            self.open.append((pair, chosen, "names do not tell"))
+        else:
+            made = list(entries(pair.ours, pair.theirs, way, "param", "params"))
+            by = "given" if self._is_given(chosen) else "names"
+            self._settle(pair, self._kinds(made, pair), by, why, chosen, "")
+
+    def _is_given(self, chosen: Chosen) -> bool:
+        return any(n in self.given for g in chosen.ours.groups for n in g.members.values())
+
+    def _kinds(self, made: list[Entry], pair: Pair) -> list[Entry]:
+        """With Flax's collection."""
+        import dataclasses
+
+        leaf = pair.theirs.groups[0].parts[-1]
+        stats = self.sides[1].statistics
+        named = {t.name for e in made for t in e.flax}
+        moving = named <= stats if stats else leaf in ("mean", "var")
+        where = "batch_stats" if moving else "params"
+        return [dataclasses.replace(e, collection=where) for e in made]
+
+    def _settle(
+        self, pair: Pair, made: list[Entry], by: str, axes: str, chosen: Chosen | None, checked: str
+    ) -> None:
+        self.found.append(
+            (
+                made,
+                Evidence(
+                    tuple(g.name for g in pair.ours.groups),
+                    tuple(g.name for g in pair.theirs.groups),
+                    by,
+                    axes,
+                    None if chosen is None else round(chosen.score, 2),
+                    None if chosen is None else round(min(chosen.margin, 99.0), 2),
+                    () if chosen is None else chosen.rivals,
+                    len(made),
+                    checked,
+                ),
+            )
+        )
+
+    def _look_up(self) -> None:
+        """Pairs of equal values among what names paired wrongly, or not at all."""
+        for made, evidence in looked_up(self.read, *self.left):
+            self.found.append((made, evidence))
+        done = self._done()
+        for side, taken in zip(self.left, done, strict=True):
+            side[:] = [
+                u for u in side
+                if not any(n in taken for g in u.groups for n in g.members.values())
+            ]  # fmt: skip
+
+    def rest(self) -> None:
+        """Ties, known constants, and what is left alone on either side."""
+        for made, evidence in eliminated(*self.left, self.same):
+            self.found.append((made, evidence))
+
+    def result(self) -> Matched:
+        """The layout. ZooError where anything is open."""
+        ours, theirs = self.sides
+        done = self._done()
+        entries_ = {e.torch[0].name: e for made, _ in self.found for e in made}
+        left = [n for n in ours.tensors if n not in done[0]]
+        free = [n for n in theirs.tensors if n not in done[1]]
+        extra: list[Entry] = []
+        notices: list[str] = []
+        for name in list(left):
+            if ours.ties.get(name) in done[0]:
+                extra.append(tie(name, ours.tensors[name].shape, ours.ties[name]))
+                left.remove(name)
+        pending = {n for p, _, _ in self.open for g in p.ours.groups for n in g.members.values()}
+        told, ties = constants(ours, [n for n in left if n not in pending], done[0], self.given)
+        extra += [constant(n, ours.tensors[n].shape, c) for n, c in told.items()]
+        extra += [tie(n, ours.tensors[n].shape, to) for n, to in ties.items()]
+        left = [n for n in left if n not in told and n not in ties]
+        if told:
+            notices.append(f"only PyTorch has, kept as constants: {_some(list(told))}")
+        skipped = surplus(theirs, free)
+        free = [n for n in free if n not in skipped]
+        if skipped:
+            notices.append(f"no weights, not matched: {_some(skipped)}")
+        if self.open or left or free:
+            raise self._error(left, free, pending)
+        order = {n: k for k, n in enumerate(ours.tensors)}
+        every = sorted([*entries_.values(), *extra], key=lambda e: order[e.torch[0].name])
+        evidence = [e for _, e in self.found]
+        if any(not e.checked for e in evidence):
+            notices.append(
+                "not checked: no values and no outputs were compared, only names and shapes"
+            )
+        return Matched(every, evidence, notices, self.tried)
+
+    def _error(self, left: list[str], free: list[str], pending: set[str]) -> ZooError:
+        lines: list[str] = []
+        for pair, chosen, why in self.open[:_SHOWN]:
+            rivals = f", or {', '.join(chosen.rivals[:2])}" if chosen.rivals else ""
+            lines.append(f"open: {pair.ours.name} -> {pair.theirs.name}{rivals}: {why}")
+        taken = {n for p, _, _ in self.open for g in p.theirs.groups for n in g.members.values()}
+        alone = [n for n in left if n not in pending]
+        lone = [n for n in free if n not in taken]
+        lines += _listed("only in PyTorch", alone, self.sides[0])
+        lines += _listed("only in Flax", lone, self.sides[1])
+        count = len(self.open) + len(alone) + len(lone)
+        return ZooError(
+            f"{self.sides[0].title} and {self.sides[1].title}: {count} open",
+            "settle them with --pair TORCH=FLAX (--pair TORCH= for what Flax does not have), "
+            "or give both sides the same weights, or modules with --inputs",
+            lines,
+        )
+
+
+def _listed(what: str, names: list[str], side: Holding) -> list[str]:
+    from zoo.checkpoint.identification import dims
+
+    lines = [f"{what}: {n} {dims(side.tensors[n].shape)}" for n in names[:_SHOWN]]
+    return lines + ([f"{what}: ... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _size(unit: Unit) -> int:
+    import math
+
+    return sum(math.prod(s) for g in unit.groups for s in g.shapes.values())
+
+
+def _check_given(ours: Holding, theirs: Holding, given: Mapping[str, str]) -> None:
+    wrong = [f"PyTorch has no {t!r}" for t in given if t not in ours.tensors]
+    wrong += [f"Flax has no {f!r}" for f in given.values() if f and f not in theirs.tensors]
+    if wrong:
+        raise UsageError(
+            f"tensors that were given as pairs: {'; '.join(wrong)}", "give names as they stand"
+        )

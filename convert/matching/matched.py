@@ -1,0 +1,74 @@
+"""The answer of a match: a layout, and why each of its entries is believed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zoo.layout import Entry, Layout
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why some entries are believed.
+
+    `torch` and `flax` are names, "#" for the numbers of layers. `by` is what paired them: "given",
+    "values" (bit for bit), "names", "order" (of execution), "elimination" (nothing else was left).
+    `axes` is what told the order of axes: "values", "shape", "vote" (of tensors of the same name),
+    "convention" (of a name), "stack", "layer" (its kind). `margin` is by how much all else scores
+    lower, None where that does not apply; `rivals` are Flax's next best. `checked` says what was
+    compared: "values", "outputs" or "" (nothing).
+    """
+
+    torch: tuple[str, ...]
+    flax: tuple[str, ...]
+    by: str
+    axes: str = ""
+    score: float | None = None
+    margin: float | None = None
+    rivals: tuple[str, ...] = ()
+    entries: int = 1
+    checked: str = ""
+
+
+class Matched(Layout):
+    """A layout like a family's; `evidence` says what each part of it stands on, `notices` what a
+    user should know, `tried` what was tried in order."""
+
+    def __init__(
+        self,
+        entries: Iterable[Entry],
+        evidence: Sequence[Evidence],
+        notices: Sequence[str] = (),
+        tried: Sequence[str] = (),
+    ) -> None:
+        super().__init__(entries)
+        self.evidence = tuple(evidence)
+        self.notices = tuple(notices)
+        self.tried = tuple(tried)
+
+    @property
+    def checked(self) -> bool:
+        """Whether values or outputs were compared, and not names alone."""
+        return all(e.checked for e in self.evidence)
+
+    def document(self) -> dict[str, Any]:
+        """The layout, with its evidence, as JSON data: what `--layout FILE` reads."""
+        return {
+            "format": FORMAT,
+            "entries": self.to_json(),
+            "evidence": [asdict(e) for e in self.evidence],
+            "notices": list(self.notices),
+            "tried": list(self.tried),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the document to a file."""
+        import json
+        from pathlib import Path
+
+        Path(path).write_text(json.dumps(self.document(), indent=1) + "\n")
