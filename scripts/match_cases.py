@@ -88,7 +88,7 @@ def differing(layout: Any, torch: Arrays, truth: Arrays, case: Any) -> list[str]
     for e in layout.entries:
         if e.flax:
             arrays = run(e.ops, [torch[t.name] for t in e.torch])
-            made |= {t.name: x for t, x in zip(e.flax, arrays, strict=True)}
+            made |= {_bare(t.name): x for t, x in zip(e.flax, arrays, strict=True)}
     wanted = {_bare(n): x for n, x in truth.items() if n not in case.EXTRA}
     return sorted(
         n for n in made.keys() | wanted.keys()
@@ -181,7 +181,9 @@ def main() -> None:
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
     for mode in ("values", "names"):
         plain = [r for r in rows if r["mode"] == mode and "mutation" not in r]
-        print(mode, {w: sum(r["outcome"] == w for r in plain) for w in ("right", "refused", "wrong")})
+        print(
+            mode, {w: sum(r["outcome"] == w for r in plain) for w in ("right", "refused", "wrong")}
+        )
         for kind in sorted({r["mutation"] for r in rows if "mutation" in r}):
             of = [r for r in rows if r["mode"] == mode and r.get("mutation") == kind]
             print(" ", kind, {w: sum(r["outcome"] == w for r in of)

@@ -11,7 +11,7 @@ from convert.matching.features import Alike, features
 from convert.matching.groups import Shape, grouped
 from convert.matching.units import Unit, able, fused
 
-_LEAST = 0.0  # score of a pair that names speak for
+_LEAST = -4.0  # below it, names say that two are not one; a little below 0 they say nothing
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def by_names(
     for _ in range(_ROUNDS):
         near = _Near(ours, theirs, found)
         better = {k: s + near(*k) for k, s in scores.items()}
-        found = assign({k: s for k, s in better.items() if s > _LEAST})
+        found = assign({k: s - _LEAST for k, s in better.items() if s > _LEAST})
     chosen = [
         Chosen(ours[i], theirs[j], better[i, j], margin, _rivals(i, j, better, theirs))
         for (i, j), margin in found.items()

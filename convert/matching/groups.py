@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from convert.matching.words import meanings
+from convert.matching.words import meanings, said
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -72,7 +72,49 @@ def grouped(tensors: Mapping[str, Shape]) -> list[Group]:
         group = groups.setdefault(parts, Group(parts))
         group.members[index] = name
         group.shapes[index] = shape
-    return list(groups.values())
+    return _adopted(list(groups.values()))
+
+
+def _adopted(groups: list[Group]) -> list[Group]:
+    """With a tensor that one layer alone calls otherwise in the group that lacks it there: where
+    all other parts of its name, and its shape, are those that the group would have."""
+    every: dict[tuple[str, ...], set[Index]] = {}
+    for g in groups:
+        if len(g.members) > 1:
+            every.setdefault(g.block, set()).update(g.members)
+    alone = [g for g in groups if len(g.members) == 1]
+    gone: set[int] = set()
+    for g in sorted(groups, key=lambda g: len(said(g.parts).words)):  # a known name is the group's
+        missing = every.get(g.block, set()) - set(g.members)
+        if id(g) in gone or len(missing) != 1:
+            continue
+        (index,) = missing
+        expected = _named(g.parts, index)
+        able = [
+            h for h in alone
+            if h is not g and id(h) not in gone and _one_apart(expected, h, g.shape)
+        ]  # fmt: skip
+        if len(able) == 1:
+            (name,) = able[0].members.values()
+            g.members[index] = name
+            g.shapes[index] = next(iter(able[0].shapes.values()))
+            gone.add(id(able[0]))
+    return [g for g in groups if id(g) not in gone]
+
+
+def _named(parts: tuple[str, ...], index: Index) -> list[str]:
+    numbers = iter(index)
+    return [re.sub("#", lambda _: str(next(numbers)), p) for p in parts]
+
+
+def _one_apart(expected: list[str], other: Group, shape: Shape | None) -> bool:
+    (name,) = other.members.values()
+    parts = name.split(".")
+    return (
+        len(parts) == len(expected)
+        and sum(a != b for a, b in zip(parts, expected, strict=True)) == 1
+        and shape in (None, other.shape)
+    )
 
 
 def _taken_out(name: str, counting: Mapping[str, bool]) -> tuple[tuple[str, ...], Index]:

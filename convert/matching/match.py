@@ -12,6 +12,7 @@ from convert.matching.holding import Holding, hold
 from convert.matching.leftover import constants, eliminated, looked_up, surplus
 from convert.matching.matched import Evidence, Matched
 from convert.matching.orientation import Pair, choose, transposed_weights
+from convert.matching.rotary import ROTARY, in_pairs, rotated
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, aligned, ways
 from zoo.containers.errors import UsageError, ZooError
@@ -29,6 +30,7 @@ def match(
     *,
     flax_inputs: Any = None,
     pairs: Mapping[str, str] | None = None,
+    rotary: str | None = None,
 ) -> Matched:
     """The layout of two models that should be one: which tensor is which, and by what ops.
 
@@ -36,13 +38,15 @@ def match(
     linen.Module, (linen.Module, variables) or (function, params). Where both hold the same weights,
     values decide, bit for bit; else names and shapes, and, of two modules with `inputs`, the order
     of execution and the outputs. `pairs` settle what is open: torch's name -> Flax's, or "" for a
-    tensor that Flax does not have.
+    tensor that Flax does not have. `rotary` says how Flax's query and key lie where features are
+    rotated and nothing else tells: "same", or "pairs" for features (0, 1), (2, 3), ... where torch
+    rotates halves.
 
     Raises ZooError where anything is open, listing it with its candidates: no layout is guessed.
     """
     with ExitStack() as stack:
         ours, theirs = hold(torch_side, "torch", stack), hold(flax_side, "flax", stack)
-        work = _Matching(ours, theirs, dict(pairs or {}))
+        work = _Matching(ours, theirs, dict(pairs or {}), _checked_rotary(rotary))
         if inputs is not None:
             from convert.matching.by_execution import executed
 
@@ -61,8 +65,11 @@ def match(
 class _Matching:
     """What is found so far; each step looks at what the ones before left open."""
 
-    def __init__(self, ours: Holding, theirs: Holding, given: dict[str, str]) -> None:
+    def __init__(
+        self, ours: Holding, theirs: Holding, given: dict[str, str], rotary: str | None
+    ) -> None:
         self.sides = ours, theirs
+        self.rotary = rotary
         self.given = given
         _check_given(ours, theirs, given)
         self.found: list[tuple[list[Entry], Evidence]] = []
@@ -144,8 +151,6 @@ class _Matching:
             if made is not None:
                 self._settle(pair, self._kinds(made, pair), "values", "values", None, "values")
                 return
-            self.open.append((pair, chosen, "equal values, and no op that leads there"))
-            return
         self.left[0].append(pair.ours)
         self.left[1].append(pair.theirs)
 
@@ -154,10 +159,19 @@ class _Matching:
             self.open.append((pair, chosen, "shapes allow several orders of axes"))
         elif chosen.margin < MARGIN and not self._is_given(chosen):
             self.open.append((pair, chosen, "names do not tell"))
+        elif self.rotary is None and self._turned(pair) and not self._is_given(chosen):
+            self.open.append((pair, chosen, ROTARY))
         else:
             made = list(entries(pair.ours, pair.theirs, way, "param", "params"))
+            if self.rotary == "pairs" and self._turned(pair):
+                made = in_pairs(made, pair)
             by = "given" if self._is_given(chosen) else "names"
             self._settle(pair, self._kinds(made, pair), by, why, chosen, "")
+
+    def _turned(self, pair: Pair) -> bool:
+        """Whether features of a query or key may be rotated, and Flax may keep them otherwise: a
+        codebase that has other names may have another order."""
+        return rotated(pair, [u for c in self.chosen for u in c.ours.groups])
 
     def _is_given(self, chosen: Chosen) -> bool:
         return any(n in self.given for g in chosen.ours.groups for n in g.members.values())
@@ -261,6 +275,12 @@ class _Matching:
             "or give both sides the same weights, or modules with --inputs",
             lines,
         )
+
+
+def _checked_rotary(rotary: str | None) -> str | None:
+    if rotary not in (None, "same", "pairs"):
+        raise UsageError(f"rotary is {rotary!r}", "give 'same' or 'pairs'")
+    return rotary
 
 
 def _listed(what: str, names: list[str], side: Holding) -> list[str]:

@@ -1,4 +1,5 @@
 """Shared by the cases of author a: random weights, reading what save_pretrained writes, and a few axis moves."""
+
 import os
 import tempfile
 
@@ -31,6 +32,7 @@ def state(model, ties={}):
 def saved(model):
     """Names and shapes as the file that save_pretrained writes (published spelling, ties dropped), refilled."""
     from safetensors import safe_open
+
     with tempfile.TemporaryDirectory() as d:
         model.save_pretrained(d)
         with safe_open(os.path.join(d, "model.safetensors"), "np") as f:

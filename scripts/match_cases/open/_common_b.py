@@ -2,6 +2,7 @@
 
 Names on the Flax side are written with '/' between levels until `finish` orders them and joins them by dots.
 """
+
 import contextlib
 import glob
 import io
@@ -14,8 +15,9 @@ def arrays(model, ties=None, saved=False):
     """name -> float32 random normals, all different, shaped like the module's state_dict (saved: as its file holds it)."""
     if saved:
         from safetensors import safe_open
+
         with tempfile.TemporaryDirectory() as d:
-            with contextlib.redirect_stderr(io.StringIO()):     # its progress bar
+            with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
                 model.save_pretrained(d)
             with safe_open(glob.glob(d + "/*.safetensors")[0], "np") as f:
                 shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
@@ -37,7 +39,7 @@ def arrays(model, ties=None, saved=False):
 
 
 def layers(t, prefix):
-    return 1 + max(int(k[len(prefix):].split(".")[0]) for k in t if k.startswith(prefix))
+    return 1 + max(int(k[len(prefix) :].split(".")[0]) for k in t if k.startswith(prefix))
 
 
 def finish(out, order="jax"):
@@ -45,7 +47,9 @@ def finish(out, order="jax"):
     if order == "jax":
         keys = sorted(out, key=lambda k: k.split("/"))
     elif order == "nnx":
-        keys = sorted(out, key=lambda k: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in k.split("/")])
+        keys = sorted(
+            out, key=lambda k: [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in k.split("/")]
+        )
     else:
         keys = list(out)
     return {k.replace("/", "."): np.array(out[k], order="C") for k in keys}
@@ -109,11 +113,24 @@ def from_heads(t, p, h):
 
 def mhdpa(t, p, h, q="q_proj", k="k_proj", v="v_proj", o="out_proj"):
     """flax.linen.MultiHeadDotProductAttention: query/key/value/out"""
-    return nest(query=to_heads(t, p + q, h), key=to_heads(t, p + k, h), value=to_heads(t, p + v, h),
-                out=from_heads(t, p + o, h))
+    return nest(
+        query=to_heads(t, p + q, h),
+        key=to_heads(t, p + k, h),
+        value=to_heads(t, p + v, h),
+        out=from_heads(t, p + o, h),
+    )
 
 
 def hax(part):
     """The same arrays under Haliax/Equinox names: kernel, scale and embedding are all called weight."""
-    return {"/".join(k.split("/")[:-1] + [{"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(
-        k.split("/")[-1], k.split("/")[-1])]): v for k, v in part.items()}
+    return {
+        "/".join(
+            k.split("/")[:-1]
+            + [
+                {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(
+                    k.split("/")[-1], k.split("/")[-1]
+                )
+            ]
+        ): v
+        for k, v in part.items()
+    }

@@ -1,4 +1,5 @@
 """Gemma 2 in Bonsai's manner. Source: jax-ml/bonsai, models/gemma3/modeling.py, text part (looked up; carried over to Gemma 2)."""
+
 import numpy as np
 
 from _common_a import state, tree
@@ -14,8 +15,21 @@ EXTRA = ("embed_tokens.embed_scale",)
 
 def torch_side():
     from transformers import Gemma2Config, Gemma2ForCausalLM
-    return state(Gemma2ForCausalLM(Gemma2Config(vocab_size=107, hidden_size=48, intermediate_size=72, num_hidden_layers=LAYERS,
-                                                num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=HD)), TIES)
+
+    return state(
+        Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=107,
+                hidden_size=48,
+                intermediate_size=72,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV,
+                head_dim=HD,
+            )
+        ),
+        TIES,
+    )
 
 
 def flax_side(t):

@@ -1,4 +1,5 @@
 """Gemma 2 as Levanter keeps it. Source: stanford-crfm/levanter, models/gemma.py and layers/attention.py (looked up)."""
+
 import numpy as np
 
 from _common_a import in_order, state
@@ -14,8 +15,21 @@ EXTRA = ()
 
 def torch_side():
     from transformers import Gemma2Config, Gemma2ForCausalLM
-    return state(Gemma2ForCausalLM(Gemma2Config(vocab_size=83, hidden_size=64, intermediate_size=112, num_hidden_layers=LAYERS,
-                                                num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=HD)), TIES)
+
+    return state(
+        Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=83,
+                hidden_size=64,
+                intermediate_size=112,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV,
+                head_dim=HD,
+            )
+        ),
+        TIES,
+    )
 
 
 def flax_side(t):
@@ -34,7 +48,12 @@ def flax_side(t):
     }
     for p in ("gate_proj", "up_proj", "down_proj"):
         out[f"{y}mlp.{p}.weight"] = block(f"mlp.{p}")
-    for p in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"):
+    for p in (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ):
         out[f"{y}{p}.weight"] = block(p)
     out["transformer.norm.weight"] = t["model.norm.weight"]
     out["embeddings.token_embeddings.weight"] = t["model.embed_tokens.weight"]

@@ -1,4 +1,5 @@
 """GPT-2 in plain Linen with nn.scan and automatic names. Source: flax.linen conventions (from memory)."""
+
 import numpy as np
 
 from _common_a import state, tree
@@ -14,8 +15,21 @@ EXTRA = ()
 
 def torch_side():
     from transformers import GPT2Config, GPT2LMHeadModel
-    return state(GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=48, n_layer=LAYERS, n_head=HEADS,
-                                            bos_token_id=0, eos_token_id=0)), TIES)
+
+    return state(
+        GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=97,
+                n_positions=32,
+                n_embd=48,
+                n_layer=LAYERS,
+                n_head=HEADS,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        TIES,
+    )
 
 
 def flax_side(t):
@@ -42,6 +56,10 @@ def flax_side(t):
         out[y + f"LayerNorm_{j}.scale"] = block(f"ln_{j + 1}.weight")
         out[y + f"LayerNorm_{j}.bias"] = block(f"ln_{j + 1}.bias")
     for j, part in enumerate(("query", "key", "value")):
-        out[mha + part + ".kernel"] = block("attn.c_attn.weight", lambda w: np.split(w, 3, axis=1)[j].reshape(d, HEADS, -1))
-        out[mha + part + ".bias"] = block("attn.c_attn.bias", lambda b: np.split(b, 3)[j].reshape(HEADS, -1))
+        out[mha + part + ".kernel"] = block(
+            "attn.c_attn.weight", lambda w: np.split(w, 3, axis=1)[j].reshape(d, HEADS, -1)
+        )
+        out[mha + part + ".bias"] = block(
+            "attn.c_attn.bias", lambda b: np.split(b, 3)[j].reshape(HEADS, -1)
+        )
     return tree(out)

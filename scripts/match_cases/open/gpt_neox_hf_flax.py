@@ -1,4 +1,5 @@
 """GPT-NeoX as FlaxGPTNeoXForCausalLM. Source: huggingface/transformers, a branch's modeling_flax_gpt_neox.py (looked up)."""
+
 from _common_a import state, tree
 
 MANNER = "hf_flax"
@@ -12,9 +13,20 @@ EXTRA = ()
 
 def torch_side():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-    return state(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=HEADS * HD, intermediate_size=4 * HEADS * HD,
-                                                  num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                                                  bos_token_id=0, eos_token_id=0)))
+
+    return state(
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCAB,
+                hidden_size=HEADS * HD,
+                intermediate_size=4 * HEADS * HD,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    )
 
 
 def flax_side(t):

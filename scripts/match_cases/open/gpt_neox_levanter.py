@@ -1,4 +1,5 @@
 """GPT-NeoX in Levanter's manner. Source: stanford-crfm/levanter, models/gpt2.py, haliax Linear (looked up; it has no NeoX)."""
+
 import numpy as np
 
 from _common_a import in_order, state
@@ -14,9 +15,20 @@ EXTRA = ()
 
 def torch_side():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-    return state(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=HEADS * HD, intermediate_size=4 * HEADS * HD,
-                                                  num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                                                  bos_token_id=0, eos_token_id=0)))
+
+    return state(
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCAB,
+                hidden_size=HEADS * HD,
+                intermediate_size=4 * HEADS * HD,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    )
 
 
 def flax_side(t):
@@ -31,8 +43,12 @@ def flax_side(t):
     for p in ("input_layernorm", "post_attention_layernorm"):
         for leaf in ("weight", "bias"):
             out[f"{y}{p}.{leaf}"] = block(f"{p}.{leaf}")
-    out[y + "attention.query_key_value.weight"] = block("attention.query_key_value.weight", HEADS, 3, HD, d)
-    out[y + "attention.query_key_value.bias"] = block("attention.query_key_value.bias", HEADS, 3, HD)
+    out[y + "attention.query_key_value.weight"] = block(
+        "attention.query_key_value.weight", HEADS, 3, HD, d
+    )
+    out[y + "attention.query_key_value.bias"] = block(
+        "attention.query_key_value.bias", HEADS, 3, HD
+    )
     out[y + "attention.dense.weight"] = block("attention.dense.weight", d, HEADS, HD)
     out[y + "attention.dense.bias"] = block("attention.dense.bias")
     for p in ("dense_h_to_4h", "dense_4h_to_h"):

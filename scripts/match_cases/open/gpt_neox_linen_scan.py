@@ -1,4 +1,5 @@
 """GPT-NeoX in plain Linen with nn.scan and automatic names. Source: flax.linen conventions (from memory)."""
+
 import numpy as np
 
 from _common_a import heads_out, state, tree
@@ -14,9 +15,20 @@ EXTRA = ()
 
 def torch_side():
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-    return state(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCAB, hidden_size=HEADS * HD, intermediate_size=4 * HEADS * HD,
-                                                  num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-                                                  bos_token_id=0, eos_token_id=0)))
+
+    return state(
+        GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=VOCAB,
+                hidden_size=HEADS * HD,
+                intermediate_size=4 * HEADS * HD,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        )
+    )
 
 
 def flax_side(t):
@@ -36,9 +48,13 @@ def flax_side(t):
         mha + "out.bias": block("attention.dense.bias"),
     }
     for j, part in enumerate(("query", "key", "value")):
-        out[mha + part + ".kernel"] = block("attention.query_key_value.weight",
-                                            lambda w: w.reshape(HEADS, 3, HD, d)[:, j].transpose(2, 0, 1))
-        out[mha + part + ".bias"] = block("attention.query_key_value.bias", lambda b: b.reshape(HEADS, 3, HD)[:, j])
+        out[mha + part + ".kernel"] = block(
+            "attention.query_key_value.weight",
+            lambda w: w.reshape(HEADS, 3, HD, d)[:, j].transpose(2, 0, 1),
+        )
+        out[mha + part + ".bias"] = block(
+            "attention.query_key_value.bias", lambda b: b.reshape(HEADS, 3, HD)[:, j]
+        )
     for j, p in enumerate(("input_layernorm", "post_attention_layernorm")):
         out[f"{y}LayerNorm_{j}.scale"] = block(p + ".weight")
         out[f"{y}LayerNorm_{j}.bias"] = block(p + ".bias")

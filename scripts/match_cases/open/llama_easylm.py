@@ -1,4 +1,5 @@
 """Llama as EasyLM keeps it. Source: young-geng/EasyLM, models/llama/convert_hf_to_easylm.py (looked up)."""
+
 from _common_a import pair_rope, state, tree
 
 MANNER = "easylm"
@@ -12,8 +13,19 @@ EXTRA = ()
 
 def torch_side():
     from transformers import LlamaConfig, LlamaForCausalLM
-    return state(LlamaForCausalLM(LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=88, num_hidden_layers=LAYERS,
-                                              num_attention_heads=HEADS, num_key_value_heads=KV)))
+
+    return state(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=101,
+                hidden_size=48,
+                intermediate_size=88,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV,
+            )
+        )
+    )
 
 
 def flax_side(t):

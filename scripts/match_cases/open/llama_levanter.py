@@ -1,4 +1,5 @@
 """Llama as Levanter keeps it. Source: stanford-crfm/levanter, models/llama.py and layers/attention.py (looked up)."""
+
 import numpy as np
 
 from _common_a import in_order, state
@@ -14,8 +15,19 @@ EXTRA = ()
 
 def torch_side():
     from transformers import LlamaConfig, LlamaForCausalLM
-    return state(LlamaForCausalLM(LlamaConfig(vocab_size=89, hidden_size=72, intermediate_size=112, num_hidden_layers=LAYERS,
-                                              num_attention_heads=HEADS, num_key_value_heads=KV)))
+
+    return state(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=89,
+                hidden_size=72,
+                intermediate_size=112,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV,
+            )
+        )
+    )
 
 
 def flax_side(t):
@@ -26,17 +38,19 @@ def flax_side(t):
         return w.reshape(LAYERS, *shape) if shape else w
 
     y = "transformer.layers.stacked."
-    return in_order({
-        y + "self_attn.q_proj.weight": block("self_attn.q_proj", KV, HEADS // KV, HD, d),
-        y + "self_attn.k_proj.weight": block("self_attn.k_proj", KV, HD, d),
-        y + "self_attn.v_proj.weight": block("self_attn.v_proj", KV, HD, d),
-        y + "self_attn.o_proj.weight": block("self_attn.o_proj", d, HEADS, HD),
-        y + "mlp.gate_proj.weight": block("mlp.gate_proj"),
-        y + "mlp.up_proj.weight": block("mlp.up_proj"),
-        y + "mlp.down_proj.weight": block("mlp.down_proj"),
-        y + "input_layernorm.weight": block("input_layernorm"),
-        y + "post_attention_layernorm.weight": block("post_attention_layernorm"),
-        "transformer.norm.weight": t["model.norm.weight"],
-        "embeddings.token_embeddings.weight": t["model.embed_tokens.weight"],
-        "lm_head.weight": t["lm_head.weight"],
-    })
+    return in_order(
+        {
+            y + "self_attn.q_proj.weight": block("self_attn.q_proj", KV, HEADS // KV, HD, d),
+            y + "self_attn.k_proj.weight": block("self_attn.k_proj", KV, HD, d),
+            y + "self_attn.v_proj.weight": block("self_attn.v_proj", KV, HD, d),
+            y + "self_attn.o_proj.weight": block("self_attn.o_proj", d, HEADS, HD),
+            y + "mlp.gate_proj.weight": block("mlp.gate_proj"),
+            y + "mlp.up_proj.weight": block("mlp.up_proj"),
+            y + "mlp.down_proj.weight": block("mlp.down_proj"),
+            y + "input_layernorm.weight": block("input_layernorm"),
+            y + "post_attention_layernorm.weight": block("post_attention_layernorm"),
+            "transformer.norm.weight": t["model.norm.weight"],
+            "embeddings.token_embeddings.weight": t["model.embed_tokens.weight"],
+            "lm_head.weight": t["lm_head.weight"],
+        }
+    )

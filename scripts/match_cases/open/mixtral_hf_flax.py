@@ -1,4 +1,5 @@
 """Mixtral as FlaxMixtralForCausalLM. Source: modeling_flax_mixtral.py of a transformers branch (looked up)."""
+
 from _common_a import saved, tree
 
 MANNER = "hf_flax"
@@ -12,8 +13,18 @@ EXTRA = ()
 
 def torch_side():
     from transformers import MixtralConfig, MixtralForCausalLM
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, hidden_size=HEADS * HD, intermediate_size=FF, num_hidden_layers=LAYERS,
-                                             num_attention_heads=HEADS, num_key_value_heads=KV, num_local_experts=EXPERTS))
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCAB,
+            hidden_size=HEADS * HD,
+            intermediate_size=FF,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV,
+            num_local_experts=EXPERTS,
+        )
+    )
     return saved(model)
 
 

@@ -1,18 +1,37 @@
 """RoBERTa as transformers 4's FlaxRobertaForMaskedLM. Source: modeling_flax_roberta.py (looked up; layer names from memory)."""
+
 from _common_b import arrays, dense, embed, finish, layers, norm, put
 
 MANNER = "hf_flax"
 ARCHITECTURE = "roberta"
 NOTES = "names as torch's; the tied decoder is not held, its bias is lm_head.bias; token types a table of one row"
-DENSE = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-         "intermediate.dense", "output.dense")
+DENSE = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
 
 
 def torch_side():
     from transformers import RobertaConfig, RobertaForMaskedLM
-    return arrays(RobertaForMaskedLM(RobertaConfig(
-        vocab_size=105, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,
-        max_position_embeddings=42, type_vocab_size=1)), TIES)
+
+    return arrays(
+        RobertaForMaskedLM(
+            RobertaConfig(
+                vocab_size=105,
+                hidden_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                intermediate_size=128,
+                max_position_embeddings=42,
+                type_vocab_size=1,
+            )
+        ),
+        TIES,
+    )
 
 
 def flax_side(t):
@@ -33,4 +52,7 @@ def flax_side(t):
 
 LEFT = ()
 EXTRA = ()
-TIES = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.bias": "lm_head.bias"}
+TIES = {
+    "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
