@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim, testing
-    from convert.api import convert, verify
+    from convert.api import convert, match, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
-    from convert.matching.match import match
     from convert.packing import pack
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
@@ -40,7 +39,7 @@ _WHERE = {
     "convert": "convert.api",
     "inspect": "convert.inspection",
     "lint": "convert.linting.run",
-    "match": "convert.matching.match",
+    "match": "convert.api",
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
     "to_jax": "convert.tensors",

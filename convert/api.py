@@ -13,6 +13,7 @@ from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
+from convert.matching.matched import Matched
 from zoo.checkpoint.certificate import Certificate, now, versions
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
@@ -85,6 +86,44 @@ def plan(src: Source, dst: Source | None = None, to: str | None = None, **kw: An
     """
     with ExitStack() as stack:
         return prepare(Order(src, dst, to, **kw), stack)
+
+
+def match(
+    torch_side: Any,
+    flax_side: Any,
+    inputs: Any = None,
+    *,
+    flax_inputs: Any = None,
+    pairs: Mapping[str, str] | None = None,
+    rotary: str | None = None,
+) -> Matched:
+    """The layout of two models that should be one: which tensor is which, and by what ops.
+
+    A side is a checkpoint of any container, or a module: a torch.nn.Module; an nnx.Module, a bound
+    linen.Module, (linen.Module, variables) or (function, params). Where both hold the same weights,
+    values decide, bit for bit; else names and shapes, and, of two modules with `inputs` (as
+    `verify` takes them), the order of execution and the outputs. `pairs` settle what is open:
+    torch's name -> Flax's, or "" for a tensor that Flax does not have. `rotary` says how Flax's
+    query and key lie where features are rotated and nothing else tells: "same", or "pairs" for
+    features (0, 1), (2, 3), ... where torch rotates halves.
+
+    The result is a layout like a family's, with `evidence` for every entry, `notices`, and
+    `checked`: whether values or outputs were compared, and not names alone.
+
+    Raises ZooError where anything is open, listing it with its candidates: no layout is guessed.
+    """
+    if inputs is None:
+        from convert.matching.match import match_tensors
+
+        return match_tensors(torch_side, flax_side, pairs, rotary)
+    if any(isinstance(side, str | os.PathLike) for side in (torch_side, flax_side)):
+        raise UsageError(
+            "inputs are for two modules, and a checkpoint cannot be run",
+            "leave them out, or load the checkpoint into its module first",
+        )
+    from convert.compare.matched_modules import match_modules
+
+    return match_modules(torch_side, flax_side, inputs, flax_inputs, pairs, rotary)
 
 
 def verify(

@@ -1,4 +1,4 @@
-"""Runs the cases of scripts/match_cases/: pairs of checkpoints written without sight of the matcher.
+"""Runs scripts/match_cases/: pairs of checkpoints written without sight of the matcher.
 
     match_cases.py DIR [-o FILE.json] [--mutations N] [NAME ...]
 

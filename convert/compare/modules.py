@@ -69,7 +69,7 @@ def compare_modules(
         first, second = titles or (title(modules[0]), title(modules[1]))
         report = Report(second, first, level) if swapped else Report(first, second, level)
         if isinstance(inputs[0], str):
-            inputs = _drawn(torch_module, flax_module, options.seed, report), inputs[1]
+            inputs = drawn_call(torch_module, flax_module, options.seed, report), inputs[1]
         call, flax_call, draws = fit_calls(torch_module, flax_module, *inputs, report)
         layers = dict(hints.layers or {})
         pair = Pair(torch_module, flax_module, call, flax_call, layers, _stated(hints.layout))
@@ -277,7 +277,7 @@ class ModulePair:
                 self.report.blind_spots.append(BlindSpot("float32 only", (title,), told))
 
 
-def _drawn(torch_module: Any, flax_module: Any, seed: int, report: Report) -> Call:
+def drawn_call(torch_module: Any, flax_module: Any, seed: int, report: Report) -> Call:
     """Inputs that both take, and in `report` what they are."""
 
     def accepts(call: Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ from convert.matching.groups import Shape, grouped
 from convert.matching.units import Unit, able, fused
 
 _LEAST = -4.0  # below it, names say that two are not one; a little below 0 they say nothing
+_GIVEN = 100.0  # what the user says counts for more than any name
+_ROUNDS = 2  # in which the modules around a tensor vote on where it belongs
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ def by_names(
     fitting = [(i, j) for i, a in enumerate(ours) for j, b in enumerate(theirs) if able(a, b)]
     fitting = _as_given(ours, theirs, fitting, given)
     alike = Alike([u.features for u in ours], [u.features for u in theirs])
-    scores = {(i, j): alike.score(ours[i].features, theirs[j].features) for i, j in fitting}
-    scores = {k: s for k, s in scores.items() if s > _LEAST or _is_given(ours, *k, theirs, given)}
-    found = assign(scores)
+    scores = {
+        (i, j): alike.score(ours[i].features, theirs[j].features)
+        + _GIVEN * _is_given(ours[i], theirs[j], given)
+        for i, j in fitting
+    }
+    found = assign({k: s - _LEAST for k, s in scores.items() if s > _LEAST})
     for _ in range(_ROUNDS):
         near = _Near(ours, theirs, found)
         better = {k: s + near(*k) for k, s in scores.items()}
@@ -49,19 +54,16 @@ def by_names(
         for (i, j), margin in found.items()
     ]
     used = {i for i, _ in found}, {j for _, j in found}
-    left = ([u for k, u in enumerate(side) if k not in taken]
-            for side, taken in zip((ours, theirs), used, strict=True))  # fmt: skip
-    return chosen, *left
+    left = [
+        [u for k, u in enumerate(side) if k not in taken]
+        for side, taken in zip((ours, theirs), used, strict=True)
+    ]
+    return chosen, left[0], left[1]
 
 
-_ROUNDS = 2  # in which the modules around a tensor vote on where it belongs
-
-
-def _is_given(
-    ours: Sequence[Unit], i: int, j: int, theirs: Sequence[Unit], given: Mapping[str, str]
-) -> bool:
-    names = {n for g in theirs[j].groups for n in g.members.values()}
-    return any(given.get(n) in names for g in ours[i].groups for n in g.members.values())
+def _is_given(ours: Unit, theirs: Unit, given: Mapping[str, str]) -> bool:
+    names = {n for g in theirs.groups for n in g.members.values()}
+    return any(given.get(n) in names for g in ours.groups for n in g.members.values())
 
 
 def _as_given(
@@ -71,7 +73,7 @@ def _as_given(
     given: Mapping[str, str],
 ) -> list[tuple[int, int]]:
     """Without the pairs that what the user gave excludes."""
-    fixed = [k for k in fitting if _is_given(ours, *k, theirs, given)]
+    fixed = [k for k in fitting if _is_given(ours[k[0]], theirs[k[1]], given)]
     rows, columns = {i for i, _ in fixed}, {j for _, j in fixed}
     return fixed + [k for k in fitting if k[0] not in rows and k[1] not in columns]
 
@@ -91,12 +93,12 @@ class _Near:
         chosen: Mapping[tuple[int, int], float],
     ) -> None:
         self.sides = ours, theirs
-        self.votes: Counter[tuple[str, str]] = Counter()
+        self.votes: dict[tuple[str, str], float] = defaultdict(float)
         for (i, j), margin in chosen.items():
             for a in _around(ours[i]):
                 for b in _around(theirs[j]):
                     self.votes[a, b] += min(margin, 3.0)
-        self.most: Counter[str] = Counter()
+        self.most: dict[str, float] = defaultdict(float)
         for (a, b), n in self.votes.items():
             self.most[f"<{a}"] = max(self.most[f"<{a}"], n)
             self.most[f">{b}"] = max(self.most[f">{b}"], n)

@@ -41,7 +41,7 @@ def _numbered_attention(groups: Sequence[Group], made: list[Features]) -> list[F
     found = []
     by_number: dict[tuple[object, ...], set[tuple[int, ...]]] = defaultdict(set)
     stems = []
-    for g, f in zip(groups, made, strict=True):
+    for g in groups:
         at = next(
             (k for k, p in enumerate(g.parts) if "attn" in meanings(p)[0] and meanings(p)[2]), None
         )

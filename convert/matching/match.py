@@ -1,4 +1,4 @@
-"""Which tensor of anybody's PyTorch model is which of anybody's Flax model: `convert.match`."""
+"""Which tensor of anybody's PyTorch model is which of anybody's Flax model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from convert.matching.holding import Holding, hold
 from convert.matching.leftover import constants, eliminated, looked_up, surplus
 from convert.matching.matched import Evidence, Matched
 from convert.matching.orientation import Pair, choose, transposed_weights
+from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, aligned, ways
@@ -23,43 +24,30 @@ _SAMPLE = 12  # pairs whose values are looked at to see whether both sides hold 
 _SHOWN = 20
 
 
-def match(
+def match_tensors(
     torch_side: Any,
     flax_side: Any,
-    inputs: Any = None,
-    *,
-    flax_inputs: Any = None,
     pairs: Mapping[str, str] | None = None,
     rotary: str | None = None,
+    execution: Pairing | None = None,
+    order_first: bool = False,
 ) -> Matched:
-    """The layout of two models that should be one: which tensor is which, and by what ops.
+    """The layout of two sides, as `convert.match` has it, without running anything.
 
-    A side is a checkpoint of any container, or a module: a torch.nn.Module; an nnx.Module, a bound
-    linen.Module, (linen.Module, variables) or (function, params). Where both hold the same weights,
-    values decide, bit for bit; else names and shapes, and, of two modules with `inputs`, the order
-    of execution and the outputs. `pairs` settle what is open: torch's name -> Flax's, or "" for a
-    tensor that Flax does not have. `rotary` says how Flax's query and key lie where features are
-    rotated and nothing else tells: "same", or "pairs" for features (0, 1), (2, 3), ... where torch
-    rotates halves.
-
-    Raises ZooError where anything is open, listing it with its candidates: no layout is guessed.
+    `execution` is what a run of both modules told: it settles what names leave open, or, with
+    `order_first`, comes before names.
     """
     with ExitStack() as stack:
         ours, theirs = hold(torch_side, "torch", stack), hold(flax_side, "flax", stack)
         work = _Matching(ours, theirs, dict(pairs or {}), _checked_rotary(rotary))
-        if inputs is not None:
-            from convert.matching.by_execution import executed
-
-            work.take(executed(ours, theirs, inputs, flax_inputs))
+        if execution is not None and order_first:
+            work.take(executed(execution))
         work.names()
         work.values()
+        if execution is not None:
+            work.settle(execution)
         work.rest()
-        made = work.result()
-        if inputs is not None:
-            from convert.matching.by_execution import proved
-
-            made = proved(made, ours, theirs, inputs, flax_inputs)
-        return made
+        return work.result()
 
 
 class _Matching:
@@ -83,6 +71,21 @@ class _Matching:
     def take(self, found: list[tuple[list[Entry], Evidence]]) -> None:
         """Entries that are settled."""
         self.found += found
+
+    def settle(self, execution: Pairing) -> None:
+        """What is open or left, by the order of execution."""
+        done = self._done()
+        found = [
+            (made, evidence) for made, evidence in executed(execution)
+            if not any(t.name in done[0] for e in made for t in e.torch)
+            and not any(t.name in done[1] for e in made for t in e.flax)
+        ]  # fmt: skip
+        self.take(found)
+        taken = self._done()
+        self.open = [o for o in self.open if not _touches(o[0].ours, taken[0])]
+        for side, names in zip(self.left, taken, strict=True):
+            side[:] = [u for u in side if not _touches(u, names)]
+        self.tried.append(f"order of execution: {len(found)} tensors")
 
     def names(self) -> None:
         """Pairs of what is not settled, by names and shapes."""
@@ -213,10 +216,7 @@ class _Matching:
             self.found.append((made, evidence))
         done = self._done()
         for side, taken in zip(self.left, done, strict=True):
-            side[:] = [
-                u for u in side
-                if not any(n in taken for g in u.groups for n in g.members.values())
-            ]  # fmt: skip
+            side[:] = [u for u in side if not _touches(u, taken)]
 
     def rest(self) -> None:
         """Ties, known constants, and what is left alone on either side."""
@@ -275,6 +275,23 @@ class _Matching:
             "or give both sides the same weights, or modules with --inputs",
             lines,
         )
+
+
+def executed(execution: Pairing) -> list[tuple[list[Entry], Evidence]]:
+    """The entries of a pairing of layers, and why each is believed."""
+    why = {p.flax: p.why for p in execution.layers}
+    found = []
+    for entry in execution.layout().entries:
+        if entry.flax:
+            owner = entry.flax[0].name.rpartition(".")[0]
+            by = why.get(owner, "order")
+            names = tuple(t.name for t in entry.torch), tuple(t.name for t in entry.flax)
+            found.append(([entry], Evidence(*names, "order" if by == "name" else by, "layer")))
+    return found
+
+
+def _touches(unit: Unit, names: set[str]) -> bool:
+    return any(n in names for g in unit.groups for n in g.members.values())
 
 
 def _checked_rotary(rotary: str | None) -> str | None:

@@ -6,6 +6,7 @@ checkpoint tell; where there are none, only names that mean one thing everywhere
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -176,8 +177,7 @@ def _oddity(p: Pair, way: Way, axes: str) -> int:
     """What nobody does: kernels with rows and columns exchanged, heads that are split from inputs
     where they are of outputs, factors of one axis far apart."""
     if way.fit.merged:
-        order = [way.fit.axes.index(k) for k in range(max(way.fit.axes) + 1)]
-        return sum(a > b for a, b in zip(order, order[1:], strict=False)) and 0
+        return 0
     numbers = 0 if way.each else len(p.ours.sizes or ())
     all_axes = "n" * numbers + axes
     named = [all_axes[k] for k in way.fit.axes]
@@ -202,11 +202,9 @@ def _oddity(p: Pair, way: Way, axes: str) -> int:
                 cost += 6
     if "a" in axes:  # nothing is known of such axes: they stay in order
         plain = [k for k in way.fit.axes if all_axes[k] in "a"]
-        cost += 2 * sum(x > y for x, y in zip(plain, plain[1:], strict=False))
+        cost += 2 * sum(x > y for x, y in itertools.pairwise(plain))
     if "e" in named:
         cost += 2 * (named.index("e") > min(named.index(c) for c in "oi" if c in named))
-    if "p" in named and "proj" in p.theirs.features.classes:
-        pass
     return cost
 
 

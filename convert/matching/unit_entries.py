@@ -125,14 +125,14 @@ def _moved(way: Way, ours: Unit, theirs: Unit, source: Shape, target: Shape, sta
             else:
                 made.append(a - numbers + stacks)
         axes = tuple(made)
-    a, b = without_ones(source), without_ones(target)
+    whole, wanted = without_ones(source), without_ones(target)
     before = _squeezed(source)
     after = inverse(_squeezed(target), [target])
     inner = way.fit.inner
     if way.fit.merged:
-        middle = inverse(ops_of(axes, b, a, inner), [b])
+        middle = inverse(ops_of(axes, wanted, whole, inner), [wanted])
     else:
-        middle = ops_of(axes, a, b, None if inner is None else inner - skipped)
+        middle = ops_of(axes, whole, wanted, None if inner is None else inner - skipped)
     return (*before, *middle, *after)
 
 

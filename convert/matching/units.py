@@ -179,5 +179,5 @@ def _one(units: list[Unit], word: str) -> Unit | None:
         return None
     if len(set(shapes)) == 1:
         return Unit(groups, told)
-    differing = [k for k, n in enumerate(zip(*shapes, strict=True)) if len(set(n)) > 1]  # type: ignore[arg-type]
+    differing = [k for k, n in enumerate(zip(*shapes, strict=True)) if len(set(n)) > 1]
     return Unit(groups, told, differing[0]) if len(differing) == 1 else None

@@ -67,7 +67,7 @@ _PHRASES = {
     # norms
     "norm": "norm", "ln": "norm", "layer norm": "norm", "layernorm": "norm", "rms norm": "norm",
     "rmsnorm": "norm", "batch norm": "norm", "bn": "norm", "group norm": "norm", "gn": "norm",
-    "batchnorm": "norm", "nrm": "norm", "layrnorm": "norm", "input layernorm": "norm place:pre part:a",
+    "batchnorm": "norm", "nrm": "norm", "layrnorm": "norm",
     "q norm": "norm proj:q", "k norm": "norm proj:k", "query norm": "norm proj:q",
     "key norm": "norm proj:k",
     "pre": "place:pre", "input": "place:pre", "before": "place:pre", "in": "place:pre",
@@ -104,12 +104,53 @@ _PHRASES = {
 }  # fmt: skip
 # Words that every codebase has somewhere, and that tell nothing.
 _IDLE = frozenset(
-    ["model", "params", "layers", "layer", "block", "blocks", "h", "transformer", "module", "stacked",
-     "proj", "dense", "einsum", "linear", "batch", "stats", "stages", "stage", "lin", "the", "base",
-     "bert", "roberta", "gpt", "value_", "array", "nn", "param", "states", "state", "unit", "stack",
-     "scanned", "scan", "body", "encoderblock", "encodernorm", "root", "backbone", "general",
-     "features", "dot", "product", "multi"]
-)  # fmt: skip
+    [
+        "model",
+        "params",
+        "layers",
+        "layer",
+        "block",
+        "blocks",
+        "h",
+        "transformer",
+        "module",
+        "stacked",
+        "proj",
+        "dense",
+        "einsum",
+        "linear",
+        "batch",
+        "stats",
+        "stages",
+        "stage",
+        "lin",
+        "the",
+        "base",
+        "bert",
+        "roberta",
+        "gpt",
+        "value_",
+        "array",
+        "nn",
+        "param",
+        "states",
+        "state",
+        "unit",
+        "stack",
+        "scanned",
+        "scan",
+        "body",
+        "encoderblock",
+        "encodernorm",
+        "root",
+        "backbone",
+        "general",
+        "features",
+        "dot",
+        "product",
+        "multi",
+    ]
+)
 
 
 @dataclass(frozen=True)

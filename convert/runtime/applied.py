@@ -24,6 +24,11 @@ class Applied:
         """The function's output for these inputs."""
         return self.function(self.params, *args, **kwargs)
 
+    def with_values(self, values: dict[str, Any]) -> Applied:
+        """The function with other values at the dotted paths given."""
+        named, together = flattened(self.params)
+        return Applied(self.function, together({**named, **values}))
+
 
 def as_applied(given: Any) -> Applied | None:
     """(function, params), or (what has such an `.apply`, params); None for anything else.

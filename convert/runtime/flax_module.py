@@ -92,6 +92,29 @@ def flax_module(module: Any, precision: str | None = None, training: bool = Fals
     )
 
 
+def with_values(module: Any, values: Values) -> Any:
+    """A copy of a module that `as_flax` gave, with other values at the dotted paths given."""
+    import jax.numpy as jnp
+    from flax import linen, nnx
+
+    if isinstance(module, nnx.Module):
+        graph, state = nnx.split(nnx.clone(module))
+        flat = dict(nnx.to_flat_state(state))
+        for path, variable in flat.items():
+            if (name := _dotted(path)) in values:
+                flat[path] = variable.replace(jnp.asarray(values[name]))
+        return nnx.merge(graph, nnx.from_flat_state(flat))
+    if isinstance(module, linen.Module):
+        inner, variables = module.unbind()
+        held = {
+            path: jnp.asarray(values[name]) if (name := _dotted(path[1:])) in values else value
+            for path, value in _flatten(variables).items()
+        }
+        return inner.bind(_unflatten(held))
+    made: Applied = module.with_values(values)
+    return made
+
+
 class FlaxModule:
     """`values` are its arrays by dotted path (Linen's without the collection): parameters, running
     statistics and other state, but no generators. Calling it is a pure function of such values."""
