@@ -16,6 +16,7 @@ import click
 from convert.cli.conversion import flax2torch, torch2flax
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
+from convert.cli.match import match
 from convert.cli.models import models
 from convert.cli.pack import pack
 from convert.cli.verify import verify
@@ -29,7 +30,7 @@ def cli() -> None:
     """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
 
 
-for command in (torch2flax, flax2torch, verify, inspect, lint, models, pack):
+for command in (torch2flax, flax2torch, verify, match, inspect, lint, models, pack):
     cli.add_command(command)
 
 

@@ -40,6 +40,11 @@ def write_report(report: Report, path: Path) -> None:
         text = render(report)
     else:
         text = report.to_json() + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

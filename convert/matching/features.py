@@ -85,9 +85,12 @@ def _ranked(groups: Sequence[Group], made: list[Features]) -> list[Features]:
     by_block: dict[tuple[object, ...], list[int]] = defaultdict(list)
     by_number: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (g, f) in enumerate(zip(groups, made, strict=True)):
-        if "norm" in f.meanings and "proj" not in f.classes:
+        kind = (
+            "layerscale" if "layerscale" in f.meanings else "norm" if "norm" in f.meanings else ""
+        )
+        if kind and "proj" not in f.classes:
             around = g.block if "#" in g.name else _tower(f)
-            by_block[around, f.said.role, len(next(iter(g.shapes.values())))].append(i)
+            by_block[around, kind, f.said.role, len(next(iter(g.shapes.values())))].append(i)
         if f.said.numbers:
             stem = tuple("".join(c for c in p if not c.isdigit()) for p in g.parts)
             by_number[g.block, stem].append(i)

@@ -12,7 +12,7 @@ import numpy as np
 
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import as_flax, flax_module
-from convert.runtime.torch_module import computed, state
+from convert.runtime.torch_module import state
 from zoo import hub
 from zoo.checkpoint.peel import NOT_WEIGHTS, is_weight
 from zoo.containers import dtypes, open_checkpoint
@@ -35,7 +35,7 @@ class Holding:
     read: Callable[[str], np.ndarray]
     statistics: frozenset[str] = frozenset()
     ties: Mapping[str, str] = field(default_factory=dict)
-    made: frozenset[str] = frozenset()  # torch's buffers that its code makes and nobody saves
+    buffers: frozenset[str] = frozenset()  # of a torch module
     module: Any = None
     aside: tuple[str, ...] = ()
 
@@ -116,7 +116,7 @@ def _torch(module: Any) -> Holding:
         {n: _info(to_numpy(t)) for n, t in tensors.items()},
         lambda n: np.asarray(to_numpy(tensors[n]), order="C"),
         ties={n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
-        made=frozenset(computed(module)),
+        buffers=frozenset(n for n, _ in module.named_buffers(remove_duplicate=False)),
         module=module,
     )
 

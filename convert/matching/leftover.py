@@ -126,7 +126,7 @@ def constants(
         info = side.tensors[name]
         absent = name in given and not given[name]
         integer = not dtypes.is_float(info.dtype) and not info.dtype.startswith("C")
-        if absent or name in side.made or _BUFFERS.search(name) or integer:
+        if absent or name in side.buffers or _BUFFERS.search(name) or integer:
             fill = "arange" if name.endswith("position_ids") and info.shape else "zeros"
             found[name] = Constant(fill, info.dtype, True)  # type: ignore[arg-type]
             continue

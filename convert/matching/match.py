@@ -10,7 +10,7 @@ from convert.matching.by_names import Chosen, by_names
 from convert.matching.by_values import Values, pairs_by_print
 from convert.matching.holding import Holding, hold
 from convert.matching.leftover import constants, eliminated, looked_up, surplus
-from convert.matching.matched import Evidence, Matched
+from convert.matching.matched import Evidence, Matched, Open, OpenMatch
 from convert.matching.orientation import Pair, choose, transposed_weights
 from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
@@ -18,6 +18,7 @@ from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, aligned, ways
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Entry, constant, tie
+from zoo.layout.ops import describe
 
 MARGIN = 1.0  # by how much names must speak for a pair, where values say nothing
 _SAMPLE = 12  # pairs whose values are looked at to see whether both sides hold the same weights
@@ -147,8 +148,8 @@ class _Matching:
     def _by_values(self, pair: Pair, chosen: Chosen, way: Way | None, why: str) -> None:
         prints = self.read.print_of(0, pair.ours), self.read.print_of(1, pair.theirs)
         if prints[0] == prints[1]:
-            if prints[0].plain:
-                self._by_names(pair, chosen, way, why)
+            if prints[0].plain:  # one value throughout, which tells nothing
+                self._by_names(pair, chosen, way, why, "values")
                 return
             made = self.read.fitting(pair.ours, pair.theirs, [way] if way else [])
             if made is not None:
@@ -157,7 +158,9 @@ class _Matching:
         self.left[0].append(pair.ours)
         self.left[1].append(pair.theirs)
 
-    def _by_names(self, pair: Pair, chosen: Chosen, way: Way | None, why: str) -> None:
+    def _by_names(
+        self, pair: Pair, chosen: Chosen, way: Way | None, why: str, checked: str = ""
+    ) -> None:
         if way is None:
             self.open.append((pair, chosen, "shapes allow several orders of axes"))
         elif chosen.margin < MARGIN and not self._is_given(chosen):
@@ -169,7 +172,7 @@ class _Matching:
             if self.rotary == "pairs" and self._turned(pair):
                 made = in_pairs(made, pair)
             by = "given" if self._is_given(chosen) else "names"
-            self._settle(pair, self._kinds(made, pair), by, why, chosen, "")
+            self._settle(pair, self._kinds(made, pair), by, why, chosen, checked)
 
     def _turned(self, pair: Pair) -> bool:
         """Whether features of a query or key may be rotated, and Flax may keep them otherwise: a
@@ -206,6 +209,7 @@ class _Matching:
                     () if chosen is None else chosen.rivals,
                     len(made),
                     checked,
+                    describe(made[0].ops),
                 ),
             )
         )
@@ -268,12 +272,26 @@ class _Matching:
         lone = [n for n in free if n not in taken]
         lines += _listed("only in PyTorch", alone, self.sides[0])
         lines += _listed("only in Flax", lone, self.sides[1])
-        count = len(self.open) + len(alone) + len(lone)
-        return ZooError(
-            f"{self.sides[0].title} and {self.sides[1].title}: {count} open",
+        unsettled = [
+            Open(
+                tuple(g.name for g in p.ours.groups),
+                tuple(g.name for g in p.theirs.groups),
+                why,
+                c.rivals,
+                round(min(c.margin, 99.0), 2),
+            )
+            for p, c, why in self.open
+        ]
+        unsettled += [Open((n,), (), "only in PyTorch") for n in alone]
+        unsettled += [Open((), (n,), "only in Flax") for n in lone]
+        return OpenMatch(
+            f"{self.sides[0].title} and {self.sides[1].title}: {len(unsettled)} open",
             "settle them with --pair TORCH=FLAX (--pair TORCH= for what Flax does not have), "
             "or give both sides the same weights, or modules with --inputs",
             lines,
+            [e for _, e in self.found],
+            unsettled,
+            self.tried,
         )
 
 
@@ -286,7 +304,10 @@ def executed(execution: Pairing) -> list[tuple[list[Entry], Evidence]]:
             owner = entry.flax[0].name.rpartition(".")[0]
             by = why.get(owner, "order")
             names = tuple(t.name for t in entry.torch), tuple(t.name for t in entry.flax)
-            found.append(([entry], Evidence(*names, "order" if by == "name" else by, "layer")))
+            evidence = Evidence(
+                *names, "order" if by == "name" else by, "layer", ops=describe(entry.ops)
+            )
+            found.append(([entry], evidence))
     return found
 
 

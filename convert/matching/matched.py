@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from zoo.containers.errors import ZooError
 from zoo.layout import Entry, Layout
 
 FORMAT = 1
@@ -33,6 +34,46 @@ class Evidence:
     rivals: tuple[str, ...] = ()
     entries: int = 1
     checked: str = ""
+    ops: str = ""  # of the first entry: "permute(1,0)"
+
+
+@dataclass(frozen=True)
+class Open:
+    """What is not settled: names of one side or of both, Flax's candidates, and why."""
+
+    torch: tuple[str, ...]
+    flax: tuple[str, ...]
+    why: str
+    rivals: tuple[str, ...] = ()
+    margin: float | None = None
+
+
+class OpenMatch(ZooError):
+    """A match that leaves something open. `found` is the evidence for what it does not, `open` the
+    rest, `tried` what was tried, in order."""
+
+    def __init__(
+        self,
+        problem: str,
+        advice: str,
+        details: Sequence[str],
+        found: Sequence[Evidence],
+        open: Sequence[Open],
+        tried: Sequence[str],
+    ) -> None:
+        super().__init__(problem, advice, details)
+        self.found = tuple(found)
+        self.open = tuple(open)
+        self.tried = tuple(tried)
+
+    def document(self) -> dict[str, Any]:
+        """What was found and what is open, as JSON data."""
+        return {
+            "format": FORMAT,
+            "evidence": [asdict(e) for e in self.found],
+            "open": [asdict(o) for o in self.open],
+            "tried": list(self.tried),
+        }
 
 
 class Matched(Layout):

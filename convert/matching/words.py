@@ -97,6 +97,7 @@ _PHRASES = {
     "transform": "transform", "downsample": "downsample", "downsampling": "downsample",
     "down sample": "downsample", "shortcut": "downsample",
     "projection": "projection", "layer scale": "layerscale", "layerscale": "layerscale",
+    "ls": "layerscale", "gamma": "layerscale",
     "relative attention": "relative", "rel": "relative", "relpos": "relative",
     "relative": "relative", "dwconv": "depthwise", "depthwise": "depthwise",
     "depthwise conv": "depthwise", "dw": "depthwise", "conv dw": "depthwise",
@@ -198,7 +199,7 @@ def role(leaf: str) -> tuple[str, str]:
     if leaf in _ROLES:
         return _ROLES[leaf], ""
     stem, _, last = leaf.rpartition("_")
-    if stem and last in ("weight", "kernel", "bias", "scale", "embedding"):
+    if stem and last in ("weight", "kernel", "bias", "scale", "embedding", "gamma", "beta"):
         return _ROLES[last], stem
     return "main", leaf
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -35,7 +37,37 @@ def render_cell(report: Report) -> str:
     return _made("cell.html", report, _part("cell.css"), worst=worst, differing=len(bad))
 
 
+def render_match(title: str, data: Mapping[str, Any]) -> str:
+    """The page of a match, of the document of a `Matched` or an `OpenMatch`: what was paired, by
+    what, what is open; without a script. Needs the `report` extra."""
+    by: Counter[str] = Counter()
+    for e in data["evidence"]:
+        by[e["by"]] += e["entries"]
+    template = _environment().get_template("match.html")
+    held = {"open": (), "notices": (), **data}
+    made: str = template.render(
+        title=title, data=held, paired=by.total(), by=by.most_common(), style=_part("style.css")
+    )
+    return made
+
+
 def _made(template: str, report: Report, style: str, **values: Any) -> str:
+    sections = page.sections(report)
+    made: str = (
+        _environment()
+        .get_template(template)
+        .render(
+            report=report,
+            sections=sections,
+            reason=page.reason(report, sections),
+            style=style,
+            **values,
+        )
+    )
+    return made
+
+
+def _environment() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(
@@ -51,14 +83,7 @@ def _made(template: str, report: Report, style: str, **values: Any) -> str:
     made.filters |= {f.__name__: f for f in filters}
     made.globals |= {"plots": plots, "STATISTICS": page.STATISTICS}
     made.globals |= {"EXACT": EXACT, "MARGIN": MARGIN}
-    sections = page.sections(report)
-    return made.get_template(template).render(
-        report=report,
-        sections=sections,
-        reason=page.reason(report, sections),
-        style=style,
-        **values,
-    )
+    return made
 
 
 def _part(name: str) -> str:
