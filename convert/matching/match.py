@@ -255,7 +255,7 @@ class _Matching:
             raise self._error(left, free, pending)
         order = {n: k for k, n in enumerate(ours.tensors)}
         every = sorted([*entries_.values(), *extra], key=lambda e: order[e.torch[0].name])
-        evidence = [e for _, e in self.found]
+        evidence = [e for _, e in sorted(self.found, key=lambda f: order[f[0][0].torch[0].name])]
         if any(not e.checked for e in evidence):
             notices.append(
                 "not checked: no values and no outputs were compared, only names and shapes"

@@ -44,7 +44,7 @@ def main() -> None:
     for layers, experts in ((10, 30), (50, 130)):
         torch, flax = sides(layers, experts)
         started = time.perf_counter()
-        chosen, *left = by_names(torch, flax, {})
+        chosen, *_ = by_names(torch, flax, {})
         pairs = [Pair(a, b, ways(a, b)) for c in chosen for a, b in aligned(c.ours, c.theirs)]
         made = [
             entry
