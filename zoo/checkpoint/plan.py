@@ -107,8 +107,8 @@ class Plan:
             raise UsageError(
                 "the checkpoint came with a layout and is of no family in the zoo: there is no "
                 "definition of its model",
-                "convert it to your framework, and load its tensors into your own definition; "
-                "only bits can be compared",
+                "load it into your own definition: convert.load(path, framework, definition); of "
+                "checkpoints only bits can be compared, of two loaded modules all",
             )
         return self.model
 

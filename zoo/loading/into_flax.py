@@ -26,7 +26,7 @@ def build(
 
     Raises UsageError where JAX would change a dtype behind the caller's back.
     """
-    arrays = {name: _place(name, array) for name, array in values}
+    arrays = {name: place(name, array) for name, array in values}
     floats = {a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
     param_dtype = jnp.result_type(*floats) if floats else jnp.float32
     compute = None if dtype is None else jnp.dtype(dtype)
@@ -51,7 +51,8 @@ def build(
     return filled
 
 
-def _place(name: str, array: np.ndarray) -> jax.Array:
+def place(name: str, array: np.ndarray) -> jax.Array:
+    """The array as JAX's; UsageError where JAX would change its dtype."""
     wide = array.dtype.itemsize == 8 and array.dtype.kind != "c"
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError(

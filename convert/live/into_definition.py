@@ -1,0 +1,168 @@
+"""`convert.load`: a checkpoint into a definition of one's own, live, in either framework."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from convert.live.module_reader import framework_of
+from convert.runtime.nnx_names import variables_of
+from convert.runtime.torch_layout import derive_layout, saved_tensors, ties_of
+from convert.runtime.torch_module import unwrapped
+from convert.runtime.user_code import made
+from zoo import hub
+from zoo.checkpoint.identification import Problems
+from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.plan import Plan, make_plan, refuse_broken_ties
+from zoo.checkpoint.request import UNSTATED, Request, as_layout
+from zoo.containers import open_checkpoint
+from zoo.containers.base import Reader
+from zoo.containers.errors import UsageError, ZooError
+from zoo.layout import Layout, Shape, Tree
+from zoo.loading import FRAMEWORKS, LoadNotice, read_tree
+
+
+def load(
+    path: str | os.PathLike[str],
+    framework: str,
+    definition: Any,
+    inputs: Any = None,
+    *,
+    layout: Any = None,
+    seed: int = 0,
+) -> Any:
+    """The checkpoint at `path`, of any container and either framework, in a module of your own.
+
+    `definition` is a torch.nn.Module or nnx.Module, which is filled and returned; or a class or
+    function that gives one without arguments (in Flax with `rngs=nnx.Rngs(seed)` where it asks for
+    them). It is in eval mode afterwards, and holds every tensor in the dtype that is stored.
+
+    What the tensors are is said by `layout` (as in `convert.convert`), else by the layout that came
+    with the checkpoint, else, for torch, by `convert.layout_of(definition)`. What a user should
+    know is a `zoo.loading.LoadNotice`. Raises ZooError with everything that does not fit, before
+    anything is filled.
+    """
+    if framework not in FRAMEWORKS:
+        raise UsageError(f"there is no framework {framework!r}", "it is 'torch' or 'flax'")
+    name = getattr(definition, "__qualname__", type(definition).__name__)
+    module = made(definition, name, seed)
+    if framework_of(module) != framework:
+        raise UsageError(
+            f"{name} is a module of {framework_of(module)}, and {framework} was asked for",
+            "give the definition of that framework",
+        )
+    given = None if layout is None else as_layout(layout)
+    with open_checkpoint(hub.locate(path), prefer=framework) as reader:
+        plan = _planned(reader, module, framework, given)
+        fill = _fill_torch if framework == "torch" else _fill_flax
+        notices = [*plan.told, *plan.left.unused()]
+        refuse_broken_ties(reader, plan)
+        notices += fill(module, plan, reader)
+    for notice in notices:
+        warnings.warn(notice, LoadNotice, stacklevel=2)
+    module.eval()
+    return module
+
+
+def _planned(reader: Reader, module: Any, framework: str, given: Layout | None) -> Plan:
+    tree: Tree = "torch" if framework == "torch" else "nnx"
+    label = read_label(reader)
+    if given is not None:
+        return make_plan(reader, label, tree, request=Request(layout=given))
+    try:
+        return make_plan(reader, label, tree, request=UNSTATED)
+    except ZooError:
+        if label.layout is not None or label.problem is not None:
+            raise
+        if framework == "flax":
+            raise UsageError(
+                f"nothing says which tensor of {reader.path} is which of the definition",
+                "give layout=..., such as convert.layout_of(torch_module), or load what was "
+                "converted with a layout",
+            ) from None
+    return make_plan(reader, Label(), tree, request=Request(layout=derive_layout(module)[0]))
+
+
+def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
+    from zoo.loading import into_torch
+
+    module = unwrapped(module)
+    state = saved_tensors(module)
+    same = ties_of(state)
+    targets = {n: i.shape for n, i in plan.target_tensors().items()}
+    made_here = {m.name for m in plan.made}
+    targets = {n: s for n, s in targets.items() if n in state or n not in made_here}
+    repeats = {n: to for n, to in plan.ties.items() if n in state and n not in same}
+    held = {n: tuple(t.shape) for n, t in state.items() if n not in same or n in targets}
+    _check(reader, module, targets | {n: targets[to] for n, to in repeats.items()}, held)
+    values = _repeated(read_tree(plan, reader), repeats)
+    if any(t.is_meta for t in state.values()):
+        _check_computed(module)
+        into_torch.fill(module, derive_layout(module)[0], values)
+        return []
+    for name, array in values:
+        if name in state:
+            tensor = into_torch.tensor(array).clone()
+            state[name].data = tensor.to(state[name].device)
+    return []
+
+
+def _repeated(
+    values: Iterator[tuple[str, Any]], repeats: Mapping[str, str]
+) -> Iterator[tuple[str, Any]]:
+    """The values, and again under the second names that the module does not tie itself."""
+    for name, array in values:
+        yield name, array
+        yield from ((n, array) for n, to in repeats.items() if to == name)
+
+
+def _check_computed(module: Any) -> None:
+    """UsageError for tensors on "meta" that no checkpoint holds: the module's code makes them."""
+    saved = module.state_dict(keep_vars=True)
+    if lost := [n for n, t in module.named_buffers() if t.is_meta and n not in saved]:
+        raise UsageError(
+            f"{lost[0]} is computed by the module's own code, and has no values on 'meta'",
+            "give the class, or a module that was not made on 'meta'",
+        )
+
+
+def _fill_flax(module: Any, plan: Plan, reader: Reader) -> list[str]:
+    from zoo.loading.into_flax import place
+
+    weights, others = variables_of(module)
+    targets = {n: i.shape for n, i in plan.target_tensors().items()}
+    buffers = (
+        {t.name for e in plan.layout.entries if e.collection == "buffers" for t in e.flax}
+        - weights.keys()
+        - others.keys()
+    )
+    every = weights | {n: v for n, v in others.items() if n in targets}
+    held: dict[str, Shape] = {n: tuple(v.get_value().shape) for n, v in every.items()}
+    _check(reader, module, {n: s for n, s in targets.items() if n not in buffers}, held)
+    for name, array in read_tree(plan, reader):
+        if name in every:
+            every[name].set_value(place(name, array))
+    if not buffers:
+        return []
+    return [f"buffers that the Flax definition does not have: {', '.join(sorted(buffers))}"]
+
+
+def _check(
+    reader: Reader, module: Any, given: Mapping[str, Shape], held: Mapping[str, Shape]
+) -> None:
+    """UsageError, listing everything, unless the checkpoint holds what the definition does."""
+    problems = Problems(
+        missing={n: s for n, s in held.items() if n not in given},
+        surplus=[n for n in given if n not in held],
+        misshaped={n: (s, held[n]) for n, s in given.items() if n in held and s != held[n]},
+    )
+    if problems:
+        count = len(problems)
+        raise UsageError(
+            f"{reader.path} is not of {type(module).__name__}: {count} "
+            f"{'tensor differs' if count == 1 else 'tensors differ'}",
+            "give a definition with these names, or layout=... that says which is which",
+            problems.lines(),
+        )
