@@ -77,9 +77,9 @@ def save(
         check_replaceable(target.path, force)
         request, label, notices = _meant(module, reader, layout, config)
         plan = _planned(reader, request, label, framework)
-        for notice in notices:
-            warnings.warn(notice, LoadNotice, stacklevel=2)
         plan = dataclasses.replace(plan, told=(*notices, *plan.told))
+        for notice in plan.told:
+            warnings.warn(notice, LoadNotice, stacklevel=2)
         training = TrainingState(
             _states(optimizer, module, plan.layout, step, learning_rate), data=_data(step, data)
         )

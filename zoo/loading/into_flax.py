@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from zoo.containers.errors import UsageError
-from zoo.model import Config, Model
+from zoo.model import Config, Model, with_config
 
 
 def build(
@@ -31,8 +31,11 @@ def build(
     param_dtype = jnp.result_type(*floats) if floats else jnp.float32
     compute = None if dtype is None else jnp.dtype(dtype)
     module = nnx.eval_shape(
-        lambda: model.definition("flax")(
-            config, dtype=compute, param_dtype=param_dtype, rngs=nnx.Rngs(seed)
+        lambda: with_config(
+            model.definition("flax")(
+                config, dtype=compute, param_dtype=param_dtype, rngs=nnx.Rngs(seed)
+            ),
+            config,
         )
     )
     graph, abstract = nnx.split(module)

@@ -11,7 +11,7 @@ from zoo.checkpoint.plan import constant_value
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo
 from zoo.layout import Layout
-from zoo.model import Config, Model
+from zoo.model import Config, Model, with_config
 
 
 def build(
@@ -24,8 +24,8 @@ def build(
     """
     compute = None if dtype is None else getattr(torch, dtype)
     with torch.device("meta"):
-        module: torch.nn.Module = model.definition("torch")(config, dtype=compute)
-    return fill(module, model.layout_of(config), values).eval()
+        made: torch.nn.Module = model.definition("torch")(config, dtype=compute)
+    return fill(with_config(made, config), model.layout_of(config), values).eval()
 
 
 def fill(
