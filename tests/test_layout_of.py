@@ -22,6 +22,7 @@ import convert
 import zoo
 from convert.cli.main import cli
 from convert.runtime.torch_layout import derive_layout
+from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.request import as_layout
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
@@ -42,6 +43,7 @@ from zoo.layout import (
     tie,
 )
 from zoo.layout.ops import Flip, Permute
+from zoo.models.bert import MODEL as BERT
 
 NETS = Path(nets.__file__)
 
@@ -234,6 +236,17 @@ def test_flax_s_own_layers_compute_the_same_with_what_it_gives(tmp_path: Path) -
         expected = module(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(flax(jnp.asarray(x)), expected, atol=1e-5)
     assert np.abs(expected).max() > 0.1
+
+
+def test_a_config_of_another_model_in_the_directory_is_left_alone(saved: Path) -> None:
+    label = Label(BERT, BERT.tiny["encoder"])
+    saved.with_name("config.json").write_text(label.to_config_json())
+    convert.convert(saved, layout=convert.layout_of(nets.TorchNet()))
+    with open_checkpoint(saved.with_name("last.flax")) as reader:
+        assert not read_label(reader).hf
+    assert convert.verify(saved, saved.with_name("last.flax")).verdict == "same"
+    with pytest.raises(ZooError, match="not those of bert"):
+        convert.verify(saved, saved)
 
 
 # --- A layout from a file ---

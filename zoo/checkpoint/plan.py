@@ -231,6 +231,8 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             config=c.config,
             unknown=c.unknown,
             layout=None if c.model else c.layout,
+            # The config.json of a family, beside what is said to be of none, is of something else.
+            hf=label.hf if c.model or label.model is None else {},
             carried={} if target == "torch" else label.carried,
             ties=tuple(sorted(spelled)),
             notices=(),
