@@ -375,7 +375,6 @@ def test_options_that_contradict(saved: Path, run: Callable[..., Result], tmp_pa
     target = f"{NETS}:TorchNet"
     there = "torch2flax", saved
     assert "would say too" in refused(*there, "--torch", target, "--layout", "layout.json")[0]
-    assert "add --torch" in refused(*there, "--flax", target)[1]
     assert "give the layout, or the other two" in refused(
         *there, "--torch", target, "--model", "bert"
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,17 +17,20 @@ import numpy as np
 import optax
 import pytest
 import torch
+from click.testing import CliRunner
 from flax import linen, nnx
 from support import bits, canonical
 from torch import nn
 
 import convert
 import zoo
+from convert.cli.main import cli
 from convert.engine import execute
 from convert.training_state import storage
 from zoo.checkpoint.label import read_label
 from zoo.containers import open_checkpoint
 from zoo.containers.errors import CorruptInput, NotEquivalent, UsageError, ZooError
+from zoo.layout import Layout, Tensor, linear, norm
 from zoo.loading import build
 from zoo.models.bert import MODEL
 
@@ -354,12 +360,84 @@ def test_a_checkpoint_that_nothing_is_known_of(tmp_path: Path) -> None:
     torch.save({"model": Net().state_dict()}, tmp_path / "n.pt")
     with pytest.warns(zoo.LoadNotice, match="taken off"):
         convert.load(tmp_path / "n.pt", "torch", Net)
-    with pytest.raises(UsageError, match="nothing says which tensor") as e:
-        convert.load(tmp_path / "n.pt", "flax", FlaxNet)
-    assert "convert.layout_of" in e.value.advice
     with pytest.warns(zoo.LoadNotice, match="taken off"):
         net = convert.load(tmp_path / "n.pt", "flax", FlaxNet, layout=convert.layout_of(Net()))
     assert net.up.kernel.shape == (3, 8)
+
+
+class Found(Layout):
+    notices = ("by names alone",)
+
+
+def test_match_is_asked_where_nothing_says_what_the_tensors_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it answers has the module's own names, nnx.Sequential's `layers` among them."""
+    asked: list[Any] = []
+    found = Found(
+        [
+            *linear("up", 3, 8),
+            *(
+                replace(e, flax=tuple(Tensor(f"body.layers.{t.name}", t.shape) for t in e.flax))
+                for e in [*norm("0", 8), *linear("2", 8, 2)]
+            ),
+        ]
+    )
+    found = Found(
+        replace(e, torch=tuple(Tensor(f"body.{t.name}", t.shape) for t in e.torch))
+        if e.torch[0].name[0] in "02"
+        else e
+        for e in found.entries
+    )
+
+    def match_tensors(*sides: Any) -> Layout:
+        asked.extend(sides)
+        return found
+
+    stub = SimpleNamespace(match_tensors=match_tensors)
+    monkeypatch.setitem(sys.modules, "convert.matching.match", stub)
+    net, path = Net(), tmp_path / "n.pt"
+    torch.save(net.state_dict(), path)
+    with pytest.warns(zoo.LoadNotice, match="by names alone"):
+        flax = convert.load(path, "flax", FlaxNet)
+    assert asked[0] == path
+    assert isinstance(asked[1], FlaxNet)
+    weight = net.body[2].weight.detach().numpy()
+    np.testing.assert_array_equal(flax.body.layers[2].kernel[...], weight.T)
+    tx = nnx.Optimizer(flax, optax.adam(1e-3), wrt=nnx.Param)
+    flax_steps(flax, tx, 1)
+    convert.save(flax, tmp_path / "t.msgpack", layout=found, optimizer=tx)
+    assert "body.layers.0.scale" in held(tmp_path / "t.msgpack")
+    convert.load_optimizer(
+        tmp_path / "t.msgpack", nnx.Optimizer(flax, optax.adam(1), wrt=nnx.Param), flax
+    )
+    back = convert.load(tmp_path / "t.msgpack", "torch", Net)
+    assert not torch.equal(back.body[2].weight, net.body[2].weight)
+    own = tmp_path / "own.py"
+    own.write_text("from test_save import FlaxNet, Net\n")
+    asked.clear()
+    for options in (
+        ("--flax", f"{own}:FlaxNet"),
+        ("--torch", f"{own}:Net", "--flax", f"{own}:FlaxNet"),
+    ):
+        there = tmp_path / f"{len(options)}.flax"
+        assert (
+            CliRunner().invoke(cli, ["torch2flax", str(path), str(there), *options]).exit_code == 0
+        )
+    assert asked[0] == str(path)
+    assert isinstance(asked[2], Net)
+    assert not asked[2].up.weight.is_meta
+
+
+def test_lazy_layers_have_their_sizes_from_inputs(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls lazy layers experimental
+        lazy = nn.LazyLinear(4)
+    given = nn.Linear(3, 4)
+    convert.save(given, tmp_path / "l.pt")
+    with pytest.raises(UsageError, match="no shape yet"):
+        convert.load(tmp_path / "l.pt", "torch", lazy)
+    assert torch.equal(convert.load(tmp_path / "l.pt", "torch", lazy, X).weight, given.weight)
 
 
 def test_what_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _convert(
         raise click.UsageError("--no-verify and --level contradict each other")
     if level != "bits" and options["dtype"] is not None:
         raise click.UsageError(f"--level {level} compares with the source, which --dtype changes")
-    options["layout"] = stated_layout(layout, torch, flax, quiet)
+    options["layout"] = stated_layout(ckpt, layout, torch, flax, quiet)
     if dry_run:
         prepared = plan(ckpt, dst, framework=framework, force=force, level=level, **options)
         notices(prepared.notices, quiet)

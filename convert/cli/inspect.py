@@ -41,7 +41,7 @@ def inspect(
     """
     from convert.inspection import inspect as look
 
-    found = look(ckpt, layout=stated_layout(layout, torch, flax, quiet))
+    found = look(ckpt, layout=stated_layout(ckpt, layout, torch, flax, quiet))
     if as_json:
         output.json(found.to_dict())
     elif not quiet:

@@ -16,7 +16,7 @@ def layout_options(f: Callable[..., Any]) -> Callable[..., Any]:
     f = click.option(
         "--flax",
         metavar="MODULE:NAME",
-        help="With --torch, the Flax definition that the tensors are for: as --torch.",
+        help="The Flax module that the tensors are for, where it calls them otherwise: as --torch.",
     )(f)
     f = click.option(
         "--torch",
@@ -32,34 +32,44 @@ def layout_options(f: Callable[..., Any]) -> Callable[..., Any]:
     )(f)
 
 
-def stated_layout(layout: str | None, torch: str | None, flax: str | None, quiet: bool) -> Any:
-    """What these options say: a Layout, the path of one, or None."""
+def stated_layout(
+    ckpt: str, layout: str | None, torch: str | None, flax: str | None, quiet: bool
+) -> Any:
+    """What these options say of the checkpoint: a Layout, the path of one, or None. `ckpt` is the
+    torch side where only Flax's definition is given."""
+    if torch is None and flax is None:
+        return layout
+    from convert.live.matched_layout import matched_layout
     from convert.runtime.torch_layout import derive_layout
     from convert.runtime.user_code import load
     from zoo.containers.errors import MissingExtra, UsageError
 
-    if torch is None and flax is None:
-        return layout
     if layout is not None:
         raise UsageError(
             "--layout says what --torch and --flax would say too", "give the one or the others"
         )
-    if torch is None:
-        raise UsageError("--flax alone does not say what the tensors are in PyTorch", "add --torch")
-    said: set[str] = set()
+    said: list[str] = []
 
     def say(text: str) -> None:
         notices([text] if text not in said else [], quiet=False)
-        said.add(text)
+        said.append(text)
 
-    # What the user's code prints is not our result.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            module = load(torch, 0, say, only_shapes=True)
-            made, told = derive_layout(module)
-        except ModuleNotFoundError as e:
-            if e.name == "torch":
-                raise MissingExtra("--torch", "torch") from None
-            raise
+    def module(target: str) -> Any:
+        return load(target, 0, say, only_shapes=flax is None)
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not ours
+            if flax is not None:
+                side = ckpt if torch is None else module(torch)
+                made, told = matched_layout(side, module(flax))
+            else:
+                assert torch is not None
+                made, told = derive_layout(module(torch))
+    except ModuleNotFoundError as e:
+        if e.name in ("torch", "flax", "jax"):
+            raise MissingExtra(
+                "importing a module", "torch" if e.name == "torch" else "flax"
+            ) from e
+        raise
     notices(told, quiet)
     return made

@@ -52,7 +52,7 @@ def lint(
     """
     from convert.linting.run import lint as run
 
-    found = run(ckpt, other, layout=stated_layout(layout, torch, flax, quiet), **of)
+    found = run(ckpt, other, layout=stated_layout(ckpt, layout, torch, flax, quiet), **of)
     notices(found.notices, quiet)
     if as_json:
         output.json(found.to_dict())

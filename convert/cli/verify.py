@@ -162,7 +162,7 @@ def _compare(
     if not any(targets):
         if flax_inputs or pairs:
             raise UsageError("--flax-inputs and --pair are for modules", "leave them out")
-        options["layout"] = stated_layout(layout, torch, flax, quiet)
+        options["layout"] = stated_layout(a, layout, torch, flax, quiet)
         return run(a, b, progress=bar, **options)
     if torch or flax:
         raise UsageError(

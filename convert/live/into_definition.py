@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convert.live.matched_layout import matched_layout
 from convert.live.module_reader import framework_of
+from convert.runtime.inputs import as_call
 from convert.runtime.nnx_names import variables_of
+from convert.runtime.torch_calls import record
 from convert.runtime.torch_layout import derive_layout, saved_tensors, ties_of
 from convert.runtime.torch_module import unwrapped
 from convert.runtime.user_code import made
@@ -40,9 +44,11 @@ def load(
     them). It is in eval mode afterwards, and holds every tensor in the dtype that is stored.
 
     What the tensors are is said by `layout` (as in `convert.convert`), else by the layout that came
-    with the checkpoint, else, for torch, by `convert.layout_of(definition)`. What a user should
-    know is a `zoo.loading.LoadNotice`. Raises ZooError with everything that does not fit, before
-    anything is filled.
+    with the checkpoint, else, for torch, by `convert.layout_of(definition)`, and for Flax by
+    `convert.match(path, definition)`. `inputs`, as `verify` takes them, are for torch's lazy
+    layers, which have their sizes from one run. What a user should know is a
+    `zoo.loading.LoadNotice`. Raises ZooError with everything that does not fit, before anything is
+    filled.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(f"there is no framework {framework!r}", "it is 'torch' or 'flax'")
@@ -53,6 +59,8 @@ def load(
             f"{name} is a module of {framework_of(module)}, and {framework} was asked for",
             "give the definition of that framework",
         )
+    if inputs is not None and framework == "torch":
+        record(module.eval(), as_call(inputs), "float32")
     given = None if layout is None else as_layout(layout)
     with open_checkpoint(hub.locate(path), prefer=framework) as reader:
         plan = _planned(reader, module, framework, given)
@@ -76,13 +84,12 @@ def _planned(reader: Reader, module: Any, framework: str, given: Layout | None) 
     except ZooError:
         if label.layout is not None or label.problem is not None:
             raise
-        if framework == "flax":
-            raise UsageError(
-                f"nothing says which tensor of {reader.path} is which of the definition",
-                "give layout=..., such as convert.layout_of(torch_module), or load what was "
-                "converted with a layout",
-            ) from None
-    return make_plan(reader, Label(), tree, request=Request(layout=derive_layout(module)[0]))
+    if framework == "torch":
+        found, notices = derive_layout(module)[0], []
+    else:
+        found, notices = matched_layout(reader.path, module)
+    plan = make_plan(reader, Label(), tree, request=Request(layout=found))
+    return dataclasses.replace(plan, told=(*plan.told, *notices))
 
 
 def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
@@ -131,8 +138,8 @@ def _check_computed(module: Any) -> None:
 def _fill_flax(module: Any, plan: Plan, reader: Reader) -> list[str]:
     from zoo.loading.into_flax import place
 
-    weights, others = variables_of(module)
     targets = {n: i.shape for n, i in plan.target_tensors().items()}
+    weights, others = variables_of(module, targets)
     buffers = (
         {t.name for e in plan.layout.entries if e.collection == "buffers" for t in e.flax}
         - weights.keys()

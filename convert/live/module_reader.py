@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from convert.runtime.nnx_names import variables_of
+from convert.runtime.nnx_names import flax_names, variables_of
 from convert.runtime.torch_layout import saved_tensors, ties_of
 from convert.runtime.torch_module import unwrapped
 from convert.tensors import bits_of
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError
+from zoo.layout import Layout
 
 Framework = Literal["torch", "flax"]
 
@@ -38,26 +38,27 @@ def framework_of(module: Any) -> Framework:
 
 
 class ModuleReader(Reader):
-    """The tensors that a torch module saves (its `state_dict`), or an NNX module's parameters,
-    statistics and other variables; of the latter's random streams none.
+    """The tensors that a torch module saves (its `state_dict`), or an NNX module's parameters and
+    running statistics, and of its other variables those that `layout` has.
 
     `path` is the name of its class. Tensors are copied when they are read.
     """
 
     container = "module"
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, layout: Layout | None = None) -> None:
         super().__init__(Path(type(unwrapped(module)).__name__))
+        known = set() if layout is None else flax_names(layout)
         self.framework = framework_of(module)
-        self._besides: set[str] = set()
         if self.framework == "torch":
             self._values = saved_tensors(unwrapped(module))
             self.ties = ties_of(self._values)
         else:
-            weights, others = variables_of(module)
-            found = {n: v.get_value() for n, v in (weights | others).items()}
-            self._values = {n: x for n, x in found.items() if n in weights or _is_carried(x)}
-            self._besides = others.keys() & self._values.keys()
+            weights, others = variables_of(module, known)
+            kept = weights | {n: v for n, v in others.items() if n in known}
+            self._values = {n: v.get_value() for n, v in kept.items()}
+            if gone := sorted(others.keys() - kept.keys()):
+                self.notices.append(f"no weights, not saved: {', '.join(gone)}")
         if empty := [n for n, x in self._values.items() if not _has_values(x)]:
             raise UsageError(
                 f"{self.path} holds no values: {empty[0]} is only a shape",
@@ -65,13 +66,6 @@ class ModuleReader(Reader):
                 "of nnx.eval_shape",
             )
         self.tensors = {n: _info(n, x) for n, x in self._values.items()}
-
-    def leave_out_but(self, names: Collection[str]) -> None:
-        """Leave out what is neither among these names nor a weight: caches, what was sown."""
-        for name in self._besides - set(names):
-            del self.tensors[name], self._values[name]
-        if gone := sorted(self._besides - set(names)):
-            self.notices.append(f"no weights, not saved: {', '.join(gone[:8])}")
 
     def read(self, name: str) -> np.ndarray:
         """A copy of the tensor."""
@@ -82,10 +76,6 @@ class ModuleReader(Reader):
 
 def _has_values(x: Any) -> bool:
     return not getattr(x, "is_meta", False) and type(x).__name__ != "ShapeDtypeStruct"
-
-
-def _is_carried(x: Any) -> bool:
-    return hasattr(x, "shape") and str(getattr(x, "dtype", "")) in dtypes.FROM_NAME
 
 
 def _info(name: str, x: Any) -> TensorInfo:

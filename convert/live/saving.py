@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from convert.engine.commit import check_paths, check_replaceable, check_space
 from convert.engine.execute import run
 from convert.engine.prepare import Prepared, disk_needed
 from convert.engine.targets import by_suffix, choose
-from convert.live.module_reader import ModuleReader
-from convert.runtime.nnx_names import module_names, respelled
+from convert.live.module_reader import ModuleReader, framework_of
+from convert.runtime.nnx_names import respelled
 from convert.runtime.torch_layout import derive_layout
 from convert.runtime.torch_module import unwrapped
 from convert.training_state.data import is_plain, listed
@@ -69,38 +68,31 @@ def save(
     """
     place = Path(path)
     to = to or by_suffix(place)
-    with ExitStack() as stack:
-        reader = stack.enter_context(ModuleReader(module))
-        framework = _CONTAINERS.get(to or "", reader.framework)
-        target, told = choose(place, place, to, framework, max_shard_size)
-        check_paths(target.path, None)
-        check_replaceable(target.path, force)
-        request, label, notices = _meant(module, reader, layout, config)
-        plan = _planned(reader, request, label, framework)
+    framework = framework_of(module)
+    side = _CONTAINERS.get(to or "", framework)
+    target, told = choose(place, place, to, side, max_shard_size)
+    check_paths(target.path, None)
+    check_replaceable(target.path, force)
+    request, label, notices = _meant(module, framework, layout, config)
+    with ModuleReader(module, _layout(request)) as reader:
+        plan = _planned(reader, request, label, side)
         plan = dataclasses.replace(plan, told=(*notices, *plan.told))
         for notice in plan.told:
             warnings.warn(notice, LoadNotice, stacklevel=2)
-        training = TrainingState(
-            _states(optimizer, module, plan.layout, step, learning_rate), data=_data(step, data)
-        )
+        states = _states(optimizer, module, plan.layout, step, learning_rate)
+        training = TrainingState(states, data=_data(step, data))
         check_space(target.path.parent, disk_needed(plan, target, training))
-        prepared = Prepared(
-            reader, plan, target, training, "bits", verify, force, [*plan.notices, *told]
-        )
-        return run(prepared)
+        notices = [*plan.notices, *told]
+        return run(Prepared(reader, plan, target, training, "bits", verify, force, notices))
 
 
-def _planned(reader: ModuleReader, request: Request, label: Label, framework: str) -> Plan:
-    """Torch's names or NNX's, from what the module has."""
-    known = request.layout
-    if known is None and request.model is not None and request.config is not None:
-        known = request.model.layout_of(request.config)
-    reader.leave_out_but({t.name for e in known.entries for t in e.flax} if known else ())
+def _planned(reader: ModuleReader, request: Request, label: Label, side: str) -> Plan:
+    """Towards torch's names or NNX's, from what the module has."""
     try:
         return make_plan(
             reader,
             label,
-            "torch" if framework == "torch" else "nnx",
+            "torch" if side == "torch" else "nnx",
             request=request,
             sources=("torch",) if reader.framework == "torch" else ("nnx",),
         )
@@ -111,20 +103,26 @@ def _planned(reader: ModuleReader, request: Request, label: Label, framework: st
         raise type(e)(e.problem, advice, e.details) from None
 
 
+def _layout(request: Request) -> Layout | None:
+    if request.model is None or request.config is None:
+        return request.layout
+    return request.model.layout_of(request.config)
+
+
 def _meant(
-    module: Any, reader: ModuleReader, layout: Any, config: Any
+    module: Any, framework: str, layout: Any, config: Any
 ) -> tuple[Request, Label, list[str]]:
     """What says what the tensors are, what the label keeps besides, and what to tell of it."""
-    family = defined_by(unwrapped(module), reader.framework)
+    family = defined_by(unwrapped(module), framework)
+    own = getattr(unwrapped(module), "config", None)
     if layout is None and family is not None:
-        own = getattr(unwrapped(module), "config", None)
         if config is not None and not isinstance(config, family.config):
             config = make_request(family.name, config).config
         return Request(family, config or own), Label(), []
-    kept = Label(hf=_config(config, getattr(unwrapped(module), "config", None)))
+    kept = Label(hf=_config(config, own))
     if layout is not None:
         return Request(layout=as_layout(layout)), kept, []
-    if reader.framework == "torch":
+    if framework == "torch":
         derived, notices = derive_layout(module)
         return Request(layout=derived), kept, notices
     return Request(), Label(), []
@@ -177,9 +175,9 @@ def _states(
         if hasattr(one, "param_groups"):
             states.append(from_torch(one, model=unwrapped(module), name=name))
         else:
-            of = respelled(layout, module_names(module))
-            rate = learning_rate
-            states.append(from_optax(one, of, learning_rate=rate, step=step, name=name))
+            own = respelled(layout, module)
+            told = {"learning_rate": learning_rate, "step": step, "name": name}
+            states.append(from_optax(one, own, **told))
     return states
 
 

@@ -110,7 +110,7 @@ def _fill_flax(
         from flax import nnx
     except ImportError:
         raise MissingExtra("filling an optax state", "flax") from None
-    from convert.runtime.nnx_names import module_names, respelled
+    from convert.runtime.nnx_names import respelled
     from convert.training_state.canonical_names import canonical_of
     from convert.training_state.optax_fill import fill_optax
     from convert.training_state.optax_leaves import fill_variables, flatten
@@ -127,7 +127,7 @@ def _fill_flax(
             "give a torch.optim.Optimizer, an nnx.Optimizer or an optax transformation",
         )
     known = layout or _own_layout(source, model)
-    spelled = respelled(known, module_names(model))
+    spelled = respelled(known, model)
     params = nnx.state(model, target.wrt if whole else nnx.Param)
     of = canonical_of(spelled)
     present = [n.removesuffix(".value") for n in flatten(params)[0]]
