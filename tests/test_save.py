@@ -54,7 +54,7 @@ def held(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "m.msgpack", "m.flax", "shards"])
 def test_a_twin_in_any_container(framework: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    options = {"m.flax": {"to": "orbax"}, "shards": {"to": "safetensors", "max_shard_size": 9000}}
+    options = {"shards": {"to": "safetensors", "max_shard_size": 9000}}
     made = convert.save(twin(framework), path, **options.get(name, {}))  # type: ignore[arg-type]
     assert (made.model, made.verified["level"]) == ("bert", "bits")
     assert made.source_container == "module"
@@ -429,6 +429,27 @@ def test_match_is_asked_where_nothing_says_what_the_tensors_are(
     assert not asked[2].up.weight.is_meta
 
 
+def test_names_of_a_family_s_that_do_not_fit_are_left_to_match(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors of a linear layer are those of a model of the zoo."""
+
+    class Line(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.line = nnx.Linear(3, 3, rngs=rngs)
+
+    net = zoo.create("linear_3x3", framework="torch")
+    torch.save(net.state_dict(), tmp_path / "l.pt")
+    found = Layout(
+        replace(e, flax=tuple(Tensor(f"line.{t.name}", t.shape) for t in e.flax))
+        for e in linear("", 3, 3)
+    )
+    stub = SimpleNamespace(match_tensors=lambda *_: found)
+    monkeypatch.setitem(sys.modules, "convert.matching.match", stub)
+    line = convert.load(tmp_path / "l.pt", "flax", Line)
+    np.testing.assert_array_equal(line.line.kernel[...], net.weight.detach().numpy().T)
+
+
 def test_lazy_layers_have_their_sizes_from_inputs(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls lazy layers experimental
@@ -462,6 +483,13 @@ def test_what_cannot_be_loaded(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="of no family in the zoo") as e:
         zoo.load(saved, framework="torch")
     assert "convert.load(path, framework, definition)" in e.value.advice
+    wide = tmp_path / "wide.pt"
+    convert.save(Net().double(), wide)
+    flax = FlaxNet(nnx.Rngs(0))
+    before = flax.up.kernel[...]
+    with pytest.raises(UsageError, match="JAX would cut its 64 bits"):
+        convert.load(wide, "flax", flax)
+    assert flax.up.kernel[...] is before
     saved.write_bytes(saved.read_bytes()[:-10])
     with pytest.raises(CorruptInput):
         convert.load(saved, "torch", Net)

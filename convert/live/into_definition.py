@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from convert.live.matched_layout import matched_layout
 from convert.live.module_reader import framework_of
 from convert.runtime.inputs import as_call
@@ -21,7 +23,7 @@ from zoo.checkpoint.identification import Problems
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan, refuse_broken_ties
 from zoo.checkpoint.request import UNSTATED, Request, as_layout
-from zoo.containers import open_checkpoint
+from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout, Shape, Tree
@@ -80,12 +82,15 @@ def _planned(reader: Reader, module: Any, framework: str, given: Layout | None) 
     if given is not None:
         return make_plan(reader, label, tree, request=Request(layout=given))
     try:
-        return make_plan(reader, label, tree, request=UNSTATED)
+        plan = make_plan(reader, label, tree, request=UNSTATED)
+        named = label.layout is not None or label.model is not None
+        if framework == "torch" or named or not _FlaxSide(module, plan).problems():
+            return plan
     except ZooError:
         if label.layout is not None or label.problem is not None:
             raise
     if framework == "torch":
-        found, notices = derive_layout(module)[0], []
+        found, notices = derive_layout(module)
     else:
         found, notices = matched_layout(reader.path, module)
     plan = make_plan(reader, Label(), tree, request=Request(layout=found))
@@ -98,12 +103,15 @@ def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
     module = unwrapped(module)
     state = saved_tensors(module)
     same = ties_of(state)
-    targets = {n: i.shape for n, i in plan.target_tensors().items()}
-    made_here = {m.name for m in plan.made}
-    targets = {n: s for n, s in targets.items() if n in state or n not in made_here}
+    made_here = {m.name for m in plan.made} - state.keys()
+    given = {n: i.shape for n, i in plan.target_tensors().items() if n not in made_here}
     repeats = {n: to for n, to in plan.ties.items() if n in state and n not in same}
-    held = {n: tuple(t.shape) for n, t in state.items() if n not in same or n in targets}
-    _check(reader, module, targets | {n: targets[to] for n, to in repeats.items()}, held)
+    given |= {n: given[to] for n, to in repeats.items()}
+    there = {same.get(n, n) for n in given}
+    held = {
+        n: tuple(t.shape) for n, t in state.items() if n in given or same.get(n, n) not in there
+    }
+    _check(reader, module, _problems(given, held))
     values = _repeated(read_tree(plan, reader), repeats)
     if any(t.is_meta for t in state.values()):
         _check_computed(module)
@@ -135,41 +143,53 @@ def _check_computed(module: Any) -> None:
         )
 
 
+class _FlaxSide:
+    """What an NNX module holds, beside what a plan has for it."""
+
+    def __init__(self, module: Any, plan: Plan) -> None:
+        self.targets = plan.target_tensors()
+        weights, others = variables_of(module, self.targets)
+        self.variables = weights | {n: v for n, v in others.items() if n in self.targets}
+        buffers = {t.name for e in plan.layout.entries if e.collection == "buffers" for t in e.flax}
+        self.unwanted = sorted(buffers - self.variables.keys())
+
+    def problems(self) -> Problems:
+        """Weights that one of both lacks, or has in another shape."""
+        given = {n: i.shape for n, i in self.targets.items() if n not in self.unwanted}
+        held = {n: tuple(v.get_value().shape) for n, v in self.variables.items()}
+        return _problems(given, held)
+
+
 def _fill_flax(module: Any, plan: Plan, reader: Reader) -> list[str]:
     from zoo.loading.into_flax import place
 
-    targets = {n: i.shape for n, i in plan.target_tensors().items()}
-    weights, others = variables_of(module, targets)
-    buffers = (
-        {t.name for e in plan.layout.entries if e.collection == "buffers" for t in e.flax}
-        - weights.keys()
-        - others.keys()
-    )
-    every = weights | {n: v for n, v in others.items() if n in targets}
-    held: dict[str, Shape] = {n: tuple(v.get_value().shape) for n, v in every.items()}
-    _check(reader, module, {n: s for n, s in targets.items() if n not in buffers}, held)
+    side = _FlaxSide(module, plan)
+    _check(reader, module, side.problems())
+    for name in side.variables:  # what JAX would cut is refused before anything is filled
+        place(name, np.empty(0, dtypes.NUMPY[side.targets[name].dtype]))
     for name, array in read_tree(plan, reader):
-        if name in every:
-            every[name].set_value(place(name, array))
-    if not buffers:
-        return []
-    return [f"buffers that the Flax definition does not have: {', '.join(sorted(buffers))}"]
+        if name in side.variables:
+            side.variables[name].set_value(place(name, array))
+    told = ", ".join(side.unwanted)
+    return [f"buffers that the Flax definition does not have: {told}"] if told else []
 
 
-def _check(
-    reader: Reader, module: Any, given: Mapping[str, Shape], held: Mapping[str, Shape]
-) -> None:
-    """UsageError, listing everything, unless the checkpoint holds what the definition does."""
-    problems = Problems(
+def _problems(given: Mapping[str, Shape], held: Mapping[str, Shape]) -> Problems:
+    return Problems(
         missing={n: s for n, s in held.items() if n not in given},
         surplus=[n for n in given if n not in held],
         misshaped={n: (s, held[n]) for n, s in given.items() if n in held and s != held[n]},
     )
-    if problems:
-        count = len(problems)
-        raise UsageError(
-            f"{reader.path} is not of {type(module).__name__}: {count} "
-            f"{'tensor differs' if count == 1 else 'tensors differ'}",
-            "give a definition with these names, or layout=... that says which is which",
-            problems.lines(),
-        )
+
+
+def _check(reader: Reader, module: Any, problems: Problems) -> None:
+    """UsageError, listing everything, unless the checkpoint holds what the definition does."""
+    if not problems:
+        return
+    count = len(problems)
+    raise UsageError(
+        f"{reader.path} is not of {type(module).__name__}: {count} "
+        f"{'tensor differs' if count == 1 else 'tensors differ'}",
+        "give a definition with these names, or layout=... that says which is which",
+        problems.lines(),
+    )

@@ -53,7 +53,8 @@ def save(
 
     The container follows from the suffix of `path`, or is `to`: "safetensors" and "pt" hold the
     canonical tensors (torch's names and axes, whichever framework the module is of), "msgpack" and
-    "orbax" a Flax tree. What the tensors are is the family's to say for a module of the zoo, which
+    "orbax" (.flax) a Flax tree. Without either, a directory: of Orbax's for Flax, of safetensors
+    for torch. What the tensors are is the family's to say for a module of the zoo, which
     keeps its `config`; else `layout` says it, as in `convert.convert`, and travels with the
     checkpoint. A torch module needs none: it has that of `convert.layout_of`.
 
@@ -67,7 +68,7 @@ def save(
     Raises ZooError, and then nothing is written.
     """
     place = Path(path)
-    to = to or by_suffix(place)
+    to = to or by_suffix(place) or ("orbax" if place.suffix == ".flax" else None)
     framework = framework_of(module)
     side = _CONTAINERS.get(to or "", framework)
     target, told = choose(place, place, to, side, max_shard_size)
@@ -175,9 +176,8 @@ def _states(
         if hasattr(one, "param_groups"):
             states.append(from_torch(one, model=unwrapped(module), name=name))
         else:
-            own = respelled(layout, module)
-            told = {"learning_rate": learning_rate, "step": step, "name": name}
-            states.append(from_optax(one, own, **told))
+            own, rate = respelled(layout, module), learning_rate
+            states.append(from_optax(one, own, learning_rate=rate, step=step, name=name))
     return states
 
 
