@@ -5,6 +5,9 @@
     convert.inspect("model.flax")                      -> Inspection
     convert.lint("model.safetensors")                  -> Lint
     convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
+    convert.save(module, "tuned.safetensors")          a live module of either framework
+    convert.load(path, "flax", definition)             and back, into a definition of one's own
+    convert.layout_of(torch_module)                    -> Layout: what each tensor is in Flax
     convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
     convert.optim.nadam(2e-3)                          optax transformations by torch's rules
     convert.testing.assert_same(torch_net, flax_net, inputs)   in anybody's tests
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
+    from convert.live.into_definition import load
+    from convert.live.saving import save
     from convert.packing import pack
+    from convert.runtime.torch_layout import layout_of
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
     from zoo.checkpoint.certificate import Certificate
@@ -38,10 +44,13 @@ _WHERE = {
     "Report": "convert.compare.report",
     "convert": "convert.api",
     "inspect": "convert.inspection",
+    "layout_of": "convert.runtime.torch_layout",
     "lint": "convert.linting.run",
+    "load": "convert.live.into_definition",
     "match": "convert.api",
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
+    "save": "convert.live.saving",
     "to_jax": "convert.tensors",
     "to_torch": "convert.tensors",
     "verify": "convert.api",
@@ -53,11 +62,14 @@ __all__ = [
     "Report",
     "convert",
     "inspect",
+    "layout_of",
     "lint",
+    "load",
     "load_optimizer",
     "match",
     "optim",
     "pack",
+    "save",
     "testing",
     "to_jax",
     "to_torch",

@@ -18,7 +18,7 @@ from zoo.checkpoint.certificate import Certificate, now, versions
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
 from zoo.containers.errors import UsageError
-from zoo.layout import Layout, Tree
+from zoo.layout import Tree
 
 Source = str | os.PathLike[str]
 
@@ -35,7 +35,7 @@ def convert(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     learning_rate: float | None = None,
-    layout: Layout | None = None,
+    layout: Any = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -50,7 +50,8 @@ def convert(
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
     "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
     of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
-    where no family has them: it then travels with the result, so that the way back needs none.
+    where no family has them: a `zoo.layout.Layout`, its JSON data, or the path of a JSON file or of
+    a checkpoint that one came with. It travels with the result, so that the way back needs none.
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
     both twins are run.
     `on_plan` is called once everything is known and nothing is written.
@@ -160,13 +161,13 @@ def verify(
 
     `inputs` are NumPy, torch or JAX arrays: one, a tuple or list (positional) or a dict (by name;
     with torch's axes). Checkpoints have sample inputs of their own. For modules: "auto" draws them
-    from `seed`, and a notice says what it drew; `flax_inputs`
-    where the Flax one takes others, else images are moved to channels-last where it asks for that;
-    `layers` pairs that names do not tell, torch name -> Flax path; `layout` a zoo.layout.Layout, or
-    its JSON, that says how the parameters lie; `variables` those of an unbound linen module.
-    `model` and `config` say what checkpoints do not. `seed` is that of the loss's weights. `titles`
-    name the two modules in the report. Where they differ and no known cause fits, `explain` seconds
-    at most go into a search for one; 0 searches for none.
+    from `seed`, and a notice says what it drew; `flax_inputs` where the Flax one takes others, else
+    images are moved to channels-last where it asks for that; `layers` pairs that names do not tell,
+    torch name -> Flax path; `variables` those of an unbound linen module. `model` and `config` say
+    what checkpoints do not; `layout` says of either how the tensors lie, as in `convert.convert`.
+    `seed` is that of the loss's weights. `titles` name the two modules in the report. Where they
+    differ and no known cause fits, `explain` seconds at most go into a search for one; 0 searches
+    for none.
 
     Neither model is changed. Raises ZooError where they cannot be compared; a difference is no
     error but the verdict.
@@ -178,9 +179,9 @@ def verify(
         check_level(level)
     started = time.perf_counter()
     if all(isinstance(side, str | os.PathLike) for side in (a, b)):
-        if any(x is not None for x in (flax_inputs, layers, layout, variables)):
+        if any(x is not None for x in (flax_inputs, layers, variables)):
             raise UsageError(
-                "flax_inputs, layers, layout and variables are for modules, not for checkpoints",
+                "flax_inputs, layers and variables are for modules, not for checkpoints",
                 "leave them out",
             )
         if isinstance(inputs, str):
@@ -190,7 +191,7 @@ def verify(
             )
         from convert.compare.checkpoints import verify_checkpoints
 
-        request = make_request(model, config)
+        request = make_request(model, config, layout)
         report = verify_checkpoints(a, b, level or "bits", request, inputs, options, progress)
     else:
         from convert.compare.modules import Hints, compare_modules

@@ -14,7 +14,7 @@ from zoo.checkpoint.identification import Candidate, identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import Left
 from zoo.checkpoint.plan import make_plan
-from zoo.checkpoint.request import Request
+from zoo.checkpoint.request import Request, make_request
 from zoo.checkpoint.stated_layout import identity
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
@@ -33,7 +33,7 @@ class Inspection:
     differences: list[str]  # from the nearest miss
     unknown: list[str]  # config fields that nothing in the checkpoint tells
     tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
-    layout: str | None = None  # "entries/sha256:..." of a layout that came with the checkpoint
+    layout: str | None = None  # "entries/sha256:..." of a layout of no family
     ties: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # `convert.training_state.summary`
     metadata: dict[str, str] = field(default_factory=dict)
@@ -75,12 +75,14 @@ class Inspection:
         }
 
 
-def inspect(source: str | os.PathLike[str]) -> Inspection:
+def inspect(source: str | os.PathLike[str], *, layout: Any = None) -> Inspection:
     """Look into a checkpoint of any container. Reads no weight and imports no framework.
 
+    `layout` says what the tensors are where no family has them, as in `convert.convert`.
     Raises ZooError for what is not a checkpoint; one of an unknown model is not an error.
     """
     path = hub.locate(source)
+    request = make_request(None, None, layout)
     with ExitStack() as stack:
         reader = stack.enter_context(open_checkpoint(path))
         label = read_label(reader)
@@ -91,7 +93,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         notices = [*reader.notices, *label.notices]
         notices += [label.problem.problem] if label.problem else []
         try:
-            found = identify_header(reader.tensors, label)
+            found = identify_header(reader.tensors, label, request)
             models = list(dict.fromkeys(c.title() for c in found))
             tree = found[0].tree
             unknown = sorted(found[0].unknown)
@@ -100,6 +102,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             notices += told
         except ZooError as e:
             why_not, differences = e.problem, e.details
+        given = request.layout or label.layout
         return Inspection(
             path=os.fspath(source),
             container=reader.container,
@@ -109,7 +112,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
             differences=differences,
             unknown=unknown,
             tree=tree,
-            layout=None if label.layout is None else identity(label.layout),
+            layout=None if given is None else identity(given),
             ties=dict(reader.ties),
             training=training,
             metadata=dict(reader.metadata),

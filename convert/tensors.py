@@ -73,6 +73,17 @@ def to_torch(tree: Any) -> Any:
     return _map(one, tree, "the array")
 
 
+def bits_of(tensor: Any) -> np.ndarray:
+    """A copy of a torch tensor in NumPy's memory, row-major and bit for bit, of any dtype that
+    checkpoints hold: BF16 and FP8 as ml_dtypes' types."""
+    import torch
+
+    x = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    kind = dtypes.NUMPY[dtypes.FROM_NAME[str(x.dtype).removeprefix("torch.")]]
+    flat: np.ndarray = x.reshape(-1).view(torch.uint8).numpy()
+    return flat.copy().view(kind).reshape(tuple(x.shape))
+
+
 def _by_bits(torch: Any, jnp: Any, x: Any, name: str) -> Any:
     """A copy through a view of the bytes, for what dlpack does not carry on every version."""
     flat = x.cpu().reshape(-1).view(torch.uint8).numpy()

@@ -66,7 +66,28 @@ def folder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     query = "encoder.layer.2.attention.self.query.weight"
     tensors[query] = tensors[query].T.contiguous()
     save_file(tensors, place / "untransposed.safetensors")
+    (place / "nets.py").write_text(next(b for b in python() if b.startswith("# nets.py")))
+    subprocess.run([sys.executable, "-c", TRAINED], cwd=place, check=True)
     return place
+
+
+TRAINED = """
+import torch
+from nets import Net
+net = Net()
+optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+for _ in range(3):
+    optimizer.zero_grad()
+    net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+data = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}
+torch.save(data, "last.pt")
+"""
+
+
+def python() -> list[str]:
+    """The README's blocks of Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 def tour() -> list[tuple[str, list[str]]]:
@@ -97,16 +118,17 @@ def test_the_tour_prints_what_the_readme_says(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_readme_s_python_runs(folder: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    blocks = python()
+    assert len(blocks) == 7
     code = "\n".join(blocks)
-    if not (folder / "model.flax").exists():
-        subprocess.run(
-            [Path(sys.executable).with_name("zooconvert"), "torch2flax", "model.safetensors"],
-            cwd=folder,
-            check=True,
-            capture_output=True,
-        )
+    for source, *options in (["model.safetensors"], ["last.pt", "--torch", "nets.py:Net"]):
+        if not (folder / Path(source).with_suffix(".flax")).exists():
+            subprocess.run(
+                [Path(sys.executable).with_name("zooconvert"), "torch2flax", source, *options],
+                cwd=folder,
+                check=True,
+                capture_output=True,
+            )
     run = subprocess.run(
         [sys.executable, "-W", "ignore::zoo.LoadNotice", "-c", code],
         cwd=folder,

@@ -22,7 +22,7 @@ FLOORS = (
     ("convert",),  # __init__: the public names
     ("convert.testing",),
     ("convert.api",),
-    ("convert.packing", "convert.linting", "convert.inspection"),
+    ("convert.packing", "convert.linting", "convert.inspection", "convert.live"),
     ("convert.engine",),
     ("convert.compare",),
     ("convert.diagnose",),

@@ -35,7 +35,7 @@ from convert.judge.rows import FLOOR
 from convert.runtime.precision import full_precision
 from zoo import probe
 from zoo.checkpoint.label import Label
-from zoo.containers.errors import UsageError, ZooError
+from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.registry import families
 
@@ -545,7 +545,7 @@ def test_pairs_and_layouts_that_do_not_fit() -> None:
     given = torch_net(), nnx_net(), images()
     with pytest.raises(ZooError, match="nothing"):
         convert.verify(*given, layers={"nothing": "conv"})
-    with pytest.raises(UsageError, match="cannot be understood"):
+    with pytest.raises(CorruptInput, match="is not a layout"):
         convert.verify(*given, layout=[{"torch": 3}])
     plain = {"kind": "linear", "torch": {"fc.weight": [5, 4]}, "flax": {"fc.kernel": [5, 4]}}
     with pytest.raises(UsageError, match=r"fc\.weight: "):

@@ -166,6 +166,13 @@ def _told(kind: Any) -> str:
     return f"of type {kind.__name__ if isinstance(kind, type) else kind}"
 
 
+def with_config(module: Any, config: Config) -> Any:
+    """The module, which keeps what it was made of as `config`: whoever saves it needs that."""
+    if getattr(module, "config", None) is None:
+        module.config = config
+    return module
+
+
 def dim(shapes: Mapping[str, Shape], pattern: str, axis: int) -> int | None:
     """The commonest size of `axis` among the tensors whose name `pattern` finds; None if none."""
     sizes = Counter(s[axis] for n, s in shapes.items() if len(s) > axis and re.search(pattern, n))

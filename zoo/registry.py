@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zoo.models
 from zoo import plugins
@@ -72,3 +72,11 @@ def get(name: str) -> Found:
         f"no model is called {name!r}",
         f"did you mean {' or '.join(near)}?" if near else "`zooconvert models` lists them",
     )
+
+
+def defined_by(module: Any, framework: str) -> Model | None:
+    """The family whose definition in `framework` a live module was made from; None if it is of
+    none."""
+    home = type(module).__module__
+    every = families().values()
+    return next((m for m in every if getattr(m, framework).partition(":")[0] == home), None)

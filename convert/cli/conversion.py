@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.cli import output
+from convert.cli.layouts import layout_options, stated_layout
 from convert.cli.options import Size, model_options, notices, output_options
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("ckpt", type=click.Path())
 @click.argument("dst", required=False, type=click.Path())
 @model_options
+@layout_options
 @click.option(
     "--to", type=click.Choice(["orbax", "msgpack", "safetensors"]), help="[default: orbax]"
 )
@@ -66,6 +68,7 @@ def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
     Examples:
       zooconvert torch2flax model.safetensors
       zooconvert torch2flax pytorch_model.bin model.msgpack --level outputs
+      zooconvert torch2flax last.pt --torch nets.py:Net
       zooconvert torch2flax hf://google-bert/bert-base-uncased bert.flax --dtype bfloat16
     """
     _convert(ckpt, dst, "flax", **options)
@@ -75,6 +78,7 @@ def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
 @click.argument("ckpt", type=click.Path())
 @click.argument("dst", required=False, type=click.Path())
 @model_options
+@layout_options
 @click.option("--to", type=click.Choice(["safetensors", "pt"]), help="[default: safetensors]")
 @click.option(
     "--learning-rate",
@@ -111,6 +115,9 @@ def _convert(
     no_verify: bool,
     level: str,
     force: bool,
+    layout: str | None,
+    torch: str | None,
+    flax: str | None,
     **options: Any,
 ) -> None:
     from convert.api import convert as run
@@ -120,6 +127,7 @@ def _convert(
         raise click.UsageError("--no-verify and --level contradict each other")
     if level != "bits" and options["dtype"] is not None:
         raise click.UsageError(f"--level {level} compares with the source, which --dtype changes")
+    options["layout"] = stated_layout(ckpt, layout, torch, flax, quiet)
     if dry_run:
         prepared = plan(ckpt, dst, framework=framework, force=force, level=level, **options)
         notices(prepared.notices, quiet)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.cli import output
+from convert.cli.layouts import layout_options, stated_layout
 from convert.cli.options import output_options
 
 if TYPE_CHECKING:
@@ -17,11 +18,21 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("ckpt", type=click.Path())
 @click.option("--all", "every", is_flag=True, help="List every tensor, however many.")
+@layout_options
 @output_options
-def inspect(ckpt: str, every: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def inspect(
+    ckpt: str,
+    every: bool,
+    layout: str | None,
+    torch: str | None,
+    flax: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
     """Show what is in a checkpoint: its model, and names, shapes, dtypes and sizes of its tensors.
 
-    Reads no tensor and imports no framework.
+    Reads no tensor and, without --torch, imports no framework.
 
     \b
     Examples:
@@ -30,7 +41,7 @@ def inspect(ckpt: str, every: bool, as_json: bool, quiet: bool, debug: bool) -> 
     """
     from convert.inspection import inspect as look
 
-    found = look(ckpt)
+    found = look(ckpt, layout=stated_layout(ckpt, layout, torch, flax, quiet))
     if as_json:
         output.json(found.to_dict())
     elif not quiet:

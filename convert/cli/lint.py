@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.cli import output
+from convert.cli.layouts import layout_options, stated_layout
 from convert.cli.options import model_options, notices, output_options
 
 if TYPE_CHECKING:
@@ -22,15 +23,26 @@ _WIDTH = 100
 @click.argument("other", required=False, type=click.Path())
 @click.option("--all", "every", is_flag=True, help="Print notes in full, and every tensor.")
 @model_options
+@layout_options
 @output_options
 def lint(
-    ckpt: str, other: str | None, every: bool, as_json: bool, quiet: bool, debug: bool, **of: Any
+    ckpt: str,
+    other: str | None,
+    every: bool,
+    layout: str | None,
+    torch: str | None,
+    flax: str | None,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    **of: Any,
 ) -> None:
     """Say what is easily ported wrong in a checkpoint, and how to check each. Exit code 3 if
     something is wrong: the config contradicts the tensors, or OTHER contradicts CKPT.
 
     Hyper-parameters that frameworks read differently, and tensors where a wrong rule fits just as
-    well. Reads no tensor and imports no framework; docs/lint.md explains every finding.
+    well. Reads no tensor and, without --torch, imports no framework; docs/lint.md explains every
+    finding.
 
     \b
     Examples:
@@ -40,7 +52,7 @@ def lint(
     """
     from convert.linting.run import lint as run
 
-    found = run(ckpt, other, **of)
+    found = run(ckpt, other, layout=stated_layout(ckpt, layout, torch, flax, quiet), **of)
     notices(found.notices, quiet)
     if as_json:
         output.json(found.to_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from convert.cli import output
+from convert.cli.layouts import layout_options, stated_layout
 from convert.cli.options import model_options, notices, output_options
 from convert.compare.settings import OPTIMIZERS
 
@@ -75,6 +76,7 @@ from convert.compare.settings import OPTIMIZERS
     "--seed", type=int, default=0, show_default=True, help="Of the loss, and of modules made here."
 )
 @model_options
+@layout_options
 @output_options
 def verify(
     a: str,
@@ -134,6 +136,9 @@ def _compare(
     flax_inputs: str | None,
     pairs: tuple[str, ...],
     optimizers: tuple[str, ...],
+    layout: str | None,
+    torch: str | None,
+    flax: str | None,
     **options: Any,
 ) -> Any:
     from pathlib import Path
@@ -157,7 +162,13 @@ def _compare(
     if not any(targets):
         if flax_inputs or pairs:
             raise UsageError("--flax-inputs and --pair are for modules", "leave them out")
+        options["layout"] = stated_layout(a, layout, torch, flax, quiet)
         return run(a, b, progress=bar, **options)
+    if torch or flax:
+        raise UsageError(
+            "--torch and --flax are for checkpoints", "leave them out: A and B are modules"
+        )
+    options["layout"] = layout
     if inputs_file is None:
         raise UsageError(
             "two modules need inputs to be run on",

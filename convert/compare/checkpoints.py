@@ -23,13 +23,13 @@ from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
 from zoo.checkpoint.identification import title
-from zoo.checkpoint.label import read_label
+from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import UsageError, ZooError
 from zoo.model import Config, Model
 
 Source = str | os.PathLike[str]
@@ -57,11 +57,9 @@ def verify_checkpoints(
             for source, prefer in ((a, "torch"), (b, "flax"))
         ]
         labels = [read_label(reader) for reader in readers]
-        # A layout that came with one side is that of the other too, where it says nothing.
         shared = Request(layout=next((x.layout for x in labels if x.layout is not None), None))
         for reader, label in zip(readers, labels, strict=True):
-            silent = request == UNSTATED and label.model is None and label.layout is None
-            made = make_plan(reader, label, "torch", request=shared if silent else request)
+            made = _planned(reader, label, request, shared)
             made, state = besides(reader, made, stack)
             sides.append((reader, made))
             states.append(state)
@@ -76,6 +74,19 @@ def verify_checkpoints(
         report.notices += found.notices
         compare_checkpoints(first, second, report, inputs, options, progress)
     return report
+
+
+def _planned(reader: Reader, label: Label, request: Request, shared: Request) -> Plan:
+    """One side. A layout that came with the other side is tried first where this one has none: the
+    config.json in its directory may be of another checkpoint there."""
+    if request != UNSTATED or label.layout is not None or shared == UNSTATED:
+        return make_plan(reader, label, "torch", request=request)
+    try:
+        return make_plan(reader, label, "torch", request=shared)
+    except ZooError:
+        if label.model is None:
+            raise
+        return make_plan(reader, label, "torch")
 
 
 def compare_checkpoints(

@@ -37,10 +37,10 @@ from convert.runtime.flax_module import flax_module
 from convert.runtime.precision import full_precision
 from convert.runtime.torch_module import state
 from convert.runtime.torch_recurrent import unstack
+from convert.tensors import bits_of
 from zoo.checkpoint.apply import apply
-from zoo.containers import dtypes
+from zoo.checkpoint.request import as_layout
 from zoo.containers.errors import UsageError, ZooError
-from zoo.layout import Layout
 from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run_shapes
 
@@ -106,7 +106,7 @@ class ModulePair:
         """Paired parameters bit for bit; at this level those without a partner are differences."""
         report = self.report
         flax = {n: np.asarray(v) for n, v in flax_module(self.pair.flax).values.items()}
-        ours = {n: _numpy(self.state[n]) for m in self.matches for n in m.torch if n in self.state}
+        ours = {n: bits_of(self.state[n]) for m in self.matches for n in m.torch if n in self.state}
         other: list[str] = []  # of equal values
         for match in self.matches:
             if wrong := self._misfit(match, flax):
@@ -289,16 +289,8 @@ def drawn_call(torch_module: Any, flax_module: Any, seed: int, report: Report) -
 
 
 def _stated(layout: Any) -> tuple[Match, ...] | None:
-    """The matches of a layout that the user gave, as a Layout or as its JSON data."""
-    if layout is None:
-        return None
-    try:
-        return layout_matches(layout if isinstance(layout, Layout) else Layout.from_json(layout))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UsageError(
-            f"the layout cannot be understood: {type(e).__name__}: {e}",
-            "give a zoo.layout.Layout, or the list that its to_json() gives",
-        ) from None
+    """The matches of a layout that the user gave."""
+    return None if layout is None else layout_matches(as_layout(layout))
 
 
 def _forgiven(ours: np.ndarray, theirs: np.ndarray, level: str) -> bool:
@@ -310,18 +302,6 @@ def _forgiven(ours: np.ndarray, theirs: np.ndarray, level: str) -> bool:
     if level == "bits" or ours.dtype == theirs.dtype or kinds & set("biuc"):
         return False
     return np.array_equal(ours.astype(np.float64), theirs.astype(np.float64), equal_nan=True)
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    """A tensor's own bits, those of bfloat16 and FP8 included."""
-    import torch
-
-    x = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    name = str(x.dtype).removeprefix("torch.")
-    if name != "bfloat16" and not name.startswith("float8"):
-        return np.array(x.numpy())
-    bits = x.view(torch.int16 if x.element_size() == 2 else torch.uint8).numpy()
-    return np.array(bits.view(dtypes.NUMPY[dtypes.FROM_NAME[name]]))
 
 
 def title(module: Any) -> str:

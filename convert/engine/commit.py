@@ -29,10 +29,11 @@ _MARK = ".zooconvert-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def check_paths(target: Path, source: Path) -> None:
-    """UsageError if `target` cannot be written where it is, before any work is done."""
-    here, there = target.resolve(), source.resolve()
-    if (
+def check_paths(target: Path, source: Path | None) -> None:
+    """UsageError if `target` cannot be written where it is, before any work is done. `source` is
+    None for what lies in memory."""
+    here, there = target.resolve(), None if source is None else source.resolve()
+    if there is not None and (
         here == there
         or there.is_relative_to(here)
         or (here.is_relative_to(there) and there.is_dir())

@@ -26,7 +26,7 @@ from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
-from zoo.layout import TREES, Layout, Tree
+from zoo.layout import TREES, Tree
 from zoo.loading import FRAMEWORKS
 
 Source = str | os.PathLike[str]
@@ -75,7 +75,7 @@ class Order:
     dtype: str | None = None
     max_shard_size: int | None = None
     learning_rate: float | None = None
-    layout: Layout | None = None
+    layout: Any = None
     force: bool = False
     verify: bool = True
     level: Level = "bits"

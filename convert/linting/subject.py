@@ -98,7 +98,7 @@ def read(source: Any, request: Request) -> Subject:
         try:
             found = identify_header(reader.tensors, label, request)[0]
         except ZooError as e:
-            if request.model is not None:
+            if request.model is not None or request.layout is not None:
                 raise
             why = f"no model of the zoo: {e.problem}; layers are guessed from names and shapes"
             return _unknown(str(source), reader, stated, [*notices, *told, why])

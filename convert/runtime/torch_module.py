@@ -32,6 +32,25 @@ def replica(module: Any, precision: str) -> Any:
     return made
 
 
+def unwrapped(module: Any) -> Any:
+    """The user's own module, of one that torch.compile or a parallel wrapper holds."""
+    while (inner := _WRAPPERS.get(type(module).__name__)) and hasattr(module, inner):
+        module = getattr(module, inner)
+    return module
+
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+
+
+def uncompiled(name: str) -> str:
+    """A tensor's or module's name without the `_orig_mod` that torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def shake(module: Any, seed: int, rough: Collection[str] = ()) -> None:
     """Move every value of the module's state by at most one unit in the last place, each seed
     otherwise; those of `rough` by units of float32."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,11 +28,13 @@ def is_target(text: str) -> bool:
     return found is not None and found["where"] not in ("pkg", "hf") and not os.path.exists(text)
 
 
-def load(text: str, seed: int, say: Callable[[str], None]) -> Any:
+def load(text: str, seed: int, say: Callable[[str], None], only_shapes: bool = False) -> Any:
     """The module that `text` names: an instance, or what a class or factory gives without
     arguments (with `rngs=nnx.Rngs(seed)` where it asks for rngs); (module, variables) for Linen.
 
-    Runs the user's code, and says so before it does. UsageError for what cannot be had.
+    With `only_shapes`, a torch module is made on the device "meta" where its code allows it: it
+    takes no memory. Runs the user's code, and says so before it does. UsageError for what cannot be
+    had.
     """
     found = _SPEC.fullmatch(text)
     if found is None:
@@ -42,7 +47,10 @@ def load(text: str, seed: int, say: Callable[[str], None]) -> Any:
             above = ".".join([where, *name.split(".")[:i]])
             raise UsageError(f"{above} has no {part}", _near(value, part))
         value = getattr(value, part)
-    return _made(value, text, seed)
+    if only_shapes and _is_factory(value):
+        with contextlib.suppress(Exception):
+            return _on_meta(value, text, seed)
+    return made(value, text, seed)
 
 
 def _import(where: str) -> ModuleType:
@@ -87,15 +95,26 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _made(value: Any, text: str, seed: int) -> Any:
-    """`value`, or what it gives when it is called."""
-    if not inspect.isclass(value) and not inspect.isroutine(value):
+def _is_factory(value: Any) -> bool:
+    return inspect.isclass(value) or inspect.isroutine(value) or isinstance(value, partial)
+
+
+def _on_meta(value: Any, text: str, seed: int) -> Any:
+    """What a class or function gives on torch's device "meta". Code that reads values fails there,
+    and what it loads goes nowhere, of which torch warns."""
+    import torch
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        return made(value, text, seed)
+
+
+def made(value: Any, text: str, seed: int = 0) -> Any:
+    """`value`, or what it gives when it is called, as in `load`; `text` is what errors call it."""
+    if not _is_factory(value):
         return value
     arguments: dict[str, Any] = {}
-    try:
-        parameters = inspect.signature(value).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
+    parameters = _parameters(value)
     missing = [
         n
         for n, p in parameters.items()
@@ -109,13 +128,30 @@ def _made(value: Any, text: str, seed: int) -> Any:
     if missing:
         raise UsageError(
             f"{text} needs {', '.join(missing)}, and is called without arguments",
-            "name a function without arguments that makes the module and loads its weights",
+            _factory(value, missing),
         )
     _seed_torch(seed)
     try:
         return value(**arguments)
     except (Exception, SystemExit) as e:
         raise _broken(f"{text}()", e) from e
+
+
+def _parameters(value: Any) -> dict[str, inspect.Parameter]:
+    """What a call takes. Of a class its own `__init__` tells: NNX's metaclass hides it."""
+    try:
+        if not inspect.isclass(value):
+            return dict(inspect.signature(value).parameters)
+        return dict(list(inspect.signature(value.__init__).parameters.items())[1:])
+    except (TypeError, ValueError):
+        return {}
+
+
+def _factory(value: Any, missing: list[str]) -> str:
+    """The function to write instead, in one line."""
+    arguments = ", ".join(f"{name}=..." for name in missing)
+    called = f"{getattr(value, '__name__', 'Net')}({arguments})"
+    return f"write a function without arguments and name that: def net(): return {called}"
 
 
 def _seed_torch(seed: int) -> None:

@@ -24,7 +24,7 @@ from zoo import hub
 from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
-from zoo.checkpoint.request import make_request
+from zoo.checkpoint.request import Request, make_request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
@@ -65,13 +65,14 @@ def read_training(
     """
     with ExitStack() as stack:
         reader = stack.enter_context(open_checkpoint(hub.locate(source)))
-        plan = None
-        try:
-            request = make_request(model, config)
-            plan = make_plan(reader, read_label(reader), None, request=request)
-        except ZooError:
-            if layout is None:
-                raise
+        label, plan = read_label(reader), None
+        requests = [make_request(model, config)] + [Request(layout=layout)] * (layout is not None)
+        for request in requests:
+            try:
+                plan = plan or make_plan(reader, label, None, request=request)
+            except ZooError:
+                if layout is None:
+                    raise
         if layout is None:
             assert plan is not None
             layout = plan.layout

@@ -23,7 +23,7 @@ from zoo.containers.dtypes import NUMPY
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Entry, Layout, Tensor, Tree, View
 from zoo.layout.ops import inverse
-from zoo.registry import families
+from zoo.registry import defined_by
 
 _WRAPPED = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 _SHOWN = 8
@@ -64,9 +64,7 @@ def layout_of(
 
     Raises UsageError where it is not a model of the zoo, or where two of them differ in a tensor.
     """
-    home = type(module).__module__
-    every = families().values()
-    family = next((m for m in every if getattr(m, framework).partition(":")[0] == home), None)
+    family = defined_by(module, framework)
     config = getattr(module, "config", None)
     if family is not None and isinstance(config, family.config):
         return family.layout_of(config)

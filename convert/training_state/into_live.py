@@ -10,6 +10,10 @@ from typing import Any
 
 from convert.training_state.rules import rules
 from convert.training_state.state import UNCOUNTED, OptimizerState, TrainingState
+from zoo import hub
+from zoo.checkpoint.label import read_label
+from zoo.checkpoint.request import as_layout
+from zoo.containers import open_checkpoint
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
 from zoo.layout import Layout
 
@@ -23,7 +27,7 @@ def load_optimizer(
     target: Any,
     model: Any,
     *,
-    layout: Layout | None = None,
+    layout: Any = None,
     learning_rate: float | None = None,
     check: bool = True,
     name: str | None = None,
@@ -40,7 +44,9 @@ def load_optimizer(
     - an optax transformation: the tree of `tx.init(nnx.state(model, nnx.Param))`, filled, is
       returned.
 
-    An NNX module that is not of the zoo needs `layout`. `learning_rate` is the one at the last
+    For a module that is not of the zoo, `layout` says what its tensors are, as in
+    `convert.convert`; without, it is the one that came with the checkpoint, or in torch that of
+    `convert.layout_of(model)`. `learning_rate` is the one at the last
     update, for a momentum that optax keeps times it, where neither the checkpoint nor the target
     tells. `check` tries an optax transformation against torch's rule and refuses one that does
     something else. `name` chooses among several optimizers; without, it is the one of the target's
@@ -50,13 +56,15 @@ def load_optimizer(
     What a user should know is a `zoo.loading.LoadNotice`. Raises UsageError, changing nothing, with
     what was found and what to give.
     """
+    layout = None if layout is None else as_layout(layout)
     find = functools.partial(_state, source, layout, learning_rate, name)
     if hasattr(target, "param_groups") and hasattr(target, "load_state_dict"):
         return _fill_torch(find, target, model, step)
-    return _fill_flax(find, target, model, layout, learning_rate, check, step)
+    return _fill_flax(source, find, target, model, layout, learning_rate, check, step)
 
 
 def _fill_torch(find: Find, target: Any, model: Any, step: int | None) -> Any:
+    from convert.runtime.torch_layout import derive_layout
     from convert.training_state.canonical_names import layout_of, torch_names
     from convert.training_state.torch_state import fill_torch
 
@@ -67,7 +75,11 @@ def _fill_torch(find: Find, target: Any, model: Any, step: int | None) -> Any:
         )
 
     def own() -> Layout:
-        return layout_of(model, {n: tuple(t.shape) for n, t in model.state_dict().items()}, "torch")
+        shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+        try:
+            return layout_of(model, shapes, "torch")
+        except UsageError:
+            return derive_layout(model)[0]
 
     names = torch_names(model)
     trained = [names.get(id(p), "") for group in target.param_groups for p in group["params"]]
@@ -85,6 +97,7 @@ def _counted(state: OptimizerState, step: int | None) -> OptimizerState:
 
 
 def _fill_flax(
+    source: Source,
     find: Find,
     target: Any,
     model: Any,
@@ -97,10 +110,10 @@ def _fill_flax(
         from flax import nnx
     except ImportError:
         raise MissingExtra("filling an optax state", "flax") from None
-    from convert.training_state.canonical_names import canonical_of, layout_of
+    from convert.runtime.nnx_names import respelled
+    from convert.training_state.canonical_names import canonical_of
     from convert.training_state.optax_fill import fill_optax
     from convert.training_state.optax_leaves import fill_variables, flatten
-    from convert.training_state.optax_state import module_shapes
 
     if not isinstance(model, nnx.Module):
         raise UsageError(
@@ -113,9 +126,10 @@ def _fill_flax(
             f"{type(target).__name__} is not an optimizer",
             "give a torch.optim.Optimizer, an nnx.Optimizer or an optax transformation",
         )
-    known = layout or layout_of(model, module_shapes(model))
+    known = layout or _own_layout(source, model)
+    spelled = respelled(known, model)
     params = nnx.state(model, target.wrt if whole else nnx.Param)
-    of = canonical_of(known)
+    of = canonical_of(spelled)
     present = [n.removesuffix(".value") for n in flatten(params)[0]]
     trained = [n for p in present for n in of.get(p, ())]
     state, at = find(lambda: known, trained)
@@ -124,7 +138,7 @@ def _fill_flax(
         state,
         target.tx if whole else target,
         params,
-        known,
+        spelled,
         tree=target.opt_state if whole else None,
         learning_rate=learning_rate,
         check=check,
@@ -134,6 +148,23 @@ def _fill_flax(
         return filled
     fill_variables(target, filled, max(state.steps.values(), default=step))
     return target
+
+
+def _own_layout(source: Source, model: Any) -> Layout:
+    """The layout of an NNX module: its family's, or the one that came with the checkpoint."""
+    from convert.training_state.canonical_names import layout_of
+    from convert.training_state.optax_state import module_shapes
+
+    try:
+        return layout_of(model, module_shapes(model))
+    except UsageError:
+        if isinstance(source, OptimizerState):
+            raise
+        with open_checkpoint(hub.locate(source)) as reader:
+            label = read_label(reader)
+        if label.layout is None:
+            raise
+        return label.layout
 
 
 def _state(

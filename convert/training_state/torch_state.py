@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.tensors import bits_of
 from convert.training_state.canonical_names import bare, some, torch_names
 from convert.training_state.rules import Rule, rule_of, rules
 from convert.training_state.state import Group, OptimizerState
@@ -174,16 +175,8 @@ def _plain(value: Any) -> Any:
 
 
 def _array(value: Any) -> np.ndarray:
-    """A copy of a tensor, bit for bit; BF16 and FP8 through a view of their bits."""
-    if not hasattr(value, "detach"):
-        return np.array(value)
-    import torch
-
-    x = value.detach().cpu().contiguous()
-    name = str(x.dtype).removeprefix("torch.")
-    kind = dtypes.NUMPY[dtypes.FROM_NAME[name]]
-    flat: np.ndarray = x.reshape(-1).view(torch.uint8).numpy()
-    return flat.copy().view(kind).reshape(tuple(x.shape))
+    """A copy of a tensor, bit for bit, or of a number."""
+    return bits_of(value) if hasattr(value, "detach") else np.array(value)
 
 
 def _check_names(state: OptimizerState, target: Sequence[str]) -> None:

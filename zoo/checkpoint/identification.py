@@ -321,7 +321,8 @@ def _unknown_model(tensors: Mapping[str, TensorInfo]) -> ZooError:
     some = ", ".join(list(tensors)[:3])
     return ZooError(
         f"no model in the zoo has these {len(tensors)} tensors ({some}, ...)",
-        "`zooconvert models` lists what it has; a plugin can add one, see docs/adding-a-model.md",
+        "of a model of your own, give its torch module: --torch MODULE:NAME, or in Python "
+        "layout=convert.layout_of(module); docs/your-own-model.md has all ways",
     )
 
 

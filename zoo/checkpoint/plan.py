@@ -107,8 +107,8 @@ class Plan:
             raise UsageError(
                 "the checkpoint came with a layout and is of no family in the zoo: there is no "
                 "definition of its model",
-                "convert it to your framework, and load its tensors into your own definition; "
-                "only bits can be compared",
+                "load it into your own definition: convert.load(path, framework, definition); of "
+                "checkpoints only bits can be compared, of two loaded modules all",
             )
         return self.model
 
@@ -231,6 +231,8 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             config=c.config,
             unknown=c.unknown,
             layout=None if c.model else c.layout,
+            # The config.json of a family, beside what is said to be of none, is of something else.
+            hf=label.hf if c.model or label.model is None else {},
             carried={} if target == "torch" else label.carried,
             ties=tuple(sorted(spelled)),
             notices=(),

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo import registry
-from zoo.checkpoint.label import read_config_file
+from zoo import hub, registry
+from zoo.checkpoint import stated_layout
+from zoo.checkpoint.label import read_config_file, read_label
+from zoo.containers import open_checkpoint
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout
 from zoo.model import Config, Model, override
@@ -30,12 +32,13 @@ UNSTATED = Request()
 def make_request(
     model: str | None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None,
-    layout: Layout | None = None,
+    layout: Any = None,
 ) -> Request:
     """What the user said of the model, looked up.
 
     `model` names a family or a preset; `config` is a config.json, a preset or the fields
-    themselves; a `layout` takes the place of both. Raises UsageError for names that nothing has.
+    themselves; a `layout`, as `as_layout` takes it, is instead of both. Raises UsageError for names
+    that nothing has.
     """
     if layout is not None:
         if model is not None or config is not None:
@@ -43,7 +46,7 @@ def make_request(
                 "a layout says what the tensors are, and so does a model or a config",
                 "give the layout, or the other two",
             )
-        return Request(layout=layout)
+        return Request(layout=as_layout(layout))
     found = registry.get(model) if model else None
     family = found.model if found else None
     stated: Config | None = found.config if found else None
@@ -76,3 +79,35 @@ def make_request(
             )
         family = named
     return Request(family, stated)
+
+
+def as_layout(given: Any) -> Layout:
+    """A layout as users give one: a Layout; JSON data as `Layout.to_json()` gives it; the path of
+    a file of such data; or the path of a checkpoint that a layout came with.
+
+    Raises CorruptInput for what is not a layout, UsageError for a path without one.
+    """
+    if isinstance(given, Layout):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        return stated_layout.read_data(given, "the data given as layout")
+    path = Path(given).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return stated_layout.read_file(path)
+    if path.suffix == ".json":
+        raise UsageError(
+            f"there is no layout {path}",
+            "give a JSON file, or a checkpoint that a layout came with",
+        )
+    with open_checkpoint(hub.locate(given)) as reader:
+        label = read_label(reader)
+    if label.problem is not None:
+        raise label.problem
+    if label.layout is not None:
+        return label.layout
+    if label.model is not None:
+        return label.model.layout_of(label.config)
+    raise UsageError(
+        f"no layout came with {given}",
+        "give a layout's JSON file (FILE.json), or a checkpoint that was converted with a layout",
+    )

@@ -15,9 +15,10 @@ from typing import Any
 
 from zoo.checkpoint.budgets import check
 from zoo.containers import filenames
-from zoo.containers.errors import CorruptInput
+from zoo.containers.errors import CorruptInput, UsageError
 from zoo.layout import TREES, Layout
 
+FORMAT = 1  # of a layout's own file
 INLINE_MAX = 1 << 20  # bytes of JSON in the metadata itself
 FILE_MAX = 64 << 20  # bytes of JSON at all
 _ADVICE = "copy the checkpoint again, with the files beside it, or give the layout yourself"
@@ -45,7 +46,45 @@ def read(value: Any, source: str, beside: Path) -> Layout:
     layout, is too large, or contradicts itself.
     """
     if isinstance(value, dict):
-        value = _read_file(value, source, beside if beside.is_dir() else beside.parent)
+        value = _named_file(value, source, beside if beside.is_dir() else beside.parent)
+    return _layout(value, f"{source} states a layout that is not one", _ADVICE)
+
+
+def read_data(data: Any, source: str) -> Layout:
+    """The layout in JSON data: a list of entries, or {"format": 1, "entries": [...], ...}, where
+    whatever else it says is passed over. `source` is what errors call it.
+
+    Raises CorruptInput for what is not a layout, is too large, or contradicts itself; UsageError
+    for a later format.
+    """
+    problem, advice = f"{source} is not a layout", "docs/layout.md says what one is"
+    try:
+        value = json.loads(json.dumps(data))  # tuples are lists there
+    except (TypeError, ValueError, RecursionError) as e:
+        raise CorruptInput(f"{problem}: {e}", advice) from None
+    if isinstance(value, dict):
+        if type(value.get("format")) is not int or "entries" not in value:
+            raise CorruptInput(f'{problem}: it has no "format" and "entries"', advice)
+        if value["format"] > FORMAT:
+            raise UsageError(
+                f"{source} has format {value['format']}, this version knows {FORMAT}",
+                "upgrade zooconvert",
+            )
+        value = value["entries"]
+    return _layout(value, problem, advice)
+
+
+def read_file(path: Path) -> Layout:
+    """The layout in a file of its own; raises what `read_data` raises."""
+    try:
+        return read_data(json.loads(_bytes(path, str(path))), str(path))
+    except (ValueError, RecursionError) as e:
+        raise CorruptInput(
+            f"{path} is not JSON: {e}", "docs/layout.md says what a layout is"
+        ) from None
+
+
+def _layout(value: Any, problem: str, advice: str) -> Layout:
     try:
         check(value)
         layout = Layout.from_json(value)
@@ -56,29 +95,30 @@ def read(value: Any, source: str, beside: Path) -> Layout:
         return layout
     except (ValueError, TypeError, KeyError, IndexError, ArithmeticError, AttributeError) as e:
         why = f"{type(e).__name__} {e}" if isinstance(e, KeyError) else str(e)
-        raise CorruptInput(f"{source} states a layout that is not one: {why}", _ADVICE) from None
+        raise CorruptInput(f"{problem}: {why}", advice) from None
 
 
-def _read_file(told: dict[str, Any], source: str, folder: Path) -> Any:
+def _named_file(told: dict[str, Any], source: str, folder: Path) -> Any:
     name, digest = told.get("file"), told.get("sha256")
     if not (isinstance(name, str) and isinstance(digest, str) and filenames.is_layout(name)):
         raise CorruptInput(f"{source} names no layout-....json and its sha256", _ADVICE)
     path = folder / name
-    try:
-        if path.stat().st_size > FILE_MAX:
-            raise CorruptInput(f"{path} has more than {FILE_MAX} bytes", _ADVICE)
-        data = path.read_bytes()
-    except OSError as e:
-        reason = e.strerror or e
-        raise CorruptInput(
-            f"{path}, which {source} names, cannot be read: {reason}", _ADVICE
-        ) from None
+    data = _bytes(path, f"{path}, which {source} names,")
     if hashlib.sha256(data).hexdigest() != digest:
         raise CorruptInput(f"{path} is not the layout that {source} names: another hash", _ADVICE)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:
         raise CorruptInput(f"{path} is not JSON: {e}", _ADVICE) from None
+
+
+def _bytes(path: Path, what: str) -> bytes:
+    try:
+        if path.stat().st_size > FILE_MAX:
+            raise CorruptInput(f"{path} has more than {FILE_MAX} bytes", _ADVICE)
+        return path.read_bytes()
+    except OSError as e:
+        raise CorruptInput(f"{what} cannot be read: {e.strerror or e}", _ADVICE) from None
 
 
 def _text(layout: Layout) -> str:

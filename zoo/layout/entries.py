@@ -58,7 +58,7 @@ class Entry:
     compact_ops: Ops = ()  # what a Linen @nn.compact module does differently, after `ops`
 
 
-def _entry(kind: str, module: str, leaf: str, shape: Shape) -> Entry:
+def of_kind(kind: str, module: str, leaf: str, shape: Shape) -> Entry:
     """The entry of tensor `module.leaf`, whose counterpart follows from its kind."""
     there = kinds()[kind].leaves[leaf]
     ops: Ops = (Permute(there.axes),) if there.axes else ()
@@ -75,9 +75,9 @@ def _entry(kind: str, module: str, leaf: str, shape: Shape) -> Entry:
 
 def linear(module: str, n_in: int, n_out: int, bias: bool = True) -> Iterator[Entry]:
     """nn.Linear: weight (out, in) <-> kernel (in, out)."""
-    yield _entry("linear", module, "weight", (n_out, n_in))
+    yield of_kind("linear", module, "weight", (n_out, n_in))
     if bias:
-        yield _entry("linear", module, "bias", (n_out,))
+        yield of_kind("linear", module, "bias", (n_out,))
 
 
 def flat_linear(
@@ -98,27 +98,27 @@ def conv(
 ) -> Iterator[Entry]:
     """nn.Conv1d/2d: weight (out, in/groups, *kernel) <-> kernel (*kernel, in/groups, out)."""
     kind = f"conv{len(kernel)}d"
-    yield _entry(kind, module, "weight", (n_out, n_in // groups, *kernel))
+    yield of_kind(kind, module, "weight", (n_out, n_in // groups, *kernel))
     if bias:
-        yield _entry(kind, module, "bias", (n_out,))
+        yield of_kind(kind, module, "bias", (n_out,))
 
 
 def embedding(module: str, rows: int, dim: int) -> Iterator[Entry]:
     """nn.Embedding: weight <-> embedding, both (rows, dim)."""
-    yield _entry("embedding", module, "weight", (rows, dim))
+    yield of_kind("embedding", module, "weight", (rows, dim))
 
 
 def norm(module: str, dim: int, bias: bool = True) -> Iterator[Entry]:
     """LayerNorm, GroupNorm, RMSNorm: weight <-> scale."""
-    yield _entry("norm", module, "weight", (dim,))
+    yield of_kind("norm", module, "weight", (dim,))
     if bias:
-        yield _entry("norm", module, "bias", (dim,))
+        yield of_kind("norm", module, "bias", (dim,))
 
 
 def batchnorm(module: str, dim: int) -> Iterator[Entry]:
     """BatchNorm with running statistics; `num_batches_tracked` exists in PyTorch only."""
     for leaf in kinds()["batchnorm"].leaves:
-        yield _entry("batchnorm", module, leaf, (dim,))
+        yield of_kind("batchnorm", module, leaf, (dim,))
     yield constant(f"{module}.num_batches_tracked", (), Constant("zeros", "I64", True))
 
 
@@ -158,21 +158,22 @@ def recurrent_cell(
 def attention(module: str, dim: int, bias: bool = True) -> Iterator[Entry]:
     """nn.MultiheadAttention: one fused in_proj <-> three linear layers `query`, `key`, `value`."""
     sizes = (dim, dim, dim)
+    prefix = f"{module}." if module else ""
     projections = ("query", "key", "value")
     yield Entry(
         "linear",
-        (Tensor(f"{module}.in_proj_weight", (3 * dim, dim)),),
-        tuple(Tensor(f"{module}.{p}.kernel", (dim, dim)) for p in projections),
+        (Tensor(f"{prefix}in_proj_weight", (3 * dim, dim)),),
+        tuple(Tensor(f"{prefix}{p}.kernel", (dim, dim)) for p in projections),
         (Divide(0, sizes), Permute((1, 0))),
     )
     if bias:
         yield Entry(
             "linear",
-            (Tensor(f"{module}.in_proj_bias", (3 * dim,)),),
-            tuple(Tensor(f"{module}.{p}.bias", (dim,)) for p in projections),
+            (Tensor(f"{prefix}in_proj_bias", (3 * dim,)),),
+            tuple(Tensor(f"{prefix}{p}.bias", (dim,)) for p in projections),
             (Divide(0, sizes),),
         )
-    yield from linear(f"{module}.out_proj", dim, dim, bias)
+    yield from linear(f"{prefix}out_proj", dim, dim, bias)
 
 
 def param(name: str, *shape: int) -> Entry:

@@ -93,7 +93,7 @@ def load(
         for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
-        values = itertools.chain(_read(plan, reader), _fresh(plan, seed, code))
+        values = itertools.chain(read_tree(plan, reader), _fresh(plan, seed, code))
         return build_from_tree(family, plan.config, framework, values, dtype, seed)
 
 
@@ -156,7 +156,7 @@ def build_from_tree(
         raise
 
 
-def _read(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
+def read_tree(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
     """The target's tensors, each read when it is asked for."""
     for step in plan.steps:
         yield from zip(step.targets, read_step(reader, step), strict=True)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from zoo.containers.errors import UsageError
-from zoo.model import Config, Model
+from zoo.model import Config, Model, with_config
 
 
 def build(
@@ -26,13 +26,16 @@ def build(
 
     Raises UsageError where JAX would change a dtype behind the caller's back.
     """
-    arrays = {name: _place(name, array) for name, array in values}
+    arrays = {name: place(name, array) for name, array in values}
     floats = {a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
     param_dtype = jnp.result_type(*floats) if floats else jnp.float32
     compute = None if dtype is None else jnp.dtype(dtype)
     module = nnx.eval_shape(
-        lambda: model.definition("flax")(
-            config, dtype=compute, param_dtype=param_dtype, rngs=nnx.Rngs(seed)
+        lambda: with_config(
+            model.definition("flax")(
+                config, dtype=compute, param_dtype=param_dtype, rngs=nnx.Rngs(seed)
+            ),
+            config,
         )
     )
     graph, abstract = nnx.split(module)
@@ -51,7 +54,8 @@ def build(
     return filled
 
 
-def _place(name: str, array: np.ndarray) -> jax.Array:
+def place(name: str, array: np.ndarray) -> jax.Array:
+    """The array as JAX's; UsageError where JAX would change its dtype."""
     wide = array.dtype.itemsize == 8 and array.dtype.kind != "c"
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError(

@@ -10,7 +10,8 @@ import torch
 from zoo.checkpoint.plan import constant_value
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo
-from zoo.model import Config, Model
+from zoo.layout import Layout
+from zoo.model import Config, Model, with_config
 
 
 def build(
@@ -23,8 +24,14 @@ def build(
     """
     compute = None if dtype is None else getattr(torch, dtype)
     with torch.device("meta"):
-        module: torch.nn.Module = model.definition("torch")(config, dtype=compute)
-    layout = model.layout_of(config)
+        made: torch.nn.Module = model.definition("torch")(config, dtype=compute)
+    return fill(with_config(made, config), model.layout_of(config), values).eval()
+
+
+def fill(
+    module: torch.nn.Module, layout: Layout, values: Iterable[tuple[str, np.ndarray]]
+) -> torch.nn.Module:
+    """The module, which is on "meta" and holds no values, with these, each as it is stored."""
     names = layout.shapes("torch")
     state = {name: tensor(array).clone() for name, array in values if name in names}
     for entry in layout.entries:
@@ -41,7 +48,7 @@ def build(
         if entry.tied_to is not None:
             state[entry.torch[0].name] = state[entry.tied_to]
     module.load_state_dict(state, strict=True, assign=True)
-    return module.eval()
+    return module
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Live modules: saved as a checkpoint, and filled from one."""

@@ -1,0 +1,85 @@
+"""A live module as a checkpoint that is open for reading: what planning and writing take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from convert.runtime.nnx_names import flax_names, variables_of
+from convert.runtime.torch_layout import saved_tensors, ties_of
+from convert.runtime.torch_module import unwrapped
+from convert.tensors import bits_of
+from zoo.containers import dtypes
+from zoo.containers.base import Reader, TensorInfo
+from zoo.containers.errors import UsageError
+from zoo.layout import Layout
+
+Framework = Literal["torch", "flax"]
+
+
+def framework_of(module: Any) -> Framework:
+    """Which framework a live module is of; UsageError for what is neither's."""
+    origin = {base.__module__.partition(".")[0] for base in type(module).__mro__}
+    if "torch" in origin and hasattr(module, "named_parameters"):
+        return "torch"
+    if "flax" in origin:
+        from flax import nnx
+
+        if isinstance(module, nnx.Module):
+            return "flax"
+    what = f"the class {module.__name__}" if isinstance(module, type) else type(module).__name__
+    raise UsageError(
+        f"{what} is not a module that holds weights",
+        "give a torch.nn.Module or an nnx.Module; what Linen's modules are applied to is saved by "
+        "flax.serialization, or orbax, and converted with convert.convert",
+    )
+
+
+class ModuleReader(Reader):
+    """The tensors that a torch module saves (its `state_dict`), or an NNX module's parameters and
+    running statistics, and of its other variables those that `layout` has.
+
+    `path` is the name of its class. Tensors are copied when they are read.
+    """
+
+    container = "module"
+
+    def __init__(self, module: Any, layout: Layout | None = None) -> None:
+        super().__init__(Path(type(unwrapped(module)).__name__))
+        known = set() if layout is None else flax_names(layout)
+        self.framework = framework_of(module)
+        if self.framework == "torch":
+            self._values = saved_tensors(unwrapped(module))
+            self.ties = ties_of(self._values)
+        else:
+            weights, others = variables_of(module, known)
+            kept = weights | {n: v for n, v in others.items() if n in known}
+            self._values = {n: v.get_value() for n, v in kept.items()}
+            if gone := sorted(others.keys() - kept.keys()):
+                self.notices.append(f"no weights, not saved: {', '.join(gone)}")
+        if empty := [n for n, x in self._values.items() if not _has_values(x)]:
+            raise UsageError(
+                f"{self.path} holds no values: {empty[0]} is only a shape",
+                "give a module whose parameters are there: not on torch's device 'meta', and not "
+                "of nnx.eval_shape",
+            )
+        self.tensors = {n: _info(n, x) for n, x in self._values.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """A copy of the tensor."""
+        value = self._values[name]
+        array = bits_of(value) if self.framework == "torch" else np.array(value)
+        return np.ascontiguousarray(array).reshape(self.tensors[name].shape)
+
+
+def _has_values(x: Any) -> bool:
+    return not getattr(x, "is_meta", False) and type(x).__name__ != "ShapeDtypeStruct"
+
+
+def _info(name: str, x: Any) -> TensorInfo:
+    kind = str(x.dtype).removeprefix("torch.")
+    if kind not in dtypes.FROM_NAME:
+        raise UsageError(f"{name} is {kind}, which no checkpoint holds", "cast it first")
+    return TensorInfo(dtypes.FROM_NAME[kind], tuple(x.shape))
