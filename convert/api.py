@@ -13,7 +13,7 @@ from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
-from convert.matching.matched import Matched
+from convert.matching.evidence import MatchedLayout
 from zoo.checkpoint.certificate import Certificate, now, versions
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
@@ -97,7 +97,7 @@ def match(
     flax_inputs: Any = None,
     pairs: Mapping[str, str] | None = None,
     rotary: str | None = None,
-) -> Matched:
+) -> MatchedLayout:
     """The layout of two models that should be one: which tensor is which, and by what ops.
 
     A side is a checkpoint of any container, or a module: a torch.nn.Module; an nnx.Module, a bound
@@ -114,7 +114,7 @@ def match(
     Raises ZooError where anything is open, listing it with its candidates: no layout is guessed.
     """
     if inputs is None:
-        from convert.matching.match import match_tensors
+        from convert.matching.match_tensors import match_tensors
 
         return match_tensors(torch_side, flax_side, pairs, rotary)
     if any(isinstance(side, str | os.PathLike) for side in (torch_side, flax_side)):

@@ -15,8 +15,8 @@ import convert
 from convert.cli.main import cli
 from convert.matching.assignment import assign
 from convert.matching.by_values import fingerprint, reorders
+from convert.matching.evidence import OpenMatch
 from convert.matching.groups import grouped
-from convert.matching.matched import OpenMatch
 from convert.matching.words import said
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
@@ -297,7 +297,7 @@ def test_fingerprints_stay_under_every_op_and_add_up() -> None:
 
 def test_reorders() -> None:
     x = some(3, 24)
-    op = Reorder(1, (2, 3, 4), (2, 0, 1))
+    op = Reorder(1, (2, 3, 4), (2, 1, 0))
     assert next(reorders(x, run([op], [x])[0])) == op
     assert not list(reorders(x, some(3, 24, seed=1)))
 
@@ -314,7 +314,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.exit_code == 0
     assert "6 tensors paired: 6 by values" in done.output
     assert json.loads(out.read_text())["format"] == 1
-    assert "reorder(2,2x2,1,0)" in page.read_text()
+    assert "reorder(2,2x2,1x0)" in page.read_text()
 
 
 def test_command_says_what_is_open(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def stated_layout(
     torch side where only Flax's definition is given."""
     if torch is None and flax is None:
         return layout
-    from convert.live.matched_layout import matched_layout
+    from convert.matching.match_tensors import match_tensors
     from convert.runtime.torch_layout import derive_layout
     from convert.runtime.user_code import load
     from zoo.containers.errors import MissingExtra, UsageError
@@ -61,10 +61,11 @@ def stated_layout(
         with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not ours
             if flax is not None:
                 side = ckpt if torch is None else module(torch)
-                made, told = matched_layout(side, module(flax))
-            else:
-                assert torch is not None
-                made, told = derive_layout(module(torch))
+                matched = match_tensors(side, module(flax))
+                notices(list(matched.notices), quiet)
+                return matched
+            assert torch is not None
+            made, told = derive_layout(module(torch))
     except ModuleNotFoundError as e:
         if e.name in ("torch", "flax", "jax"):
             raise MissingExtra(

@@ -61,7 +61,7 @@ def match(
       zooconvert match llama/ maxtext.msgpack --rotary pairs -o layout.json
     """
     from convert.compare.report_file import check_report
-    from convert.matching.matched import OpenMatch
+    from convert.matching.evidence import OpenMatch
 
     if report_file is not None:
         check_report(Path(report_file))

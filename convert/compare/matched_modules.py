@@ -11,8 +11,8 @@ from convert.compare.module_calls import fit_calls, split_sides
 from convert.compare.modules import Hints, compare_modules, drawn_call
 from convert.compare.report import Report
 from convert.compare.settings import Settings
-from convert.matching.match import match_tensors
-from convert.matching.matched import Matched
+from convert.matching.evidence import MatchedLayout
+from convert.matching.match_tensors import match_tensors
 from convert.matching.pair import Pair, layout_matches
 from convert.matching.pairing import pair_modules
 from convert.runtime.arrays import to_numpy
@@ -30,7 +30,7 @@ def match_modules(
     flax_inputs: Any,
     pairs: Mapping[str, str] | None,
     rotary: str | None,
-) -> Matched:
+) -> MatchedLayout:
     """As `convert.match`. ZooError where something is open, or where no layout that was found gives
     torch's outputs."""
     with full_precision():
@@ -42,7 +42,7 @@ def match_modules(
         pairing = pair_modules(Pair(module, flax, call, flax_call))
     failed: list[str] = []
     refused: ZooError | None = None
-    seen: list[Matched] = []
+    seen: list[MatchedLayout] = []
     for order_first, turned in _attempts(rotary):
         try:
             made = match_tensors(torch_side, flax_side, pairs, turned, pairing, order_first)
@@ -71,7 +71,7 @@ def _attempts(rotary: str | None) -> Iterator[tuple[bool, str | None]]:
         yield from ((False, turned), (True, turned))
 
 
-def _compared(module: Any, flax: Any, layout: Matched, inputs: tuple[Any, Any]) -> Report:
+def _compared(module: Any, flax: Any, layout: MatchedLayout, inputs: tuple[Any, Any]) -> Report:
     """Both run, Flax with torch's weights."""
     tensors = {n: to_numpy(t) for n, t in state(module).items()}
     values: dict[str, Any] = {}
@@ -83,11 +83,11 @@ def _compared(module: Any, flax: Any, layout: Matched, inputs: tuple[Any, Any]) 
     return compare_modules((module, loaded), None, inputs, "outputs", Hints(layout=layout), options)
 
 
-def _checked(made: Matched, report: Report) -> Matched:
+def _checked(made: MatchedLayout, report: Report) -> MatchedLayout:
     evidence = [dataclasses.replace(e, checked=e.checked or "outputs") for e in made.evidence]
     told = [n for n in made.notices if not n.startswith("not checked")]
     rows = f"outputs: {len(report.outputs)} compared, the same"
-    return Matched(made.entries, evidence, told, [*made.tried, rows])
+    return MatchedLayout(made.entries, evidence, told, [*made.tried, rows])
 
 
 def _told(report: Report, order_first: bool, turned: str | None) -> str:

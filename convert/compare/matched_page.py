@@ -10,7 +10,7 @@ from convert.compare.report_file import write_text
 
 
 def write_page(path: Path, title: str, data: dict[str, Any]) -> None:
-    """Write the document of a `Matched` or an `OpenMatch` as FILE.html or FILE.json."""
+    """Write the document of a `MatchedLayout` or an `OpenMatch` as FILE.html or FILE.json."""
     if path.suffix.lower() == ".html":
         from convert.compare.html import render_match
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.live.matched_layout import matched_layout
 from convert.live.module_reader import framework_of
+from convert.matching.match_tensors import match_tensors
 from convert.runtime.inputs import as_call
 from convert.runtime.nnx_names import variables_of
 from convert.runtime.torch_calls import record
@@ -92,7 +92,8 @@ def _planned(reader: Reader, module: Any, framework: str, given: Layout | None) 
     if framework == "torch":
         found, notices = derive_layout(module)
     else:
-        found, notices = matched_layout(reader.path, module)
+        found = match_tensors(reader.path, module)
+        notices = list(found.notices)
     plan = make_plan(reader, Label(), tree, request=Request(layout=found))
     return dataclasses.replace(plan, told=(*plan.told, *notices))
 

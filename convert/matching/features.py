@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from convert.matching.groups import Group
+from convert.matching.groups import TensorGroup
 from convert.matching.words import Said, meanings, said
 
 _NO_CLASS = 1.0
@@ -29,14 +29,14 @@ class Features:
     classes: dict[str, str] = field(hash=False)  # class -> value
 
 
-def features(groups: Sequence[Group]) -> list[Features]:
+def features(groups: Sequence[TensorGroup]) -> list[Features]:
     """Of each group."""
     told = [said(p for p in _bare(g)) for g in groups]
     made = [_with_context(s) for s in told]
     return _ranked(groups, _numbered_attention(groups, made))
 
 
-def _numbered_attention(groups: Sequence[Group], made: list[Features]) -> list[Features]:
+def _numbered_attention(groups: Sequence[TensorGroup], made: list[Features]) -> list[Features]:
     """Attention_0 and Attention_1 of one layer: what it attends to itself with is called first."""
     found = []
     by_number: dict[tuple[object, ...], set[tuple[int, ...]]] = defaultdict(set)
@@ -57,7 +57,7 @@ def _numbered_attention(groups: Sequence[Group], made: list[Features]) -> list[F
     return found
 
 
-def _bare(group: Group) -> Iterable[str]:
+def _bare(group: TensorGroup) -> Iterable[str]:
     return (p.replace("#", "") for p in group.parts)
 
 
@@ -80,7 +80,7 @@ def _with_context(s: Said) -> Features:
     return Features(s, frozenset(m for m in found if ":" not in m), classes)
 
 
-def _ranked(groups: Sequence[Group], made: list[Features]) -> list[Features]:
+def _ranked(groups: Sequence[TensorGroup], made: list[Features]) -> list[Features]:
     """With the place of each norm among those of its block, and of each number among its like."""
     by_block: dict[tuple[object, ...], list[int]] = defaultdict(list)
     by_number: dict[tuple[object, ...], list[int]] = defaultdict(list)

@@ -18,7 +18,7 @@ _MOST = 64  # ways that are looked at
 
 
 @dataclass(frozen=True)
-class Fit:
+class ShapeFit:
     """One way: of each axis of the target, the source's axis that it is of.
 
     `merged` says that source and target are exchanged: the target's axes hold several of the
@@ -33,13 +33,13 @@ class Fit:
 
 
 @cache
-def fits(source: Shape, target: Shape) -> tuple[Fit, ...]:
+def fits(source: Shape, target: Shape) -> tuple[ShapeFit, ...]:
     """All ways, without axes of length one; none where sizes do not allow any."""
     if math.prod(source) != math.prod(target):
         return ()
-    found = [Fit(axes) for axes in _ways(source, target)]
+    found = [ShapeFit(axes) for axes in _ways(source, target)]
     if not found and len(source) > len(target):
-        found = [Fit(axes, True) for axes in _ways(target, source)]
+        found = [ShapeFit(axes, True) for axes in _ways(target, source)]
     return tuple(found)
 
 

@@ -20,7 +20,7 @@ _ALIKE = 0.5  # the share of their tensors that two layers of a stack have in co
 
 
 @dataclass
-class Group:
+class TensorGroup:
     """Tensors of one name but for the numbers of their layers.
 
     `parts` are the parts of the name, "#" for such a number; those that say which of several
@@ -63,19 +63,19 @@ class Group:
         return self.parts[: last + 1]
 
 
-def grouped(tensors: Mapping[str, Shape]) -> list[Group]:
+def grouped(tensors: Mapping[str, Shape]) -> list[TensorGroup]:
     """The groups of a header's tensors, in the order of their first."""
     counting = _counting(tensors)
-    groups: dict[tuple[str, ...], Group] = {}
+    groups: dict[tuple[str, ...], TensorGroup] = {}
     for name, shape in tensors.items():
         parts, index = _taken_out(name, counting)
-        group = groups.setdefault(parts, Group(parts))
+        group = groups.setdefault(parts, TensorGroup(parts))
         group.members[index] = name
         group.shapes[index] = shape
     return _adopted(list(groups.values()))
 
 
-def _adopted(groups: list[Group]) -> list[Group]:
+def _adopted(groups: list[TensorGroup]) -> list[TensorGroup]:
     """With a tensor that one layer alone calls otherwise in the group that lacks it there: where
     all other parts of its name, and its shape, are those that the group would have."""
     every: dict[tuple[str, ...], set[Index]] = {}
@@ -107,7 +107,7 @@ def _named(parts: tuple[str, ...], index: Index) -> list[str]:
     return [re.sub("#", lambda _: str(next(numbers)), p) for p in parts]
 
 
-def _one_apart(expected: list[str], other: Group, shape: Shape | None) -> bool:
+def _one_apart(expected: list[str], other: TensorGroup, shape: Shape | None) -> bool:
     (name,) = other.members.values()
     parts = name.split(".")
     return (

@@ -26,7 +26,7 @@ _GENERATORS = frozenset(["rngs", "rng", "key", "count", "dropout_key"])
 
 
 @dataclass
-class Holding:
+class MatchSide:
     """`tensors` are by the names that a layout has for them; those of `statistics` move with the
     batch. `module` is None for a checkpoint. `aside` is what the side holds besides weights."""
 
@@ -40,7 +40,7 @@ class Holding:
     aside: tuple[str, ...] = ()
 
 
-def hold(side: Any, framework: str, stack: ExitStack) -> Holding:
+def hold(side: Any, framework: str, stack: ExitStack) -> MatchSide:
     """The side as tensors: a path to a checkpoint of any container, or a module.
 
     Raises UsageError for what is neither, ZooError for a checkpoint that cannot be read.
@@ -50,7 +50,7 @@ def hold(side: Any, framework: str, stack: ExitStack) -> Holding:
     return _torch(side) if framework == "torch" else _flax(side)
 
 
-def _checkpoint(path: str | os.PathLike[str], framework: str, stack: ExitStack) -> Holding:
+def _checkpoint(path: str | os.PathLike[str], framework: str, stack: ExitStack) -> MatchSide:
     reader = stack.enter_context(open_checkpoint(hub.locate(path)))
     names = {n: n for n in reader.tensors}
     aside = [n for n in names if not _weight(n, reader.tensors[n])]
@@ -70,7 +70,7 @@ def _checkpoint(path: str | os.PathLike[str], framework: str, stack: ExitStack) 
         names = {n.removesuffix(".value"): s for n, s in names.items()}
     ties = {n: reader.ties[s] for n, s in names.items() if s in reader.ties}
     back = {s: n for n, s in names.items()}
-    return Holding(
+    return MatchSide(
         str(path),
         {n: reader.tensors[s] for n, s in names.items()},
         lambda n: reader.read(names[n]),
@@ -100,7 +100,7 @@ def _weight(name: str, info: TensorInfo) -> bool:
     return not ({*parts[-3:]} & _GENERATORS or parts[-1] in NOT_WEIGHTS)
 
 
-def _torch(module: Any) -> Holding:
+def _torch(module: Any) -> MatchSide:
     import torch
 
     if not isinstance(module, torch.nn.Module):
@@ -111,7 +111,7 @@ def _torch(module: Any) -> Holding:
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
-    return Holding(
+    return MatchSide(
         type(module).__name__,
         {n: _info(to_numpy(t)) for n, t in tensors.items()},
         lambda n: np.asarray(to_numpy(tensors[n]), order="C"),
@@ -121,7 +121,7 @@ def _torch(module: Any) -> Holding:
     )
 
 
-def _flax(module: Any) -> Holding:
+def _flax(module: Any) -> MatchSide:
     taken = as_flax(module, None)
     if taken is None:
         raise UsageError(
@@ -129,7 +129,7 @@ def _flax(module: Any) -> Holding:
             "give an nnx.Module, (linen.Module, variables), (function, params) or a checkpoint",
         )
     side = flax_module(taken)
-    return Holding(
+    return MatchSide(
         type(module[0] if isinstance(module, tuple) else module).__name__,
         {n: _info(to_numpy(v)) for n, v in side.values.items()},
         lambda n: np.asarray(to_numpy(side.values[n]), order="C"),

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from convert.matching.by_values import Values, pairs_by_print
+from convert.matching.evidence import Evidence
 from convert.matching.features import Alike
-from convert.matching.groups import Group
-from convert.matching.holding import Holding
-from convert.matching.matched import Evidence
-from convert.matching.orientation import Pair, choose
+from convert.matching.groups import TensorGroup
+from convert.matching.holding import MatchSide
+from convert.matching.orientation import UnitPair, choose
 from convert.matching.rearranged import match_values
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, able, ways
@@ -70,7 +70,7 @@ def _names(unit: Unit) -> tuple[str, ...]:
 def _single(units: Sequence[Unit]) -> list[Unit]:
     """Every tensor as a unit of its own."""
     return [
-        Unit((Group(tuple(n.split(".")), {(): n}, {(): g.shapes[i]}),), u.features)
+        Unit((TensorGroup(tuple(n.split(".")), {(): n}, {(): g.shapes[i]}),), u.features)
         for u in units for g in u.groups for i, n in g.members.items()
     ]  # fmt: skip
 
@@ -107,7 +107,7 @@ def eliminated(ours: list[Unit], theirs: list[Unit], same: bool) -> Iterator[Fou
             classes
         ):
             continue  # names say that they are two
-        ((way, why, _),) = choose([Pair(a, b, ways(a, b))], [])
+        ((way, why, _),) = choose([UnitPair(a, b, ways(a, b))], [])
         if way is None:
             continue
         made = list(entries(a, b, way, "param", "params"))
@@ -116,7 +116,7 @@ def eliminated(ours: list[Unit], theirs: list[Unit], same: bool) -> Iterator[Fou
 
 
 def constants(
-    side: Holding, left: Sequence[str], done: set[str], given: Mapping[str, str]
+    side: MatchSide, left: Sequence[str], done: set[str], given: Mapping[str, str]
 ) -> tuple[dict[str, Constant], dict[str, str]]:
     """Of torch's tensors that Flax does not have: those whose values the way back can make again,
     or that the user said Flax lacks; and those that repeat a tensor that has been matched."""
@@ -136,7 +136,7 @@ def constants(
     return found, ties
 
 
-def _repeats(side: Holding, name: str, done: set[str]) -> str | None:
+def _repeats(side: MatchSide, name: str, done: set[str]) -> str | None:
     """A matched tensor of the same values."""
     info = side.tensors[name]
     able_ = [n for n in done if side.tensors[n] == info]
@@ -144,7 +144,7 @@ def _repeats(side: Holding, name: str, done: set[str]) -> str | None:
     return next((n for n in able_ if side.read(n).tobytes() == mine), None)
 
 
-def surplus(side: Holding, free: Sequence[str]) -> list[str]:
+def surplus(side: MatchSide, free: Sequence[str]) -> list[str]:
     """Flax's tensors that are no weights: counters, keys."""
     return [n for n in free if not dtypes.is_float(side.tensors[n].dtype)
             and not side.tensors[n].dtype.startswith("C")]  # fmt: skip

@@ -23,7 +23,7 @@ Voter = tuple[str, int, bool]
 
 
 @dataclass(frozen=True)
-class Pair:
+class UnitPair:
     """A unit of torch's and one of Flax's, and all ways between them."""
 
     ours: Unit
@@ -33,7 +33,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Style:
+class AxesStyle:
     """What is voted on: where the outputs' axis lies, and at which place layers are stacked."""
 
     outputs: str  # "first", "last", "between", "" where there is none
@@ -58,24 +58,26 @@ def labels(unit: Unit, transposed: bool) -> str:
     return "".join(c for c, n in zip(inner, shape, strict=True) if n != 1)
 
 
-def style(pair: Pair, way: Way, axes: str) -> Style:
+def style(pair: UnitPair, way: Way, axes: str) -> AxesStyle:
     """The style of a way; `axes` are the labels of torch's axes, without numbers of layers."""
     numbers = 0 if way.each else len(pair.ours.sizes or ())
     skipped = 0 if way.each else len(pair.theirs.sizes or ())
     if way.fit.merged:
-        return Style("", ())
+        return AxesStyle("", ())
     named = ["n" if k < numbers else axes[k - numbers] for k in way.fit.axes[skipped:]]
     stack = tuple(k for k, c in enumerate(named) if c == "n")
     order = "".join(c for c in named if c in "ois")
     outs = [k for k, c in enumerate(order) if c == "o"]
     ins = [k for k, c in enumerate(order) if c != "o"]
     if not outs or not ins:
-        return Style("", stack)
+        return AxesStyle("", stack)
     where = "last" if min(outs) > max(ins) else "first" if max(outs) < min(ins) else "between"
-    return Style(where, stack)
+    return AxesStyle(where, stack)
 
 
-def choose(pairs: Sequence[Pair], transposed: Iterable[str]) -> list[tuple[Way | None, str, int]]:
+def choose(
+    pairs: Sequence[UnitPair], transposed: Iterable[str]
+) -> list[tuple[Way | None, str, int]]:
     """Of each pair the way, why, and how many others are as good: None where nothing tells."""
     kept = frozenset(transposed)
     told = [labels(p.ours, p.ours.name in kept) for p in pairs]
@@ -100,7 +102,7 @@ def choose(pairs: Sequence[Pair], transposed: Iterable[str]) -> list[tuple[Way |
     ]
 
 
-def _by_heads(p: Pair, way: Way, axes: str) -> Way | None:
+def _by_heads(p: UnitPair, way: Way, axes: str) -> Way | None:
     """The way with q, k and v inside each head, as a `query_key_value` of torch's has them; None
     where Flax's shape does not tell how many heads there are."""
     if p.ours.features.classes.get("proj") != "qkv" or p.theirs.features.classes["proj"] != "qkv":
@@ -123,19 +125,19 @@ def _by_heads(p: Pair, way: Way, axes: str) -> Way | None:
     return replace(way, fit=replace(way.fit, inner=three[0]))
 
 
-def _leaf(p: Pair) -> str:
+def _leaf(p: UnitPair) -> str:
     return p.theirs.groups[0].parts[-1]
 
 
-def _voter(p: Pair) -> Voter:
+def _voter(p: UnitPair) -> Voter:
     """Who votes alike: tensors of one leaf's name and as many axes, tables apart."""
     axes = len(next(iter(p.ours.groups[0].shapes.values())))
     return _leaf(p), axes, "table" in p.ours.features.classes
 
 
 def _chosen(
-    p: Pair,
-    styles: list[Style],
+    p: UnitPair,
+    styles: list[AxesStyle],
     able: list[int],
     votes: Counter[tuple[Voter, str]],
     stacks: Counter[tuple[int, ...]],
@@ -167,13 +169,13 @@ def _chosen(
     return p.ways[able[0]], why, 0
 
 
-def _sensible(p: Pair, axes: str) -> list[int]:
+def _sensible(p: UnitPair, axes: str) -> list[int]:
     """Indices of the ways that no convention rules out, the fewest oddities only."""
     costs = [_oddity(p, w, axes) for w in p.ways]
     return [k for k, c in enumerate(costs) if c == min(costs)]
 
 
-def _oddity(p: Pair, way: Way, axes: str) -> int:
+def _oddity(p: UnitPair, way: Way, axes: str) -> int:
     """What nobody does: kernels with rows and columns exchanged, heads that are split from inputs
     where they are of outputs, factors of one axis far apart."""
     if way.fit.merged:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from convert.matching.groups import Group
-from convert.matching.orientation import Pair
+from convert.matching.groups import TensorGroup
+from convert.matching.orientation import UnitPair
 from convert.matching.words import said
 from zoo.containers.errors import UsageError
 from zoo.layout import Entry
@@ -23,7 +23,7 @@ ROTARY = (
 _KEPT = ("q_proj", "k_proj", "query_key_value", "qkv_proj", "c_attn")  # names that came from torch
 
 
-def rotated(pair: Pair, groups: Sequence[Group]) -> bool:
+def rotated(pair: UnitPair, groups: Sequence[TensorGroup]) -> bool:
     """Whether a pair is of queries or keys, of a model without a table of positions, in a codebase
     that does not call them as torch does."""
     proj = pair.ours.features.classes.get("proj")
@@ -36,7 +36,7 @@ def rotated(pair: Pair, groups: Sequence[Group]) -> bool:
     return not parts & set(_KEPT)
 
 
-def in_pairs(made: list[Entry], pair: Pair) -> list[Entry]:
+def in_pairs(made: list[Entry], pair: UnitPair) -> list[Entry]:
     """The entries with the features of each head in pairs. UsageError where Flax's shape does not
     tell how many features a head has."""
     found = []

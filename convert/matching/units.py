@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from convert.matching.features import Features
-from convert.matching.fits import Fit, fits, without_ones
-from convert.matching.groups import Group, Index, Shape
+from convert.matching.fits import ShapeFit, fits, without_ones
+from convert.matching.groups import Index, Shape, TensorGroup
 
 _FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gateup": ("gate", "up")}
 
@@ -20,7 +20,7 @@ class Unit:
     `axis` is where parts of different sizes are joined; equal ones are stacked in front (None).
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[TensorGroup, ...]
     features: Features
     axis: int | None = None
 
@@ -59,7 +59,7 @@ class Unit:
         """The unit with these layers only."""
         kept = list(indices)
         groups = tuple(
-            Group(g.parts, {i: g.members[i] for i in kept}, {i: g.shapes[i] for i in kept})
+            TensorGroup(g.parts, {i: g.members[i] for i in kept}, {i: g.shapes[i] for i in kept})
             for g in self.groups
         )
         return Unit(groups, self.features, self.axis)
@@ -84,7 +84,7 @@ class Way:
     """
 
     each: bool
-    fit: Fit
+    fit: ShapeFit
 
 
 def aligned(a: Unit, b: Unit) -> list[tuple[Unit, Unit]]:

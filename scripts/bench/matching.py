@@ -37,7 +37,7 @@ def sides(layers: int, experts: int) -> tuple[Shapes, Shapes]:
 def main() -> None:
     """Print seconds and the peak of memory, one process a size."""
     from convert.matching.by_names import by_names
-    from convert.matching.orientation import Pair, choose
+    from convert.matching.orientation import UnitPair, choose
     from convert.matching.unit_entries import entries
     from convert.matching.units import aligned, ways
 
@@ -45,7 +45,7 @@ def main() -> None:
         torch, flax = sides(layers, experts)
         started = time.perf_counter()
         chosen, *_ = by_names(torch, flax, {})
-        pairs = [Pair(a, b, ways(a, b)) for c in chosen for a, b in aligned(c.ours, c.theirs)]
+        pairs = [UnitPair(a, b, ways(a, b)) for c in chosen for a, b in aligned(c.ours, c.theirs)]
         made = [
             entry
             for pair, (way, _, _) in zip(pairs, choose(pairs, []), strict=True)

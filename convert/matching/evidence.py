@@ -76,7 +76,7 @@ class OpenMatch(ZooError):
         }
 
 
-class Matched(Layout):
+class MatchedLayout(Layout):
     """A layout like a family's; `evidence` says what each part of it stands on, `notices` what a
     user should know, `tried` what was tried in order."""
 

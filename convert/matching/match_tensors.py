@@ -8,10 +8,10 @@ from typing import Any
 
 from convert.matching.by_names import Chosen, by_names
 from convert.matching.by_values import Values, pairs_by_print
-from convert.matching.holding import Holding, hold
+from convert.matching.evidence import Evidence, MatchedLayout, Open, OpenMatch
+from convert.matching.holding import MatchSide, hold
 from convert.matching.leftover import constants, eliminated, looked_up, surplus
-from convert.matching.matched import Evidence, Matched, Open, OpenMatch
-from convert.matching.orientation import Pair, choose, transposed_weights
+from convert.matching.orientation import UnitPair, choose, transposed_weights
 from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
 from convert.matching.unit_entries import entries
@@ -32,7 +32,7 @@ def match_tensors(
     rotary: str | None = None,
     execution: Pairing | None = None,
     order_first: bool = False,
-) -> Matched:
+) -> MatchedLayout:
     """The layout of two sides, as `convert.match` has it, without running anything.
 
     `execution` is what a run of both modules told: it settles what names leave open, or, with
@@ -55,14 +55,14 @@ class _Matching:
     """What is found so far; each step looks at what the ones before left open."""
 
     def __init__(
-        self, ours: Holding, theirs: Holding, given: dict[str, str], rotary: str | None
+        self, ours: MatchSide, theirs: MatchSide, given: dict[str, str], rotary: str | None
     ) -> None:
         self.sides = ours, theirs
         self.rotary = rotary
         self.given = given
         _check_given(ours, theirs, given)
         self.found: list[tuple[list[Entry], Evidence]] = []
-        self.open: list[tuple[Pair, Chosen, str]] = []
+        self.open: list[tuple[UnitPair, Chosen, str]] = []
         self.left: tuple[list[Unit], list[Unit]] = [], []
         self.chosen: list[Chosen] = []
         self.same = False  # whether both sides hold the same weights
@@ -110,7 +110,9 @@ class _Matching:
     def values(self) -> None:
         """What was chosen by names, held against the values where both sides hold the same."""
         pairs = [
-            (Pair(a, b, ways(a, b)), c) for c in self.chosen for a, b in aligned(c.ours, c.theirs)
+            (UnitPair(a, b, ways(a, b)), c)
+            for c in self.chosen
+            for a, b in aligned(c.ours, c.theirs)
         ]
         kept = transposed_weights([p.ours for p, _ in pairs])
         decided = choose([p for p, _ in pairs], kept)
@@ -125,7 +127,7 @@ class _Matching:
         if self.same:
             self._look_up()
 
-    def _hold_the_same(self, pairs: list[Pair]) -> bool:
+    def _hold_the_same(self, pairs: list[UnitPair]) -> bool:
         """Whether any of the smallest tensors that tell has the values of its counterpart."""
         small = sorted(pairs, key=lambda p: _size(p.ours))
         looked = 0
@@ -145,7 +147,7 @@ class _Matching:
         units = [sorted(side, key=_size)[:_SAMPLE] for side in self.left]
         return any(pairs_by_print(self.read, units[0], units[1]))
 
-    def _by_values(self, pair: Pair, chosen: Chosen, way: Way | None, why: str) -> None:
+    def _by_values(self, pair: UnitPair, chosen: Chosen, way: Way | None, why: str) -> None:
         prints = self.read.print_of(0, pair.ours), self.read.print_of(1, pair.theirs)
         if prints[0] == prints[1]:
             if prints[0].plain:  # one value throughout, which tells nothing
@@ -159,7 +161,7 @@ class _Matching:
         self.left[1].append(pair.theirs)
 
     def _by_names(
-        self, pair: Pair, chosen: Chosen, way: Way | None, why: str, checked: str = ""
+        self, pair: UnitPair, chosen: Chosen, way: Way | None, why: str, checked: str = ""
     ) -> None:
         if way is None:
             self.open.append((pair, chosen, "shapes allow several orders of axes"))
@@ -174,7 +176,7 @@ class _Matching:
             by = "given" if self._is_given(chosen) else "names"
             self._settle(pair, self._kinds(made, pair), by, why, chosen, checked)
 
-    def _turned(self, pair: Pair) -> bool:
+    def _turned(self, pair: UnitPair) -> bool:
         """Whether features of a query or key may be rotated, and Flax may keep them otherwise: a
         codebase that has other names may have another order."""
         return rotated(pair, [u for c in self.chosen for u in c.ours.groups])
@@ -182,7 +184,7 @@ class _Matching:
     def _is_given(self, chosen: Chosen) -> bool:
         return any(n in self.given for g in chosen.ours.groups for n in g.members.values())
 
-    def _kinds(self, made: list[Entry], pair: Pair) -> list[Entry]:
+    def _kinds(self, made: list[Entry], pair: UnitPair) -> list[Entry]:
         """With Flax's collection."""
         import dataclasses
 
@@ -194,7 +196,13 @@ class _Matching:
         return [dataclasses.replace(e, collection=where) for e in made]
 
     def _settle(
-        self, pair: Pair, made: list[Entry], by: str, axes: str, chosen: Chosen | None, checked: str
+        self,
+        pair: UnitPair,
+        made: list[Entry],
+        by: str,
+        axes: str,
+        chosen: Chosen | None,
+        checked: str,
     ) -> None:
         self.found.append(
             (
@@ -227,7 +235,7 @@ class _Matching:
         for made, evidence in eliminated(*self.left, self.same):
             self.found.append((made, evidence))
 
-    def result(self) -> Matched:
+    def result(self) -> MatchedLayout:
         """The layout. ZooError where anything is open."""
         ours, theirs = self.sides
         done = self._done()
@@ -260,7 +268,7 @@ class _Matching:
             notices.append(
                 "not checked: no values and no outputs were compared, only names and shapes"
             )
-        return Matched(every, evidence, notices, self.tried)
+        return MatchedLayout(every, evidence, notices, self.tried)
 
     def _error(self, left: list[str], free: list[str], pending: set[str]) -> ZooError:
         lines: list[str] = []
@@ -321,7 +329,7 @@ def _checked_rotary(rotary: str | None) -> str | None:
     return rotary
 
 
-def _listed(what: str, names: list[str], side: Holding) -> list[str]:
+def _listed(what: str, names: list[str], side: MatchSide) -> list[str]:
     from zoo.checkpoint.identification import dims
 
     lines = [f"{what}: {n} {dims(side.tensors[n].shape)}" for n in names[:_SHOWN]]
@@ -338,7 +346,7 @@ def _size(unit: Unit) -> int:
     return sum(math.prod(s) for g in unit.groups for s in g.shapes.values())
 
 
-def _check_given(ours: Holding, theirs: Holding, given: Mapping[str, str]) -> None:
+def _check_given(ours: MatchSide, theirs: MatchSide, given: Mapping[str, str]) -> None:
     wrong = [f"PyTorch has no {t!r}" for t in given if t not in ours.tensors]
     wrong += [f"Flax has no {f!r}" for f in given.values() if f and f not in theirs.tensors]
     if wrong:
