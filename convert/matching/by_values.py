@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from convert.matching.rearranged import gathered
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, ways
 from zoo.layout import Entry, Tensor
-from zoo.layout.ops import Op, Reorder, Shape, run
+from zoo.layout.ops import Flip, Op, Reorder, Shape, run
 
 Read = Callable[[str], np.ndarray]  # a tensor by its name
 
@@ -94,6 +94,9 @@ class Values:
             if (found := self._all_equal(made)) is not None:
                 return found
         for way in known:
+            if (found := self._all_equal(_flipped(ours, theirs, way))) is not None:
+                return found
+        for way in known:
             if found := self._reordered(list(entries(ours, theirs, way, "param", "params"))):
                 return found
         return self._gathered(ours, theirs)
@@ -138,6 +141,16 @@ class Values:
 
 
 _PARTS = 64
+
+
+def _flipped(ours: Unit, theirs: Unit, way: Way) -> Iterator[Entry]:
+    """The entries of a way with kernels back to front, as transposed convolutions have them: all
+    axes of Flax's tensors but the last two."""
+    shape = theirs.shape
+    if shape is None or len(shape) < 3 or not way.each or len(ours.groups) > 1:
+        return
+    for e in entries(ours, theirs, way, "conv_transpose", "params"):
+        yield replace(e, ops=(*e.ops, Flip(tuple(range(len(shape) - 2)))))
 
 
 def reorders(x: np.ndarray, y: np.ndarray) -> Iterator[Op]:

@@ -49,20 +49,21 @@ class Open:
 
 
 class OpenMatch(ZooError):
-    """A match that leaves something open. `found` is the evidence for what it does not, `open` the
-    rest, `tried` what was tried, in order."""
+    """A match that leaves something open. `entries` are those that are settled, `found` the
+    evidence for them, `open` the rest, `tried` what was tried, in order."""
 
     def __init__(
         self,
         problem: str,
         advice: str,
         details: Sequence[str],
-        found: Sequence[Evidence],
+        found: Sequence[tuple[Sequence[Entry], Evidence]],
         open: Sequence[Open],
         tried: Sequence[str],
     ) -> None:
         super().__init__(problem, advice, details)
-        self.found = tuple(found)
+        self.found = tuple(e for _, e in found)
+        self.entries = tuple(entry for made, _ in found for entry in made)
         self.open = tuple(open)
         self.tried = tuple(tried)
 

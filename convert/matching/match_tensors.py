@@ -167,6 +167,8 @@ class _Matching:
             self.open.append((pair, chosen, "shapes allow several orders of axes"))
         elif chosen.margin < MARGIN and not self._is_given(chosen):
             self.open.append((pair, chosen, "names do not tell"))
+        elif self._flips(pair) and not self._is_given(chosen):
+            self.open.append((pair, chosen, "a transposed convolution: its kernel may be flipped"))
         elif self.rotary is None and self._turned(pair) and not self._is_given(chosen):
             self.open.append((pair, chosen, ROTARY))
         else:
@@ -175,6 +177,16 @@ class _Matching:
                 made = in_pairs(made, pair)
             by = "given" if self._is_given(chosen) else "names"
             self._settle(pair, self._kinds(made, pair), by, why, chosen, checked)
+
+    def _flips(self, pair: UnitPair) -> bool:
+        """Whether this is the kernel of a transposed convolution, whose bias is as long as its
+        second axis: Flax's flips it, or does not."""
+        (group, *_) = pair.ours.groups
+        name, shape = next(iter(group.members.values())), next(iter(group.shapes.values()))
+        bias = self.sides[0].tensors.get(f"{name.rpartition('.')[0]}.bias")
+        if len(shape) < 3 or bias is None or len(bias.shape) != 1 or shape[0] == shape[1]:
+            return False
+        return bias.shape[0] == shape[1] and bias.shape[0] != shape[0]
 
     def _turned(self, pair: UnitPair) -> bool:
         """Whether features of a query or key may be rotated, and Flax may keep them otherwise: a
@@ -297,7 +309,7 @@ class _Matching:
             "settle them with --pair TORCH=FLAX (--pair TORCH= for what Flax does not have), "
             "or give both sides the same weights, or modules with --inputs",
             lines,
-            [e for _, e in self.found],
+            self.found,
             unsettled,
             self.tried,
         )

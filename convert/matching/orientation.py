@@ -186,6 +186,8 @@ def _oddity(p: UnitPair, way: Way, axes: str) -> int:
     cost = 0
     spatial = [k for k in way.fit.axes if all_axes[k] == "s"]
     cost += 4 * (spatial != sorted(spatial))
+    ends = [k for k, c in enumerate(named) if c in "oi"]
+    cost += 2 * (bool(spatial) and len(ends) == 2 and ends[1] - ends[0] > 1)  # hwio, oihw
     stacked = [k for k in way.fit.axes if all_axes[k] == "n"]
     cost += 4 * (stacked != sorted(stacked))
     for axis in set(way.fit.axes):
