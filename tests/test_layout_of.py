@@ -183,6 +183,11 @@ def test_a_name_that_is_taken_and_what_flax_cannot_say_stay_as_they_are() -> Non
     layout, notices = derive_layout(Lora(taken=True))
     assert layout.shapes("nnx")["weight"] == (4, 3)
     assert "weight" in notices[0]
+    both = nn.MultiheadAttention(4, 2)
+    both.query = nn.Linear(4, 4)
+    layout, notices = derive_layout(both)
+    assert {"query.weight", "in_proj_weight", "out_proj.kernel"} <= layout.shapes("nnx").keys()
+    assert "in_proj_weight" in notices[0]
     grouped, notices = derive_layout(nn.ConvTranspose2d(4, 4, 3, groups=2))
     assert grouped.shapes("nnx")["weight"] == (4, 2, 3, 3)
     assert notices
