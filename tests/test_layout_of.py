@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from flax import nnx
+from support import every_tiny
 from torch import nn
 
 import convert
@@ -43,6 +44,7 @@ from zoo.layout import (
     tie,
 )
 from zoo.layout.ops import Flip, Permute
+from zoo.model import Config, Model
 from zoo.models.bert import MODEL as BERT
 
 NETS = Path(nets.__file__)
@@ -152,6 +154,22 @@ def test_every_kind_by_the_table(device: str) -> None:
     assert [str(w.message) for w in told] == notices
 
 
+@every_tiny()
+def test_the_kinds_of_layers_give_what_a_family_states(model: Model, config: Config) -> None:
+    """But for stacked experts, a family's choice, and attention of the zoo's own class."""
+    whole = nn.Module()  # of no family
+    with torch.device("meta"):
+        whole.net = model.definition("torch")(config)
+    derived = {e.torch[0].name: e for e in derive_layout(whole)[0].entries}
+    stated = [e for e in model.layout_of(config).entries if len(e.torch) == 1 and e.flax]
+    assert stated
+    for e in stated:
+        if not e.torch[0].name.rpartition(".")[2].startswith("in_proj_"):
+            found = derived[f"net.{e.torch[0].name}"]
+            assert [t.name for t in found.flax] == [f"net.{t.name}" for t in e.flax]
+            assert (found.ops, found.collection) == (e.ops, e.collection)
+
+
 def test_a_root_that_is_a_layer_and_projections_of_different_widths() -> None:
     assert Layout(linear("", 3, 4)) == convert.layout_of(nn.Linear(3, 4))
     assert Layout(attention("", 6)) == convert.layout_of(nn.MultiheadAttention(6, 2))
@@ -165,6 +183,11 @@ def test_a_name_that_is_taken_and_what_flax_cannot_say_stay_as_they_are() -> Non
     layout, notices = derive_layout(Lora(taken=True))
     assert layout.shapes("nnx")["weight"] == (4, 3)
     assert "weight" in notices[0]
+    both = nn.MultiheadAttention(4, 2)
+    both.query = nn.Linear(4, 4)
+    layout, notices = derive_layout(both)
+    assert {"query.weight", "in_proj_weight", "out_proj.kernel"} <= layout.shapes("nnx").keys()
+    assert "in_proj_weight" in notices[0]
     grouped, notices = derive_layout(nn.ConvTranspose2d(4, 4, 3, groups=2))
     assert grouped.shapes("nnx")["weight"] == (4, 2, 3, 3)
     assert notices

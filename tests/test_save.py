@@ -249,6 +249,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     for empty in (meta, nnx.eval_shape(lambda: FlaxNet(nnx.Rngs(0)))):
         with pytest.raises(UsageError, match="is only a shape"):
             convert.save(empty, path)
+    for empty in (nn.ReLU(), nnx.Dropout(0.5)):
+        with pytest.raises(UsageError, match="no parameters and no buffers"):
+            convert.save(empty, path)
     for wrong in (Net, 3, linen.Dense(3), np.zeros(3)):
         with pytest.raises(UsageError, match="not a module that holds weights"):
             convert.save(wrong, path)

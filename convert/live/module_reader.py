@@ -59,6 +59,8 @@ class ModuleReader(Reader):
             self._values = {n: v.get_value() for n, v in kept.items()}
             if gone := sorted(others.keys() - kept.keys()):
                 self.notices.append(f"no weights, not saved: {', '.join(gone)}")
+        if not self._values:
+            raise UsageError(f"{self.path} has no parameters and no buffers", "give one that has")
         if empty := [n for n, x in self._values.items() if not _has_values(x)]:
             raise UsageError(
                 f"{self.path} holds no values: {empty[0]} is only a shape",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -102,13 +103,18 @@ class _Entries:
 
     def every(self) -> Iterator[Entry]:
         """One entry for each tensor, in torch's order."""
+        plain = {n: s for n, s in self.shapes.items() if n not in self.ties and not _counts(n, s)}
+        found = {n: self._of_table(n, s) for n, s in plain.items()}
+        wanted = Counter(t.name for e in found.values() if e for t in e.flax)
         for name, shape in self.shapes.items():
-            if name.rpartition(".")[2] == _COUNTER and shape == ():
+            if _counts(name, shape):
                 yield constant(name, shape, Constant("zeros", "I64", True))
             elif name in self.ties:
                 yield tie(name, shape, self.ties[name])
+            elif (e := found[name]) and all(wanted[t.name] == 1 for t in e.flax):
+                yield e
             else:
-                yield self._of_table(name, shape) or self._kept(name, shape)
+                yield self._kept(name, shape)
 
     def notices(self) -> list[str]:
         """What a user should be told."""
@@ -142,6 +148,10 @@ class _Entries:
         tensor = Tensor(name, shape)
         collection = "buffers" if name in self.buffers else "params"
         return Entry("param", (tensor,), (tensor,), collection=collection)
+
+
+def _counts(name: str, shape: Shape) -> bool:
+    return name.rpartition(".")[2] == _COUNTER and shape == ()
 
 
 def _entry(owner: Any, path: str, leaf: str, shape: Shape) -> Entry | None:
