@@ -4,14 +4,15 @@ the outputs decide."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from convert.compare.module_calls import fit_calls, split_sides
 from convert.compare.modules import Hints, compare_modules, drawn_call
 from convert.compare.report import Report
 from convert.compare.settings import Settings
-from convert.matching.evidence import MatchedLayout
+from convert.matching.evidence import MatchedLayout, Open, OpenMatch
 from convert.matching.match_tensors import match_tensors
 from convert.matching.pair import Pair, layout_matches
 from convert.matching.pairing import pair_modules
@@ -21,6 +22,8 @@ from convert.runtime.precision import full_precision
 from convert.runtime.torch_module import state
 from zoo.checkpoint.apply import apply
 from zoo.containers.errors import ZooError
+
+_EXCHANGES = 24  # orders of what names leave open that are run
 
 
 def match_modules(
@@ -41,23 +44,23 @@ def match_modules(
         call, flax_call, _ = fit_calls(module, flax, inputs, flax_inputs, report)
         pairing = pair_modules(Pair(module, flax, call, flax_call))
     failed: list[str] = []
-    refused: ZooError | None = None
+    refused: list[ZooError] = []
     seen: list[MatchedLayout] = []
-    for order_first, turned in _attempts(rotary):
+    for order_first, turned, settled in _attempts(rotary, dict(pairs or {}), refused):
         try:
-            made = match_tensors(torch_side, flax_side, pairs, turned, pairing, order_first)
+            made = match_tensors(torch_side, flax_side, settled, turned, pairing, order_first)
         except ZooError as e:
-            refused = refused or e
+            refused.append(e)
             continue
         if made in seen:
             continue
         seen.append(made)
         outputs = _compared(module, flax, made, (inputs, flax_inputs))
         if outputs.verdict == "same":
-            return _checked(made, outputs)
+            return _checked(made, outputs, settled.keys() - (pairs or {}).keys())
         failed.append(_told(outputs, order_first, turned))
-    if refused is not None and not failed:
-        raise refused
+    if refused and not failed:
+        raise refused[0]
     raise ZooError(
         "every tensor has a counterpart, but with torch's weights Flax's outputs are others",
         "see which layer differs first: the layout may be wrong there (--pair), or Flax's code",
@@ -65,10 +68,24 @@ def match_modules(
     )
 
 
-def _attempts(rotary: str | None) -> Iterator[tuple[bool, str | None]]:
-    """Names or execution first, and each way in which rotated features may lie."""
+def _attempts(
+    rotary: str | None, pairs: dict[str, str], refused: Sequence[ZooError]
+) -> Iterator[tuple[bool, str | None, dict[str, str]]]:
+    """Names or execution first, and each way in which rotated features may lie; then what names
+    left open, exchanged in every way, for the outputs to decide."""
     for turned in (rotary,) if rotary else ("same", "pairs"):
-        yield from ((False, turned), (True, turned))
+        yield from ((False, turned, pairs), (True, turned, pairs))
+    if refused and isinstance(refused[0], OpenMatch):
+        for settled in itertools.islice(_exchanged(refused[0].open), _EXCHANGES):
+            yield False, rotary or "same", pairs | settled
+
+
+def _exchanged(unsettled: Sequence[Open]) -> Iterator[dict[str, str]]:
+    """What is open on both sides, paired in each order: names, "#" for numbers."""
+    both = [o for o in unsettled if len(o.torch) == len(o.flax) == 1]
+    if 1 < len(both) == len(unsettled):
+        for order in itertools.permutations(o.flax[0] for o in both):
+            yield dict(zip((o.torch[0] for o in both), order, strict=True))
 
 
 def _compared(module: Any, flax: Any, layout: MatchedLayout, inputs: tuple[Any, Any]) -> Report:
@@ -83,8 +100,15 @@ def _compared(module: Any, flax: Any, layout: MatchedLayout, inputs: tuple[Any, 
     return compare_modules((module, loaded), None, inputs, "outputs", Hints(layout=layout), options)
 
 
-def _checked(made: MatchedLayout, report: Report) -> MatchedLayout:
-    evidence = [dataclasses.replace(e, checked=e.checked or "outputs") for e in made.evidence]
+def _checked(made: MatchedLayout, report: Report, exchanged: Set[str]) -> MatchedLayout:
+    evidence = [
+        dataclasses.replace(
+            e,
+            checked=e.checked or "outputs",
+            by="outputs" if exchanged & set(e.torch) else e.by,
+        )
+        for e in made.evidence
+    ]
     told = [n for n in made.notices if not n.startswith("not checked")]
     rows = f"outputs: {len(report.outputs)} compared, the same"
     return MatchedLayout(made.entries, evidence, told, [*made.tried, rows])

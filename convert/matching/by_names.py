@@ -33,7 +33,7 @@ def by_names(
 ) -> tuple[list[Chosen], list[Unit], list[Unit]]:
     """The pairs that names and shapes of two headers tell, and the units left on either side.
 
-    `given` are the user's own pairs of names, torch's to Flax's, numbers and all.
+    `given` are the user's own pairs of names, torch's to Flax's, with numbers or "#" for them.
     """
     ours, theirs = fused(_units(torch), _units(flax))
     fitting = [(i, j) for i, a in enumerate(ours) for j, b in enumerate(theirs) if able(a, b)]
@@ -62,8 +62,13 @@ def by_names(
 
 
 def _is_given(ours: Unit, theirs: Unit, given: Mapping[str, str]) -> bool:
-    names = {n for g in theirs.groups for n in g.members.values()}
-    return any(given.get(n) in names for g in ours.groups for n in g.members.values())
+    names = called(theirs)
+    return any(given.get(n) in names for n in called(ours))
+
+
+def called(unit: Unit) -> set[str]:
+    """Every name that a user may call a unit by."""
+    return {n for g in unit.groups for n in (g.name, *g.members.values())}
 
 
 def _as_given(

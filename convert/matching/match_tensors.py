@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from convert.matching.by_names import Chosen, by_names
+from convert.matching.by_names import Chosen, by_names, called
 from convert.matching.by_values import Values, pairs_by_print
 from convert.matching.evidence import Evidence, MatchedLayout, Open, OpenMatch
+from convert.matching.groups import grouped
 from convert.matching.holding import MatchSide, hold
 from convert.matching.leftover import constants, eliminated, looked_up, surplus
 from convert.matching.orientation import UnitPair, choose, transposed_weights
@@ -194,7 +195,7 @@ class _Matching:
         return rotated(pair, [u for c in self.chosen for u in c.ours.groups])
 
     def _is_given(self, chosen: Chosen) -> bool:
-        return any(n in self.given for g in chosen.ours.groups for n in g.members.values())
+        return any(n in self.given for n in called(chosen.ours))
 
     def _kinds(self, made: list[Entry], pair: UnitPair) -> list[Entry]:
         """With Flax's collection."""
@@ -359,8 +360,13 @@ def _size(unit: Unit) -> int:
 
 
 def _check_given(ours: MatchSide, theirs: MatchSide, given: Mapping[str, str]) -> None:
-    wrong = [f"PyTorch has no {t!r}" for t in given if t not in ours.tensors]
-    wrong += [f"Flax has no {f!r}" for f in given.values() if f and f not in theirs.tensors]
+    known, there = (
+        side.tensors.keys()
+        | {g.name for g in grouped({n: i.shape for n, i in side.tensors.items()})}
+        for side in (ours, theirs)
+    )
+    wrong = [f"PyTorch has no {t!r}" for t in given if t not in known]
+    wrong += [f"Flax has no {f!r}" for f in given.values() if f and f not in there]
     if wrong:
         raise UsageError(
             f"tensors that were given as pairs: {'; '.join(wrong)}", "give names as they stand"
