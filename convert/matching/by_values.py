@@ -107,7 +107,7 @@ class Values:
             if not self.equal(entry):
                 return None
             found.append(entry)
-        return found
+        return found or None
 
     def _reordered(self, made: list[Entry]) -> list[Entry] | None:
         """With one axis of Flax's tensor read in another order: rotary features in pairs and in
