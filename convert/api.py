@@ -35,6 +35,7 @@ def convert(
     max_shard_size: int | None = None,
     learning_rate: float | None = None,
     layout: Layout | None = None,
+    prefix: str | None = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -50,6 +51,8 @@ def convert(
     "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
     of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
     where no family has them: it then travels with the result, so that the way back needs none.
+    `prefix` is what stands before the names of the one model that is meant, where `src` holds
+    several: "student".
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
     both twins are run.
     `on_plan` is called once everything is known and nothing is written.
@@ -68,6 +71,7 @@ def convert(
         max_shard_size=max_shard_size,
         learning_rate=learning_rate,
         layout=layout,
+        prefix=prefix,
         force=force,
         verify=verify,
         level=level,
@@ -95,6 +99,7 @@ def verify(
     *,
     model: str | None = None,
     config: Source | Mapping[str, Any] | None = None,
+    prefix: str | None = None,
     flax_inputs: Any = None,
     layers: Mapping[str, str] | None = None,
     layout: Any = None,
@@ -125,7 +130,8 @@ def verify(
     where the Flax one takes others, else images are moved to channels-last where it asks for that;
     `layers` pairs that names do not tell, torch name -> Flax path; `layout` a zoo.layout.Layout, or
     its JSON, that says how the parameters lie; `variables` those of an unbound linen module.
-    `model` and `config` say what checkpoints do not. `seed` is that of the loss's weights. `titles`
+    `model` and `config` say what checkpoints do not, `prefix` which model is meant where either of
+    them holds several. `seed` is that of the loss's weights. `titles`
     name the two modules in the report. Where they differ and no known cause fits, `explain` seconds
     at most go into a search for one; 0 searches for none.
 
@@ -151,14 +157,14 @@ def verify(
             )
         from convert.compare.checkpoints import verify_checkpoints
 
-        request = make_request(model, config)
+        request = make_request(model, config, prefix=prefix)
         report = verify_checkpoints(a, b, level or "bits", request, inputs, options, progress)
     else:
         from convert.compare.modules import Hints, compare_modules
 
-        if model is not None or config is not None:
+        if any(x is not None for x in (model, config, prefix)):
             raise UsageError(
-                "model and config are for checkpoints, not for modules", "leave them out"
+                "model, config and prefix are for checkpoints, not for modules", "leave them out"
             )
         hints = Hints(layers, layout, variables)
         report = compare_modules(

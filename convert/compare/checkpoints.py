@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from convert.training_state.comparison import compare_training
 from zoo import hub
 from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
+from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
-from zoo.checkpoint.request import UNSTATED, Request
+from zoo.checkpoint.request import Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
@@ -58,10 +59,12 @@ def verify_checkpoints(
         ]
         labels = [read_label(reader) for reader in readers]
         # A layout that came with one side is that of the other too, where it says nothing.
-        shared = Request(layout=next((x.layout for x in labels if x.layout is not None), None))
+        shared = next((x.layout for x in labels if x.layout is not None), None)
         for reader, label in zip(readers, labels, strict=True):
-            silent = request == UNSTATED and label.model is None and label.layout is None
-            made = make_plan(reader, label, "torch", request=shared if silent else request)
+            asked = replace(request, prefix=_prefix(request.prefix, reader, readers))
+            silent = request.silent and label.model is None and label.layout is None
+            asked = replace(asked, layout=shared) if silent else asked
+            made = make_plan(reader, label, "torch", request=asked)
             made, state = besides(reader, made, stack)
             sides.append((reader, made))
             states.append(state)
@@ -76,6 +79,13 @@ def verify_checkpoints(
         report.notices += found.notices
         compare_checkpoints(first, second, report, inputs, options, progress)
     return report
+
+
+def _prefix(prefix: str | None, reader: Reader, readers: Iterable[Reader]) -> str | None:
+    """The prefix for one side: the other may hold that model alone."""
+    elsewhere = prefix is not None and any(any_below(r.tensors, prefix) for r in readers)
+    here = prefix is not None and any_below(reader.tensors, prefix)
+    return prefix if here or not elsewhere else None
 
 
 def compare_checkpoints(

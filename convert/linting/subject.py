@@ -103,7 +103,8 @@ def read(source: Any, request: Request) -> Subject:
             why = f"no model of the zoo: {e.problem}; layers are guessed from names and shapes"
             return _unknown(str(source), reader, stated, [*notices, *told, why])
         used = label.model is not None or request.model is not None
-        return _known(str(source), reader, found, stated, used, [*notices, *found.peeled.notices()])
+        notices += [*found.peeled.notices(), *found.told]
+        return _known(str(source), reader, found, stated, used, notices)
 
 
 def _known(
