@@ -56,7 +56,7 @@ class Left:
         """What a user should be told of it, where nothing is done with it."""
         told = []
         if self.tensors:
-            parts = sorted({_head(n) for n in self.tensors})
+            parts = sorted({_part(n) for n in self.tensors})
             told.append(
                 f"NOT converted: {len(self.tensors)} of the tensors, below "
                 + ", ".join(parts[:5])
@@ -176,6 +176,12 @@ def _without_compile(p: Peeled) -> Peeled:
 
 def _head(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _part(name: str) -> str:
+    """What a tensor is below, wrappers aside: what was taken may have been below the same one."""
+    head, _, rest = name.partition(".")
+    return f"{head}.{_head(rest)}" if head in WRAPPERS and "." in rest else head
 
 
 def _rng_parts(name: str) -> set[str]:

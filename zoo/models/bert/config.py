@@ -158,7 +158,7 @@ TINY = {
         _TINY, head="token_classification", pooler=False, num_labels=5, num_hidden_layers=1
     ),
     "next_sentence": replace(_TINY, head="next_sentence_prediction", num_hidden_layers=1),
-    "multiple_choice": replace(_TINY, head="multiple_choice", num_hidden_layers=1),
+    "multiple_choice": replace(_TINY, head="multiple_choice", num_labels=1, num_hidden_layers=1),
     "question_answering": replace(
         _TINY, head="question_answering", pooler=False, num_hidden_layers=1
     ),
