@@ -170,11 +170,14 @@ def _parts(
         return {}
 
     def what(prefix: str) -> str | None:
-        try:
-            inner = replace(request, prefix=prefix)
-            return identify_header(tensors, label, inner, trees)[0].title()
-        except ZooError:
-            return None
+        inner = replace(request, prefix=prefix)
+        for c in _readings(tensors, label, inner, trees):
+            if not c.problems and not strangers.weigh(c.model, shapes(c), label, inner).theirs:
+                return c.title()
+        return None
+
+    def shapes(c: Candidate) -> dict[str, Shape]:
+        return {source: tensors[source].shape for source in c.peeled.names.values()}
 
     return parts(names, len(tensors), what)
 
@@ -250,9 +253,12 @@ def _readings(
         return
     only = request.model or label.model
     stated_by = label.source if request.config is None and label.config is not None else ""
+    every = [
+        (peeled, {n: tensors[s].shape for n, s in peeled.names.items()})
+        for peeled in levels(tensors, request.prefix, found=True)
+    ]
     for model in [only] if only else families().values():
-        for peeled in levels(tensors, request.prefix, found=True):
-            shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
+        for peeled, shapes in every:
             for tree in trees:
                 for config, unknown, spelled in _configs(model, shapes, tree, label, request):
                     layout = model.layout_of(config)

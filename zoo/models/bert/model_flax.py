@@ -187,12 +187,9 @@ class BertLMPredictionHead(nnx.Module):
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.transform = BertPredictionHeadTransform(c, **kw)
-        self.decoder = self.bias = None
-        if not c.tie_word_embeddings:
-            own = not c.tie_decoder_bias
-            self.decoder = nnx.Linear(c.hidden_size, c.vocab_size, use_bias=own, **kw)
-        if c.tie_decoder_bias:
-            self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
+        H, V, tied = c.hidden_size, c.vocab_size, c.tie_decoder_bias
+        self.decoder = None if c.tie_word_embeddings else nnx.Linear(H, V, use_bias=not tied, **kw)
+        self.bias = nnx.Param(jnp.zeros(V, kw.get("param_dtype", jnp.float32))) if tied else None
 
     def __call__(self, x: Array, embeddings: Embed) -> Array:
         """(B, T, H) -> logits (B, T, V)."""
@@ -211,10 +208,12 @@ class BertPreTrainingHeads(nnx.Module):
         self, x: Array, pooled: Array | None, embeddings: Embed
     ) -> Array | PreTrainingOutput:
         """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
-        if self.seq_relationship is None:
-            return self.predictions(x, embeddings)
         if self.predictions is None:
+            assert self.seq_relationship is not None
+            assert pooled is not None
             return self.seq_relationship(pooled)
+        if self.seq_relationship is None or pooled is None:
+            return self.predictions(x, embeddings)
         return PreTrainingOutput(self.predictions(x, embeddings), self.seq_relationship(pooled))
 
 
@@ -276,9 +275,10 @@ class BertForMultipleChoice(nnx.Module):
         position_ids: Array | None = None,
     ) -> Array:
         """Takes what BertModel takes, (B, C, T) each."""
-        given = (input_ids, attention_mask, token_type_ids, position_ids)
-        flat = (None if x is None else x.reshape(-1, x.shape[-1]) for x in given)
-        return self.classifier(self.dropout(self.bert(*flat)[1])).reshape(input_ids.shape[:2])
+        rest = (attention_mask, token_type_ids, position_ids)
+        flat = (None if x is None else x.reshape(-1, x.shape[-1]) for x in rest)
+        _, pooled = self.bert(input_ids.reshape(-1, input_ids.shape[-1]), *flat)
+        return self.classifier(self.dropout(pooled)).reshape(input_ids.shape[:2])
 
 
 class BertForQuestionAnswering(nnx.Module):

@@ -216,10 +216,11 @@ class BertPreTrainingHeads(nn.Module):
 
     def forward(self, x: Tensor, pooled: Tensor | None) -> Tensor | PreTrainingOutput:
         """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
+        if self.predictions is None:
+            assert self.seq_relationship is not None
+            return self.seq_relationship(pooled)
         if self.seq_relationship is None:
             return self.predictions(x)
-        if self.predictions is None:
-            return self.seq_relationship(pooled)
         return PreTrainingOutput(self.predictions(x), self.seq_relationship(pooled))
 
 

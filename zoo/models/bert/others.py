@@ -18,6 +18,8 @@ _TELLING = {
     "ELECTRA's": r"(^|\.)electra\.|embeddings_project\.|(discriminator|generator)_predictions\.",
     "ERNIE's": r"(^|\.)ernie\.|task_type_embeddings\.",
 }
+# Others that have a name of their own before them.
+_NAMED = re.compile(r"(^|\.)(splinter|yoso|mra|nystromformer|nezha|xmod|lilt|layoutlm|roc_bert)\.")
 _POSITIONS = re.compile(r"(^|\.)embeddings\.position_embeddings\.(weight|embedding)$")
 
 
@@ -28,6 +30,8 @@ def others(shapes: Mapping[str, Shape]) -> Others:
     for whose, pattern in _TELLING.items():
         if found := next((n for n in shapes if re.search(pattern, n)), None):
             return Others(f"{whose} ({found})")
+    if named := next(filter(None, map(_NAMED.search, shapes)), None):
+        return Others(f"those of {named[2]} ({named.string})")
     for name, shape in shapes.items():
         # RoBERTa's positions begin after the padding token: two rows more, 514 of 512.
         if _POSITIONS.search(name) and shape and _is_power_of_two(shape[0] - 2):
