@@ -153,8 +153,10 @@ def identify_header(
     if not stated:
         strangers.refuse_named(families().values(), shapes)
     offered = _parts(tensors, tensors, label, request, wanted)
+    if offered and (best is None or best.fit < 0.5):
+        raise several(offered)
     if best is None or (best.fit < 0.5 and stated is None):
-        raise several(offered) if offered else _unknown_model(tensors)
+        raise _unknown_model(tensors)
     raise mismatch(best, offered)
 
 

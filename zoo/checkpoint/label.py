@@ -158,6 +158,8 @@ def read_config_file(path: Path) -> Label:
         data = json.loads(path.read_text())
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
+        if not isinstance(data.get("model_type"), str | None):
+            raise ValueError(f"model_type is {data['model_type']!r}, which is not text")
     except (ValueError, RecursionError) as e:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):

@@ -17,21 +17,18 @@ def inputs(c: Config) -> dict[str, np.ndarray]:
     src_padding = np.zeros((B, S), bool)
     tgt_padding = np.zeros((B, T), bool)
     src_padding[1, 6:] = tgt_padding[1, 5:] = True
+    masks = {"src_key_padding_mask": src_padding, "tgt_key_padding_mask": tgt_padding}
     if c.bare:
-        sides: dict[str, np.ndarray] = {
+        vectors = {
             "src": probe.normal("src", (B, S, c.d_model)),
             "tgt": probe.normal("tgt", (B, T, c.d_model)),
-            "tgt_mask": np.triu(np.ones((T, T), bool), 1),
         }
-    else:
-        sides = {
-            "src": probe.integers("src", (B, S), c.src_vocab_size),
-            "tgt": probe.integers("tgt", (B, T), c.tgt_vocab_size),
-        }
-    return sides | {
-        "src_key_padding_mask": src_padding,
-        "tgt_key_padding_mask": tgt_padding,
+        return vectors | masks | {"tgt_mask": np.triu(np.ones((T, T), bool), 1)}
+    words = {
+        "src": probe.integers("src", (B, S), c.src_vocab_size),
+        "tgt": probe.integers("tgt", (B, T), c.tgt_vocab_size),
     }
+    return words | masks
 
 
 MODEL = Model(
