@@ -416,6 +416,26 @@ def test_two_models_in_one_file_are_both_offered(root: str, tmp_path: Path) -> N
         assert convert.verify(path, tmp_path / "b", prefix=f"{root}{name}").verdict == verdict
 
 
+def test_what_is_another_s_beside_ours_is_not_offered() -> None:
+    ours, theirs = canonical(BERT, CONFIG), upstream("RobertaForMaskedLM")
+    names = header(below("student", ours)) | {f"teacher.{n}": t for n, t in theirs.items()}
+    found = identify_header(names, Label(), make_request(None, None, prefix="student"))[0]
+    assert found.model is BERT
+    with pytest.raises(UsageError, match="the names are RoBERTa's"):
+        identify_header(names, Label(), make_request(None, None, prefix="teacher"))
+    with pytest.raises(UsageError, match="only the tensors below student are a model"):
+        identify_header(names, Label())
+
+
+def test_they_are_offered_where_a_family_was_named_too() -> None:
+    asked = make_request("resnet", None)
+    with pytest.raises(UsageError, match="holds 2 models"):
+        identify_header(header(pair()), Label(), asked)
+    three = pair() | {"queue": np.zeros(3, np.float32)}
+    with pytest.raises(UsageError, match="holds 2 models"):
+        identify_header(header(three), Label())
+
+
 def test_a_known_wrapper_does_not_hide_a_second_model(tmp_path: Path) -> None:
     arrays = below("model", resnet()) | below("teacher", resnet())
     with pytest.raises(UsageError, match="holds 2 models"):

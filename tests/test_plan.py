@@ -236,6 +236,7 @@ def test_labels_survive_metadata_and_config_json(tmp_path: Path) -> None:
     [
         "{",
         "[]",
+        '{"model_type": ["bert"]}',
         '{"zoo": {"model": "bert"}}',
         '{"zoo": {"model": "bert", "config": 3}}',
         '{"zoo": {"model": "bert", "config": {}, "carried": {"x": {"dtype": "F32", "shape": [2], '

@@ -128,10 +128,10 @@ def identify_header(
     strangers.refuse_stated(label, request)
     if request.prefix is not None and not any_below(tensors, request.prefix):
         raise nothing_below(request.prefix, tensors)
-    wanted, shapes = tuple(trees), {n: t.shape for n, t in tensors.items()}
+    wanted = tuple(trees)
     found = list(_readings(tensors, label, request, wanted))
     if fitting := [c for c in found if not c.problems]:
-        weighed = [strangers.weigh(c.model, shapes, label, request) for c in fitting]
+        weighed = [_weighed(c, tensors, label, request) for c in fitting]
         pairs = zip(fitting, weighed, strict=True)
         if not (perfect := [replace(c, told=w.told) for c, w in pairs if not w.theirs]):
             raise strangers.refusal(weighed[0].theirs)
@@ -150,14 +150,23 @@ def identify_header(
         )
     best = max(found, key=lambda c: c.fit, default=None)
     stated = request.model or request.layout or label.model or label.layout
-    if not stated:
-        strangers.refuse_named(families().values(), shapes)
     offered = _parts(tensors, tensors, label, request, wanted)
     if offered and (best is None or best.fit < 0.5):
         raise several(offered)
+    if not stated:
+        inner = next(levels(tensors, request.prefix)).names.values()
+        strangers.refuse_named(families().values(), {n: tensors[n].shape for n in inner})
     if best is None or (best.fit < 0.5 and stated is None):
         raise _unknown_model(tensors)
     raise mismatch(best, offered)
+
+
+def _weighed(
+    c: Candidate, tensors: Mapping[str, TensorInfo], label: Label, request: Request
+) -> strangers.Weighed:
+    """What the names that a reading is of, as the file has them, say of other models."""
+    shapes = {n: tensors[n].shape for n in c.peeled.names.values()}
+    return strangers.weigh(c.model, shapes, label, request)
 
 
 def _parts(
@@ -174,12 +183,9 @@ def _parts(
     def what(prefix: str) -> str | None:
         inner = replace(request, prefix=prefix)
         for c in _readings(tensors, label, inner, trees):
-            if not c.problems and not strangers.weigh(c.model, shapes(c), label, inner).theirs:
+            if not c.problems and not _weighed(c, tensors, label, inner).theirs:
                 return c.title()
         return None
-
-    def shapes(c: Candidate) -> dict[str, Shape]:
-        return {source: tensors[source].shape for source in c.peeled.names.values()}
 
     return parts(names, len(tensors), what)
 

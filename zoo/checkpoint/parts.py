@@ -18,7 +18,7 @@ def parts(names: Collection[str], total: int, what: Callable[[str], str | None])
 
     `names` are some of the `total` tensors of a file. A prefix is looked at where there are modules
     below it, and not all of the tensors, nor next to none. Nothing is returned where what is found
-    is less than half of `names`.
+    is less than a third of `names`.
     """
     sizes: Counter[str] = Counter()
     weights = [n for n in names if all(map(is_weight, n.split(".")[:2]))]
@@ -34,7 +34,7 @@ def parts(names: Collection[str], total: int, what: Callable[[str], str | None])
             continue
         if told := what(prefix):
             found[prefix] = told
-    return found if 2 * sum(sizes[p] for p in found) >= len(weights) else {}
+    return found if 3 * sum(sizes[p] for p in found) >= len(weights) else {}
 
 
 def several(offered: Mapping[str, str]) -> ZooError:
