@@ -145,7 +145,6 @@ def test_classes_name_the_family_where_no_type_does(tmp_path: Path) -> None:
         ("ElectraModel", {"embedding_size": 8}, "ELECTRA's .embeddings_project"),
         ("ErnieModel", {"use_task_id": True}, "ERNIE's .*task_type"),
         ("ErnieForMaskedLM", {}, "ERNIE's"),
-        ("BigBirdForQuestionAnswering", {"sep_token_id": 2}, "BigBird's"),
         ("YosoForMaskedLM", {}, "those of yoso"),
     ],
 )

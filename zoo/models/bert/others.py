@@ -17,7 +17,6 @@ _TELLING = {
     "RoBERTa's": r"(^|\.)(xlm_)?roberta\.|(^|\.)lm_head\.(dense|layer_norm)\.",
     "ELECTRA's": r"(^|\.)electra\.|embeddings_project\.|(discriminator|generator)_predictions\.",
     "ERNIE's": r"(^|\.)ernie\.|task_type_embeddings\.",
-    "BigBird's": r"(^|\.)qa_classifier\.",
 }
 # Others that have a name of their own before them.
 _NAMED = re.compile(r"(^|\.)(splinter|yoso|mra|nystromformer|nezha|xmod|lilt|layoutlm|roc_bert)\.")
