@@ -36,6 +36,7 @@ def convert(
     max_shard_size: int | None = None,
     learning_rate: float | None = None,
     layout: Any = None,
+    prefix: str | None = None,
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
@@ -52,6 +53,8 @@ def convert(
     of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
     where no family has them: a `zoo.layout.Layout`, its JSON data, or the path of a JSON file or of
     a checkpoint that one came with. It travels with the result, so that the way back needs none.
+    `prefix` is what stands before the names of the one model that is meant, where `src` holds
+    several: "student".
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
     both twins are run.
     `on_plan` is called once everything is known and nothing is written.
@@ -70,6 +73,7 @@ def convert(
         max_shard_size=max_shard_size,
         learning_rate=learning_rate,
         layout=layout,
+        prefix=prefix,
         force=force,
         verify=verify,
         level=level,
@@ -135,6 +139,7 @@ def verify(
     *,
     model: str | None = None,
     config: Source | Mapping[str, Any] | None = None,
+    prefix: str | None = None,
     flax_inputs: Any = None,
     layers: Mapping[str, str] | None = None,
     layout: Any = None,
@@ -164,10 +169,10 @@ def verify(
     from `seed`, and a notice says what it drew; `flax_inputs` where the Flax one takes others, else
     images are moved to channels-last where it asks for that; `layers` pairs that names do not tell,
     torch name -> Flax path; `variables` those of an unbound linen module. `model` and `config` say
-    what checkpoints do not; `layout` says of either how the tensors lie, as in `convert.convert`.
-    `seed` is that of the loss's weights. `titles` name the two modules in the report. Where they
-    differ and no known cause fits, `explain` seconds at most go into a search for one; 0 searches
-    for none.
+    what checkpoints do not, `prefix` which model is meant where either of them holds several;
+    `layout` says of either how the tensors lie, as in `convert.convert`. `seed` is that of the
+    loss's weights. `titles` name the two modules in the report. Where they differ and no known
+    cause fits, `explain` seconds at most go into a search for one; 0 searches for none.
 
     Neither model is changed. Raises ZooError where they cannot be compared; a difference is no
     error but the verdict.
@@ -191,14 +196,14 @@ def verify(
             )
         from convert.compare.checkpoints import verify_checkpoints
 
-        request = make_request(model, config, layout)
+        request = make_request(model, config, layout, prefix)
         report = verify_checkpoints(a, b, level or "bits", request, inputs, options, progress)
     else:
         from convert.compare.modules import Hints, compare_modules
 
-        if model is not None or config is not None:
+        if any(x is not None for x in (model, config, prefix)):
             raise UsageError(
-                "model and config are for checkpoints, not for modules", "leave them out"
+                "model, config and prefix are for checkpoints, not for modules", "leave them out"
             )
         hints = Hints(layers, layout, variables)
         report = compare_modules(

@@ -97,7 +97,7 @@ def inspect(source: str | os.PathLike[str], *, layout: Any = None) -> Inspection
             models = list(dict.fromkeys(c.title() for c in found))
             tree = found[0].tree
             unknown = sorted(found[0].unknown)
-            notices += found[0].peeled.notices()
+            notices += [*found[0].peeled.notices(), *found[0].told]
             told, training = _besides(reader, found[0], stack)
             notices += told
         except ZooError as e:
@@ -127,7 +127,7 @@ def _besides(
     """What to tell of what the checkpoint holds besides its weights, and a summary of it."""
     layout = None if candidate.model else candidate.layout
     request = Request(candidate.model, candidate.config, layout)
-    plan = make_plan(reader, Label(), None, request=request)
+    plan = make_plan(reader, Label(), None, request=request, values=False)
     before = len(plan.told)
     plan, state = besides(reader, plan, stack, damaged=True)
     left = Left(plan.left.tensors, (), plan.left.files)

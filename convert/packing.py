@@ -65,6 +65,7 @@ def pack(
     card: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     model: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    prefix: str | None = None,
     dtype: str | None = None,
     force: bool = False,
     progress: Progress = lambda stage, done, total: None,
@@ -72,8 +73,9 @@ def pack(
     """Write a wheel into the directory `out` with which `zoo.load(name, framework=...)` works.
 
     `name` is `preset.tag` of the preset that the checkpoint is, or any new name. `card` is a JSON
-    file or a mapping with fields of `zoo.card.Card` (data, license, score, ...). `dtype` casts
-    floating-point weights. The weights are verified bit for bit. Raises ZooError.
+    file or a mapping with fields of `zoo.card.Card` (data, license, score, ...). `model`, `config`
+    and `prefix` are as in `convert.convert`. `dtype` casts floating-point weights. The weights are
+    verified bit for bit. Raises ZooError.
     """
     _check_names(name, version)
     told = _read_card(card)
@@ -84,7 +86,7 @@ def pack(
     wheel = directory / f"{distribution}-{version}-py3-none-any.whl"
     if wheel.exists() and not force:
         raise UsageError(f"{wheel} exists already", "replace it with --force, or name another")
-    request = make_request(model, config)
+    request = make_request(model, config, prefix=prefix)
     with (
         open_checkpoint(hub.locate(source)) as reader,
         tempfile.TemporaryDirectory(prefix=".zooconvert-pack-", dir=directory) as held,

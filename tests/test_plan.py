@@ -15,7 +15,6 @@ import zoo
 from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import levels
-from zoo.checkpoint.plan import make_plan
 from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
@@ -226,9 +225,9 @@ def test_labels_survive_metadata_and_config_json(tmp_path: Path) -> None:
     with open_checkpoint(bare) as reader:
         again = read_label(reader)
     assert (again.config, again.unknown) == (back.config, back.unknown)
-    data = json.loads(label.to_config_json())
+    assert set(json.loads(label.to_config_json())) == {"zoo"}, "transformers would make it up"
+    data = json.loads(dataclasses.replace(label, unknown=frozenset()).to_config_json())
     assert data["torch_dtype"] == "float32", "what transformers wrote stays"
-    assert data["layer_norm_eps"] is None, "unknown is not made up"
     assert data["hidden_size"] == 32
 
 
@@ -237,6 +236,7 @@ def test_labels_survive_metadata_and_config_json(tmp_path: Path) -> None:
     [
         "{",
         "[]",
+        '{"model_type": ["bert"]}',
         '{"zoo": {"model": "bert"}}',
         '{"zoo": {"model": "bert", "config": 3}}',
         '{"zoo": {"model": "bert", "config": {}, "carried": {"x": {"dtype": "F32", "shape": [2], '
@@ -324,14 +324,6 @@ def test_dtypes_may_be_given_in_any_form() -> None:
     for dtype in ("foo", "int8", torch.int8, "float8_e8m0fnu"):
         with pytest.raises(UsageError):
             dtype_code(dtype)
-
-
-def test_another_model_s_config_json_is_told_of_and_not_used(tmp_path: Path) -> None:
-    path = write(SafetensorsWriter, tmp_path / "a.safetensors", canonical(MODEL, CONFIG))
-    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    with open_checkpoint(path) as reader:
-        plan = make_plan(reader, read_label(reader), "nnx")
-    assert any("roberta" in n for n in plan.notices)
 
 
 # --- Loading ---

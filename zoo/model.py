@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -22,6 +22,13 @@ from zoo.layout import Entry, Layout
 from zoo.layout.ops import Shape
 
 Config = Any  # a frozen dataclass of the family
+
+
+class Others(NamedTuple):
+    """What names and shapes say of models upstream that are not of the family, but look like it."""
+
+    told: str = ""  # whose the names are, and what tells it: "RoBERTa's (lm_head.bias)"
+    alike: str = ""  # whose tensors are called and shaped just as these, though they compute else
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +66,11 @@ class Model:
     hf_type: str | None = None  # `model_type` in a transformers config.json
     from_hf: Callable[[Mapping[str, Any]], Config] | None = None
     to_hf: Callable[[Config], dict[str, Any]] | None = None
+    hf_classes: frozenset[str] = frozenset()  # `architectures` there, for a file without its type
+    # What a header (names and shapes as the file has them) tells of other models upstream.
+    others: Callable[[Mapping[str, Shape]], Others] | None = None
+    # Tied tensor -> the config field that says so: False where a file holds other values there.
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Model({self.name!r})"

@@ -38,6 +38,11 @@ def model_options(f: Callable[..., Any]) -> Callable[..., Any]:
         metavar="FILE|PRESET",
         help="What the tensors do not tell: a config.json, or a preset.",
     )(f)
+    f = click.option(
+        "--prefix",
+        metavar="NAME",
+        help="What stands before the model's names, where the file holds more than one.",
+    )(f)
     return click.option(
         "--model",
         metavar="NAME",

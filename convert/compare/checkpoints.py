@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from convert.training_state.comparison import compare_training
 from zoo import hub
 from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
-from zoo.checkpoint.request import UNSTATED, Request
+from zoo.checkpoint.request import Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError, ZooError
@@ -59,7 +60,8 @@ def verify_checkpoints(
         labels = [read_label(reader) for reader in readers]
         shared = Request(layout=next((x.layout for x in labels if x.layout is not None), None))
         for reader, label in zip(readers, labels, strict=True):
-            made = _planned(reader, label, request, shared)
+            asked = replace(request, prefix=_prefix(request.prefix, reader, readers))
+            made = _planned(reader, label, asked, shared)
             made, state = besides(reader, made, stack)
             sides.append((reader, made))
             states.append(state)
@@ -79,14 +81,21 @@ def verify_checkpoints(
 def _planned(reader: Reader, label: Label, request: Request, shared: Request) -> Plan:
     """One side. A layout that came with the other side is tried first where this one has none: the
     config.json in its directory may be of another checkpoint there."""
-    if request != UNSTATED or label.layout is not None or shared == UNSTATED:
+    if not request.silent or label.layout is not None or shared.silent:
         return make_plan(reader, label, "torch", request=request)
     try:
-        return make_plan(reader, label, "torch", request=shared)
+        return make_plan(reader, label, "torch", request=replace(shared, prefix=request.prefix))
     except ZooError:
         if label.model is None:
             raise
-        return make_plan(reader, label, "torch")
+        return make_plan(reader, label, "torch", request=request)
+
+
+def _prefix(prefix: str | None, reader: Reader, readers: Iterable[Reader]) -> str | None:
+    """The prefix for one side: the other may hold that model alone."""
+    elsewhere = prefix is not None and any(any_below(r.tensors, prefix) for r in readers)
+    here = prefix is not None and any_below(reader.tensors, prefix)
+    return prefix if here or not elsewhere else None
 
 
 def compare_checkpoints(

@@ -156,7 +156,7 @@ def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
 
 
 def _write_label(target: Target, place: Path, label: Label) -> None:
-    if target.is_directory or target.to in ("msgpack", "pt"):
+    if target.has_config:
         write_text(place / target.beside(filenames.CONFIG), label.to_config_json())
     for name, text in label.files().items():
         write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)

@@ -76,6 +76,7 @@ class Order:
     max_shard_size: int | None = None
     learning_rate: float | None = None
     layout: Any = None
+    prefix: str | None = None
     force: bool = False
     verify: bool = True
     level: Level = "bits"
@@ -116,7 +117,7 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         reader,
         read_label(reader),
         None if wanted is None else "torch" if wanted == "torch" else order.tree,
-        request=make_request(order.model, order.config, order.layout),
+        request=make_request(order.model, order.config, order.layout, order.prefix),
         sources=TREES if wanted is None else FLAX_TREES if wanted == "torch" else ("torch",),
         dtype=None if order.dtype is None else dtype_code(order.dtype),
     )
@@ -128,6 +129,9 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
     plan, training = besides(reader, plan, stack, order.learning_rate)
     if order.dtype is not None and (training.optimizers or training.ema):
         told = [*told, "moments and averages keep their dtypes"]
+    if plan.unknown and plan.model and plan.model.to_hf and target.has_config:
+        untold = ", ".join(sorted(plan.unknown))
+        told = [*told, f"the config.json is not one of transformers', which would guess {untold}"]
     check_space(target.path.parent, disk_needed(plan, target, training))
     notices = [*plan.notices, *told]
     return Prepared(reader, plan, target, training, order.level, order.verify, order.force, notices)

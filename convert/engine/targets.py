@@ -24,6 +24,11 @@ class Target:
     is_directory: bool
     max_shard_size: int | None = None
 
+    @property
+    def has_config(self) -> bool:
+        """Whether a config.json is written, and not only what is in the file itself."""
+        return self.is_directory or self.to in ("msgpack", "pt")
+
     def beside(self, name: str) -> str:
         """Where a file that belongs to the checkpoint goes, relative to the target's parent."""
         return f"{self.path.name}/{name}" if self.is_directory else f"{self.path.name}.{name}"

@@ -23,17 +23,18 @@ def lint(
     model: str | None = None,
     config: Source | Mapping[str, Any] | None = None,
     layout: Any = None,
+    prefix: str | None = None,
 ) -> Lint:
     """What to check before a port of the checkpoint `path` is trusted, the gravest first.
 
     With `other`, also what the two contradict each other in. Reads names, shapes and configs, no
     tensor, and imports no framework. A model that the zoo does not have is looked at by its names
-    and the `config.json` beside it. `model`, `config` and `layout` are as in
+    and the `config.json` beside it. `model`, `config`, `layout` and `prefix` are as in
     `convert.convert`.
 
     Raises ZooError for what is not a checkpoint.
     """
-    request = make_request(model, config, layout)
+    request = make_request(model, config, layout, prefix)
     subject = read(path, request)
     found: list[Finding] = []
     notices = list(subject.notices)

@@ -96,14 +96,17 @@ def read(source: Any, request: Request) -> Subject:
         notices += [label.problem.problem] if label.problem else []
         stated, told = _config(reader, label)
         try:
-            found = identify_header(reader.tensors, label, request)[0]
+            # Another's config beside names of ours is what there is to tell.
+            ours = dataclasses.replace(label, foreign="")
+            found = identify_header(reader.tensors, ours, request)[0]
         except ZooError as e:
             if request.model is not None or request.layout is not None:
                 raise
             why = f"no model of the zoo: {e.problem}; layers are guessed from names and shapes"
             return _unknown(str(source), reader, stated, [*notices, *told, why])
         used = label.model is not None or request.model is not None
-        return _known(str(source), reader, found, stated, used, [*notices, *found.peeled.notices()])
+        notices += [*found.peeled.notices(), *found.told]
+        return _known(str(source), reader, found, stated, used, notices)
 
 
 def _known(

@@ -52,21 +52,23 @@ def read_training(
     *,
     model: str | None = None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    prefix: str | None = None,
     layout: Layout | None = None,
     learning_rate: float | None = None,
 ) -> TrainingState:
     """Everything in the checkpoint at `source` that is not weights, in canonical form.
 
-    The model is identified as for a conversion, `model` and `config` help; with `layout`, a
-    checkpoint without weights does too. Its `notices` say by which rule parameters were told apart
-    and what was not kept. Raises ZooError where there is an optimizer and none is understood; one
-    of several that is not becomes a notice. `learning_rate` is that of the last update, for a
+    The model is identified as for a conversion, `model`, `config` and `prefix` help; with `layout`,
+    a checkpoint without weights does too. Its `notices` say by which rule parameters were told
+    apart and what was not kept. Raises ZooError where there is an optimizer and none is understood;
+    one of several that is not becomes a notice. `learning_rate` is that of the last update, for a
     momentum that optax keeps times it (see `optax_state.from_flat`).
     """
     with ExitStack() as stack:
         reader = stack.enter_context(open_checkpoint(hub.locate(source)))
         label, plan = read_label(reader), None
-        requests = [make_request(model, config)] + [Request(layout=layout)] * (layout is not None)
+        requests = [make_request(model, config, prefix=prefix)]
+        requests += [Request(layout=layout, prefix=prefix)] * (layout is not None)
         for request in requests:
             try:
                 plan = plan or make_plan(reader, label, None, request=request)

@@ -32,6 +32,8 @@ class Seq2Seq(torch.nn.Transformer):
                 batch_first=True,
                 norm_first=c.norm_first,
             )
+        if c.bare:
+            return
         self.src_embedding = torch.nn.Embedding(c.src_vocab_size, c.d_model)
         self.tgt_embedding = torch.nn.Embedding(c.tgt_vocab_size, c.d_model)
         self.generator = torch.nn.Linear(c.d_model, c.tgt_vocab_size)
@@ -47,7 +49,23 @@ class Seq2Seq(torch.nn.Transformer):
         x = words(ids) * self.d_model**0.5
         return x + torch.from_numpy(positions).to(x.dtype)
 
-    def forward(self, src: Any, tgt: Any, src_pad: Any = None, tgt_pad: Any = None) -> Any:
+    def forward(
+        self,
+        src: Any,
+        tgt: Any,
+        src_key_padding_mask: Any = None,
+        tgt_key_padding_mask: Any = None,
+        tgt_mask: Any = None,
+    ) -> Any:
+        src_pad, tgt_pad = src_key_padding_mask, tgt_key_padding_mask
+        if tgt_mask is not None:  # bare
+            return super().forward(
+                src,
+                tgt,
+                tgt_mask=tgt_mask,
+                src_key_padding_mask=src_pad,
+                tgt_key_padding_mask=tgt_pad,
+            )
         T = tgt.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool).triu(1)
         x = super().forward(

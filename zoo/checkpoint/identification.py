@@ -6,14 +6,16 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
 from zoo import hub
+from zoo.checkpoint import strangers
 from zoo.checkpoint.label import Label, read_label
-from zoo.checkpoint.peel import Peeled, levels
+from zoo.checkpoint.parts import nothing_below, parts, several
+from zoo.checkpoint.peel import Peeled, any_below, levels
 from zoo.checkpoint.request import UNSTATED, Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
@@ -76,6 +78,7 @@ class Candidate:
     config: Config | None = None
     unknown: frozenset[str] = frozenset()  # config fields that nothing stated
     stated_by: str = ""  # where the config was read, "" if it was inferred
+    told: tuple[str, ...] = ()  # what the user should know of how it came to be
 
     def title(self) -> str:
         """The family, and its presets of this size."""
@@ -117,29 +120,94 @@ def identify_header(
     request: Request = UNSTATED,
     trees: Iterable[Tree] = TREES,
 ) -> list[Candidate]:
-    """Every reading that fits without a problem; ZooError listing all problems if there is none."""
+    """Every reading that fits without a problem; ZooError listing all problems if there is none.
+
+    What a label states goes before what names suggest, and what the user says before both: a model
+    that is said to be another's, or whose names are another's, is not taken for one of the zoo's.
+    """
+    strangers.refuse_stated(label, request)
+    if request.prefix is not None and not any_below(tensors, request.prefix):
+        raise nothing_below(request.prefix, tensors)
     wanted = tuple(trees)
     found = list(_readings(tensors, label, request, wanted))
-    if perfect := [c for c in found if not c.problems]:
+    if fitting := [c for c in found if not c.problems]:
+        weighed = [_weighed(c, tensors, label, request) for c in fitting]
+        pairs = zip(fitting, weighed, strict=True)
+        if not (perfect := [replace(c, told=w.told) for c, w in pairs if not w.theirs]):
+            raise strangers.refusal(weighed[0].theirs)
         depth = min(len(c.peeled.wrappers) for c in perfect)
-        return [c for c in perfect if len(c.peeled.wrappers) == depth]
-    others = tuple(t for t in TREES if t not in wanted)
-    if any(not c.problems for c in _readings(tensors, label, request, others)):
-        side, other = ("PyTorch", "torch2flax") if "torch" in others else ("Flax", "flax2torch")
+        perfect = [c for c in perfect if len(c.peeled.wrappers) == depth]
+        _refuse_several(tensors, perfect[0], label, request, wanted)
+        return perfect
+    others_trees = tuple(t for t in TREES if t not in wanted)
+    if any(not c.problems for c in _readings(tensors, label, request, others_trees)):
+        side, other = (
+            ("PyTorch", "torch2flax") if "torch" in others_trees else ("Flax", "flax2torch")
+        )
         raise UsageError(
             f"it is a {side} checkpoint already: its names are {side}'s",
             f"convert it the other way (zooconvert {other}), or copy it",
         )
     best = max(found, key=lambda c: c.fit, default=None)
     stated = request.model or request.layout or label.model or label.layout
+    offered = _parts(tensors, tensors, label, request, wanted)
+    if offered and (best is None or best.fit < 0.5):
+        raise several(offered)
+    if not stated:
+        inner = next(levels(tensors, request.prefix)).names.values()
+        strangers.refuse_named(families().values(), {n: tensors[n].shape for n in inner})
     if best is None or (best.fit < 0.5 and stated is None):
         raise _unknown_model(tensors)
-    raise mismatch(best)
+    raise mismatch(best, offered)
 
 
-def mismatch(candidate: Candidate) -> ZooError:
-    """The error that lists everything in which the header differs from its nearest model."""
+def _weighed(
+    c: Candidate, tensors: Mapping[str, TensorInfo], label: Label, request: Request
+) -> strangers.Weighed:
+    """What the names that a reading is of, as the file has them, say of other models."""
+    shapes = {n: tensors[n].shape for n in c.peeled.names.values()}
+    return strangers.weigh(c.model, shapes, label, request)
+
+
+def _parts(
+    tensors: Mapping[str, TensorInfo],
+    names: Collection[str],
+    label: Label,
+    request: Request,
+    trees: tuple[Tree, ...],
+) -> dict[str, str]:
+    """The models that lie below a prefix each; none where the user named one."""
+    if request.prefix is not None or request.layout is not None or label.layout is not None:
+        return {}
+
+    def what(prefix: str) -> str | None:
+        inner = replace(request, prefix=prefix)
+        for c in _readings(tensors, label, inner, trees):
+            if not c.problems and not _weighed(c, tensors, label, inner).theirs:
+                return c.title()
+        return None
+
+    return parts(names, len(tensors), what)
+
+
+def _refuse_several(
+    tensors: Mapping[str, TensorInfo],
+    taken: Candidate,
+    label: Label,
+    request: Request,
+    trees: tuple[Tree, ...],
+) -> None:
+    """UsageError where what a reading sets aside is a model too."""
+    if beside := _parts(tensors, taken.peeled.set_aside, label, request, trees):
+        raise several({".".join(taken.peeled.wrappers): taken.title()} | beside)
+
+
+def mismatch(candidate: Candidate, offered: Mapping[str, str] | None = None) -> ZooError:
+    """The error that lists everything in which the header differs from its nearest model; and the
+    parts of it that are whole."""
     count = len(candidate.problems)
+    family = candidate.model.name if candidate.model else None
+    whole = [p for p, what in (offered or {}).items() if what.partition(" ")[0] == family]
     return ZooError(
         f"the tensors are not those of {candidate.title()}: {count} "
         f"{'differs' if count == 1 else 'differ'}"
@@ -147,7 +215,11 @@ def mismatch(candidate: Candidate) -> ZooError:
         "give the layout that the checkpoint was made with; else it is incomplete"
         if candidate.model is None
         else "if it is another model or size, name it with --model or --config; "
-        "else the checkpoint is incomplete",
+        + (
+            f"what lies below {whole[0]} is whole: take it alone with --prefix {whole[0]}"
+            if whole
+            else "else the checkpoint is incomplete"
+        ),
         candidate.problems.lines(),
     )
 
@@ -184,14 +256,17 @@ def matching_presets(
 def _readings(
     tensors: Mapping[str, TensorInfo], label: Label, request: Request, trees: tuple[Tree, ...]
 ) -> Iterator[Candidate]:
-    if (layout := request.layout or (label.layout if request == UNSTATED else None)) is not None:
-        yield from _readings_of(layout, tensors, trees)
+    if (layout := request.layout or (label.layout if request.silent else None)) is not None:
+        yield from _readings_of(layout, tensors, trees, request.prefix)
         return
     only = request.model or label.model
     stated_by = label.source if request.config is None and label.config is not None else ""
+    every = [
+        (peeled, {n: tensors[s].shape for n, s in peeled.names.items()})
+        for peeled in levels(tensors, request.prefix, found=True)
+    ]
     for model in [only] if only else families().values():
-        for peeled in levels(tensors, model.base_prefix):
-            shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
+        for peeled, shapes in every:
             for tree in trees:
                 for config, unknown, spelled in _configs(model, shapes, tree, label, request):
                     layout = model.layout_of(config)
@@ -202,10 +277,13 @@ def _readings(
 
 
 def _readings_of(
-    layout: Layout, tensors: Mapping[str, TensorInfo], trees: tuple[Tree, ...]
+    layout: Layout,
+    tensors: Mapping[str, TensorInfo],
+    trees: tuple[Tree, ...],
+    prefix: str | None,
 ) -> Iterator[Candidate]:
     """The readings of a header by one layout, of no family."""
-    for peeled in levels(tensors):
+    for peeled in levels(tensors, prefix):
         shapes = {n: tensors[s].shape for n, s in peeled.names.items()}
         for tree in trees:
             spelled = {n: n for n in shapes}
@@ -245,7 +323,10 @@ def _configs(
     inner = {n: shapes[s] for n, s in spelled.items()}
     if tree == "linen":
         inner = {n.partition(".")[2]: s for n, s in inner.items()}
-    fields = model.infer(inner if tree == "torch" else canonical_guess(inner))
+    guess = inner if tree == "torch" else canonical_guess(inner)
+    fields = model.infer(guess)
+    if fields is not None and tree != "torch":  # which has a tied tensor once
+        fields |= {told: False for name, told in model.untied.items() if name in guess}
     if stated is not None:
         for config, untold in _as_the_names_say(model, stated, fields or {}):
             yield config, unstated | untold, spelled

@@ -59,6 +59,7 @@ class Label:
     source: str = ""  # where the config was read
     notices: tuple[str, ...] = ()
     problem: ZooError | None = None  # why it could not be read; for whoever needs the config
+    foreign: str = ""  # what a config.json says that it is, where no family here is that
 
     def to_metadata(self) -> dict[str, str]:
         """The `zoo.*` keys of a safetensors header."""
@@ -67,9 +68,9 @@ class Label:
         return dict(self.metadata) | ours
 
     def to_config_json(self) -> str:
-        """The text of a config.json that our reader and transformers both take."""
-        data = self._hf()
-        data |= {k: None for k in self.unknown if k in data}
+        """The text of a config.json that our reader takes, and transformers where nothing is
+        unknown: it would fill in its defaults, and nobody would notice."""
+        data = {} if self.unknown else self._hf()
         ours = self._data() | ({"metadata": dict(self.metadata)} if self.metadata else {})
         return json.dumps(data | {"zoo": ours}, indent=2) + "\n"
 
@@ -102,8 +103,10 @@ class Label:
             data = {
                 "model": self.model.name,
                 "layout": f"{self.model.name}/{self.model.version}",
-                "config": dataclasses.asdict(self.config) | dict.fromkeys(self.unknown),
+                "config": _stated(self.config, self.unknown),
             }
+            if self.unknown:
+                data["unknown"] = sorted(self.unknown)
         if self.carried:
             data["carried"] = {
                 name: {"dtype": c.info.dtype, "shape": list(c.info.shape)}
@@ -137,7 +140,7 @@ def _read_label(reader: Reader) -> Label:
         try:
             data |= {
                 k: json.loads(data[k])
-                for k in ("config", "carried", "ties", "hf", "entries")
+                for k in ("config", "carried", "ties", "hf", "entries", "unknown")
                 if k in data
             }
         except (ValueError, RecursionError) as e:
@@ -155,13 +158,17 @@ def read_config_file(path: Path) -> Label:
         data = json.loads(path.read_text())
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
+        if not isinstance(data.get("model_type"), str | None):
+            raise ValueError(f"model_type is {data['model_type']!r}, which is not text")
     except (ValueError, RecursionError) as e:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):
         label = _from_zoo(data["zoo"], str(path), path)
         return dataclasses.replace(label, hf={k: v for k, v in data.items() if k != "zoo"})
+    stated, classes = data.get("model_type"), _class_names(data)
     for model in families().values():
-        if model.hf_type == data.get("model_type") and model.hf_type and model.from_hf:
+        ours = model.hf_type == stated if stated else bool(model.hf_classes & set(classes))
+        if ours and model.hf_type and model.from_hf:
             try:
                 config = override(model.from_hf(data), {})
             except (TypeError, ValueError, ArithmeticError, UsageError) as e:
@@ -177,19 +184,26 @@ def read_config_file(path: Path) -> Label:
                 source=str(path),
                 notices=_classes(path, model, config, data),
             )
-    if "model_type" in data:
-        notice = f"{path} describes a {data['model_type']!r}, which the zoo does not have"
-        return Label(source=str(path), notices=(f"{notice}: not used",))
+    if stated in families():  # of a family that transformers does not have so
+        return Label(families()[stated], source=str(path))
+    if told := stated or ", ".join(classes):
+        return Label(source=str(path), foreign=str(told))
     return Label()
+
+
+def _class_names(data: Mapping[str, Any]) -> list[str]:
+    """The classes that a config.json names."""
+    named = data.get("architectures")
+    return [str(n) for n in named] if isinstance(named, list) else []
 
 
 def _classes(path: Path, model: Model, config: Config, data: Mapping[str, Any]) -> tuple[str, ...]:
     """A notice where the file names a class that the family does not have."""
-    named = data.get("architectures")
+    named = _class_names(data)
     read_as = model.to_hf(config).get("architectures") if model.to_hf else None
-    if not isinstance(named, list) or not named or named == read_as:
+    if not named or named == read_as:
         return ()
-    return (f"{path} is of {', '.join(map(str, named))}, read as {', '.join(read_as or ())}",)
+    return (f"{path} is of {', '.join(named)}, read as {', '.join(read_as or ())}",)
 
 
 def config_files(path: Path) -> list[Path]:
@@ -220,12 +234,21 @@ def _from_zoo(data: Mapping[str, Any], source: str, beside: Path) -> Label:
                 "upgrade zooconvert",
             )
         fields = dict(data["config"])
-        unknown = frozenset(k for k, v in fields.items() if v is None and k in model.unknown)
+        listed = frozenset(map(str, data.get("unknown", ()))) & model.unknown
+        # Earlier versions wrote null instead of a list.
+        unknown = listed | {k for k, v in fields.items() if v is None and k in model.unknown}
         known = {k: v for k, v in fields.items() if k not in unknown}
         config = override(model.config(), {**model.placeholders, **known})
         return Label(model, config, unknown, **_besides_config(data), source=source)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _bad(source, f"{type(e).__name__}: {e}") from None
+
+
+def _stated(config: Config, unknown: frozenset[str]) -> dict[str, Any]:
+    """The fields as data. Not those that nobody stated, nor a None that is the default."""
+    data = dataclasses.asdict(config)
+    absent = {f.name for f in dataclasses.fields(config) if f.default is data[f.name] is None}
+    return {k: v for k, v in data.items() if k not in absent | unknown}
 
 
 def _besides_config(data: Mapping[str, Any]) -> dict[str, Any]:

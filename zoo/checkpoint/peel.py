@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "state")
+_DEEPEST = 8  # wrappers around a model
+COLLECTIONS = frozenset({"params", "batch_stats"})  # of Linen
 # Parts of a training checkpoint that hold tensors, none of them a weight.
 NOT_WEIGHTS = frozenset(
     [
@@ -54,7 +56,7 @@ class Left:
         """What a user should be told of it, where nothing is done with it."""
         told = []
         if self.tensors:
-            parts = sorted({_head(n) for n in self.tensors})
+            parts = sorted({_part(n) for n in self.tensors})
             told.append(
                 f"NOT converted: {len(self.tensors)} of the tensors, below "
                 + ", ".join(parts[:5])
@@ -83,27 +85,69 @@ class Peeled:
         return [f"taken off the names: {' '.join(f'{w}.' for w in self.wrappers)}"]
 
 
-def levels(names: Iterable[str], base_prefix: str = "") -> Iterator[Peeled]:
-    """Each level at which the model may lie, outermost first; `base_prefix` is one more wrapper."""
-    untouched = Peeled({n: n for n in names})
-    yield untouched
-    yield from _inside(untouched, base_prefix.removesuffix("."), untouched)
+def levels(
+    names: Iterable[str], prefix: str | None = None, found: bool = False
+) -> Iterator[Peeled]:
+    """Each level at which the model may lie, outermost first.
+
+    `prefix` is where to begin: what is not below it is set aside. With `found`, whatever stands
+    before all names may come off too, not only what wrappers are known to be called.
+    """
+    start = Peeled({n: n for n in names})
+    if prefix is not None:
+        start = below(start, prefix)
+    yield start
+    yield from _inside(start, found, start)
 
 
-def _inside(level: Peeled, base: str, seen: Peeled) -> Iterator[Peeled]:
+def below(level: Peeled, prefix: str) -> Peeled:
+    """What lies below a prefix; the collections of a Linen tree stand before it."""
+    prefix = prefix.removesuffix(".")
+    inner: dict[str, str] = {}
+    for name, source in level.names.items():
+        head, _, rest = name.partition(".")
+        if name.startswith(f"{prefix}."):
+            inner[name.removeprefix(f"{prefix}.")] = source
+        elif head in COLLECTIONS and rest.startswith(f"{prefix}."):
+            inner[f"{head}.{rest.removeprefix(f'{prefix}.')}"] = source
+    used = set(inner.values())
+    rest_of_it = tuple(s for s in level.names.values() if s not in used)
+    return Peeled(inner, (*level.wrappers, prefix), level.set_aside + rest_of_it)
+
+
+def any_below(names: Iterable[str], prefix: str) -> bool:
+    """Whether anything lies below a prefix."""
+    return bool(below(Peeled({n: n for n in names}), prefix).names)
+
+
+def _inside(level: Peeled, found: bool, seen: Peeled) -> Iterator[Peeled]:
     """The levels within one, once what is not a weight has been set aside."""
     for step in (_without_rng, _without_value, _without_compile):
         level = step(level)
     if level.names and level != seen:
         yield level
-    whole = {_head(n) for n in level.names} == {base}  # with a head beside it, it is not a wrapper
-    for wrapper in (*WRAPPERS, *([base] if whole else [])):
-        inner = {n.partition(".")[2]: s for n, s in level.names.items() if _head(n) == wrapper}
-        if inner and "" not in inner:
+    if len(level.wrappers) >= _DEEPEST:  # a name may have any number of parts
+        return
+    common = _common(level.names) if found else ()
+    for wrapper in dict.fromkeys((*WRAPPERS, *common)):
+        if wrapper in common:
+            inner = below(level, wrapper)
+        else:
+            names = {n.partition(".")[2]: s for n, s in level.names.items() if _head(n) == wrapper}
             rest = tuple(s for n, s in level.names.items() if _head(n) != wrapper)
-            below = Peeled(inner, (*level.wrappers, wrapper), level.set_aside + rest)
-            yield below
-            yield from _inside(below, base, below)
+            inner = Peeled(names, (*level.wrappers, wrapper), level.set_aside + rest)
+        if inner.names and "" not in inner.names:
+            yield inner
+            yield from _inside(inner, found, inner)
+
+
+def _common(names: Collection[str]) -> tuple[str, ...]:
+    """What stands before all names, where it is not the module itself."""
+    heads = {_head(n) for n in names}
+    if heads <= COLLECTIONS:
+        names = [n.partition(".")[2] for n in names]
+        heads = {_head(n) for n in names}
+    return tuple(heads) if len(heads) == 1 and any(n.count(".") > 1 for n in names) else ()
 
 
 def _without_rng(p: Peeled) -> Peeled:
@@ -132,6 +176,12 @@ def _without_compile(p: Peeled) -> Peeled:
 
 def _head(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _part(name: str) -> str:
+    """What a tensor is below, wrappers aside: what was taken may have been below the same one."""
+    head, _, rest = name.partition(".")
+    return f"{head}.{_head(rest)}" if head in WRAPPERS and "." in rest else head
 
 
 def _rng_parts(name: str) -> set[str]:

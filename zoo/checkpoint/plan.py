@@ -24,7 +24,7 @@ from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import TREES, Constant, Layout, Tree, View, between
 from zoo.layout.ops import Ops
-from zoo.model import Config, Model
+from zoo.model import Config, Model, override
 
 _CARRIED_MAX = 1 << 20  # bytes of one tensor that may travel in a label
 
@@ -157,12 +157,14 @@ def make_plan(
     request: Request = UNSTATED,
     sources: Iterable[Tree] = TREES,
     dtype: str | None = None,
+    values: bool = True,
 ) -> Plan:
     """Pair every tensor of the file with the layout of the model that it is.
 
     `target` None means the side that it is not. `sources` are the trees that the file may be
-    spelled as; `dtype` a dtype code for floating-point tensors. Raises ZooError listing everything
-    that is missing, surplus or of the wrong shape.
+    spelled as; `dtype` a dtype code for floating-point tensors. Where the file spells out tensors
+    that are tied, they are read, to see whether they are; not without `values`. Raises ZooError
+    listing everything that is missing, surplus or of the wrong shape.
     """
     if label.problem is not None and request.config is None and request.layout is None:
         raise label.problem
@@ -171,6 +173,8 @@ def make_plan(
     except ZooError as e:
         raise type(e)(f"{reader.path}: {e.problem}", e.advice, e.details) from None
     target = target or ("nnx" if found[0].tree == "torch" else "torch")
+    if values and request.config is None:
+        found = [_settle_ties(c, reader, label, request) for c in found]
     plans = [_plan(c, reader, label, target, dtype) for c in found]
     first = plans[0]
     if any(p.steps != first.steps for p in plans[1:]):
@@ -184,6 +188,36 @@ def make_plan(
         told = f"names and shapes are also those of {', '.join(others)}; the tensors are the same"
         return dataclasses.replace(first, told=(*first.told, told))
     return first
+
+
+def _settle_ties(c: Candidate, reader: Reader, label: Label, request: Request) -> Candidate:
+    """The reading once values have told whether what the file spells out is tied, where its family
+    can do without."""
+    spelled = {
+        name: (c.names[name], c.names[e.tied_to])
+        for e in c.layout.entries
+        if e.tied_to is not None and c.tree == "torch" and (name := e.torch[0].name) in c.names
+    }
+    if c.model is None or not (spelled.keys() & c.model.untied.keys()):
+        return c
+    untied = c.model.untied
+    tied = {n: _same_bits(reader, *pair) for n, pair in spelled.items() if n in untied}
+    unknown = c.unknown - {untied[n] for n in tied}
+    try:
+        config = override(c.config, {untied[n]: same for n, same in tied.items()})
+    except UsageError:  # not these alone: left for who refuses ties that do not hold
+        return c
+    if all(tied.values()):
+        return dataclasses.replace(c, unknown=unknown)
+    stated = dataclasses.replace(label, model=c.model, config=config, unknown=unknown, foreign="")
+    free = identify_header(reader.tensors, stated, Request(prefix=request.prefix), (c.tree,))[0]
+    own = ", ".join(spelled[n][0] for n, same in tied.items() if not same)
+    told = f"not tied, as the file has other values there: {own}"
+    return dataclasses.replace(free, told=(*c.told, told), unknown=unknown)
+
+
+def _same_bits(reader: Reader, a: str, b: str) -> bool:
+    return reader.read(a).tobytes() == reader.read(b).tobytes()
 
 
 def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str | None) -> Plan:
@@ -209,7 +243,7 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             kept = label.carried.get(name)
             info = kept.info if kept else TensorInfo(e.constant.dtype, e.torch[0].shape)
             made.append(Made(name, info, e.constant, kept))
-    notices = [*label.notices, *reader.notices, *c.peeled.notices()]
+    notices = [*label.notices, *reader.notices, *c.peeled.notices(), *c.told]
     if c.unknown:
         notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
     return Plan(
@@ -236,6 +270,7 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             carried={} if target == "torch" else label.carried,
             ties=tuple(sorted(spelled)),
             notices=(),
+            foreign="",
         ),
     )
 
@@ -330,8 +365,7 @@ def check_ties(reader: Reader, plan: Plan) -> list[str]:
     return [
         a.name
         for a in plan.aside
-        if a.tied_to is not None
-        and reader.read(a.source).tobytes() != reader.read(a.tied_to).tobytes()
+        if a.tied_to is not None and not _same_bits(reader, a.source, a.tied_to)
     ]
 
 

@@ -19,11 +19,18 @@ from zoo.model import Config, Model, override
 
 @dataclass(frozen=True)
 class Request:
-    """What the user said of the model: nothing, a family, a config of it, or the layout itself."""
+    """What the user said of the model: nothing, a family, a config of it, or the layout itself; and
+    what its tensors lie below, where a file holds more than one model."""
 
     model: Model | None = None
     config: Config | None = None
     layout: Layout | None = None
+    prefix: str | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether it leaves open what the model is."""
+        return self.model is None and self.config is None and self.layout is None
 
 
 UNSTATED = Request()
@@ -33,12 +40,14 @@ def make_request(
     model: str | None,
     config: str | os.PathLike[str] | Mapping[str, Any] | None,
     layout: Any = None,
+    prefix: str | None = None,
 ) -> Request:
     """What the user said of the model, looked up.
 
     `model` names a family or a preset; `config` is a config.json, a preset or the fields
-    themselves; a `layout`, as `as_layout` takes it, is instead of both. Raises UsageError for names
-    that nothing has.
+    themselves; a `layout`, as `as_layout` takes it, is instead of both. `prefix` is what stands
+    before the names of the model's tensors, where a file holds others too. Raises UsageError for
+    names that nothing has.
     """
     if layout is not None:
         if model is not None or config is not None:
@@ -46,7 +55,7 @@ def make_request(
                 "a layout says what the tensors are, and so does a model or a config",
                 "give the layout, or the other two",
             )
-        return Request(layout=as_layout(layout))
+        return Request(layout=as_layout(layout), prefix=prefix)
     found = registry.get(model) if model else None
     family = found.model if found else None
     stated: Config | None = found.config if found else None
@@ -78,7 +87,7 @@ def make_request(
                 f"{config} is a config of {named.name}, not of {family.name}", "name the same twice"
             )
         family = named
-    return Request(family, stated)
+    return Request(family, stated, prefix=prefix)
 
 
 def as_layout(given: Any) -> Layout:

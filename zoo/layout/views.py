@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -151,14 +152,8 @@ def canonical_guess(flax: Mapping[str, Shape]) -> dict[str, Shape]:
     result = {}
     for name, shape in flax.items():
         module, dot, leaf = name.rpartition(".")
-        for kind in kinds().values():
-            found = [
-                (torch_leaf, there.axes)
-                for torch_leaf, there in kind.leaves.items()
-                if there.nnx == leaf and (there.axes is None or len(there.axes) == len(shape))
-            ]
-            if found:
-                torch_leaf, axes = found[0]
+        for torch_leaf, axes in _leaves().get(leaf, ()):
+            if axes is None or len(axes) == len(shape):
                 if axes:
                     ((shape),) = run_shapes(inverse((Permute(axes),), [shape]), [shape])
                 result[f"{module}{dot}{torch_leaf}"] = shape
@@ -166,3 +161,13 @@ def canonical_guess(flax: Mapping[str, Shape]) -> dict[str, Shape]:
         else:
             result[name] = shape
     return result
+
+
+@functools.cache
+def _leaves() -> dict[str, list[tuple[str, tuple[int, ...] | None]]]:
+    """NNX leaf -> torch's leaf and the axes there, of every kind that has it."""
+    found: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {}
+    for kind in kinds().values():
+        for torch_leaf, there in kind.leaves.items():
+            found.setdefault(there.nnx, []).append((torch_leaf, there.axes))
+    return found

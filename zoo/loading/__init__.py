@@ -70,19 +70,21 @@ def load(
     dtype: Any = None,
     param_dtype: Any = None,
     seed: int = 0,
+    prefix: str | None = None,
     **overrides: Any,
 ) -> Any:
     """The model in a checkpoint of any container and either framework, in eval mode.
 
     `source` is whatever `zoo.hub` understands. `model` names a family or preset, `config` a
-    config.json, a preset or the fields themselves, where the checkpoint does not say what it is.
+    config.json, a preset or the fields themselves, where the checkpoint does not say what it is;
+    `prefix` what stands before the names of the model, where the file holds more than one.
     `param_dtype` None keeps the stored dtypes. `overrides` change fields of the config: what then
     no longer fits starts afresh from `seed`, and a LoadNotice names it.
 
     Raises ZooError (see `zoo.containers.errors`) with everything that does not fit, in one message.
     """
     _framework(framework)
-    request = make_request(model, config)
+    request = make_request(model, config, prefix=prefix)
     with open_checkpoint(hub.locate(source), prefer=framework) as reader:
         code = None if param_dtype is None else dtype_code(param_dtype)
         tree: Tree = "torch" if framework == "torch" else "nnx"

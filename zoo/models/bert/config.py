@@ -7,20 +7,44 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 Head = Literal[
-    "none", "pretraining", "masked_lm", "sequence_classification", "token_classification"
+    "none",
+    "pretraining",
+    "masked_lm",
+    "next_sentence_prediction",
+    "sequence_classification",
+    "multiple_choice",
+    "token_classification",
+    "question_answering",
 ]
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
-# transformers' class for each head; the encoder alone is BertModel.
-CLASSES: dict[Head, str] = {
-    "none": "BertModel",
-    "pretraining": "BertForPreTraining",
-    "masked_lm": "BertForMaskedLM",
-    "sequence_classification": "BertForSequenceClassification",
-    "token_classification": "BertForTokenClassification",
+
+class HeadOf(NamedTuple):
+    """What stands on the encoder, under transformers' names."""
+
+    hf: str  # transformers' class
+    pooled: bool = False  # whether it stands on the pooler
+    words: bool = False  # whether it gives logits of the vocabulary, by `cls.predictions`
+    module: str = ""  # a linear layer,
+    outputs: int | None = None  # and how many outputs it has; None: num_labels
+
+
+HEADS: dict[Head, HeadOf] = {
+    "none": HeadOf("BertModel"),
+    "pretraining": HeadOf("BertForPreTraining", True, True, "cls.seq_relationship", 2),
+    "masked_lm": HeadOf("BertForMaskedLM", words=True),
+    "next_sentence_prediction": HeadOf(
+        "BertForNextSentencePrediction", True, False, "cls.seq_relationship", 2
+    ),
+    "sequence_classification": HeadOf(
+        "BertForSequenceClassification", pooled=True, module="classifier"
+    ),
+    "multiple_choice": HeadOf("BertForMultipleChoice", True, False, "classifier", 1),
+    "token_classification": HeadOf("BertForTokenClassification", module="classifier"),
+    "question_answering": HeadOf("BertForQuestionAnswering", False, False, "qa_outputs", 2),
 }
 
 
@@ -45,6 +69,10 @@ class Config:
     pooler: bool = True  # a dense layer and tanh on the first token
     num_labels: int = 2
     classifier_dropout: float | None = None  # None: hidden_dropout_prob
+    tie_word_embeddings: bool = True  # the decoder of words has the embeddings' matrix
+    # The decoder's bias is `cls.predictions.bias`. Where its matrix is not tied, transformers 5 has
+    # both, and no output depends on the latter.
+    tie_decoder_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads:
@@ -52,14 +80,16 @@ class Config:
                 f"hidden_size {self.hidden_size} is not divisible by "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.head not in CLASSES:
+        if self.head not in HEADS:
             raise ValueError(
-                f"there is no head {self.head!r}; there are {', '.join(map(repr, CLASSES))}"
+                f"there is no head {self.head!r}; there are {', '.join(map(repr, HEADS))}"
             )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
-        if self.head in ("pretraining", "sequence_classification") and not self.pooler:
+        if HEADS[self.head].pooled and not self.pooler:
             raise ValueError(f"head {self.head!r} stands on the pooler")
+        if self.tie_word_embeddings and not self.tie_decoder_bias:
+            raise ValueError("the decoder's bias is one of its own, and its matrix is not")
 
 
 class Output(NamedTuple):
@@ -74,6 +104,13 @@ class PreTrainingOutput(NamedTuple):
 
     prediction_logits: Any  # (B, T, V)
     seq_relationship_logits: Any  # (B, 2)
+
+
+class QuestionAnsweringOutput(NamedTuple):
+    """Where in the text an answer begins and ends."""
+
+    start_logits: Any  # (B, T)
+    end_logits: Any  # (B, T)
 
 
 BASE = Config()
@@ -120,6 +157,19 @@ TINY = {
     "token_classification": replace(
         _TINY, head="token_classification", pooler=False, num_labels=5, num_hidden_layers=1
     ),
+    "next_sentence": replace(_TINY, head="next_sentence_prediction", num_hidden_layers=1),
+    "multiple_choice": replace(_TINY, head="multiple_choice", num_labels=1, num_hidden_layers=1),
+    "question_answering": replace(
+        _TINY, head="question_answering", pooler=False, num_hidden_layers=1
+    ),
+    "untied": replace(
+        _TINY,
+        head="masked_lm",
+        pooler=False,
+        num_hidden_layers=1,
+        tie_word_embeddings=False,
+        tie_decoder_bias=False,
+    ),
 }
 
 
@@ -130,7 +180,8 @@ def check_length(tokens: int, positions: int) -> None:
 
 
 # Fields that transformers' config.json has under the same name.
-_SHARED = [name for name in asdict(BASE) if name not in ("head", "pooler", "num_labels")]
+_OWN = ("head", "pooler", "num_labels", "tie_decoder_bias")
+_SHARED = [name for name in asdict(BASE) if name not in _OWN]
 
 
 def from_hf(data: Mapping[str, Any]) -> Config:
@@ -142,23 +193,25 @@ def from_hf(data: Mapping[str, Any]) -> Config:
         raise ValueError(f"position_embedding_type {kind!r}; only absolute positions are here")
     if data.get("is_decoder"):
         raise ValueError("is_decoder is set; only the encoder is here")
-    heads: dict[str, Head] = {name: head for head, name in CLASSES.items()}
+    heads: dict[str, Head] = {of.hf: head for head, of in HEADS.items()}
     named = [heads[a] for a in data.get("architectures") or () if a in heads]
     head = named[0] if named else "none"
     labels = data.get("num_labels") or len(data.get("id2label") or ()) or BASE.num_labels
     return Config(
         head=head,
-        pooler=head in ("none", "pretraining", "sequence_classification"),
+        pooler=head == "none" or HEADS[head].pooled,
         num_labels=labels,
+        tie_decoder_bias=data.get("tie_word_embeddings", True),
         **{name: data[name] for name in _SHARED if name in data},
     )
 
 
 def to_hf(config: Config) -> dict[str, Any]:
     """The keys of a transformers config.json; `from_hf` gives the Config back."""
-    data: dict[str, Any] = {"model_type": "bert", "architectures": [CLASSES[config.head]]}
-    data |= {name: getattr(config, name) for name in _SHARED}
-    if config.head in ("sequence_classification", "token_classification"):
+    data: dict[str, Any] = {"model_type": "bert", "architectures": [HEADS[config.head].hf]}
+    values = {name: getattr(config, name) for name in _SHARED}
+    data |= {name: v for name, v in values.items() if v is not None or getattr(BASE, name) != v}
+    if HEADS[config.head].module and HEADS[config.head].outputs is None:
         data["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.num_labels)}
         data["label2id"] = {f"LABEL_{i}": i for i in range(config.num_labels)}
     return data

@@ -10,7 +10,7 @@ import numpy as np
 from zoo.layout import Constant, Entry, constant, embedding, linear, norm, param, tie
 from zoo.layout.ops import Shape
 from zoo.model import count, dim
-from zoo.models.bert.config import Config
+from zoo.models.bert.config import HEADS, Config, Head
 
 PREFIX = "bert."  # before the encoder's tensors once there is a head
 
@@ -33,17 +33,27 @@ def layout(c: Config) -> Iterator[Entry]:
         yield from _layer(f"{root}encoder.layer.{i}", H, c.intermediate_size)
     if c.pooler:
         yield from linear(f"{root}pooler.dense", H, H)
-    if c.head in ("masked_lm", "pretraining"):
-        yield param("cls.predictions.bias", c.vocab_size)
-        yield from linear("cls.predictions.transform.dense", H, H)
-        yield from norm("cls.predictions.transform.LayerNorm", H)
-        words = f"{e}.word_embeddings.weight"
-        yield tie("cls.predictions.decoder.weight", (c.vocab_size, H), to=words)
-        yield tie("cls.predictions.decoder.bias", (c.vocab_size,), to="cls.predictions.bias")
-    if c.head == "pretraining":
-        yield from linear("cls.seq_relationship", H, 2)
-    if c.head in ("sequence_classification", "token_classification"):
-        yield from linear("classifier", H, c.num_labels)
+    head = HEADS[c.head]
+    if head.words:
+        yield from _words(c, f"{e}.word_embeddings.weight")
+    if head.module:
+        yield from linear(head.module, H, head.outputs or c.num_labels)
+
+
+def _words(c: Config, embeddings: str) -> Iterator[Entry]:
+    H, decoder, bias = c.hidden_size, "cls.predictions.decoder", "cls.predictions.bias"
+    if c.tie_decoder_bias:
+        yield param(bias, c.vocab_size)
+    else:
+        yield constant(bias, (c.vocab_size,), Constant("zeros", "F32", True))
+    yield from linear("cls.predictions.transform.dense", H, H)
+    yield from norm("cls.predictions.transform.LayerNorm", H)
+    if c.tie_word_embeddings:
+        yield tie(f"{decoder}.weight", (c.vocab_size, H), to=embeddings)
+    else:
+        yield from linear(decoder, H, c.vocab_size, bias=not c.tie_decoder_bias)
+    if c.tie_decoder_bias:
+        yield tie(f"{decoder}.bias", (c.vocab_size,), to=bias)
 
 
 def _layer(name: str, hidden: int, intermediate: int) -> Iterator[Entry]:
@@ -63,15 +73,6 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     if not layers:
         return None
     pooler = any("pooler.dense." in n for n in shapes)
-    head: str | None
-    if any(n.startswith("classifier.") for n in shapes):
-        # With a pooler it may be either: token classifiers kept theirs until transformers 4.
-        head = None if pooler else "token_classification"
-    elif any(n.startswith("cls.") for n in shapes):
-        seq = any(n.startswith("cls.seq_relationship.") for n in shapes)
-        head = "pretraining" if seq else "masked_lm"
-    else:
-        head = "none"
     fields = {
         "vocab_size": dim(shapes, r"word_embeddings\.weight$", 0),
         "hidden_size": dim(shapes, r"LayerNorm\.(weight|bias)$", 0),
@@ -80,10 +81,32 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         "max_position_embeddings": dim(shapes, r"position_embeddings\.weight$", 0),
         "type_vocab_size": dim(shapes, r"token_type_embeddings\.weight$", 0),
         "num_labels": dim(shapes, r"^classifier\.(weight|bias)$", 0),
-        "head": head,
+        "head": _head(shapes, pooler),
         "pooler": pooler,
+        # A file may spell out what is tied: its values tell.
+        "tie_word_embeddings": "cls.predictions.decoder.weight" not in shapes or None,
+        "tie_decoder_bias": "cls.predictions.decoder.bias" not in shapes or None,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _head(shapes: Mapping[str, Shape], pooler: bool) -> Head | None:
+    """The head that has these names; None where there are several.
+
+    With a pooler, a classifier may be one of tokens too: they kept theirs until transformers 4.
+    """
+    words = any(n.startswith("cls.predictions.") for n in shapes)
+    fits: list[Head] = []
+    for head, of in HEADS.items():
+        outputs = dim(shapes, rf"^{of.module}\.(weight|bias)$", 0) if of.module else None
+        there = outputs is not None if of.module else not any(map(_is_output, shapes))
+        if there and of.words == words and (pooler or not of.pooled):
+            fits += [head] if of.outputs in (None, outputs) else []
+    return fits[0] if len(fits) == 1 else None
+
+
+def _is_output(name: str) -> bool:
+    return any(of.module and name.startswith(f"{of.module}.") for of in HEADS.values())
 
 
 def init(c: Config, name: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
+from zoo.models.bert.config import (
+    HEADS,
+    Config,
+    Output,
+    PreTrainingOutput,
+    QuestionAnsweringOutput,
+    check_length,
+)
 from zoo.nn.attention_flax import dot_product_attention, mask_bias
 from zoo.nn.layers_flax import ACTIVATIONS, Embed, LayerNorm
 from zoo.nn.options_flax import Options
@@ -173,40 +180,45 @@ class BertPredictionHeadTransform(nnx.Module):
 
 
 class BertLMPredictionHead(nnx.Module):
-    """Logits over the vocabulary, by the matrix of the word embeddings.
+    """Logits over the vocabulary, by the matrix of the word embeddings, or by one of its own.
 
     The embeddings come with the call: held here too, they would have two names in the state.
     """
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.transform = BertPredictionHeadTransform(c, **kw)
-        self.bias = nnx.Param(jnp.zeros(c.vocab_size, kw.get("param_dtype", jnp.float32)))
+        H, V, tied = c.hidden_size, c.vocab_size, c.tie_decoder_bias
+        self.decoder = None if c.tie_word_embeddings else nnx.Linear(H, V, use_bias=not tied, **kw)
+        self.bias = nnx.Param(jnp.zeros(V, kw.get("param_dtype", jnp.float32))) if tied else None
 
     def __call__(self, x: Array, embeddings: Embed) -> Array:
         """(B, T, H) -> logits (B, T, V)."""
-        logits = embeddings.attend(self.transform(x))
-        return logits + self.bias[...].astype(logits.dtype)
+        x = self.transform(x)
+        logits = embeddings.attend(x) if self.decoder is None else self.decoder(x)
+        return logits if self.bias is None else logits + self.bias[...].astype(logits.dtype)
 
 
 class BertPreTrainingHeads(nnx.Module):
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
-        self.predictions = BertLMPredictionHead(c, **kw)
-        self.seq_relationship = (
-            nnx.Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
-        )
+        head = HEADS[c.head]
+        self.predictions = BertLMPredictionHead(c, **kw) if head.words else None
+        self.seq_relationship = nnx.Linear(c.hidden_size, 2, **kw) if head.pooled else None
 
     def __call__(
         self, x: Array, pooled: Array | None, embeddings: Embed
     ) -> Array | PreTrainingOutput:
         """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
-        logits = self.predictions(x, embeddings)
-        if self.seq_relationship is None or pooled is None:  # head "masked_lm"
-            return logits
-        return PreTrainingOutput(logits, self.seq_relationship(pooled))
+        if self.predictions is None:
+            assert self.seq_relationship is not None
+            assert pooled is not None
+            return self.seq_relationship(pooled)
+        if self.seq_relationship is None or pooled is None:
+            return self.predictions(x, embeddings)
+        return PreTrainingOutput(self.predictions(x, embeddings), self.seq_relationship(pooled))
 
 
 class BertForPreTraining(nnx.Module):
-    """Masked tokens and the next sentence; with head "masked_lm" only masked tokens."""
+    """Masked tokens and the next sentence; with other heads one of the two."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         self.bert = BertModel(c, **kw)
@@ -246,10 +258,57 @@ class BertForClassification(nnx.Module):
         return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
+class BertForMultipleChoice(nnx.Module):
+    """Logits of C texts, of which one is right: (B, C)."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        self.bert = BertModel(c, **kw)
+        rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+        self.dropout = nnx.Dropout(rate, rngs=kw["rngs"])
+        self.classifier = nnx.Linear(c.hidden_size, 1, **kw)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+    ) -> Array:
+        """Takes what BertModel takes, (B, C, T) each."""
+        rest = (attention_mask, token_type_ids, position_ids)
+        flat = (None if x is None else x.reshape(-1, x.shape[-1]) for x in rest)
+        _, pooled = self.bert(input_ids.reshape(-1, input_ids.shape[-1]), *flat)
+        return self.classifier(self.dropout(pooled)).reshape(input_ids.shape[:2])
+
+
+class BertForQuestionAnswering(nnx.Module):
+    """Logits of each token to begin, and to end, an answer."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        self.bert = BertModel(c, **kw)
+        self.qa_outputs = nnx.Linear(c.hidden_size, 2, **kw)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+    ) -> QuestionAnsweringOutput:
+        """Takes what BertModel takes."""
+        x, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        logits = self.qa_outputs(x)
+        return QuestionAnsweringOutput(logits[..., 0], logits[..., 1])
+
+
 def bert(c: Config, **kw: Unpack[Options]) -> nnx.Module:
     """The model with the head that `c.head` names."""
     if c.head == "none":
         return BertModel(c, **kw)
-    if c.head in ("pretraining", "masked_lm"):
+    if c.head in ("pretraining", "masked_lm", "next_sentence_prediction"):
         return BertForPreTraining(c, **kw)
+    if c.head == "multiple_choice":
+        return BertForMultipleChoice(c, **kw)
+    if c.head == "question_answering":
+        return BertForQuestionAnswering(c, **kw)
     return BertForClassification(c, **kw)

@@ -15,7 +15,14 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from zoo.models.bert.config import Config, Output, PreTrainingOutput, check_length
+from zoo.models.bert.config import (
+    HEADS,
+    Config,
+    Output,
+    PreTrainingOutput,
+    QuestionAnsweringOutput,
+    check_length,
+)
 from zoo.nn.attention_torch import dot_product_attention, mask_bias
 from zoo.nn.layers_torch import ACTIVATIONS, Embedding, LayerNorm, Linear
 from zoo.nn.options_torch import Options
@@ -181,14 +188,19 @@ class BertPredictionHeadTransform(nn.Module):
 
 
 class BertLMPredictionHead(nn.Module):
-    """Logits over the vocabulary, by the matrix of the word embeddings, which `decoder` shares."""
+    """Logits over the vocabulary, by the matrix of the word embeddings, which `decoder` shares, or
+    by one of its own."""
 
     def __init__(self, c: Config, embeddings: Embedding, **kw: Unpack[Options]) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(c, **kw)
         self.decoder = Linear(c.hidden_size, c.vocab_size, **kw)
-        self.decoder.weight = embeddings.weight
-        self.bias = self.decoder.bias
+        if c.tie_word_embeddings:
+            self.decoder.weight = embeddings.weight
+        if c.tie_decoder_bias:
+            self.bias = self.decoder.bias
+        else:  # upstream has it still, and does not use it
+            self.register_buffer("bias", torch.zeros_like(self.decoder.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, H) -> logits (B, T, V)."""
@@ -198,19 +210,22 @@ class BertLMPredictionHead(nn.Module):
 class BertPreTrainingHeads(nn.Module):
     def __init__(self, c: Config, embeddings: Embedding, **kw: Unpack[Options]) -> None:
         super().__init__()
-        self.predictions = BertLMPredictionHead(c, embeddings, **kw)
-        self.seq_relationship = Linear(c.hidden_size, 2, **kw) if c.head == "pretraining" else None
+        head = HEADS[c.head]
+        self.predictions = BertLMPredictionHead(c, embeddings, **kw) if head.words else None
+        self.seq_relationship = Linear(c.hidden_size, 2, **kw) if head.pooled else None
 
     def forward(self, x: Tensor, pooled: Tensor | None) -> Tensor | PreTrainingOutput:
         """x (B, T, H), pooled (B, H) -> logits (B, T, V) of tokens, (B, 2) of the next sentence."""
-        logits = self.predictions(x)
-        if self.seq_relationship is None or pooled is None:  # head "masked_lm"
-            return logits
-        return PreTrainingOutput(logits, self.seq_relationship(pooled))
+        if self.predictions is None:
+            assert self.seq_relationship is not None
+            return self.seq_relationship(pooled)
+        if self.seq_relationship is None:
+            return self.predictions(x)
+        return PreTrainingOutput(self.predictions(x), self.seq_relationship(pooled))
 
 
 class BertForPreTraining(nn.Module):
-    """Masked tokens and the next sentence; with head "masked_lm" only masked tokens."""
+    """Masked tokens and the next sentence; with other heads one of the two."""
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         super().__init__()
@@ -252,10 +267,57 @@ class BertForClassification(nn.Module):
         return self.classifier(self.dropout(x if self.per_token else pooled))
 
 
+class BertForMultipleChoice(nn.Module):
+    """Logits of C texts, of which one is right: (B, C)."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        super().__init__()
+        self.bert = BertModel(c, **kw)
+        rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+        self.dropout = nn.Dropout(rate)
+        self.classifier = Linear(c.hidden_size, 1, **kw)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Takes what BertModel takes, (B, C, T) each."""
+        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        flat = (None if x is None else x.flatten(0, 1) for x in given)
+        return self.classifier(self.dropout(self.bert(*flat)[1])).view(input_ids.shape[:2])
+
+
+class BertForQuestionAnswering(nn.Module):
+    """Logits of each token to begin, and to end, an answer."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        super().__init__()
+        self.bert = BertModel(c, **kw)
+        self.qa_outputs = Linear(c.hidden_size, 2, **kw)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> QuestionAnsweringOutput:
+        """Takes what BertModel takes."""
+        x, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids)
+        return QuestionAnsweringOutput(*self.qa_outputs(x).unbind(-1))
+
+
 def bert(c: Config, **kw: Unpack[Options]) -> nn.Module:
     """The model with the head that `c.head` names."""
     if c.head == "none":
         return BertModel(c, **kw)
-    if c.head in ("pretraining", "masked_lm"):
+    if c.head in ("pretraining", "masked_lm", "next_sentence_prediction"):
         return BertForPreTraining(c, **kw)
+    if c.head == "multiple_choice":
+        return BertForMultipleChoice(c, **kw)
+    if c.head == "question_answering":
+        return BertForQuestionAnswering(c, **kw)
     return BertForClassification(c, **kw)

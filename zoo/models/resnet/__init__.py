@@ -12,7 +12,8 @@ from zoo.models.resnet.layout import infer, init, layout
 
 def inputs(c: Config) -> dict[str, np.ndarray]:
     """Two small images, NCHW."""
-    return {"x": probe.normal("x", (2, 3, 64, 64))}
+    side = 64 if c.stem_pool else 16
+    return {"x": probe.normal("x", (2, c.in_channels, side, side))}
 
 
 MODEL = Model(
@@ -28,5 +29,6 @@ MODEL = Model(
     torch="zoo.models.resnet.model_torch:ResNet",
     flax="zoo.models.resnet.model_flax:ResNet",
     init=init,
+    unknown=frozenset({"stem_stride", "stem_pool"}),
     images=("x", "conv1", "bn1", "maxpool", "layer*", "avgpool"),
 )

@@ -23,7 +23,8 @@ _NAMES = re.compile(
 
 def layout(c: Config) -> Iterator[Entry]:
     """All entries, in the order of the state_dict."""
-    yield from conv("conv1", 3, c.width, 7, 7, bias=False)
+    k = c.stem_kernel
+    yield from conv("conv1", c.in_channels, c.width, k, k, bias=False)
     yield from batchnorm("bn1", c.width)
     n_in = c.width
     for stage, blocks in enumerate(c.layers):
@@ -31,7 +32,8 @@ def layout(c: Config) -> Iterator[Entry]:
         for i in range(blocks):
             yield from _block(c, f"layer{stage + 1}.{i}", n_in, inner, first=i == 0, stage=stage)
             n_in = inner * c.expansion
-    yield from linear("fc", n_in, c.num_classes)
+    if c.num_classes:
+        yield from linear("fc", n_in, c.num_classes)
 
 
 def _block(c: Config, name: str, n_in: int, inner: int, first: bool, stage: int) -> Iterator[Entry]:
@@ -49,15 +51,24 @@ def _block(c: Config, name: str, n_in: int, inner: int, first: bool, stage: int)
 
 
 def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
-    """The Config fields that names and shapes tell; None where there are tensors of other names."""
+    """The Config fields that names and shapes tell; None where there are tensors of other names.
+
+    A stem of 7 x 7 is taken to be torchvision's; of another the stride and the pool are not told.
+    """
     layers = tuple(count(shapes, rf"^layer{stage}\.(\d+)\.") for stage in range(1, 5))
     if 0 in layers or not all(_NAMES.fullmatch(n) for n in shapes):
         return None
+    head = any(n.startswith("fc.") for n in shapes)
+    kernel = dim(shapes, r"^conv1\.weight$", 2)
     fields = {
         "block": "bottleneck" if any(".conv3." in n for n in shapes) else "basic",
         "layers": layers,
         "width": dim(shapes, r"^(conv1|bn1)\.", 0),
-        "num_classes": dim(shapes, r"^fc\.(weight|bias)$", 0),
+        "num_classes": dim(shapes, r"^fc\.(weight|bias)$", 0) if head else 0,
+        "in_channels": dim(shapes, r"^conv1\.weight$", 1),
+        "stem_kernel": kernel,
+        "stem_stride": 2 if kernel in (7, None) else None,
+        "stem_pool": True if kernel in (7, None) else None,
     }
     return {name: value for name, value in fields.items() if value is not None}
 

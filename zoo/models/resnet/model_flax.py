@@ -93,23 +93,25 @@ class ResNet(nnx.Module):
 
     def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
         w, e = c.width, c.expansion
-        self.conv1 = Conv2d(3, w, 7, stride=2, padding=3, bias=False, **kw)
+        k, s = c.stem_kernel, c.stem_stride
+        self.conv1 = Conv2d(c.in_channels, w, k, s, padding=k // 2, bias=False, **kw)
         self.bn1 = BatchNorm2d(w, **kw)
-        self.maxpool = MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = MaxPool2d(3, stride=2, padding=1) if c.stem_pool else None
         self.layer1 = make_layer(c, w, w, c.layers[0], stride=1, **kw)
         self.layer2 = make_layer(c, w * e, w * 2, c.layers[1], stride=2, **kw)
         self.layer3 = make_layer(c, w * 2 * e, w * 4, c.layers[2], stride=2, **kw)
         self.layer4 = make_layer(c, w * 4 * e, w * 8, c.layers[3], stride=2, **kw)
         self.avgpool = AdaptiveAvgPool2d(1)
-        self.fc = nnx.Linear(w * 8 * e, c.num_classes, **kw)
+        self.fc = nnx.Linear(w * 8 * e, c.num_classes, **kw) if c.num_classes else None
 
     def __call__(self, x: Array) -> Array:
-        """(B, H, W, 3) -> logits (B, num_classes)."""
+        """(B, H, W, in_channels) -> logits (B, num_classes), or features (B, C) without a head."""
         x = relu(self.bn1(self.conv1(x)))
-        x = self.maxpool(x)  # (B, H / 4, W / 4, width)
+        if self.maxpool is not None:
+            x = self.maxpool(x)  # (B, H / 4, W / 4, width)
         x = self.layer1(x)
         x = self.layer2(x)
         x = self.layer3(x)
         x = self.layer4(x)  # (B, H / 32, W / 32, C)
-        x = self.avgpool(x)  # (B, 1, 1, C)
-        return self.fc(flatten(x))
+        x = flatten(self.avgpool(x))
+        return x if self.fc is None else self.fc(x)

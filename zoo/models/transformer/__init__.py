@@ -11,17 +11,24 @@ from zoo.models.transformer.layout import UNKNOWN, infer, init, layout
 
 
 def inputs(c: Config) -> dict[str, np.ndarray]:
-    """Two pairs of sequences; the second source and the second target end in padding."""
+    """Two pairs of sequences; the second source and the second target end in padding. Of vectors,
+    where there are no words, with a causal mask."""
     B, S, T = 2, 9, 7
     src_padding = np.zeros((B, S), bool)
     tgt_padding = np.zeros((B, T), bool)
     src_padding[1, 6:] = tgt_padding[1, 5:] = True
-    return {
+    masks = {"src_key_padding_mask": src_padding, "tgt_key_padding_mask": tgt_padding}
+    if c.bare:
+        vectors = {
+            "src": probe.normal("src", (B, S, c.d_model)),
+            "tgt": probe.normal("tgt", (B, T, c.d_model)),
+        }
+        return vectors | masks | {"tgt_mask": np.triu(np.ones((T, T), bool), 1)}
+    words = {
         "src": probe.integers("src", (B, S), c.src_vocab_size),
         "tgt": probe.integers("tgt", (B, T), c.tgt_vocab_size),
-        "src_key_padding_mask": src_padding,
-        "tgt_key_padding_mask": tgt_padding,
     }
+    return words | masks
 
 
 MODEL = Model(
@@ -34,8 +41,8 @@ MODEL = Model(
     layout=layout,
     infer=infer,
     inputs=inputs,
-    torch="zoo.models.transformer.model_torch:Transformer",
-    flax="zoo.models.transformer.model_flax:Transformer",
+    torch="zoo.models.transformer.model_torch:transformer",
+    flax="zoo.models.transformer.model_flax:transformer",
     init=init,
     unknown=UNKNOWN,
 )

@@ -14,7 +14,7 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 class Config:
     """Defaults are those of the paper's base model for English and German (table 3)."""
 
-    src_vocab_size: int = 37000
+    src_vocab_size: int = 37000  # 0, and 0 of the target: torch.nn.Transformer itself, of vectors
     tgt_vocab_size: int = 37000
     d_model: int = 512
     nhead: int = 8
@@ -32,11 +32,18 @@ class Config:
             raise ValueError(f"d_model {self.d_model} is odd or no multiple of nhead {self.nhead}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        if bool(self.src_vocab_size) != bool(self.tgt_vocab_size):
+            raise ValueError("a vocabulary of one side only: both are 0, or none is")
         if self.tie_embeddings and self.src_vocab_size != self.tgt_vocab_size:
             raise ValueError(
                 f"tie_embeddings needs one vocabulary, not {self.src_vocab_size} source and "
                 f"{self.tgt_vocab_size} target tokens"
             )
+
+    @property
+    def bare(self) -> bool:
+        """Whether there are no words: neither embeddings nor a generator."""
+        return self.src_vocab_size == 0
 
 
 BASE = Config()
@@ -82,6 +89,14 @@ TINY = {
         _TINY,
         norm_first=True,
         activation="gelu",
+        tie_embeddings=False,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    ),
+    "bare": replace(
+        _TINY,
+        src_vocab_size=0,
+        tgt_vocab_size=0,
         tie_embeddings=False,
         num_encoder_layers=1,
         num_decoder_layers=1,

@@ -24,17 +24,20 @@ def layout(c: Config) -> Iterator[Entry]:
     """All entries, in the order of the state_dict."""
     E = c.d_model
     words = "src_embedding.weight"
-    yield from embedding("src_embedding", c.src_vocab_size, E)
-    if c.tie_embeddings:
-        yield tie("tgt_embedding.weight", (c.tgt_vocab_size, E), to=words)
-    else:
-        yield from embedding("tgt_embedding", c.tgt_vocab_size, E)
+    if not c.bare:
+        yield from embedding("src_embedding", c.src_vocab_size, E)
+        if c.tie_embeddings:
+            yield tie("tgt_embedding.weight", (c.tgt_vocab_size, E), to=words)
+        else:
+            yield from embedding("tgt_embedding", c.tgt_vocab_size, E)
     for i in range(c.num_encoder_layers):
         yield from _layer(f"encoder.layers.{i}", c, ("self_attn",))
     yield from norm("encoder.norm", E)
     for i in range(c.num_decoder_layers):
         yield from _layer(f"decoder.layers.{i}", c, ("self_attn", "multihead_attn"))
     yield from norm("decoder.norm", E)
+    if c.bare:
+        return
     if c.tie_embeddings:
         yield tie("generator.weight", (c.tgt_vocab_size, E), to=words)
         yield param("generator.bias", c.tgt_vocab_size)
@@ -65,9 +68,12 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
     }
     if not all(layers.values()):
         return None
+    words = {n.partition(".")[0] for n in shapes} - {"encoder", "decoder"}
     source = dim(shapes, r"^src_embedding\.weight$", 0)
     target = dim(shapes, r"^(tgt_embedding\.weight|generator\.(weight|bias))$", 0)
-    tied = not any(n in shapes for n in ("tgt_embedding.weight", "generator.weight"))
+    if not words:  # torch.nn.Transformer itself
+        source = target = 0
+    tied = not any(n in shapes for n in ("tgt_embedding.weight", "generator.weight")) and words
     fields = {
         "src_vocab_size": source if source is not None else target,
         "tgt_vocab_size": target if target is not None else source,
@@ -82,7 +88,7 @@ def infer(shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
         found |= {name: getattr(same[0], name) for name in UNKNOWN}
     elif found.get("d_model", 512) % 8:  # heads cannot be told: any number that divides will do
         found["nhead"] = 1
-    return found | {"tie_embeddings": tied and found.get("src_vocab_size") == target}
+    return found | {"tie_embeddings": bool(tied) and found.get("src_vocab_size") == target}
 
 
 def init(c: Config, name: str, shape: Shape, rng: np.random.Generator) -> np.ndarray:

@@ -285,6 +285,51 @@ class Transformer(nnx.Module):
         return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
 
 
+class BareTransformer(nnx.Module):
+    """torch.nn.Transformer itself, batch first: of vectors, without embeddings, and with the masks
+    that it is given and no other."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        self.encoder = TransformerEncoder(c, **kw)
+        self.decoder = TransformerDecoder(c, **kw)
+
+    def __call__(
+        self,
+        src: Array,
+        tgt: Array,
+        src_mask: Array | None = None,
+        tgt_mask: Array | None = None,
+        memory_mask: Array | None = None,
+        src_key_padding_mask: Array | None = None,
+        tgt_key_padding_mask: Array | None = None,
+        memory_key_padding_mask: Array | None = None,
+    ) -> Array:
+        """src (B, S, E) and tgt (B, T, E) -> (B, T, E).
+
+        Masks are booleans, true for what is hidden: (queries, keys), and (B, keys) for padding.
+        """
+        memory = self.encoder(src, _hidden(src_mask, src_key_padding_mask, src.dtype))
+        x, bias = tgt, _hidden(tgt_mask, tgt_key_padding_mask, tgt.dtype)
+        memory_bias = _hidden(memory_mask, memory_key_padding_mask, tgt.dtype)
+        for layer in self.decoder.layers:
+            x, _ = layer(x, layer.multihead_attn.keys_values(memory), bias, memory_bias)
+        return self.decoder.norm(x)
+
+
+def transformer(c: Config, **kw: Unpack[Options]) -> Transformer | BareTransformer:
+    """The model with words around it, or without, as the config says."""
+    return BareTransformer(c, **kw) if c.bare else Transformer(c, **kw)
+
+
+def _hidden(mask: Array | None, padding: Array | None, dtype: DTypeLike) -> Array | None:
+    """(T, S) and (B, S), true for what is hidden -> what is added to the logits of attention."""
+    hidden = None if mask is None else mask.astype(bool)[None, None]
+    if padding is not None:
+        apart = padding.astype(bool)[:, None, None, :]
+        hidden = apart if hidden is None else hidden | apart
+    return None if hidden is None else mask_bias(~hidden, dtype)
+
+
 def _bias(padding: Array | None, dtype: DTypeLike) -> Array | None:
     """(B, S), true for padding -> (B, 1, 1, S), to add to the logits of attention."""
     return None if padding is None else mask_bias(~padding.astype(bool)[:, None, None, :], dtype)

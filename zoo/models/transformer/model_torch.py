@@ -267,6 +267,52 @@ class Transformer(nn.Module):
         return self.dropout(x + sinusoids(at, length, self.d_model, x.dtype))
 
 
+class BareTransformer(nn.Module):
+    """torch.nn.Transformer itself, batch first: of vectors, without embeddings, and with the masks
+    that it is given and no other."""
+
+    def __init__(self, c: Config, **kw: Unpack[Options]) -> None:
+        super().__init__()
+        self.encoder = TransformerEncoder(c, **kw)
+        self.decoder = TransformerDecoder(c, **kw)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """src (B, S, E) and tgt (B, T, E) -> (B, T, E).
+
+        Masks are booleans, true for what is hidden: (queries, keys), and (B, keys) for padding.
+        """
+        memory = self.encoder(src, _hidden(src_mask, src_key_padding_mask, src.dtype))
+        x, bias = tgt, _hidden(tgt_mask, tgt_key_padding_mask, tgt.dtype)
+        memory_bias = _hidden(memory_mask, memory_key_padding_mask, tgt.dtype)
+        for layer in self.decoder.layers:
+            x, _ = layer(x, layer.multihead_attn.keys_values(memory), bias, memory_bias)
+        return self.decoder.norm(x)
+
+
+def transformer(c: Config, **kw: Unpack[Options]) -> Transformer | BareTransformer:
+    """The model with words around it, or without, as the config says."""
+    return BareTransformer(c, **kw) if c.bare else Transformer(c, **kw)
+
+
+def _hidden(mask: Tensor | None, padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """(T, S) and (B, S), true for what is hidden -> what is added to the logits of attention."""
+    hidden = None if mask is None else mask.bool()[None, None]
+    if padding is not None:
+        apart = padding.bool()[:, None, None, :]
+        hidden = apart if hidden is None else hidden | apart
+    return None if hidden is None else mask_bias(~hidden, dtype)
+
+
 def _bias(padding: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """(B, S), true for padding -> (B, 1, 1, S), to add to the logits of attention."""
     return None if padding is None else mask_bias(~padding.bool()[:, None, None, :], dtype)
