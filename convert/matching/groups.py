@@ -92,7 +92,8 @@ def _adopted(groups: list[TensorGroup]) -> list[TensorGroup]:
         expected = _named(g.parts, index)
         able = [
             h for h in alone
-            if h is not g and id(h) not in gone and _one_apart(expected, h, g.shape)
+            if h is not g and id(h) not in gone and len(h.members) == 1
+            and _one_apart(expected, h, g.shape)
         ]  # fmt: skip
         if len(able) == 1:
             (name,) = able[0].members.values()
