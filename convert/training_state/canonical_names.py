@@ -72,6 +72,9 @@ def layout_of(
     try:
         tree: Tree = "nnx" if framework == "flax" else "torch"
         found = identify_header(header, Label(), Request(family), (tree,))
+        if found[0].peeled.wrappers:  # a layout's names are to be the module's own
+            below = ".".join(found[0].peeled.wrappers)
+            raise ZooError(f"only what lies below {below} is one", "give its layout")
     except ZooError as e:
         raise UsageError(
             f"{type(module).__name__} is not a model of the zoo: {e.problem}",
