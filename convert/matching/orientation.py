@@ -62,13 +62,14 @@ def style(pair: UnitPair, way: Way, axes: str) -> AxesStyle:
     """The style of a way; `axes` are the labels of torch's axes, without numbers of layers."""
     numbers = 0 if way.each else len(pair.ours.sizes or ())
     skipped = 0 if way.each else len(pair.theirs.sizes or ())
+    every = "n" * numbers + axes
     if way.fit.merged:
-        return AxesStyle("", ())
-    named = ["n" if k < numbers else axes[k - numbers] for k in way.fit.axes[skipped:]]
-    stack = tuple(k for k, c in enumerate(named) if c == "n")
-    order = "".join(c for c in named if c in "ois")
-    outs = [k for k, c in enumerate(order) if c == "o"]
-    ins = [k for k, c in enumerate(order) if c != "o"]
+        places = list(zip(every, way.fit.axes, strict=True))
+    else:
+        places = [(every[a], k) for k, a in enumerate(way.fit.axes[skipped:])]
+    stack = tuple(k for c, k in places if c == "n")
+    outs = [k for c, k in places if c == "o"]
+    ins = [k for c, k in places if c in "is"]
     if not outs or not ins:
         return AxesStyle("", stack)
     where = "last" if min(outs) > max(ins) else "first" if max(outs) < min(ins) else "between"
@@ -178,10 +179,11 @@ def _sensible(p: UnitPair, axes: str) -> list[int]:
 def _oddity(p: UnitPair, way: Way, axes: str) -> int:
     """What nobody does: kernels with rows and columns exchanged, heads that are split from inputs
     where they are of outputs, factors of one axis far apart."""
-    if way.fit.merged:
-        return 0
     numbers = 0 if way.each else len(p.ours.sizes or ())
     all_axes = "n" * numbers + axes
+    if way.fit.merged:  # parts of a projection are joined along its outputs
+        place = dict(zip(all_axes, way.fit.axes, strict=True))
+        return 6 * ("p" in place and "o" in place and place["p"] != place["o"])
     named = [all_axes[k] for k in way.fit.axes]
     cost = 0
     spatial = [k for k in way.fit.axes if all_axes[k] == "s"]
@@ -196,7 +198,8 @@ def _oddity(p: UnitPair, way: Way, axes: str) -> int:
             if all_axes[axis] == "n":
                 cost += 1
                 continue
-            cost += at[-1] - at[0] + 1 - len(at)
+            between = [a for a in way.fit.axes[at[0] : at[-1]] if all_axes[a] not in "np"]
+            cost += len(between) + 1 - len(at)
             if all_axes[axis] == "s":
                 cost += 8
             proj = p.ours.features.classes.get("proj")

@@ -41,6 +41,9 @@ def _matched(ours: Unit, theirs: Unit, way: Way) -> Iterator[tuple[list[Index], 
         return
     assert ours.sizes is not None
     assert theirs.sizes is not None
+    if way.fit.merged:
+        yield mine, yours[0]
+        return
     numbers = np.arange(len(mine)).reshape(ours.sizes)
     parts = _stack_sizes(ours, theirs, way)
     axes = [a for a in way.fit.axes if a < len(ours.sizes)]
@@ -56,6 +59,8 @@ def _stack_sizes(ours: Unit, theirs: Unit, way: Way) -> Shape:
     assert ours.sizes is not None
     assert theirs.sizes is not None
     assert theirs.shape is not None
+    if way.fit.merged:
+        return ours.sizes
     skipped = len(theirs.sizes)
     inner = without_ones(theirs.shape)
     return tuple(
@@ -112,7 +117,7 @@ def _moved(way: Way, ours: Unit, theirs: Unit, source: Shape, target: Shape, sta
     """The ops of the fit on one entry's arrays: stacks first, then the axes of a tensor."""
     axes = way.fit.axes
     skipped = 0
-    if not way.each:
+    if not way.each and not way.fit.merged:
         assert ours.sizes is not None
         assert theirs.sizes is not None
         numbers, skipped = len(ours.sizes), len(theirs.sizes)

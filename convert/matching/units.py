@@ -124,12 +124,16 @@ def ways(a: Unit, b: Unit) -> tuple[Way, ...]:
     assert b.shape is not None
     ours, theirs = len(a.sizes), len(b.sizes)
     made = fits((*a.sizes, *without_ones(a.shape)), (*b.sizes, *without_ones(b.shape)))
-    return tuple(
-        Way(False, f) for f in made
-        if not f.merged
-        and all(axis < ours for axis in f.axes[:theirs])
-        and not (b.stacked and f.axes[theirs] < ours)  # a part is no layer
-    )  # fmt: skip
+    return tuple(Way(False, f) for f in made if _layers_apart(f, ours, theirs, b.stacked))
+
+
+def _layers_apart(fit: ShapeFit, ours: int, theirs: int, stacked: bool) -> bool:
+    """Whether Flax's numbers of layers, the first axes of its side, are torch's, the first of its
+    own; and whether no layer is in one axis with features, and none is a part."""
+    if fit.merged:
+        return theirs == 0 and all(fit.axes.count(fit.axes[k]) == 1 for k in range(ours))
+    parts = stacked and fit.axes[theirs] < ours
+    return not parts and all(axis < ours for axis in fit.axes[:theirs])
 
 
 def able(a: Unit, b: Unit) -> bool:

@@ -36,6 +36,7 @@ _PHRASES = {
     "output": "proj:o", "output proj": "proj:o", "attention output": "attn proj:o",
     "qkv": "proj:qkv", "c attn": "proj:qkv", "in proj": "proj:qkv", "query key value": "proj:qkv",
     "wqkv": "proj:qkv", "to qkv": "proj:qkv", "attn qkv": "attn proj:qkv",
+    "fused proj": "proj:qkv", "fused qkv": "proj:qkv",
     "kv": "proj:kv", "wkv": "proj:kv", "to kv": "proj:kv", "key value": "proj:kv",
     "gate up": "proj:gateup", "gating": "proj:gateup", "wi fused": "proj:gateup",
     "gate and up": "proj:gateup",
@@ -198,6 +199,8 @@ def role(leaf: str) -> tuple[str, str]:
     """(role, what the leaf says besides): of `in_proj_bias`, "bias" and "in_proj"."""
     if leaf in _ROLES:
         return _ROLES[leaf], ""
+    if re.fullmatch("b(q|k|v|o|qkv|kv|i|1|2|3|up|down|gate)", leaf):  # beside wq, w1, ...
+        return "bias", "w" + leaf[1:]
     stem, _, last = leaf.rpartition("_")
     if stem and last in ("weight", "kernel", "bias", "scale", "embedding", "gamma", "beta"):
         return _ROLES[last], stem
