@@ -32,8 +32,9 @@ Arrays = dict[str, np.ndarray]
 
 def load(path: Path) -> ModuleType:
     """The module of a case file."""
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    shared = str(path.parents[1])  # what the files have in common lies beside their folders
+    if shared not in sys.path:
+        sys.path.insert(0, shared)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

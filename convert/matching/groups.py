@@ -16,7 +16,7 @@ from convert.matching.words import meanings, said
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 _NUMBER = re.compile(r"\d+")
-_ALIKE = 0.5  # the share of their tensors that two layers of a stack have in common, at least
+_ALIKE = 0.5  # the share of their tensors that most layers of a stack have in common, at least
 
 
 @dataclass
@@ -175,4 +175,4 @@ def _alike(values: list[set[tuple[str, ...]]], pattern: str) -> bool:
         return False  # single layers: norm1, norm2; the linear layers of a Sequential
     most = max(sets, key=len)
     alike = [len(s & most) / len(s | most) for s in sets]
-    return sorted(alike)[len(alike) // 2] >= _ALIKE and min(alike) > 0
+    return sorted(alike)[len(alike) // 2] >= _ALIKE and min(alike) >= _ALIKE / 2
