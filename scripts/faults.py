@@ -45,18 +45,22 @@ of the list below, and a few that were added to it: `constant`, `operation`, `ax
 `operand`, `left_out`, `order`, `size`), and the lowest level that can see it. A script that knows
 nothing of the detector checked the right pairs, and that each fault has a numerical effect.
 
-Some were open while the search for causes was written. The others, half of those that were written
-before it, were put aside unread, their hash and that of the script that scores it committed
-([cases.seal](../scripts/cases.seal)), and scored once, at the end. `scripts/cases.py faults
-scripts/cases/sealed` runs it again.
+44 pairs were open while the search for causes was written. The others, half of those that were
+written before it, were put aside unread, their hash and that of the script that scores it committed
+([cases.seal](../scripts/cases.seal)), and scored once, at the end, on two busy cores: that is what
+to expect of code that nobody here has seen. One pair with 8 faults is not in it: the script itself
+cannot run it in float64. Then it was read, and what it taught was mended: by classes, never by
+cases, and above all that no wrong cause be named. `scripts/cases.py faults scripts/cases/sealed`
+runs it again.
 
-| half | faults | flagged | placed | named | named wrongly |
+| the sealed half | faults | flagged | placed | named | named wrongly |
 |---|---|---|---|---|---|
 {halves}
 Flagged: called different (of settings that act in training only: listed as a blind spot).
 Placed: the layer that was stated, or a stretch between two layers of at most five operations, or
 5 %, that holds it. Named: the cause is one of those stated. Named wrongly: another cause was given;
-the rest of those not named are `unknown`.
+the rest of those not named are `unknown`. About half of the wrong ones say what is true in a word
+that was not stated (`1 + scale` without the 1 is `left_out`, and not `scale_plus_one`).
 
 ### The sealed half by class of fault
 
@@ -145,11 +149,11 @@ def _cases() -> str:
     if not path.exists():
         return ""
     halves: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
-    sealed = halves["sealed"]
+    sealed = halves["scored once"]
     classes = Counter(row["causes"][0] for row in sealed)
     return CASES.format(
-        pairs=len({row["file"] for rows in halves.values() for row in rows}),
-        faults=sum(map(len, halves.values())),
+        pairs=_PAIRS,
+        faults=_FAULTS,
         halves="".join(_shares(name, rows) for name, rows in halves.items()),
         classes="".join(
             _counts(word, [row for row in sealed if row["causes"][0] == word])
@@ -159,6 +163,7 @@ def _cases() -> str:
     )
 
 
+_PAIRS, _FAULTS = 68, 575  # of scripts/cases
 _SCORES = ("flagged", "placed", "named", "wrong")
 
 
