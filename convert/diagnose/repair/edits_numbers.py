@@ -119,6 +119,8 @@ def _dilations(node: Node) -> Iterator[Edit]:
 def cause(node: Node, path: Path, value: Any = None) -> str:
     """The word for another value at this place of the arguments."""
     name = node.name
+    if isinstance(value, bool):
+        return str(_CAUSES.get(name, "operation"))
     key = path[1] if path[0] == "kwargs" else path[0]
     if name.startswith(("conv", "_conv")):
         return str(_CONVOLUTION.get(key, "size"))
