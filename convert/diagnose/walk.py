@@ -271,7 +271,7 @@ class Forward:
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
         if self.stack and unmet and theirs and not forced and not wrong and self._is_leaf(visit):
-            wrong.append(self._event(visit, "input", unmet[0], theirs[0]))
+            self._unlike(self._event(visit, "input", unmet[0], theirs[0]))
         return forced, wrong
 
     def _outputs(
@@ -298,7 +298,7 @@ class Forward:
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))
             event = self._event(visit, "output", key, theirs)
-            if event.given.size != event.rough.size or not self.stack:
+            if not self.stack:
                 wrong.append(event)
             else:
                 self._unlike(event)
@@ -310,8 +310,8 @@ class Forward:
         return event.judged.same
 
     def _unlike(self, event: Event) -> None:
-        """A layer's output that lies in no way that is known: cut later, or a fault if the next
-        value that can be compared is wrong."""
+        """A layer's input or output that lies in no way that is known: cut otherwise, or a fault if
+        the next value that can be compared is wrong."""
         self.shapeless.append((event, self.right))
         if event.place == self.chosen:
             self._tell(event)

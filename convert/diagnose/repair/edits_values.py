@@ -17,7 +17,7 @@ from convert.diagnose.repair.edit import (
     with_values,
 )
 from convert.diagnose.repair.edits_siblings import ALONG_LAST, inserted
-from convert.diagnose.repair.words import bypasses, of_negated
+from convert.diagnose.repair.words import bypasses, bypasses_layers, of_negated
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
@@ -44,7 +44,7 @@ def operands(node: Node) -> Iterator[Edit]:
             if x.shape != held.shape and not handed_on:
                 continue
             why = "operand"
-            if node.name == "add" and any(bypasses(node.program, ref, r) for r in refs):
+            if node.name == "add" and any(bypasses_layers(node.program, ref, r) for r in refs):
                 why = "residual"
             if taken_for(node.program, ref, other) == "swapped":
                 why = "swapped"

@@ -19,6 +19,12 @@ def bypasses(program: Program, one: int, other: int) -> bool:
     return one in program.before.get(other, ())
 
 
+def bypasses_layers(program: Program, one: int, other: int) -> bool:
+    """Whether there are layers among what it by-passes."""
+    return any(v == other or bypasses(program, v, other) for v in program.layers
+               if bypasses(program, one, v))  # fmt: skip
+
+
 def of_negated(node: Node) -> str:
     """The word for a sign: of what is only put in order, or of positions, it is their order."""
     users = [node.program.operations[i].name
