@@ -178,7 +178,7 @@ class Explainer:
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
         reason = first(partial(self._ordered, event), partial(values, case, CERTAIN))
-        self._guessing = reason is None or reason.cause == "heads"
+        self._guessing = reason is None or reason.cause in ("heads", "rearranged")
         reason = reason or first(
             partial(pooling, case),
             partial(attention, case),

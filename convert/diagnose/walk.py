@@ -243,7 +243,16 @@ class Forward:
             return None
         around = self.stack[-1] if self.stack else None
         arrays = {k: to_numpy(v) for k, v in given.items()}
+        if self._is_step(pair, call, arrays):
+            return None
         return Visit(pair, call, module, around, arrays)
+
+    def _is_step(self, pair: LayerPair, call: Recorded, given: dict[str, np.ndarray]) -> bool:
+        """Whether Flax calls step by step what goes through a whole sequence in torch."""
+        if torch_kind(self.reference.modules[pair.torch]) != "recurrent":
+            return False
+        whole = max(call.inputs.values(), key=np.size, default=np.zeros(0))
+        return not any(moves(whole.shape, x.shape) for x in given.values())
 
     def _inputs(self, visit: Visit) -> tuple[dict[str, np.ndarray], list[Event]]:
         """torch's own inputs as Flax has them, and the events of those that Flax made otherwise,

@@ -280,7 +280,9 @@ def _looked_up(node: Node, items: list[Any]) -> Iterator[Edit]:
                 ref = at.operation.refs[k]
                 return with_values(at, {ref: made(at.values[ref])})
 
-            steps = sum(isinstance(k, Ref) for k in items) < x.ndim  # else they are single numbers
+            # Where no index counts the rows, they are single numbers, not steps.
+            others = [k.value for k in items if isinstance(k, Ref)]
+            steps = len(others) < x.ndim or any(v in node.program.tables for v in others)
             said = f"{said} in place of the one that is looked up"
             yield node.edit(1.1, "token" if steps else "operand", said, change)
 
