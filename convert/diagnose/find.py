@@ -60,7 +60,9 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
 
-    def helping(values: Mapping[str, np.ndarray]) -> int:
+    def helping(values: Mapping[str, np.ndarray]) -> tuple[int, float]:
+        if pairing.tensors_left[1]:  # not all can be put right: that it does not help says nothing
+            return 1, 0.0
         return helps(reference.trace, side, pair.flax_call, values, trace)
 
     matched = Matched(pair.torch, side, pairing.matches, helping)

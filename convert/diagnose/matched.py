@@ -19,16 +19,15 @@ from convert.runtime.torch_module import state
 from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes
 
-# Numbers that are right, but lie otherwise or elsewhere.
-_MOVED = ("transposed", "swapped", "flipped", "flatten", "heads", "blocks", "gates", "rope",
-          "permuted")  # fmt: skip
-Helps = Callable[[Mapping[str, np.ndarray]], int]
+# What another pairing of layers or of axes would explain as well.
+_PAIRED = ("swapped", "transposed", "flipped", "permuted")
+Helps = Callable[[Mapping[str, np.ndarray]], tuple[int, float]]
 
 
 class Matched:
     """The values of both sides, compared in Flax's layout.
 
-    Numbers that lie otherwise are a fault only if Flax comes nearer to torch where they are put
+    Numbers that lie elsewhere are a fault only if Flax comes nearer to torch where they are put
     right, which `helps` tells of values of Flax's: else it is the pairs that are wrong.
     """
 
@@ -104,9 +103,9 @@ class Matched:
         if self._wrong is None:
             order = {n: i for i, n in enumerate(self.torch)}
             found = sorted(self._compare(), key=lambda item: order[item[0].torch[0]])
-            moved = any(reason.cause in _MOVED for _, reason in found)
-            if moved and self._helps is not None and self._helps(self._put_right()) <= 0:
-                found = [item for item in found if item[1].cause not in _MOVED]
+            moved = any(reason.cause in _PAIRED for _, reason in found)
+            if moved and self._helps is not None and self._helps(self._put_right()) <= (0, 0.0):
+                found = [item for item in found if item[1].cause not in _PAIRED]
             self._wrong = found
         return self._wrong
 

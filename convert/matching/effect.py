@@ -24,10 +24,10 @@ def helps(
     call: Call,
     values: Mapping[str, Any],
     theirs: Trace | None = None,
-) -> int:
+) -> tuple[int, float]:
     """How many of torch's values Flax's run comes nearer to with these values in place of its own,
-    so near that rounding explains the rest, less those that it comes farther from. `theirs` is the
-    run with its own, where that is known."""
+    so near that rounding explains the rest, less those that it comes farther from; and by how much
+    it comes nearer in all. `theirs` is the run with its own, where that is known."""
     before = theirs or record(side, call)
     held = side.values
     side.values = {**held, **values}
@@ -38,7 +38,8 @@ def helps(
     first, then = (distances(ours, trace) for trace in (before, after))
     nearer = sum(b <= _NEAR and b < a / _NEARER for a, b in zip(first, then, strict=True))
     farther = sum(a <= _NEAR and a < b / _NEARER for a, b in zip(first, then, strict=True))
-    return nearer - farther
+    moved = sum(min(a, 1.0) - min(b, 1.0) for a, b in zip(first, then, strict=True))
+    return nearer - farther, moved
 
 
 def distances(ours: Trace, theirs: Trace) -> list[float]:

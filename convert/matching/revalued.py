@@ -34,7 +34,7 @@ def revalued(
     if len(set(moved.values())) < len(moved) or not moved:
         return {}
     exchanged = _exchanged(side, {wrong[t]: f for t, f in moved.items()})
-    if exchanged is None or helps(traces[0], side, pair.flax_call, exchanged, traces[1]) > 0:
+    if exchanged is None or helps(traces[0], side, pair.flax_call, exchanged, traces[1])[0] > 0:
         return {}
     return {t: (f, "values") for t, f in moved.items()}
 

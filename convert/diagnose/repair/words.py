@@ -9,6 +9,7 @@ from convert.diagnose.repair.edit import Node, scalars
 from convert.program.operations import Program
 
 _ORDERED = ("topk", "sort", "argsort", "argmax", "argmin", "max", "min", "amax", "amin")
+_RISING = ("softmax", "log_softmax", "sigmoid", "tanh", "exp", "log")
 _WINDOWS = re.compile(r"^(_?conv|(adaptive_)?(max|avg)_pool)")
 _PASSED = ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "batch_norm", "contiguous",
            "clamp", "permute", "transpose", "mul", "add", "movedim")  # fmt: skip
@@ -27,11 +28,17 @@ def bypasses_layers(program: Program, one: int, other: int) -> bool:
 
 def of_negated(node: Node) -> str:
     """The word for a sign: of what is only put in order, or of positions, it is their order."""
-    users = [node.program.operations[i].name
-             for v in node.operation.made for i in node.program.users.get(v, ())]  # fmt: skip
-    if node.name == "arange" or (users and all(name in _ORDERED for name in users)):
-        return "reversed"
-    return "scale"
+    in_order = node.name == "arange" or _only_ordered(node.program, node.operation.made[0])
+    return "reversed" if in_order else "scale"
+
+
+def _only_ordered(program: Program, value: int) -> bool:
+    """Whether nothing but the order of the numbers matters to what takes the value."""
+    users = [program.operations[i] for i in program.users.get(value, ())]
+    return bool(users) and all(
+        o.name in _ORDERED or (o.name in _RISING and _only_ordered(program, o.made[0]))
+        for o in users
+    )
 
 
 def of_sum(node: Node) -> str:
