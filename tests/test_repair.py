@@ -61,7 +61,7 @@ def forward(x, w, theta=10000.0):
     for _ in range(3):
         y = torch.sin(y)
     best = y.mean(-1).softmax(-1).topk(2).indices
-    last = torch.full((2,), 4) - torch.tensor([0, 2])
+    last = torch.full((2,), 4) - torch.tensor([1, 2])
     places = torch.arange(6, dtype=x.dtype) + 1.0
     carried = torch.cat((torch.ones_like(y[:, :1]), y[:, :-1]), 1)
     y = y + carried / places[:, None] ** 0.5
@@ -135,7 +135,7 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     (" + shift", "", "left_out"),
     ("range(3)", "range(2)", "size"),
     ("softmax(-1).topk", "softmax(-1).neg().topk", "reversed"),
-    (" - torch.tensor([0, 2])", "", "offset"),
+    (" - torch.tensor([1, 2])", "", "offset"),
     ("(torch.ones_like(y[:, :1]), y[:, :-1])", "(y[:, :-1], torch.ones_like(y[:, :1]))", "offset"),
     ("[torch.arange(2), last]", "[torch.arange(2), last * 0]", "token"),
 ])  # fmt: skip
