@@ -17,7 +17,7 @@ from convert.matching.assignment import assign
 from convert.matching.by_values import fingerprint, reorders
 from convert.matching.evidence import OpenMatch
 from convert.matching.groups import grouped
-from convert.matching.words import said
+from convert.matching.vocabulary import said
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
 from zoo.layout.ops import Permute, Reorder, run

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from convert.diagnose.causes import CAUSES
 from convert.diagnose.repair.candidates import every
+from convert.diagnose.repair.edit import NAMELESS
 from convert.diagnose.repair.replayed import Observation
 from convert.diagnose.repair.search import Answer, Problem, search
 from convert.diagnose.repair.worker import Worker
@@ -51,6 +52,21 @@ def forward(x, w, theta=10000.0):
     x = functional.silu(a) * b.clamp(-3.0, 3.0)
     first, pooled = x[:, 0], x.mean(1)
     return torch.cat((first, pooled), -1)
+"""
+
+    told = """
+def forward(x, w, theta=10000.0):
+    shift, scale = (x.mean(1) @ w[0])[:, None], (x.mean(1) @ w[1])[:, None]
+    y = x * (1 + scale) + shift
+    for _ in range(3):
+        y = torch.sin(y)
+    best = y.mean(-1).softmax(-1).topk(2).indices
+    last = torch.full((2,), 4) - torch.tensor([1, 2])
+    places = torch.arange(6, dtype=x.dtype) + 1.0
+    carried = torch.cat((torch.ones_like(y[:, :1]), y[:, :-1]), 1)
+    y = y + carried / places[:, None] ** 0.5
+    picked = x.gather(1, best[..., None].expand(-1, -1, 8))
+    return torch.cat((y, picked, y[torch.arange(2), last][:, None]), 1)
 """
 
     def __init__(self, source: str = source) -> None:
@@ -91,7 +107,8 @@ def observed(
 
 
 def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
-    source = Block.source if all(old in Block.source for old, _ in changes) else Block.gated
+    sources = (Block.source, Block.gated, Block.told)
+    source = next(s for s in sources if all(old in s for old, _ in changes))
     net = Block(source)
     for old, new in changes:
         assert source.count(old) >= 1
@@ -114,6 +131,13 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     ("x.mean(1)", "x.amax(1)", "operation"),
     ("x[:, 0]", "x[:, -1]", "token"),
     ("torch.cat((first, pooled), -1)", "torch.cat((pooled, first), -1)", "concat"),
+    ("(1 + scale)", "scale", "scale_plus_one"),
+    (" + shift", "", "left_out"),
+    ("range(3)", "range(2)", "size"),
+    ("softmax(-1).topk", "softmax(-1).neg().topk", "reversed"),
+    (" - torch.tensor([1, 2])", "", "offset"),
+    ("(torch.ones_like(y[:, :1]), y[:, :-1])", "(y[:, :-1], torch.ones_like(y[:, :1]))", "offset"),
+    ("[torch.arange(2), last]", "[torch.arange(2), last * 0]", "token"),
 ])  # fmt: skip
 def test_an_edit_is_found(old: str, new: str, cause: str) -> None:
     fits = answer([(old, new)]).fits
@@ -133,6 +157,7 @@ def test_two_edits_at_once_are_found() -> None:
     assert fits
     assert "gelu" in fits[0].said
     assert "max" in fits[0].said
+    assert fits[0].cause == NAMELESS, "two edits of different meaning may fit by luck"
 
 
 def test_values_that_nothing_makes_fit_nothing() -> None:

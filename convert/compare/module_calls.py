@@ -79,14 +79,15 @@ def fit_calls(
             attempt(theirs)
         except Exception as e:
             raise failed("the Flax module", e, "see that it takes flax_inputs") from e
-        return call, theirs, draws(fitting[-1])
+        return call, theirs, draws(fitting[-1]) or made.asks
     try:
         theirs, told = fit_axes(theirs, attempt)
     except UsageError:
         traced(torch_module, call)  # inputs that neither takes are no fault of Flax's
         raise
     report.notices += told
-    return call, theirs, draws(fitting[-1])
+    # Numbers drawn from a constant key are in no jaxpr where constants are computed at once.
+    return call, theirs, draws(fitting[-1]) or made.asks
 
 
 def widen(torch_module: Any, flax_module: Any, call: Call, report: Report) -> None:

@@ -384,7 +384,10 @@ CAUSES: Mapping[str, Cause] = {
     "operation": Cause("another operation than torch's: a maximum for a mean, a sine for a cosine",
                        {}),
     "axis": Cause("a reduction, normalisation or sum over another axis", {}),
-    "rearranged": Cause("a view, split or repetition that puts elements in another order", {}),
+    "rearranged": Cause("a view, split or repetition that puts elements in another order", {
+        "": ("torch's last axis is {torch}, Flax has it as {flax}: halves for neighbouring pairs, "
+             "or back", "put the elements in torch's order"),
+    }),
     "operand": Cause("operands exchanged, or another value taken as operand", {}),
     "left_out": Cause("an operation of torch's that is left out, or one too many", {}),
     "order": Cause("the right operations in another order", {

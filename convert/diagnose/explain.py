@@ -42,7 +42,7 @@ _RULES: dict[str, Rule] = {
     "conv1d": convolution, "conv2d": convolution, "conv3d": convolution,
     "conv_transpose": transposed_convolution, "recurrent": recurrent, "attention": attention,
 }  # fmt: skip
-_WEAK = 8  # times the tolerance
+_WEAK = 50  # times the tolerance
 _NEAREST = 24  # values before the fault that a hypothesis may start from
 
 
@@ -69,8 +69,9 @@ class Explainer:
             LOG.debug("explaining %s of %s", event.where, event.pair.torch, exc_info=True)
             divergence = self._place(event, within)
         nameless = divergence.cause == "unknown"
-        if nameless and self.weak is None and event.judged.error <= _WEAK * event.judged.tolerance:
-            self.weak = event, divergence  # rounding beyond its measure, or a fault that grows
+        if nameless and event.judged.error <= _WEAK * event.judged.tolerance:
+            # Rounding beyond its measure (sines of large numbers), or a fault that grows.
+            self.weak = self.weak or (event, divergence)
             return None
         if self.first is None:
             self.first, self.guessed = (event, divergence), self._guessing
@@ -177,7 +178,7 @@ class Explainer:
         case.past += self._nearest(event, inside=name)
         case.flax = attributes(self.side.modules[container.flax]) if container else {}
         reason = first(partial(self._ordered, event), partial(values, case, CERTAIN))
-        self._guessing = reason is None or reason.cause == "heads"
+        self._guessing = reason is None or reason.cause in ("heads", "rearranged")
         reason = reason or first(
             partial(pooling, case),
             partial(attention, case),

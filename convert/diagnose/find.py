@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Mapping
 from typing import Literal
+
+import numpy as np
 
 from convert.diagnose.backward import first_backward
 from convert.diagnose.divergence import Divergence
 from convert.diagnose.explain import Explainer
-from convert.diagnose.matched import Matched
+from convert.diagnose.matched import Helps, Matched
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.problem import (
     Runs,
@@ -22,6 +25,7 @@ from convert.diagnose.repair.problem import (
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.unseen import first_unseen
 from convert.diagnose.walk import Forward
+from convert.matching.effect import helps
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
@@ -55,7 +59,14 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     trace = record(side, pair.flax_call)
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
-    matched = Matched(pair.torch, side, pairing.matches)
+
+    def helping(values: Mapping[str, np.ndarray]) -> tuple[int, float]:
+        if pairing.tensors_left[1]:  # not all can be put right: that it does not help says nothing
+            return 1, 0.0
+        return helps(reference.trace, side, pair.flax_call, values, trace)
+
+    matched = Matched(pair.torch, side, pairing.matches, helping)
+    matched.wrong()  # before the walk, as it may run Flax
     explain = Explainer(reference, side, pairing, matched, False)
     walk = Forward(reference, side, pairing, explain)
     found: Divergence | None = walk.run(pair.flax_call)
@@ -63,7 +74,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
         explain.first, found = explain.weak, explain.weak[1]
     found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
-        found = _in_float64(pair, pairing, seconds)
+        found = _in_float64(pair, pairing, helping, seconds)
     if found is None and mode == "training":
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
@@ -116,13 +127,15 @@ def _nearer(pair: Pair, found: Divergence | None, explain: Explainer) -> Diverge
     )
 
 
-def _in_float64(pair: Pair, pairing: Pairing, seconds: float) -> Divergence | None:
+def _in_float64(pair: Pair, pairing: Pairing, helping: Helps, seconds: float) -> Divergence | None:
     """What float32's rounding hides, if it can be named."""
     exact = Reference(pair.torch, pair.call, "float64")
     wide = flax_module(pair.flax, "float64")
     wide.unroll = True
     exact.step(pairing.of_torch())
-    explain = Explainer(exact, wide, pairing, Matched(pair.torch, wide, pairing.matches), sure=True)
+    matched = Matched(pair.torch, wide, pairing.matches, helping)
+    matched.wrong()
+    explain = Explainer(exact, wide, pairing, matched, sure=True)
     found: Divergence | None = Forward(exact, wide, pairing, explain).run(pair.flax_call)
     if found is not None or explain.first is None:
         return found

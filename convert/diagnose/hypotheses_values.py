@@ -181,6 +181,8 @@ def _last_axis(case: Case) -> Candidates:
         image = next((name for name, x in images if x.shape[1] == n and r.ndim == 2), None)
         if image is not None:
             yield made, found("flatten", "value", name=image, channels=n, pixels=size // n)
+        elif 2 in (n, size // n) and case.kind != "attention":  # halves, or neighbouring pairs
+            yield made, found("rearranged", torch=f"{n} x {size // n}", flax=f"{size // n} x {n}")
         else:
             yield made, found("heads", "value", heads=n, width=size // n)
         yield np.roll(r, size // 2, -1), found("concat")

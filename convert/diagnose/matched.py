@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,22 @@ from convert.runtime.torch_module import state
 from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes
 
+# What another pairing of layers or of axes would explain as well.
+_PAIRED = ("swapped", "transposed", "flipped", "permuted")
+Helps = Callable[[Mapping[str, np.ndarray]], tuple[int, float]]
+
 
 class Matched:
-    """The values of both sides, compared in Flax's layout."""
+    """The values of both sides, compared in Flax's layout.
 
-    def __init__(self, module: Any, side: FlaxModule, matches: Sequence[Match]) -> None:
+    Numbers that lie elsewhere are a fault only if Flax comes nearer to torch where they are put
+    right, which `helps` tells of values of Flax's: else it is the pairs that are wrong.
+    """
+
+    def __init__(
+        self, module: Any, side: FlaxModule, matches: Sequence[Match], helps: Helps | None = None
+    ) -> None:
+        self._helps = helps
         self.modules = dict(module.named_modules())
         tensors = state(module)
         self.names: dict[int, list[str]] = {}
@@ -91,8 +102,22 @@ class Matched:
         """Every match whose values differ, and why, in torch's order."""
         if self._wrong is None:
             order = {n: i for i, n in enumerate(self.torch)}
-            self._wrong = sorted(self._compare(), key=lambda item: order[item[0].torch[0]])
+            found = sorted(self._compare(), key=lambda item: order[item[0].torch[0]])
+            moved = any(reason.cause in _PAIRED for _, reason in found)
+            if moved and self._helps is not None and self._helps(self._put_right()) <= (0, 0.0):
+                found = [item for item in found if item[1].cause not in _PAIRED]
+            self._wrong = found
         return self._wrong
+
+    def _put_right(self) -> dict[str, np.ndarray]:
+        """What Flax should hold, of all that it holds otherwise."""
+        made = {}
+        for match in self.matches:
+            for name, right in zip(match.flax, self.expected(match), strict=True):
+                held = self.flax[name]
+                if right.shape == held.shape and not np.array_equal(right, held, equal_nan=True):
+                    made[name] = right.astype(held.dtype)
+        return made
 
     def _compare(self) -> Iterator[tuple[Match, Reason]]:
         for match in self.single:

@@ -243,7 +243,16 @@ class Forward:
             return None
         around = self.stack[-1] if self.stack else None
         arrays = {k: to_numpy(v) for k, v in given.items()}
+        if self._is_step(pair, call, arrays):
+            return None
         return Visit(pair, call, module, around, arrays)
+
+    def _is_step(self, pair: LayerPair, call: Recorded, given: dict[str, np.ndarray]) -> bool:
+        """Whether Flax calls step by step what goes through a whole sequence in torch."""
+        if torch_kind(self.reference.modules[pair.torch]) != "recurrent":
+            return False
+        whole = max(call.inputs.values(), key=np.size, default=np.zeros(0))
+        return not any(moves(whole.shape, x.shape) for x in given.values())
 
     def _inputs(self, visit: Visit) -> tuple[dict[str, np.ndarray], list[Event]]:
         """torch's own inputs as Flax has them, and the events of those that Flax made otherwise,
@@ -271,7 +280,7 @@ class Forward:
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
         if self.stack and unmet and theirs and not forced and not wrong and self._is_leaf(visit):
-            wrong.append(self._event(visit, "input", unmet[0], theirs[0]))
+            self._unlike(self._event(visit, "input", unmet[0], theirs[0]))
         return forced, wrong
 
     def _outputs(
@@ -298,7 +307,7 @@ class Forward:
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))
             event = self._event(visit, "output", key, theirs)
-            if event.given.size != event.rough.size or not self.stack:
+            if not self.stack:
                 wrong.append(event)
             else:
                 self._unlike(event)
@@ -310,8 +319,8 @@ class Forward:
         return event.judged.same
 
     def _unlike(self, event: Event) -> None:
-        """A layer's output that lies in no way that is known: cut later, or a fault if the next
-        value that can be compared is wrong."""
+        """A layer's input or output that lies in no way that is known: cut otherwise, or a fault if
+        the next value that can be compared is wrong."""
         self.shapeless.append((event, self.right))
         if event.place == self.chosen:
             self._tell(event)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from convert.matching.groups import TensorGroup
-from convert.matching.words import Said, meanings, said
+from convert.matching.vocabulary import Said, meanings, said
 
 _NO_CLASS = 1.0
 # What the same, and what another, value of a class is worth; a value on one side only costs little.

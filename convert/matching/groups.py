@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from convert.matching.words import meanings, said
+from convert.matching.vocabulary import meanings, said
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]

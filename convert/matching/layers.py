@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any
 
 import numpy as np
 
 from convert.matching.alignment import moves
+from convert.matching.called import (
+    CalledLayer,
+    Found,
+    Layers,
+    alike,
+    flax_layers,
+    torch_layers,
+)
 from convert.matching.pair import LayerPair, Pair
-from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule, cell_path
+from convert.matching.revalued import revalued
+from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
-from zoo.layout.kinds import compatible, flax_kind, torch_kind
+from zoo.layout.kinds import compatible
 
-
-@dataclass
-class CalledLayer:
-    """A submodule that was called, on either side."""
-
-    name: str
-    kind: str
-    sizes: tuple[int, ...]  # numbers of elements of its own parameters with two axes or more
-    order: int
-    parents: tuple[str, ...]  # the calls around its first call, from outside
-    shape: tuple[int, ...]  # of what its first call gives
-    total: tuple[int, ...] = ()  # numbers of elements of all parameters in it
-    numbers: Callable[[], np.ndarray] = lambda: np.zeros(0)  # all these, in order of size
-    held: Callable[[], frozenset[bytes]] = frozenset  # the numbers of each of its tensors
-    # Of each of its tensors the size, the smallest and the largest number, however they lie.
-    ranges: Callable[[], frozenset[tuple[int, float, float]]] = frozenset
-    pointwise: bool = False  # a convolution over single pixels, which a linear layer is too
-
-
-Layers = dict[str, CalledLayer]  # by dotted name
-Found = dict[str, tuple[str, str]]  # torch name -> Flax path, and by what it was found
 May = Callable[[CalledLayer, CalledLayer], bool]  # whether two layers are to be considered
 
 
@@ -59,6 +43,7 @@ def pair_layers(
     _given(pair, ours, theirs, found)
     _by_name(side, ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
+    found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
     _containers(ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
     _own_leaves(ours, theirs, found)
@@ -79,91 +64,6 @@ def _alternatives(ours: CalledLayer, theirs: Layers) -> int:
     if ours.kind == "other":
         return 0
     return max(0, sum(_score(ours, x, lambda a, b: True) > 0 for x in theirs.values()) - 1)
-
-
-def torch_layers(module: Any, trace: Trace) -> Layers:
-    """The submodules that were called, in the order of their first call."""
-    modules = dict(module.named_modules())
-    return {
-        name: replace(
-            CalledLayer(name, torch_kind(modules[name]), _sizes(_own_shapes(modules[name])), *rest),
-            total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
-            numbers=partial(_sorted, list(modules[name].parameters())),
-            held=partial(_each, [*modules[name].parameters(), *modules[name].buffers()]),
-            ranges=cache(partial(_ranges, list(modules[name].parameters(recurse=False)))),
-            pointwise=set(np.ravel(getattr(modules[name], "kernel_size", 0))) == {1},
-        )
-        for name, *rest in _first_calls(trace)
-    }
-
-
-def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
-    """As `torch_layers`; a Flax layer's parameters are those below its path at any depth."""
-    values = side.unstacked()
-    found = {}
-    for name, *rest in _first_calls(trace):
-        below = [v for n, v in values.items() if not name or n.startswith(f"{name}.")]
-        if not below and (cell := cell_path(side, name)):
-            below = [v for n, v in values.items() if n.startswith(f"{cell}.")]
-        shapes = [np.shape(v) for v in below]
-        made = CalledLayer(name, flax_kind(side.modules[name]), _sizes(shapes), *rest)
-        numbers = partial(_sorted, below)
-        held = partial(_each, below)
-        found[name] = replace(
-            made, total=_sizes(shapes, axes=0), numbers=numbers, held=held,
-            ranges=cache(partial(_ranges, below)),
-        )  # fmt: skip
-    return found
-
-
-def _sorted(arrays: list[Any]) -> np.ndarray:
-    return np.sort(np.concatenate([to_numpy(x).ravel() for x in arrays]))
-
-
-def _each(arrays: list[Any]) -> frozenset[bytes]:
-    """The numbers of each array, in order of size; not of one that holds a single number only."""
-    ordered = (np.sort(to_numpy(x).ravel()) for x in arrays if x.size)
-    return frozenset(x.tobytes() for x in ordered if x[0] != x[-1])
-
-
-def _ranges(arrays: list[Any]) -> frozenset[tuple[int, float, float]]:
-    """Not of an array that holds a single number only."""
-    made = (to_numpy(x) for x in arrays)
-    told = ((x.size, float(x.min()), float(x.max())) for x in made
-            if x.size and x.dtype.kind == "f")  # fmt: skip
-    return frozenset(r for r in told if r[1] != r[2])
-
-
-def _own_shapes(module: Any) -> list[tuple[int, ...]]:
-    """Shapes of a torch module's own parameters; of a weight that is computed from others
-    (weight_norm), the weight's."""
-    own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
-    normed = "weight_g" in own and "weight_v" in own
-    if (normed or hasattr(module, "parametrizations")) and hasattr(module, "weight"):
-        own = {n: s for n, s in own.items() if n not in ("weight_g", "weight_v")}
-        own["weight"] = tuple(module.weight.shape)
-    return list(own.values())
-
-
-def _first_calls(trace: Trace) -> list[Any]:
-    """(name, order, calls around it, shape of its first output) of each submodule's first call."""
-    by_order = {c.order: c for c in trace.calls}
-    found: dict[str, tuple[Any, ...]] = {}
-    for call in trace.calls:
-        if call.name in found:
-            continue
-        around: list[str] = []
-        parent = call.parent
-        while parent is not None:
-            around.append(by_order[parent].name)
-            parent = by_order[parent].parent
-        shape = next((x.shape for x in call.outputs.values()), ())
-        found[call.name] = call.order, tuple(reversed(around)), shape
-    return [(name, *rest) for name, rest in found.items()]
-
-
-def _sizes(shapes: Any, axes: int = 2) -> tuple[int, ...]:
-    return tuple(sorted(int(np.prod(s)) for s in shapes if len(s) >= axes))
 
 
 def _given(
@@ -217,22 +117,7 @@ def _without_sequential(side: FlaxModule, path: str) -> str:
 def _same_sort(ours: CalledLayer, theirs: CalledLayer) -> bool:
     if ours.kind == "other" or theirs.kind == "other":
         return True  # one's own class may stand for any: the name says it
-    return _of_one_kind(ours, theirs) and _same_sizes(ours, theirs)
-
-
-def _of_one_kind(ours: CalledLayer, theirs: CalledLayer) -> bool:
-    """Whether these can be the same layer."""
-    return compatible(ours.kind, theirs.kind) or (
-        ours.pointwise and ours.kind.startswith("conv") and theirs.kind == "linear"
-    )
-
-
-def _same_sizes(ours: CalledLayer, theirs: CalledLayer) -> bool:
-    if ours.kind == "recurrent":
-        return sum(ours.sizes) == sum(theirs.sizes)
-    if ours.kind == "attention":  # fused on one side, apart on the other
-        return sum(ours.sizes) <= sum(theirs.sizes)
-    return ours.sizes == theirs.sizes
+    return alike(ours, theirs)
 
 
 def _by_order(
@@ -263,8 +148,8 @@ def _own_leaves(ours: Layers, theirs: Layers, found: Found) -> None:
         if not same or x.total != y.total or _within(x, found) != _around(y, found):
             return -1.0
         names = [normal(layer.name).rpartition(".")[2] for layer in (x, y)]
-        alike = np.array_equal(x.numbers(), y.numbers())  # their values tell, if they are right
-        return 1.0 + 0.5 * (names[0] == names[1]) + alike if moves(x.shape, y.shape) else -1.0
+        equal = np.array_equal(x.numbers(), y.numbers())  # their values tell, if they are right
+        return 1.0 + 0.5 * (names[0] == names[1]) + equal if moves(x.shape, y.shape) else -1.0
 
     _aligned(a, b, found, score)
 
@@ -330,13 +215,13 @@ def _around(layer: CalledLayer, found: Found) -> str | None:
 
 
 def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
-    if not (_of_one_kind(ours, theirs) and _same_sizes(ours, theirs) and may(ours, theirs)):
+    if not (alike(ours, theirs) and may(ours, theirs)):
         return -1.0
     if not ours.sizes and not moves(ours.shape, theirs.shape):
         return -1.0
     last = [normal(x.name).rpartition(".")[2] for x in (ours, theirs)]
-    alike = bool(ours.ranges()) and ours.ranges() <= theirs.ranges()
-    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1]) + 2.0 * alike
+    equal = bool(ours.ranges()) and ours.ranges() <= theirs.ranges()
+    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1]) + 2.0 * equal
 
 
 def _containers(ours: Layers, theirs: Layers, found: Found) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from convert.matching.layers import pair_layers
 from convert.matching.pair import LayerPair, Match, Pair
 from convert.matching.parameters import pair_tensors, unmatched
+from convert.matching.turned import with_turned
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.torch_calls import trace_torch
@@ -96,7 +97,9 @@ def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Tr
     layers, *layers_left = pair_layers(pair, torch_trace, side, flax_trace)
     matches = pair.matches
     if matches is None:
-        matches = tuple(pair_tensors(pair.torch, layers, side))
+        found = pair_tensors(pair.torch, layers, side)
+        traces = torch_trace, flax_trace
+        matches = tuple(with_turned(found, layers, state(pair.torch), side.values, traces))
     tensors = state(pair.torch)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from convert.matching.groups import TensorGroup
 from convert.matching.orientation import UnitPair
-from convert.matching.words import said
+from convert.matching.vocabulary import said
 from zoo.containers.errors import UsageError
 from zoo.layout import Entry
 from zoo.layout.ops import Reorder

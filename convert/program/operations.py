@@ -80,6 +80,8 @@ class Program:
     target: int
     # calls of layers that were not opened: the value each gives -> its name and the values it took
     layers: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    # Of each value those of this program that it was made from, through layers too.
+    before: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @functools.cached_property
     def users(self) -> dict[int, list[int]]:
@@ -107,7 +109,7 @@ class Program:
     def until(self, index: int) -> Program:
         """The operations up to this one, which gives the target."""
         made = self.operations[index].made[0]
-        return Program(self.operations[: index + 1], self.leaves, made, self.layers)
+        return Program(self.operations[: index + 1], self.leaves, made, self.layers, self.before)
 
     def slice(self) -> Program:
         """What `target` depends on."""
@@ -119,7 +121,18 @@ class Program:
                 needed.update(operation.refs)
         leaves = {v: leaf for v, leaf in self.leaves.items() if v in needed}
         layers = {v: layer for v, layer in self.layers.items() if v in needed}
-        return Program(kept[::-1], leaves, self.target, layers)
+        return Program(kept[::-1], leaves, self.target, layers, self._before(needed))
+
+    def _before(self, wanted: set[int]) -> dict[int, frozenset[int]]:
+        """What each of these was made from. Values are numbered in the order of their making."""
+        makers = self.makers
+        found: dict[int, frozenset[int]] = {}
+        for value in sorted({*self.leaves, *makers}):
+            taken = self.layers[value][1] if value in self.layers else ()
+            taken = self.operations[makers[value]].refs if value in makers else taken
+            known = [found[t] | {t} for t in taken if t in found]
+            found[value] = frozenset().union(*known)
+        return {v: found[v] & wanted for v in wanted if found.get(v)}
 
 
 def short_name(function: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.runtime.applied import Applied, as_applied, flattened
 from convert.runtime.arrays import dtype_in, is_array, is_inexact, to_numpy
+from convert.runtime.asking import asks, computed_at_once, remember_asking
 from convert.runtime.call import Call
 from convert.runtime.interception import Around, intercepted
 from convert.runtime.linen_calls import (
@@ -119,7 +120,8 @@ class FlaxModule:
     """`values` are its arrays by dotted path (Linen's without the collection): parameters, running
     statistics and other state, but no generators. Calling it is a pure function of such values."""
 
-    def __init__(self, precision: str | None, training: bool) -> None:
+    def __init__(self, kept: Any, precision: str | None, training: bool) -> None:
+        self._kept = kept  # what its code belongs to: a class, a function
         self.precision = precision
         self.training = training
         self.values: Values = {}
@@ -144,7 +146,22 @@ class FlaxModule:
     ) -> tuple[Any, Values]:
         """The output, and the values afterwards. `values` may leave out what stays as it is;
         `around` takes the place of every submodule's call. May be traced by JAX."""
+        with computed_at_once(self._kept):
+            return self._run(values, args, kwargs, around)
+
+    def _run(
+        self, values: Values, args: Any, kwargs: Any, around: Around | None
+    ) -> tuple[Any, Values]:
         raise NotImplementedError
+
+    @property
+    def asks(self) -> bool:
+        """Whether its code is known to ask for numbers while JAX traces it."""
+        return asks(self._kept)
+
+    def remember_asking(self) -> None:
+        """From now on every module of this class computes its constants at once."""
+        remember_asking(self._kept)
 
     def reseed(self) -> None:
         """Other keys in the module's generators, so that a run draws other numbers."""
@@ -201,7 +218,7 @@ class _Nnx(FlaxModule):
     def __init__(self, module: Any, precision: str | None, training: bool) -> None:
         from flax import nnx
 
-        super().__init__(precision, training)
+        super().__init__(type(module), precision, training)
         made = nnx.clone(module)
         for path, part in nnx.iter_modules(made):
             self.modules[_dotted(path)] = part
@@ -226,8 +243,8 @@ class _Nnx(FlaxModule):
                 elif isinstance(variable, nnx.BatchStat):
                     self._moving.add(name)
 
-    def __call__(
-        self, values: Values, args: Any, kwargs: Any, around: Around | None = None
+    def _run(
+        self, values: Values, args: Any, kwargs: Any, around: Around | None
     ) -> tuple[Any, Values]:
         from flax import nnx
 
@@ -262,7 +279,7 @@ class _Nnx(FlaxModule):
 
 class _Linen(FlaxModule):
     def __init__(self, module: Any, precision: str | None, training: bool) -> None:
-        super().__init__(precision, training)
+        super().__init__(type(module), precision, training)
         self._rngs = generators(module)
         self._widened = widened_dtypes(module)
         self._given = module.scope.mutable
@@ -284,8 +301,8 @@ class _Linen(FlaxModule):
                 elif path[0] == "batch_stats":
                     self._moving.add(name)
 
-    def __call__(
-        self, values: Values, args: Any, kwargs: Any, around: Around | None = None
+    def _run(
+        self, values: Values, args: Any, kwargs: Any, around: Around | None
     ) -> tuple[Any, Values]:
         from flax import linen
 
@@ -341,7 +358,7 @@ class _Function(FlaxModule):
     """All floating-point parameters count as trained; there are no layers to see."""
 
     def __init__(self, module: Applied, precision: str | None, training: bool) -> None:
-        super().__init__(precision, training)
+        super().__init__(module.function, precision, training)
         self._function = module.function
         self._leaves, self._together = flattened(module.params)
         self.modules[""] = module
@@ -349,8 +366,8 @@ class _Function(FlaxModule):
             self.values = {n: self._cast(x) for n, x in self._leaves.items() if is_array(x)}
         self._trained = set(self.values)
 
-    def __call__(
-        self, values: Values, args: Any, kwargs: Any, around: Around | None = None
+    def _run(
+        self, values: Values, args: Any, kwargs: Any, around: Around | None
     ) -> tuple[Any, Values]:
         every = {**self.values, **values}
         module = Applied(self._function, self._together({**self._leaves, **every}))

@@ -18,7 +18,8 @@ def jaxpr_of(module: FlaxModule, call: Call) -> Any:
 
 
 def closed_jaxpr_of(module: FlaxModule, call: Call) -> Any:
-    """As `jaxpr_of`, with the constants in it."""
+    """As `jaxpr_of`, with the constants in it. What asks for numbers while it is traced, and gets
+    them where constants are computed at once, is remembered."""
     import jax
 
     with module.precise():
@@ -28,7 +29,13 @@ def closed_jaxpr_of(module: FlaxModule, call: Call) -> Any:
             output, after = module(values, args, kwargs)
             return leaves(output), after
 
-        return jax.make_jaxpr(forward)(module.values)
+        try:
+            return jax.make_jaxpr(forward)(module.values)
+        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError):
+            with jax.ensure_compile_time_eval():
+                made = jax.make_jaxpr(forward)(module.values)
+            module.remember_asking()
+            return made
 
 
 def narrow_operation(jaxpr: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from convert.program.operations import Operation, Program, Ref, mapped
 from convert.program.replay import At, Change, Values, resolve
 
+NAMELESS = "unknown"  # of an edit that tells where, but may stand for several mistakes
 Changes = Mapping[int, Change]  # by index of the operation
 
 

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, dims_of, with_scalar, with_values
+from convert.diagnose.repair.edit import NAMELESS, Edit, Node, dims_of, with_scalar, with_values
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
+from convert.diagnose.repair.words import is_image, of_window
 from convert.program.operations import Ref
 from convert.program.replay import At
 
@@ -143,6 +144,8 @@ def _merged_otherwise(
         said = f"axes joined as {names}, not as {' x '.join(str(before[i]) for i in old)}"
         channels = len(old) > 2 and order == (*range(1, len(old)), 0)
         why = "flatten" if channels else _heads(node, len(old))
+        if why == "rearranged" and len(before) > 3 and is_image(node):
+            why = "flatten"
         if not node.out.is_floating_point():
             why = "transposed"
         yield node.edit(1.0, why, said, change)
@@ -186,7 +189,7 @@ def _unsqueezed(node: Node) -> Iterator[Edit]:
         assert found is not None
         if d != found[1] % n:
             said = f"the new axis as axis {d}, not {found[1] % n}"
-            yield node.edit(1.1, "axis", said, with_scalar(found[0], d))
+            yield node.edit(1.1, NAMELESS, said, with_scalar(found[0], d))
 
 
 def _products(node: Node) -> Iterator[Edit]:
@@ -222,7 +225,9 @@ def _indexed(node: Node) -> Iterator[Edit]:
         if item is None:
             continue
         size = x.shape[axis] if axis < x.ndim else 0
+        window = of_window(node)
         for said, cause, other in _others(item, size):
+            cause = window if window and cause == "offset" else cause
             new = (*items[:i], other, *items[i + 1 :])
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
             yield node.edit(1.0, cause, said, with_scalar((1,), new))
@@ -275,7 +280,11 @@ def _looked_up(node: Node, items: list[Any]) -> Iterator[Edit]:
                 ref = at.operation.refs[k]
                 return with_values(at, {ref: made(at.values[ref])})
 
-            yield node.edit(1.1, "token", f"{said} in place of the one that is looked up", change)
+            # Where no index counts the rows, they are single numbers, not steps.
+            others = [k.value for k in items if isinstance(k, Ref)]
+            steps = len(others) < x.ndim or any(v in node.program.tables for v in others)
+            said = f"{said} in place of the one that is looked up"
+            yield node.edit(1.1, "token" if steps else "operand", said, change)
 
 
 def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
@@ -286,7 +295,8 @@ def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
     elif isinstance(item, slice):
         start, stop, step = item.indices(size)
         for a, b in ((1, 1), (-1, -1), (1, 0), (0, 1), (0, -1), (-1, 0)):
-            if start + a >= 0 and stop + b <= size:
+            several = stop + b - start - a > 1 or stop - start == 1  # one is repeated for many
+            if start + a >= 0 and stop + b <= size and several:
                 yield "", "offset", slice(start + a, stop + b, step)
         for other in range(min(size, 8)) if start else ():
             if abs(other - start) > 1:

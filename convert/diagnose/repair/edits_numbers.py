@@ -119,6 +119,8 @@ def _dilations(node: Node) -> Iterator[Edit]:
 def cause(node: Node, path: Path, value: Any = None) -> str:
     """The word for another value at this place of the arguments."""
     name = node.name
+    if isinstance(value, bool) and name in ("topk", "sort", "argsort"):
+        return "reversed"
     key = path[1] if path[0] == "kwargs" else path[0]
     if name.startswith(("conv", "_conv")):
         return str(_CONVOLUTION.get(key, "size"))
@@ -136,7 +138,7 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
         return "offset" if not node.out.is_floating_point() else "constant"
     if name in ("mul", "div", "add", "sub", "pow") and is_table(node):
         return "constant"
-    return _CAUSES.get(name, "constant")
+    return _CAUSES.get(name, "operation" if isinstance(value, bool) else "constant")
 
 
 def _one(node: Node, path: Path, value: Any, cost: float) -> Edit:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from convert.diagnose.repair.edit import Edit, Node, is_table, scalars
+from convert.diagnose.repair.edit import Edit, Node, is_table
 from convert.diagnose.repair.edits_siblings import ACTIVATIONS, counting
+from convert.diagnose.repair.words import is_one_step, of_one_added, of_sum
 from convert.program.replay import At, Change, resolve
 
 
@@ -58,12 +59,14 @@ def _left_out_word(node: Node) -> str:
     if name in ("mul", "div") and not two:
         return "scale"
     if name in ("add", "sub") and not two:
-        return counting(node) or _constant_word(node)
+        return counting(node) or of_one_added(node) or "left_out"
+    if name in ("add", "sub") and not node.out.is_floating_point():
+        return "offset"
     if name == "add" and two:
         return _sum_word(node)
     if name in ("transpose", "permute", "T", "mT"):
         return "transposed"
-    return "left_out"
+    return "size" if is_one_step(node) else "left_out"
 
 
 MASKED = -20.0  # what is added to a logit that hardly counts is at most this
@@ -79,13 +82,6 @@ def _is_causal(mask: Any) -> bool:
     return bool(torch.equal(mask, later) or torch.equal(mask, ~later))
 
 
-def _constant_word(node: Node) -> str:
-    """A plain number added: to a scale, as norms have it, or to something else."""
-    leaf = node.program.leaves.get(node.operation.refs[0])
-    one = any(v == 1 for _, v in scalars(node.operation))
-    return "scale_plus_one" if one and leaf and leaf.kind == "parameter" else "left_out"
-
-
 def _sum_word(node: Node) -> str:
     """A sum of a mask, of a bias, or of two values that were computed."""
     import torch
@@ -99,7 +95,7 @@ def _sum_word(node: Node) -> str:
         low = MASKED if r in node.program.tables else -1e4
         if torch.is_floating_point(t) and bool((t <= low).any()):
             return "mask"
-    return "residual"
+    return of_sum(node)
 
 
 _LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "group_norm")

@@ -112,7 +112,10 @@ def joined(node: Node) -> Iterator[Edit]:
             given = [at.args[0][i] for i in order]
             return resolve(at.operation.function)(given, *at.args[1:], **at.kwargs)
 
-        yield node.edit(1.0, "concat", f"its parts in the order {tuple(order)}", change)
+        # A constant that stands before the others shifts them.
+        fixed = any(r in node.program.tables for r in node.operation.refs)
+        why = "offset" if fixed and count == 2 else "concat"
+        yield node.edit(1.0, why, f"its parts in the order {tuple(order)}", change)
     if count > 1 and len({tuple(p.shape) for p in parts}) == 1:
         d = dims_of(node.operation)
         axis = d[1] if d and isinstance(d[1], int) else 0

@@ -306,6 +306,9 @@ def _last_one(at: At) -> Any:
     return torch.Tensor.index_copy_(made, dim, index, source)
 
 
+ALONG_LAST = ("divided by its length", "normalised", "centred")  # of what may be inserted
+
+
 def inserted() -> dict[str, tuple[str, Unary]]:
     """What may be done to a value that torch leaves as it is: what is said, cause, function."""
     import torch
@@ -325,6 +328,7 @@ def inserted() -> dict[str, tuple[str, Unary]]:
         "rounded to float16": ("dtype", lambda x: x.to(torch.float16).to(x.dtype)),
         "negated": ("scale", torch.neg),
         "squared": ("operation", torch.square),
+        "replaced by its sign": ("operation", torch.sign),
         "divided by its length": ("left_out", lambda x: functional.normalize(x, dim=-1)),
         "normalised": ("left_out", normed),
         "centred": ("left_out", lambda x: x - x.mean(-1, keepdim=True)),

@@ -16,7 +16,8 @@ from convert.diagnose.repair.edit import (
     with_scalar,
     with_values,
 )
-from convert.diagnose.repair.edits_siblings import inserted
+from convert.diagnose.repair.edits_siblings import ALONG_LAST, inserted
+from convert.diagnose.repair.words import bypasses, bypasses_layers, of_negated
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
@@ -42,7 +43,9 @@ def operands(node: Node) -> Iterator[Edit]:
             handed_on = node.operation.site is None and x.ndim == held.ndim
             if x.shape != held.shape and not handed_on:
                 continue
-            why = "residual" if node.name == "add" and held.ndim > 1 else "operand"
+            why = "operand"
+            if node.name == "add" and any(bypasses_layers(node.program, ref, r) for r in refs):
+                why = "residual"
             if taken_for(node.program, ref, other) == "swapped":
                 why = "swapped"
             said = f"{named(node.program, other)} in place of {named(node.program, ref)}"
@@ -76,6 +79,9 @@ def insertions(node: Node) -> Iterator[Edit]:
     if not out.is_floating_point():
         return
     for said, (why, function) in inserted().items():
+        if said in ALONG_LAST and out.shape[-1:] == (1,):
+            continue  # of one element nothing remains but its sign
+        why = of_negated(node) if said == "negated" else why
 
         def change(at: At, function: Any = function) -> Any:
             return function(at.run())
@@ -120,7 +126,8 @@ def exchanges(
         x, y = values[a], values[b]
         last = max(made.get(a, -1), made.get(b, -1))
         places = [i for i in (*users[a], *users[b]) if i > last]
-        if x.shape != y.shape or x.dtype != y.dtype or len(set(places)) < 2:
+        both = all(any(i > last for i in users[v]) for v in (a, b))  # else one replaces the other
+        if x.shape != y.shape or x.dtype != y.dtype or len(set(places)) < 2 or not both:
             continue
 
         def change(at: At, a: int = a, b: int = b) -> Any:
@@ -152,7 +159,9 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         for given in layer[1] if layer else ():
             if given in values and values[given].shape == x.shape:
                 changes = dict.fromkeys(program.users[value], replacing(value, given))
-                yield Edit(1.0, "left_out", f"{name} left out", changes, at=at, omits=True)
+                # What other layers are given all the same is by-passed, not left out.
+                why = "wiring" if _is_met(program, value) else "left_out"
+                yield Edit(1.0, why, f"{name} left out", changes, at=at, omits=True)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)
@@ -189,6 +198,11 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _is_met(program: Program, value: int) -> bool:
+    """Whether another layer takes the value, or what is made of it."""
+    return any(v != value and bypasses(program, value, v) for v in program.layers)
 
 
 def _solved_for(

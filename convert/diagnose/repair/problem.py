@@ -112,7 +112,8 @@ def _farther(runs: Runs, event: Event, seconds: float) -> Problem | None:
 def _later(runs: Runs, reference: Reference, event: Event) -> list[Event]:
     walk = Onward(reference, runs.side, runs.pairing, event)
     walk.run(runs.pair.flax_call)
-    return walk.later
+    # What goes into a module with layers inside may be cut otherwise: those layers' own tell.
+    return [e for e in walk.later if e.where != "input" or e.pair.flax not in walk.holding]
 
 
 def _goal(runs: Runs, event: Event) -> tuple[Event | None, Recording | None]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from convert.diagnose.repair.candidates import every, nodes_of
-from convert.diagnose.repair.edit import Edit, word
+from convert.diagnose.repair.edit import NAMELESS, Edit, word
 from convert.diagnose.repair.edits_values import neutral
 from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
 from convert.diagnose.unseen import SeenValues
@@ -24,6 +24,7 @@ from convert.matching.alignment import gap
 from convert.program.operations import Program
 
 _PAIRED = 1.35  # edits that cost more are not tried in pairs
+_NEUTRAL = 0.5  # edits that cost less change nothing by themselves
 _SPREAD = 0.25  # after a first fit, how much dearer edits are still looked at
 
 
@@ -109,7 +110,8 @@ class _Search:
             helped |= self._singles(edits, start)
         if not self.answer.fits and not self._late():
             self._pairs(edits, helped)
-        self.answer.fits.sort(key=lambda f: (_leaves_much(f, self.answer.fits), f.cost))
+        fits = self.answer.fits
+        fits.sort(key=lambda f: (_leaves_much(f, fits), f.cause == NAMELESS, f.cost))
         return self.answer
 
     def _singles(
@@ -159,11 +161,14 @@ class _Search:
                     return
 
     def _pair(self, a: Edit, b: Edit) -> bool:
-        """Whether both at once explain it. The dearer one is named with the other."""
+        """Whether both at once explain it. Two of different meaning may fit by luck: what they
+        change is told then, without a cause."""
         if set(a.changes) & set(b.changes) or set(a.leaves) & set(b.leaves) or self._late():
             return False
+        neutral_one = a.cost < _NEUTRAL
+        cause = b.cause if neutral_one or a.cause == b.cause else NAMELESS
         both = replace(
-            b, changes={**a.changes, **b.changes}, leaves={**a.leaves, **b.leaves},
+            b, cause=cause, changes={**a.changes, **b.changes}, leaves={**a.leaves, **b.leaves},
             cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}", at=b.place,
         )  # fmt: skip
         self._note(-1)

@@ -1,0 +1,95 @@
+"""The word for an edit, by what it touches: a constant 1, positions, a value that by-passes what
+another one goes through."""
+
+from __future__ import annotations
+
+import re
+
+from convert.diagnose.repair.edit import Node, scalars
+from convert.program.operations import Program
+
+_ORDERED = ("topk", "sort", "argsort", "argmax", "argmin", "max", "min", "amax", "amin")
+_RISING = ("softmax", "log_softmax", "sigmoid", "tanh", "exp", "log")
+_WINDOWS = re.compile(r"^(_?conv|(adaptive_)?(max|avg)_pool)")
+_PASSED = ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "batch_norm", "contiguous",
+           "clamp", "permute", "transpose", "mul", "add", "movedim")  # fmt: skip
+
+
+def bypasses(program: Program, one: int, other: int) -> bool:
+    """Whether one value by-passes what the other is made of it by."""
+    return one in program.before.get(other, ())
+
+
+def bypasses_layers(program: Program, one: int, other: int) -> bool:
+    """Whether there are layers among what it by-passes."""
+    return any(v == other or bypasses(program, v, other) for v in program.layers
+               if bypasses(program, one, v))  # fmt: skip
+
+
+def of_negated(node: Node) -> str:
+    """The word for a sign: of what is only put in order, or of positions, it is their order."""
+    in_order = node.name == "arange" or _only_ordered(node.program, node.operation.made[0])
+    return "reversed" if in_order else "scale"
+
+
+def _only_ordered(program: Program, value: int) -> bool:
+    """Whether nothing but the order of the numbers matters to what takes the value."""
+    users = [program.operations[i] for i in program.users.get(value, ())]
+    return bool(users) and all(
+        o.name in _ORDERED or (o.name in _RISING and _only_ordered(program, o.made[0]))
+        for o in users
+    )
+
+
+def of_sum(node: Node) -> str:
+    """A summand: the residual is what by-passes the others."""
+    refs = node.operation.refs
+    pairs = ((a, b) for a in refs for b in refs if a != b)
+    return "residual" if any(bypasses(node.program, a, b) for a, b in pairs) else "left_out"
+
+
+def of_one_added(node: Node) -> str | None:
+    """A plain 1 added to what only multiplies is a scale about one."""
+    if not any(v == 1 for _, v in scalars(node.operation)):
+        return None
+    leaf = node.program.leaves.get(node.operation.refs[0])
+    users = [node.program.operations[i].name
+             for v in node.operation.made for i in node.program.users.get(v, ())]  # fmt: skip
+    multiplies = bool(users) and all(name == "mul" for name in users)
+    return "scale_plus_one" if multiplies or (leaf and leaf.kind == "parameter") else None
+
+
+def of_window(node: Node) -> str | None:
+    """Where a slice cuts what a convolution or a pool gives, its padding is at stake."""
+    maker = node.program.makers.get(node.operation.refs[0])
+    name = "" if maker is None else node.program.operations[maker].name
+    return "padding" if _WINDOWS.match(name) else None
+
+
+def is_image(node: Node) -> bool:
+    """Whether the value comes, element by element, from a convolution or a pool."""
+    program, value = node.program, node.operation.refs[0]
+    while (maker := program.makers.get(value)) is not None:
+        operation = program.operations[maker]
+        if _WINDOWS.match(operation.name):
+            return True
+        if operation.name not in _PASSED or not operation.refs:
+            return False
+        value = operation.refs[0]
+    return False
+
+
+def is_one_step(node: Node) -> bool:
+    """Whether the operation is one of several that one expression makes in turn, each of what the
+    one before has made: a step of a loop."""
+    site = node.operation.site
+    if site is None:
+        return False
+    for i, other in enumerate(node.program.operations):
+        if i != node.index and other.site is not None and other.name == node.name:
+            same = (other.site.position, other.site.calls) == (site.position, site.calls)
+            first, last = sorted((i, node.index))
+            made, later = (node.program.operations[k].made[0] for k in (first, last))
+            if same and bypasses(node.program, made, later):
+                return True
+    return False
