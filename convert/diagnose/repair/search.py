@@ -19,6 +19,7 @@ from convert.diagnose.repair.candidates import every, nodes_of
 from convert.diagnose.repair.edit import NAMELESS, Edit, word
 from convert.diagnose.repair.edits_values import neutral
 from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
+from convert.diagnose.repair.words import of_both
 from convert.diagnose.unseen import SeenValues
 from convert.matching.alignment import gap
 from convert.program.operations import Program
@@ -165,8 +166,7 @@ class _Search:
         change is told then, without a cause."""
         if set(a.changes) & set(b.changes) or set(a.leaves) & set(b.leaves) or self._late():
             return False
-        neutral_one = a.cost < _NEUTRAL
-        cause = b.cause if neutral_one or a.cause == b.cause else NAMELESS
+        cause = b.cause if a.cost < _NEUTRAL else of_both(a.cause, b.cause)
         both = replace(
             b, cause=cause, changes={**a.changes, **b.changes}, leaves={**a.leaves, **b.leaves},
             cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}", at=b.place,

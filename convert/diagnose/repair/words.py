@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from convert.diagnose.repair.edit import Node, scalars
+from convert.diagnose.repair.edit import NAMELESS, Node, scalars
 from convert.program.operations import Program
 
 _ORDERED = ("topk", "sort", "argsort", "argmax", "argmin", "max", "min", "amax", "amin")
@@ -13,6 +13,14 @@ _RISING = ("softmax", "log_softmax", "sigmoid", "tanh", "exp", "log")
 _WINDOWS = re.compile(r"^(_?conv|(adaptive_)?(max|avg)_pool)")
 _PASSED = ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "batch_norm", "contiguous",
            "clamp", "permute", "transpose", "mul", "add", "movedim")  # fmt: skip
+
+
+def of_both(one: str, other: str) -> str:
+    """The word for two edits at once: theirs if it is one, "rearranged" being any order."""
+    words = {one, other} - {"rearranged"} or {"rearranged"}
+    orders = {"heads", "rope", "blocks", "flatten", "rearranged"}
+    alike = one == other or (len(words) == 1 and words <= orders)
+    return words.pop() if alike else NAMELESS
 
 
 def bypasses(program: Program, one: int, other: int) -> bool:
