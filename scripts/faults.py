@@ -50,8 +50,9 @@ written before it, were put aside unread, their hash and that of the script that
 ([cases.seal](../scripts/cases.seal)), and scored once, at the end, on two busy cores: that is what
 to expect of code that nobody here has seen. One pair with 8 faults is not in it: the script itself
 cannot run it in float64. Then it was read, and what it taught was mended: by classes, never by
-cases, and above all that no wrong cause be named. `scripts/cases.py faults scripts/cases/sealed`
-runs it again.
+cases, and above all that no wrong cause be named: of the 68 faults of the eight pairs that were
+named worst, 85 % are placed now where 47 % were, 69 % named (34 %), 10 % named wrongly (32 %).
+`scripts/cases.py faults scripts/cases/sealed` runs it again.
 
 | the sealed half | faults | flagged | placed | named | named wrongly |
 |---|---|---|---|---|---|

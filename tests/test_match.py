@@ -194,6 +194,17 @@ def test_the_document_is_the_layout(tmp_path: Path) -> None:
     assert sum(e["entries"] for e in data["evidence"]) == len(layout.entries)
 
 
+def test_a_model_that_was_tuned_on_one_side(tmp_path: Path) -> None:
+    """What stayed equal does not make what was trained another tensor."""
+    torch = {f"h.{i}.{p}.weight": some(5, 7 + k, seed=i) for i in range(2)
+             for k, p in enumerate(("up", "gate", "value"))}  # fmt: skip
+    flax = {n.replace("weight", "kernel"): x.T for n, x in torch.items()}
+    tuned = {n: x if "gate" in n else x + 1 for n, x in flax.items()}
+    layout = convert.match(*saved(tmp_path, torch, tuned))
+    assert not layout.checked
+    assert layout == convert.match(*saved(tmp_path, torch, flax))
+
+
 # --- Modules ---
 
 

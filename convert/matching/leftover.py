@@ -32,7 +32,7 @@ Found = tuple[list[Entry], Evidence]
 def looked_up(values: Values, ours: list[Unit], theirs: list[Unit]) -> Iterator[Found]:
     """Entries for units of equal values; then for single tensors, then for parts of tensors."""
     for singly in (False, True):
-        sides = [_single(u) if singly else u for u in (ours, theirs)]
+        sides = [single(u) if singly else u for u in (ours, theirs)]
         for a, b in list(pairs_by_print(values, *sides)):
             made = values.fitting(a, b, []) if able(a, b) else None
             if made is not None:
@@ -67,7 +67,7 @@ def _names(unit: Unit) -> tuple[str, ...]:
     return tuple(g.name for g in unit.groups)
 
 
-def _single(units: Sequence[Unit]) -> list[Unit]:
+def single(units: Sequence[Unit]) -> list[Unit]:
     """Every tensor as a unit of its own."""
     return [
         Unit((TensorGroup(tuple(n.split(".")), {(): n}, {(): g.shapes[i]}),), u.features)
@@ -84,7 +84,7 @@ def _without(units: list[Unit], unit: Unit) -> None:
         if not have & names:
             kept.append(u)
         elif have - names:
-            kept += [s for s in _single([u]) if not {*s.groups[0].members.values()} & names]
+            kept += [s for s in single([u]) if not {*s.groups[0].members.values()} & names]
     units[:] = kept
 
 

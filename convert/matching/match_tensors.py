@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +13,7 @@ from convert.matching.by_values import Values, pairs_by_print
 from convert.matching.evidence import Evidence, MatchedLayout, Open, OpenMatch
 from convert.matching.groups import grouped
 from convert.matching.holding import MatchSide, hold
-from convert.matching.leftover import constants, eliminated, looked_up, surplus
+from convert.matching.leftover import constants, eliminated, looked_up, single, surplus
 from convert.matching.orientation import UnitPair, choose, transposed_weights
 from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
@@ -22,7 +24,7 @@ from zoo.layout import Entry, constant, tie
 from zoo.layout.ops import describe
 
 MARGIN = 1.0  # by how much names must speak for a pair, where values say nothing
-_SAMPLE = 12  # pairs whose values are looked at to see whether both sides hold the same weights
+_SAMPLE = 12  # groups of tensors that tell whether both sides hold the same weights
 _SHOWN = 20
 
 
@@ -117,7 +119,7 @@ class _Matching:
         ]
         kept = transposed_weights([p.ours for p, _ in pairs])
         decided = choose([p for p, _ in pairs], kept)
-        self.same = self._hold_the_same([p for p, _ in pairs])
+        self.same = self._hold_the_same()
         if self.same:
             self.tried.append("values: both sides hold the same weights")
         for (pair, chosen), (way, why, _) in zip(pairs, decided, strict=True):
@@ -128,25 +130,27 @@ class _Matching:
         if self.same:
             self._look_up()
 
-    def _hold_the_same(self, pairs: list[UnitPair]) -> bool:
-        """Whether any of the smallest tensors that tell has the values of its counterpart."""
-        small = sorted(pairs, key=lambda p: _size(p.ours))
-        looked = 0
-        for pair in small:
-            print_ = self.read.print_of(0, pair.ours)
-            if print_.plain:
+    def _hold_the_same(self) -> bool:
+        """Whether the smallest tensors that tell have the values of those that names say they are:
+        not where most differ, as in a model that was tuned on one side."""
+        equal = differing = 0
+        for c in sorted(self.chosen, key=lambda c: _size(c.ours)):
+            mine = self.read.print_of(0, c.ours)
+            if mine.plain:
                 continue
-            looked += 1
-            if print_ == self.read.print_of(1, pair.theirs):
-                return True
-            if looked == _SAMPLE:
+            alike = mine == self.read.print_of(1, c.theirs)
+            equal += alike
+            differing += not alike and c.margin >= MARGIN
+            if equal + differing == _SAMPLE:
                 break
-        return bool(self._some_equal())
+        return equal >= differing if equal else self._some_equal()
 
     def _some_equal(self) -> bool:
-        """Whether a few of the smallest tensors that names left alone are on both sides."""
-        units = [sorted(side, key=_size)[:_SAMPLE] for side in self.left]
-        return any(pairs_by_print(self.read, units[0], units[1]))
+        """Whether any of the smallest tensors is on both sides, whatever it is called."""
+        ours = single([c.ours for c in self.chosen] + self.left[0])
+        theirs = single([c.theirs for c in self.chosen] + self.left[1])
+        few = [sorted(side, key=_size)[:_SAMPLE] for side in (ours, theirs)]
+        return any(pairs_by_print(self.read, *few))
 
     def _by_values(self, pair: UnitPair, chosen: Chosen, way: Way | None, why: str) -> None:
         prints = self.read.print_of(0, pair.ours), self.read.print_of(1, pair.theirs)
@@ -199,8 +203,6 @@ class _Matching:
 
     def _kinds(self, made: list[Entry], pair: UnitPair) -> list[Entry]:
         """With Flax's collection."""
-        import dataclasses
-
         leaf = pair.theirs.groups[0].parts[-1]
         stats = self.sides[1].statistics
         named = {t.name for e in made for t in e.flax}
@@ -354,8 +356,6 @@ def _some(names: list[str]) -> str:
 
 
 def _size(unit: Unit) -> int:
-    import math
-
     return sum(math.prod(s) for g in unit.groups for s in g.shapes.values())
 
 
