@@ -103,6 +103,36 @@ def test_what_flax_computes_of_torchs_is_told_without_pairs() -> None:
     assert max(apart) > 1e-2
 
 
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.head, self.after = nn.LayerNorm(C), nn.Linear(C, C), nn.LayerNorm(C)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.after(self.head(self.before(x)))  # type: ignore[no-any-return]
+
+
+class FlaxNorms(nnx.Module):
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.one, self.two = (nnx.LayerNorm(C, epsilon=1e-5, rngs=rngs) for _ in range(2))
+        self.out = nnx.Linear(C, C, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.two(self.out(self.one(x)))
+
+
+def test_norms_that_are_exchanged_are_told_as_such() -> None:
+    ours, theirs = seeded(Norms()), FlaxNorms()
+    filled(theirs.out, ours.head)  # type: ignore[arg-type]
+    for layer, module in ((theirs.one, ours.after), (theirs.two, ours.before)):
+        layer.scale[...] = jnp.asarray(module.weight.detach().numpy())  # type: ignore[union-attr, operator]
+        layer.bias[...] = jnp.asarray(module.bias.detach().numpy())  # type: ignore[union-attr, operator]
+    found = convert.verify(ours, theirs, X, level="outputs").first_divergence
+    assert found is not None
+    assert (found.layer, found.cause) == ("before", "swapped")
+
+
 # --- An image that lies turned ---
 
 

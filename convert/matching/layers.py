@@ -46,6 +46,7 @@ def pair_layers(
     found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
     _containers(ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
+    found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
     _own_leaves(ours, theirs, found)
     _by_values(ours, theirs, found)
     modules = dict(pair.torch.named_modules())
@@ -221,7 +222,9 @@ def _score(ours: CalledLayer, theirs: CalledLayer, may: May) -> float:
         return -1.0
     last = [normal(x.name).rpartition(".")[2] for x in (ours, theirs)]
     equal = bool(ours.ranges()) and ours.ranges() <= theirs.ranges()
-    return (8.0 if ours.sizes else 1.0) + 0.5 * (last[0] == last[1]) + 2.0 * equal
+    # What is equal counts less than a pair more: two that are exchanged are still two pairs.
+    size, worth = (8.0, 2.0) if ours.sizes else (1.0, 0.4)
+    return size + 0.5 * (last[0] == last[1]) + worth * equal
 
 
 def _containers(ours: Layers, theirs: Layers, found: Found) -> None:
