@@ -196,11 +196,11 @@ def from_hf(data: Mapping[str, Any]) -> Config:
     heads: dict[str, Head] = {of.hf: head for head, of in HEADS.items()}
     named = [heads[a] for a in data.get("architectures") or () if a in heads]
     head = named[0] if named else "none"
-    labels = data.get("num_labels") or len(data.get("id2label") or ()) or BASE.num_labels
+    stated = data.get("num_labels") or len(data.get("id2label") or ()) or BASE.num_labels
     return Config(
         head=head,
         pooler=head == "none" or HEADS[head].pooled,
-        num_labels=labels,
+        num_labels=HEADS[head].outputs or stated,
         tie_decoder_bias=data.get("tie_word_embeddings", True),
         **{name: data[name] for name in _SHARED if name in data},
     )
