@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from zoo.containers import dtypes
+from zoo.containers.base import TensorInfo
 from zoo.containers.errors import MissingExtra, UsageError
 
 _WIDE = "float64", "int64", "uint64", "complex128"
@@ -71,6 +72,15 @@ def to_torch(tree: Any) -> Any:
         return bits.view(getattr(torch, name)).reshape(array.shape)
 
     return _map(one, tree, "the array")
+
+
+def info_of(name: str, x: Any) -> TensorInfo:
+    """Dtype code and shape of an array of torch, JAX or NumPy. UsageError for a dtype that no
+    checkpoint holds; `name` is what the error calls it."""
+    kind = str(x.dtype).removeprefix("torch.")
+    if kind not in dtypes.FROM_NAME:
+        raise UsageError(f"{name} is {kind}, which no checkpoint holds", "cast it first")
+    return TensorInfo(dtypes.FROM_NAME[kind], tuple(x.shape))
 
 
 def bits_of(tensor: Any) -> np.ndarray:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import sys
@@ -151,10 +152,11 @@ def _cases() -> str:
         return ""
     halves: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
     sealed = halves["scored once"]
+    planted = [_planted(p) for p in sorted((ROOT / "scripts" / "cases").glob("*/*.py"))]
     classes = Counter(row["causes"][0] for row in sealed)
     return CASES.format(
-        pairs=_PAIRS,
-        faults=_FAULTS,
+        pairs=len(planted),
+        faults=sum(planted),
         halves="".join(_shares(name, rows) for name, rows in halves.items()),
         classes="".join(
             _counts(word, [row for row in sealed if row["causes"][0] == word])
@@ -164,7 +166,14 @@ def _cases() -> str:
     )
 
 
-_PAIRS, _FAULTS = 68, 575  # of scripts/cases
+def _planted(path: Path) -> int:
+    """How many faults a case file lists, without running it."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAULTS":
+            return len(node.value.elts)  # type: ignore[attr-defined]
+    raise ValueError(f"{path} lists no FAULTS")
+
+
 _SCORES = ("flagged", "placed", "named", "wrong")
 
 

@@ -182,7 +182,37 @@ def test_ties_and_counters(tmp_path: Path) -> None:
     of = {e.torch[0].name: e for e in layout.entries}
     assert of["head.weight"].tied_to == "embed.weight"
     assert of["norm.num_batches_tracked"].constant is not None
-    assert "only PyTorch has" in layout.notices[0]
+    assert any("only PyTorch has" in line for line in layout.notices)
+    assert any("step" in line for line in layout.notices)  # what is no weight is told
+
+
+def test_a_kernel_that_flax_keeps_flipped(tmp_path: Path) -> None:
+    """As one framework's transposed convolution lies in the other: only values tell."""
+    kernel = some(3, 5, 4, 2)
+    flax = {"up.kernel": np.flip(kernel, (2, 3)).transpose(2, 3, 0, 1)}
+    (entry,) = convert.match(*saved(tmp_path, {"up.weight": kernel}, flax)).entries
+    assert np.array_equal(run(entry.ops, [kernel])[0], flax["up.kernel"])
+
+
+def test_an_entry_s_evidence_tells_its_ops(tmp_path: Path) -> None:
+    """Whatever paired them; and statistics are in their collection."""
+    torch = {"bn.running_mean": some(6), "bn.weight": some(6, seed=1), "down.weight": some(6, 4)}
+    flax = {"batch_stats.bn.mean": some(6), "params.bn.scale": some(6, seed=1),
+            "params.dense.kernel": some(4, 6, seed=2)}  # fmt: skip
+    pairs = {"down.weight": "dense.kernel"}
+    layout = convert.match(*saved(tmp_path, torch, flax), pairs=pairs)
+    of = {e.torch[0].name: e for e in layout.entries}
+    assert of["bn.running_mean"].collection == "batch_stats"
+    assert of["bn.weight"].collection == "params"
+    (found,) = (e for e in layout.evidence if e.torch == ("down.weight",))
+    assert (found.by, found.ops) == ("given", "permute(1,0)")
+
+
+def test_a_projection_called_key_is_not_a_random_key(tmp_path: Path) -> None:
+    torch = {f"{p}.weight": some(4, 6, seed=i) for i, p in enumerate(("query", "key", "value"))}
+    flax = {f"{n.removesuffix('weight')}kernel": x.T for n, x in torch.items()}
+    layout = convert.match(*saved(tmp_path, torch, flax))
+    assert {e.torch[0].name for e in layout.entries} == set(torch)
 
 
 def test_the_document_is_the_layout(tmp_path: Path) -> None:

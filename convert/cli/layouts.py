@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 from convert.cli.options import notices
+from convert.cli.user_modules import users_code
 
 
 def layout_options(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,36 +40,17 @@ def stated_layout(
         return layout
     from convert.matching.match_tensors import match_tensors
     from convert.runtime.torch_layout import derive_layout
-    from convert.runtime.user_code import load
-    from zoo.containers.errors import MissingExtra, UsageError
+    from zoo.containers.errors import UsageError
 
     if layout is not None:
         raise UsageError(
             "--layout says what --torch and --flax would say too", "give the one or the others"
         )
-    said: list[str] = []
-
-    def say(text: str) -> None:
-        notices([text] if text not in said else [], quiet=False)
-        said.append(text)
-
-    def module(target: str) -> Any:
-        return load(target, 0, say, only_shapes=flax is None)
-
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not ours
-            if flax is not None:
-                side = ckpt if torch is None else module(torch)
-                matched = match_tensors(side, module(flax))
-                notices(list(matched.notices), quiet)
-                return matched
-            assert torch is not None
-            made, told = derive_layout(module(torch))
-    except ModuleNotFoundError as e:
-        if e.name in ("torch", "flax", "jax"):
-            raise MissingExtra(
-                "importing a module", "torch" if e.name == "torch" else "flax"
-            ) from e
-        raise
+    with users_code() as load:
+        if flax is not None:
+            matched = match_tensors(ckpt if torch is None else load(torch), load(flax))
+            notices(list(matched.notices), quiet)
+            return matched
+        made, told = derive_layout(load(torch, only_shapes=True))
     notices(told, quiet)
     return made

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from convert.cli import output
-from convert.cli.options import notices, output_options
+from convert.cli.options import notices, output_options, paired
+from convert.cli.user_modules import users_code
 
 _WIDE = 60  # characters of a name in a table
 
@@ -60,7 +59,7 @@ def match(
       zooconvert match nets.py:TorchNet nets.py:FlaxNet --inputs x.npz -o layout.json
       zooconvert match llama/ maxtext.msgpack --rotary pairs -o layout.json
     """
-    from convert.compare.report_file import check_report
+    from convert.compare.report_file import check_report, write_match
     from convert.matching.evidence import OpenMatch
 
     if report_file is not None:
@@ -71,7 +70,7 @@ def match(
         layout = _found(torch_side, flax_side, inputs_file, flax_inputs, pairs, rotary)
     except OpenMatch as e:
         if report_file is not None:
-            _write(Path(report_file), title, e.document())
+            write_match(Path(report_file), title, e.document())
         if as_json:
             output.json(e.document())
         elif not quiet:
@@ -82,7 +81,7 @@ def match(
     if target is not None:
         layout.save(target)
     if report_file is not None:
-        _write(Path(report_file), title, data)
+        write_match(Path(report_file), title, data)
     if as_json:
         output.json(data)
     elif not quiet:
@@ -111,29 +110,16 @@ def _found(
 ) -> Any:
     from convert.api import match as run
     from convert.runtime.inputs import read_inputs
-    from convert.runtime.user_code import is_target, load
+    from convert.runtime.user_code import is_target
 
-    def say(text: str) -> None:
-        click.echo(f"note: {text}", err=True)
-
-    given: dict[str, Any] = {"pairs": _pairs(pairs), "rotary": rotary}
+    given: dict[str, Any] = {"pairs": paired(pairs, absent=True), "rotary": rotary}
     if inputs_file is not None:
         given["inputs"] = inputs_file if inputs_file == "auto" else read_inputs(Path(inputs_file))
     if flax_inputs is not None:
         given["flax_inputs"] = read_inputs(Path(flax_inputs))
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our result
-        sides = [
-            load(text, 0, say) if is_target(text) else text for text in (torch_side, flax_side)
-        ]
+    with users_code() as load:
+        sides = [load(text) if is_target(text) else text for text in (torch_side, flax_side)]
         return run(*sides, **given)
-
-
-def _pairs(pairs: tuple[str, ...]) -> dict[str, str]:
-    from zoo.containers.errors import UsageError
-
-    if wrong := [p for p in pairs if "=" not in p or p.startswith("=")]:
-        raise UsageError(f"--pair {wrong[0]} is not a pair", "write --pair torch.name=flax.name")
-    return {p.partition("=")[0]: p.partition("=")[2] for p in pairs}
 
 
 def _show(data: dict[str, Any]) -> None:
@@ -143,7 +129,7 @@ def _show(data: dict[str, Any]) -> None:
             _names(e["torch"]),
             _names(e["flax"]),
             str(e["entries"]),
-            e["ops"] or "copy",
+            e["ops"],
             e["by"] + (f", axes by {e['axes']}" if e["axes"] not in ("", e["by"]) else ""),
             "" if e["margin"] is None else f"{e['margin']:.1f}",
             e["checked"] or "not checked",
@@ -160,25 +146,15 @@ def _names(names: Any) -> str:
 
 
 def _summary(data: dict[str, Any], out: str | None) -> None:
-    from collections import Counter
-
+    from convert.matching.evidence import tally
     from zoo.containers.errors import printable
 
-    count = sum(e["entries"] for e in data["evidence"])
-    by: Counter[str] = Counter()
-    for e in data["evidence"]:
-        by[e["by"]] += e["entries"]
-    told = ", ".join(f"{n} by {word}" for word, n in by.most_common())
-    click.echo(f"{count} tensors paired: {told}")
+    by = tally(data["evidence"])
+    told = ", ".join(f"{n} by {word}" for word, n in by)
+    click.echo(f"{sum(n for _, n in by)} tensors paired: {told}")
     for line in data["tried"]:
         click.echo(f"  {printable(line)}")
     if out is not None:
         click.echo(f"layout: {printable(out)}")
     else:
         click.echo("-o FILE.json writes the layout, for --layout of torch2flax and others")
-
-
-def _write(path: Path, title: str, data: dict[str, Any]) -> None:
-    from convert.compare.matched_page import write_page
-
-    write_page(path, title, data)

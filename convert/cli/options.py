@@ -63,3 +63,15 @@ def notices(notices: list[str], quiet: bool) -> None:
     if not quiet:
         for notice in notices:
             click.echo(f"note: {printable(notice)}", err=True)
+
+
+def paired(texts: tuple[str, ...], absent: bool = False) -> dict[str, str]:
+    """What `--pair TORCH=FLAX` says, given any number of times; with `absent`, Flax's part may be
+    empty."""
+    from zoo.containers.errors import UsageError
+
+    made = {text.partition("=")[0]: text.partition("=")[2] for text in texts}
+    wrong = [t for t in texts if "=" not in t or t[0] == "=" or not (absent or t[-1] != "=")]
+    if wrong:
+        raise UsageError(f"--pair {wrong[0]} is not a pair", "write --pair torch.name=flax.path")
+    return made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Any
 
@@ -10,7 +9,8 @@ import click
 
 from convert.cli import output
 from convert.cli.layouts import layout_options, stated_layout
-from convert.cli.options import model_options, notices, output_options
+from convert.cli.options import model_options, notices, output_options, paired
+from convert.cli.user_modules import users_code
 from convert.compare.settings import OPTIMIZERS
 
 
@@ -145,7 +145,7 @@ def _compare(
 
     from convert.api import verify as run
     from convert.runtime.inputs import read_inputs
-    from convert.runtime.user_code import is_target, load
+    from convert.runtime.user_code import is_target
     from zoo.containers.errors import UsageError
 
     targets = [is_target(text) for text in (a, b)]
@@ -177,24 +177,7 @@ def _compare(
         )
     if flax_inputs is not None:
         options["flax_inputs"] = read_inputs(Path(flax_inputs))
-    options["layers"] = _pairs(pairs)
-
-    said: set[str] = set()
-
-    def say(text: str) -> None:
-        if text not in said:
-            click.echo(f"note: {text}", err=True)
-        said.add(text)
-
-    # What the user's code prints is not our result.
-    with contextlib.redirect_stdout(sys.stderr):
-        modules = [load(text, options["seed"], say) for text in (a, b)]
+    options["layers"] = paired(pairs)
+    with users_code() as load:
+        modules = [load(text, options["seed"]) for text in (a, b)]
         return run(modules[0], modules[1], titles=(a, b), **options)
-
-
-def _pairs(pairs: tuple[str, ...]) -> dict[str, str]:
-    from zoo.containers.errors import UsageError
-
-    if wrong := [p for p in pairs if not all(p.partition("="))]:
-        raise UsageError(f"--pair {wrong[0]} is not a pair", "write --pair torch.name=flax.path")
-    return {p.partition("=")[0]: p.partition("=")[2] for p in pairs}

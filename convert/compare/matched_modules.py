@@ -13,7 +13,7 @@ from convert.compare.modules import Hints, compare_modules, drawn_call
 from convert.compare.report import Report
 from convert.compare.settings import Settings
 from convert.matching.evidence import MatchedLayout, Open, OpenMatch
-from convert.matching.match_tensors import match_tensors
+from convert.matching.match_tensors import NOT_CHECKED, match_tensors
 from convert.matching.pair import Pair, layout_matches
 from convert.matching.pairing import pair_modules
 from convert.runtime.arrays import to_numpy
@@ -43,22 +43,35 @@ def match_modules(
             inputs = drawn_call(module, flax, 0, report)
         call, flax_call, _ = fit_calls(module, flax, inputs, flax_inputs, report)
         pairing = pair_modules(Pair(module, flax, call, flax_call))
+    sides, given = (torch_side, flax_side), dict(pairs or {})
     failed: list[str] = []
     refused: list[ZooError] = []
     seen: list[MatchedLayout] = []
-    for order_first, turned, settled in _attempts(rotary, dict(pairs or {}), refused):
+
+    def attempt(settled: dict[str, str], turned: str, order_first: bool) -> MatchedLayout | None:
+        """The layout found so, if Flax gives torch's outputs with it."""
         try:
-            made = match_tensors(torch_side, flax_side, settled, turned, pairing, order_first)
+            made = match_tensors(*sides, settled, turned, pairing, order_first)
         except ZooError as e:
             refused.append(e)
-            continue
+            return None
         if made in seen:
-            continue
+            return None
         seen.append(made)
         outputs = _compared(module, flax, made, (inputs, flax_inputs))
         if outputs.verdict == "same":
-            return _checked(made, outputs, settled.keys() - (pairs or {}).keys())
+            return _checked(made, outputs, settled.keys() - given.keys())
         failed.append(_told(outputs, order_first, turned))
+        return None
+
+    for turned in (rotary,) if rotary else ("same", "pairs"):
+        for order_first in (False, True):
+            if made := attempt(given, turned, order_first):
+                return made
+    if refused and isinstance(refused[0], OpenMatch):
+        for settled in itertools.islice(_exchanged(refused[0].open), _EXCHANGES):
+            if made := attempt(given | settled, rotary or "same", False):
+                return made
     if refused and not failed:
         raise refused[0]
     raise ZooError(
@@ -66,18 +79,6 @@ def match_modules(
         "see which layer differs first: the layout may be wrong there (--pair), or Flax's code",
         failed,
     )
-
-
-def _attempts(
-    rotary: str | None, pairs: dict[str, str], refused: Sequence[ZooError]
-) -> Iterator[tuple[bool, str | None, dict[str, str]]]:
-    """Names or execution first, and each way in which rotated features may lie; then what names
-    left open, exchanged in every way, for the outputs to decide."""
-    for turned in (rotary,) if rotary else ("same", "pairs"):
-        yield from ((False, turned, pairs), (True, turned, pairs))
-    if refused and isinstance(refused[0], OpenMatch):
-        for settled in itertools.islice(_exchanged(refused[0].open), _EXCHANGES):
-            yield False, rotary or "same", pairs | settled
 
 
 def _exchanged(unsettled: Sequence[Open]) -> Iterator[dict[str, str]]:
@@ -109,7 +110,8 @@ def _checked(made: MatchedLayout, report: Report, exchanged: Set[str]) -> Matche
         )
         for e in made.evidence
     ]
-    told = [n for n in made.notices if not n.startswith("not checked")]
+    told = [n for n in made.notices if n != NOT_CHECKED]
+    told += [f"the outputs do not tell: {b.sentence}" for b in report.blind_spots]
     rows = f"outputs: {len(report.outputs)} compared, the same"
     return MatchedLayout(made.entries, evidence, told, [*made.tried, rows])
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from convert.compare.report import Report
 from zoo.containers.base import fsync_directory
@@ -41,6 +43,16 @@ def write_report(report: Report, path: Path) -> None:
     else:
         text = report.to_json() + "\n"
     write_text(path, text)
+
+
+def write_match(path: Path, title: str, data: dict[str, Any]) -> None:
+    """Write the document of a `MatchedLayout` or an `OpenMatch`, as a page or as it is."""
+    if path.suffix.lower() == ".html":
+        from convert.compare.html import render_match
+
+        write_text(path, render_match(title, data))
+    else:
+        write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,9 +10,8 @@ import numpy as np
 from convert.runtime.nnx_names import flax_names, variables_of
 from convert.runtime.torch_layout import saved_tensors, ties_of
 from convert.runtime.torch_module import unwrapped
-from convert.tensors import bits_of
-from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo
+from convert.tensors import bits_of, info_of
+from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout
 
@@ -67,7 +66,7 @@ class ModuleReader(Reader):
                 "give a module whose parameters are there: not on torch's device 'meta', and not "
                 "of nnx.eval_shape",
             )
-        self.tensors = {n: _info(n, x) for n, x in self._values.items()}
+        self.tensors = {n: info_of(n, x) for n, x in self._values.items()}
 
     def read(self, name: str) -> np.ndarray:
         """A copy of the tensor."""
@@ -78,10 +77,3 @@ class ModuleReader(Reader):
 
 def _has_values(x: Any) -> bool:
     return not getattr(x, "is_meta", False) and type(x).__name__ != "ShapeDtypeStruct"
-
-
-def _info(name: str, x: Any) -> TensorInfo:
-    kind = str(x.dtype).removeprefix("torch.")
-    if kind not in dtypes.FROM_NAME:
-        raise UsageError(f"{name} is {kind}, which no checkpoint holds", "cast it first")
-    return TensorInfo(dtypes.FROM_NAME[kind], tuple(x.shape))

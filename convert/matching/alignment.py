@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert.matching.fits import without_ones
+
 Shape = tuple[int, ...]
 
 # From torch's axes to Flax's, and back.
@@ -44,7 +46,7 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
     }
     if fitting := [name for name, shape in able.items() if shape == flax]:
         return fitting
-    ours, theirs = _without_ones(torch), _without_ones(flax)
+    ours, theirs = without_ones(torch), without_ones(flax)
     if ours == theirs:
         return ["ones"]
     if sorted(ours) == sorted(theirs) and len(ours) <= _MOST:
@@ -52,10 +54,6 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
         turned = [o for o in orders if tuple(ours[i] for i in o) == theirs]
         return [_AXES + " ".join(map(str, o)) for o in turned]
     return [name + _RESHAPED for name, shape in able.items() if _joined(shape, flax)]
-
-
-def _without_ones(shape: Shape) -> Shape:
-    return tuple(n for n in shape if n != 1)
 
 
 _AXES = "axes "  # before the order of those axes that are longer than one
@@ -66,7 +64,7 @@ _RESHAPED = " reshaped"  # after the name of a move: neighbouring axes are then 
 def _joined(a: Shape, b: Shape) -> bool:
     """Whether the one has some of the other's neighbouring axes as one: features as (heads,
     head_dim), rows and columns as tokens. All in one axis is none of it."""
-    short, long = sorted((_without_ones(a), _without_ones(b)), key=len)
+    short, long = sorted((without_ones(a), without_ones(b)), key=len)
     if min(len(a), len(b)) < 2 or len(short) == len(long):
         return False
     rest = iter(long)
@@ -82,7 +80,7 @@ def _joined(a: Shape, b: Shape) -> bool:
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
     if move.startswith(_AXES):
-        return x.reshape(_without_ones(x.shape)).transpose(_order(move)).reshape(shape)
+        return x.reshape(without_ones(x.shape)).transpose(_order(move)).reshape(shape)
     move, reshaped, _ = move.partition(_RESHAPED)
     made = x if move == "ones" else _MOVES[move][0](x)
     return made.reshape(shape) if reshaped or move == "ones" else made
@@ -96,7 +94,7 @@ def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
     if move.startswith(_AXES):
         undo = np.argsort(_order(move))
-        return x.reshape(_without_ones(x.shape)).transpose(undo).reshape(shape)
+        return x.reshape(without_ones(x.shape)).transpose(undo).reshape(shape)
     move, reshaped, _ = move.partition(_RESHAPED)
     if move == "ones":
         return x.reshape(shape)

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from convert.matching.fits import squeeze, without_ones
 from convert.matching.pair import LayerPair, Match
-from zoo.layout.ops import Merge, Op, Ops, Permute, Split, run, run_shapes
+from zoo.layout.ops import Ops, Permute, inverse, run, run_shapes
 
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
@@ -90,20 +91,7 @@ def operations(x: np.ndarray, y: np.ndarray) -> Ops | None:
 
 def _ones(shape: Shape, target: Shape) -> Ops | None:
     """Axes of length one left out, and put in."""
-    squeezed = tuple(n for n in shape if n != 1)
-    if not squeezed or squeezed != tuple(n for n in target if n != 1):
+    squeezed = without_ones(shape)
+    if not squeezed or squeezed != without_ones(target):
         return None
-    ops: list[Op] = []
-    made = shape
-    while made != squeezed:
-        k = max(0, made.index(1) - 1)
-        ops.append(Merge(k, ("one", "axis") if made[k] == 1 else ("axis", "one"), made[k : k + 2]))
-        (made,) = ops[-1].shapes([made])
-    undo: list[Op] = []
-    made = target
-    while made != squeezed:
-        k = max(0, made.index(1) - 1)
-        names = ("one", "axis") if made[k] == 1 else ("axis", "one")
-        undo.append(Split(k, names, made[k : k + 2]))
-        made = (*made[:k], made[k] * made[k + 1], *made[k + 2 :])
-    return (*ops, *reversed(undo))
+    return (*squeeze(shape), *inverse(squeeze(target), [target]))

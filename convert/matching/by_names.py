@@ -66,9 +66,9 @@ def _is_given(ours: Unit, theirs: Unit, given: Mapping[str, str]) -> bool:
     return any(given.get(n) in names for n in called(ours))
 
 
-def called(unit: Unit) -> set[str]:
+def called(unit: Unit) -> frozenset[str]:
     """Every name that a user may call a unit by."""
-    return {n for g in unit.groups for n in (g.name, *g.members.values())}
+    return unit.members.union(unit.names)
 
 
 def _as_given(

@@ -90,14 +90,14 @@ class Values:
         first tried first; or with one axis in another order. None where there is none."""
         known = list(first) + [w for w in ways(ours, theirs) if w not in first]
         for way in known:
-            made = entries(ours, theirs, way, "param", "params")
+            made = entries(ours, theirs, way)
             if (found := self._all_equal(made)) is not None:
                 return found
         for way in known:
             if (found := self._all_equal(_flipped(ours, theirs, way))) is not None:
                 return found
         for way in known:
-            if found := self._reordered(list(entries(ours, theirs, way, "param", "params"))):
+            if found := self._reordered(list(entries(ours, theirs, way))):
                 return found
         return self._gathered(ours, theirs)
 
@@ -117,7 +117,7 @@ class Values:
         (x,) = run(made[0].ops, [self.read[0](t.name) for t in made[0].torch])
         y = self.read[1](made[0].flax[0].name)
         for op in reorders(x, y):
-            found = [Entry(e.kind, e.torch, e.flax, (*e.ops, op), e.collection) for e in made]
+            found = [replace(e, ops=(*e.ops, op)) for e in made]
             if all(map(self.equal, found)):
                 return found
         return None
@@ -149,7 +149,7 @@ def _flipped(ours: Unit, theirs: Unit, way: Way) -> Iterator[Entry]:
     shape = theirs.shape
     if shape is None or len(shape) < 3 or not way.each or len(ours.groups) > 1:
         return
-    for e in entries(ours, theirs, way, "conv_transpose", "params"):
+    for e in entries(ours, theirs, way):
         yield replace(e, ops=(*e.ops, Flip(tuple(range(len(shape) - 2)))))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from zoo.containers.errors import ZooError
 from zoo.layout import Entry, Layout
+from zoo.layout.ops import describe
 
 FORMAT = 1
 
@@ -18,7 +20,8 @@ class Evidence:
     """Why some entries are believed.
 
     `torch` and `flax` are names, "#" for the numbers of layers. `by` is what paired them: "given",
-    "values" (bit for bit), "names", "order" (of execution), "elimination" (nothing else was left).
+    "values" (bit for bit), "names", "order" (of execution), "outputs" (exchanged until they were
+    torch's), "elimination" (nothing else was left).
     `axes` is what told the order of axes: "values", "shape", "vote" (of tensors of the same name),
     "convention" (of a name), "stack", "layer" (its kind). `margin` is by how much all else scores
     lower, None where that does not apply; `rivals` are Flax's next best. `checked` says what was
@@ -35,6 +38,26 @@ class Evidence:
     entries: int = 1
     checked: str = ""
     ops: str = ""  # of the first entry: "permute(1,0)"
+
+
+Found = tuple[list[Entry], Evidence]
+
+
+def believed(
+    made: Sequence[Entry], torch: Sequence[str], flax: Sequence[str], by: str, axes: str, **of: Any
+) -> Found:
+    """Entries with the evidence for them; `of` are its other fields."""
+    ops = describe(made[0].ops)
+    told = Evidence(tuple(torch), tuple(flax), by, axes, entries=len(made), ops=ops, **of)
+    return list(made), told
+
+
+def tally(evidence: Iterable[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """By what entries are believed, and how many: of the evidence in a document, most first."""
+    by: Counter[str] = Counter()
+    for e in evidence:
+        by[e["by"]] += e["entries"]
+    return by.most_common()
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,7 @@ class OpenMatch(ZooError):
         problem: str,
         advice: str,
         details: Sequence[str],
-        found: Sequence[tuple[Sequence[Entry], Evidence]],
+        found: Sequence[Found],
         open: Sequence[Open],
         tried: Sequence[str],
     ) -> None:

@@ -22,14 +22,13 @@ class ShapeFit:
     """One way: of each axis of the target, the source's axis that it is of.
 
     `merged` says that source and target are exchanged: the target's axes hold several of the
-    source's, and `axes` is of the way back.
+    source's, and `axes` is of the way back. `inner` is a target axis that is not the first factor
+    of its axis but the second.
     """
 
     axes: tuple[int, ...]
     merged: bool = False
-    inner: int | None = (
-        None  # a target axis that is not the first factor of its axis but the second
-    )
+    inner: int | None = None
 
 
 @cache

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from convert.matching.by_values import Values, pairs_by_print
-from convert.matching.evidence import Evidence
+from convert.matching.evidence import Found, believed
 from convert.matching.features import Alike
 from convert.matching.groups import TensorGroup
 from convert.matching.holding import MatchSide
@@ -26,7 +26,6 @@ _BUFFERS = re.compile(
     r"|relative_position_index|relative_coords_table|masked_spec_embed)$"
 )
 _FEW = 200, 1 << 26  # tensors, and elements, up to which each is looked for in every other
-Found = tuple[list[Entry], Evidence]
 
 
 def looked_up(values: Values, ours: list[Unit], theirs: list[Unit]) -> Iterator[Found]:
@@ -36,8 +35,7 @@ def looked_up(values: Values, ours: list[Unit], theirs: list[Unit]) -> Iterator[
         for a, b in list(pairs_by_print(values, *sides)):
             made = values.fitting(a, b, []) if able(a, b) else None
             if made is not None:
-                yield made, Evidence(_names(a), _names(b), "values", "values", entries=len(made),
-                                     checked="values")  # fmt: skip
+                yield believed(made, a.names, b.names, "values", "values", checked="values")
                 for side, unit in ((ours, a), (theirs, b)):
                     _without(side, unit)
     yield from _in_parts(values, ours, theirs)
@@ -60,11 +58,7 @@ def _in_parts(values: Values, ours: list[Unit], theirs: list[Unit]) -> Iterator[
             m.ops,
         )
         if values.equal(entry):
-            yield [entry], Evidence(m.torch, m.flax, "values", "values", checked="values")
-
-
-def _names(unit: Unit) -> tuple[str, ...]:
-    return tuple(g.name for g in unit.groups)
+            yield believed([entry], m.torch, m.flax, "values", "values", checked="values")
 
 
 def single(units: Sequence[Unit]) -> list[Unit]:
@@ -77,14 +71,12 @@ def single(units: Sequence[Unit]) -> list[Unit]:
 
 def _without(units: list[Unit], unit: Unit) -> None:
     """Takes a unit, or the unit that a single tensor is of, out."""
-    names = {n for g in unit.groups for n in g.members.values()}
     kept = []
     for u in units:
-        have = {n for g in u.groups for n in g.members.values()}
-        if not have & names:
+        if not u.members & unit.members:
             kept.append(u)
-        elif have - names:
-            kept += [s for s in single([u]) if not {*s.groups[0].members.values()} & names]
+        elif u.members - unit.members:
+            kept += [s for s in single([u]) if not s.members & unit.members]
     units[:] = kept
 
 
@@ -107,12 +99,11 @@ def eliminated(ours: list[Unit], theirs: list[Unit], same: bool) -> Iterator[Fou
             classes
         ):
             continue  # names say that they are two
-        ((way, why, _),) = choose([UnitPair(a, b, ways(a, b))], [])
+        ((way, why),) = choose([UnitPair(a, b, ways(a, b))], [])
         if way is None:
             continue
-        made = list(entries(a, b, way, "param", "params"))
-        yield made, Evidence(_names(a), _names(b), "elimination", why, round(score, 2),
-                             entries=len(made))  # fmt: skip
+        made = list(entries(a, b, way))
+        yield believed(made, a.names, b.names, "elimination", why, score=round(score, 2))
 
 
 def constants(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from typing import Any
 
 from convert.matching.by_names import Chosen, by_names, called
 from convert.matching.by_values import Values, pairs_by_print
-from convert.matching.evidence import Evidence, MatchedLayout, Open, OpenMatch
+from convert.matching.evidence import Found, MatchedLayout, Open, OpenMatch, believed
 from convert.matching.groups import grouped
 from convert.matching.holding import MatchSide, hold
 from convert.matching.leftover import constants, eliminated, looked_up, single, surplus
@@ -19,13 +20,16 @@ from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, aligned, ways
+from zoo.checkpoint.identification import dims
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Entry, constant, tie
-from zoo.layout.ops import describe
 
 MARGIN = 1.0  # by how much names must speak for a pair, where values say nothing
 _SAMPLE = 12  # groups of tensors that tell whether both sides hold the same weights
 _SHOWN = 20
+_SURE = 99.0  # a margin that is as good as any larger one
+NOT_CHECKED = "not checked: no values and no outputs were compared, only names and shapes"
+ONLY = "only in PyTorch", "only in Flax"
 
 
 def match_tensors(
@@ -64,7 +68,7 @@ class _Matching:
         self.rotary = rotary
         self.given = given
         _check_given(ours, theirs, given)
-        self.found: list[tuple[list[Entry], Evidence]] = []
+        self.found: list[Found] = []
         self.open: list[tuple[UnitPair, Chosen, str]] = []
         self.left: tuple[list[Unit], list[Unit]] = [], []
         self.chosen: list[Chosen] = []
@@ -72,7 +76,7 @@ class _Matching:
         self.tried: list[str] = []
         self.read = Values(ours.read, theirs.read)
 
-    def take(self, found: list[tuple[list[Entry], Evidence]]) -> None:
+    def take(self, found: list[Found]) -> None:
         """Entries that are settled."""
         self.found += found
 
@@ -122,7 +126,7 @@ class _Matching:
         self.same = self._hold_the_same()
         if self.same:
             self.tried.append("values: both sides hold the same weights")
-        for (pair, chosen), (way, why, _) in zip(pairs, decided, strict=True):
+        for (pair, chosen), (way, why) in zip(pairs, decided, strict=True):
             if self.same:
                 self._by_values(pair, chosen, way, why)
             else:
@@ -160,8 +164,11 @@ class _Matching:
                 return
             made = self.read.fitting(pair.ours, pair.theirs, [way] if way else [])
             if made is not None:
-                self._settle(pair, self._kinds(made, pair), "values", "values", None, "values")
+                self._settle(pair, made, "values", "values", checked="values")
                 return
+        if self._is_given(chosen):  # whoever says so knows that its values differ
+            self._by_names(pair, chosen, way, why)
+            return
         self.left[0].append(pair.ours)
         self.left[1].append(pair.theirs)
 
@@ -177,11 +184,13 @@ class _Matching:
         elif self.rotary is None and self._turned(pair) and not self._is_given(chosen):
             self.open.append((pair, chosen, ROTARY))
         else:
-            made = list(entries(pair.ours, pair.theirs, way, "param", "params"))
+            made = list(entries(pair.ours, pair.theirs, way))
             if self.rotary == "pairs" and self._turned(pair):
                 made = in_pairs(made, pair)
             by = "given" if self._is_given(chosen) else "names"
-            self._settle(pair, self._kinds(made, pair), by, why, chosen, checked)
+            score, margin = round(chosen.score, 2), round(min(chosen.margin, _SURE), 2)
+            of = {"score": score, "margin": margin, "rivals": chosen.rivals}
+            self._settle(pair, made, by, why, checked=checked, **of)
 
     def _flips(self, pair: UnitPair) -> bool:
         """Whether this is the kernel of a transposed convolution, whose bias is as long as its
@@ -201,69 +210,33 @@ class _Matching:
     def _is_given(self, chosen: Chosen) -> bool:
         return any(n in self.given for n in called(chosen.ours))
 
-    def _kinds(self, made: list[Entry], pair: UnitPair) -> list[Entry]:
-        """With Flax's collection."""
-        leaf = pair.theirs.groups[0].parts[-1]
-        stats = self.sides[1].statistics
-        named = {t.name for e in made for t in e.flax}
-        moving = named <= stats if stats else leaf in ("mean", "var")
-        where = "batch_stats" if moving else "params"
-        return [dataclasses.replace(e, collection=where) for e in made]
-
-    def _settle(
-        self,
-        pair: UnitPair,
-        made: list[Entry],
-        by: str,
-        axes: str,
-        chosen: Chosen | None,
-        checked: str,
-    ) -> None:
-        self.found.append(
-            (
-                made,
-                Evidence(
-                    tuple(g.name for g in pair.ours.groups),
-                    tuple(g.name for g in pair.theirs.groups),
-                    by,
-                    axes,
-                    None if chosen is None else round(chosen.score, 2),
-                    None if chosen is None else round(min(chosen.margin, 99.0), 2),
-                    () if chosen is None else chosen.rivals,
-                    len(made),
-                    checked,
-                    describe(made[0].ops),
-                ),
-            )
-        )
+    def _settle(self, pair: UnitPair, made: list[Entry], by: str, axes: str, **of: Any) -> None:
+        self.found.append(believed(made, pair.ours.names, pair.theirs.names, by, axes, **of))
 
     def _look_up(self) -> None:
         """Pairs of equal values among what names paired wrongly, or not at all."""
-        for made, evidence in looked_up(self.read, *self.left):
-            self.found.append((made, evidence))
+        self.found += looked_up(self.read, *self.left)
         done = self._done()
         for side, taken in zip(self.left, done, strict=True):
             side[:] = [u for u in side if not _touches(u, taken)]
 
     def rest(self) -> None:
         """Ties, known constants, and what is left alone on either side."""
-        for made, evidence in eliminated(*self.left, self.same):
-            self.found.append((made, evidence))
+        self.found += eliminated(*self.left, self.same)
 
     def result(self) -> MatchedLayout:
         """The layout. ZooError where anything is open."""
         ours, theirs = self.sides
         done = self._done()
-        entries_ = {e.torch[0].name: e for made, _ in self.found for e in made}
         left = [n for n in ours.tensors if n not in done[0]]
         free = [n for n in theirs.tensors if n not in done[1]]
         extra: list[Entry] = []
-        notices: list[str] = []
+        notices = [*ours.notices, *theirs.notices]
         for name in list(left):
             if ours.ties.get(name) in done[0]:
                 extra.append(tie(name, ours.tensors[name].shape, ours.ties[name]))
                 left.remove(name)
-        pending = {n for p, _, _ in self.open for g in p.ours.groups for n in g.members.values()}
+        pending = {n for p, _, _ in self.open for n in p.ours.members}
         told, ties = constants(ours, [n for n in left if n not in pending], done[0], self.given)
         extra += [constant(n, ours.tensors[n].shape, c) for n, c in told.items()]
         extra += [tie(n, ours.tensors[n].shape, to) for n, to in ties.items()]
@@ -277,48 +250,58 @@ class _Matching:
         if self.open or left or free:
             raise self._error(left, free, pending)
         order = {n: k for k, n in enumerate(ours.tensors)}
-        every = sorted([*entries_.values(), *extra], key=lambda e: order[e.torch[0].name])
+        made = [self._collected(e) for made, _ in self.found for e in made]
+        every = sorted([*made, *extra], key=lambda e: order[e.torch[0].name])
         evidence = [e for _, e in sorted(self.found, key=lambda f: order[f[0][0].torch[0].name])]
         if any(not e.checked for e in evidence):
-            notices.append(
-                "not checked: no values and no outputs were compared, only names and shapes"
-            )
+            notices.append(NOT_CHECKED)
         return MatchedLayout(every, evidence, notices, self.tried)
 
+    def _collected(self, entry: Entry) -> Entry:
+        """The entry with its Linen collection: what moves with the batch, as Flax's side says, or
+        by the name where it says nothing."""
+        told = self.sides[1].statistics
+        names = [t.name for t in entry.flax]
+        moving = all(map(_moves, names)) if told is None else told.issuperset(names)
+        return dataclasses.replace(entry, collection="batch_stats" if moving else "params")
+
     def _error(self, left: list[str], free: list[str], pending: set[str]) -> ZooError:
-        lines: list[str] = []
-        for pair, chosen, why in self.open[:_SHOWN]:
-            rivals = f", or {', '.join(chosen.rivals[:2])}" if chosen.rivals else ""
-            lines.append(f"open: {pair.ours.name} -> {pair.theirs.name}{rivals}: {why}")
-        taken = {n for p, _, _ in self.open for g in p.theirs.groups for n in g.members.values()}
-        alone = [n for n in left if n not in pending]
-        lone = [n for n in free if n not in taken]
-        lines += _listed("only in PyTorch", alone, self.sides[0])
-        lines += _listed("only in Flax", lone, self.sides[1])
+        taken = {n for p, _, _ in self.open for n in p.theirs.members}
         unsettled = [
-            Open(
-                tuple(g.name for g in p.ours.groups),
-                tuple(g.name for g in p.theirs.groups),
-                why,
-                c.rivals,
-                round(min(c.margin, 99.0), 2),
-            )
+            Open(p.ours.names, p.theirs.names, why, c.rivals, round(min(c.margin, _SURE), 2))
             for p, c, why in self.open
         ]
-        unsettled += [Open((n,), (), "only in PyTorch") for n in alone]
-        unsettled += [Open((), (n,), "only in Flax") for n in lone]
+        unsettled += [Open((n,), (), ONLY[0]) for n in left if n not in pending]
+        unsettled += [Open((), (n,), ONLY[1]) for n in free if n not in taken]
         return OpenMatch(
             f"{self.sides[0].title} and {self.sides[1].title}: {len(unsettled)} open",
             "settle them with --pair TORCH=FLAX (--pair TORCH= for what Flax does not have), "
             "or give both sides the same weights, or modules with --inputs",
-            lines,
+            self._lines(unsettled),
             self.found,
             unsettled,
             self.tried,
         )
 
+    def _lines(self, unsettled: list[Open]) -> list[str]:
+        """What is open in words, the first of each sort."""
+        lines: list[str] = []
+        for why, every in itertools.groupby(unsettled, lambda o: o.why if o.why in ONLY else ""):
+            some = list(every)
+            told = why or "open"
+            lines += [f"{told}: {self._line(o)}" for o in some[:_SHOWN]]
+            lines += [f"{told}: ... and {len(some) - _SHOWN} more"] if len(some) > _SHOWN else []
+        return lines
 
-def executed(execution: Pairing) -> list[tuple[list[Entry], Evidence]]:
+    def _line(self, o: Open) -> str:
+        if o.why in ONLY:
+            side, names = (self.sides[0], o.torch) if o.torch else (self.sides[1], o.flax)
+            return f"{names[0]} {dims(side.tensors[names[0]].shape)}"
+        rivals = f", or {', '.join(o.rivals[:2])}" if o.rivals else ""
+        return f"{' + '.join(o.torch)} -> {' + '.join(o.flax)}{rivals}: {o.why}"
+
+
+def executed(execution: Pairing) -> list[Found]:
     """The entries of a pairing of layers, and why each is believed."""
     why = {p.flax: p.why for p in execution.layers}
     found = []
@@ -327,28 +310,22 @@ def executed(execution: Pairing) -> list[tuple[list[Entry], Evidence]]:
             owner = entry.flax[0].name.rpartition(".")[0]
             by = why.get(owner, "order")
             names = tuple(t.name for t in entry.torch), tuple(t.name for t in entry.flax)
-            evidence = Evidence(
-                *names, "order" if by == "name" else by, "layer", ops=describe(entry.ops)
-            )
-            found.append(([entry], evidence))
+            found.append(believed([entry], *names, "order" if by == "name" else by, "layer"))
     return found
 
 
 def _touches(unit: Unit, names: set[str]) -> bool:
-    return any(n in names for g in unit.groups for n in g.members.values())
+    return not unit.members.isdisjoint(names)
+
+
+def _moves(name: str) -> bool:
+    return name.rpartition(".")[2] in ("mean", "var")
 
 
 def _checked_rotary(rotary: str | None) -> str | None:
     if rotary not in (None, "same", "pairs"):
         raise UsageError(f"rotary is {rotary!r}", "give 'same' or 'pairs'")
     return rotary
-
-
-def _listed(what: str, names: list[str], side: MatchSide) -> list[str]:
-    from zoo.checkpoint.identification import dims
-
-    lines = [f"{what}: {n} {dims(side.tensors[n].shape)}" for n in names[:_SHOWN]]
-    return lines + ([f"{what}: ... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else [])
 
 
 def _some(names: list[str]) -> str:

@@ -29,7 +29,6 @@ class UnitPair:
     ours: Unit
     theirs: Unit
     ways: tuple[Way, ...]
-    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ def style(pair: UnitPair, way: Way, axes: str) -> AxesStyle:
     return AxesStyle(where, stack)
 
 
-def choose(
-    pairs: Sequence[UnitPair], transposed: Iterable[str]
-) -> list[tuple[Way | None, str, int]]:
-    """Of each pair the way, why, and how many others are as good: None where nothing tells."""
+def choose(pairs: Sequence[UnitPair], transposed: Iterable[str]) -> list[tuple[Way | None, str]]:
+    """Of each pair the way, and why: None where nothing tells."""
     kept = frozenset(transposed)
     told = [labels(p.ours, p.ours.name in kept) for p in pairs]
     styles = [[style(p, w, axes) for w in p.ways] for p, axes in zip(pairs, told, strict=True)]
@@ -98,8 +95,8 @@ def choose(
         for p, made, ways in zip(pairs, styles, able, strict=True)
     ]
     return [
-        (way and _by_heads(p, way, axes), why, others)
-        for p, axes, (way, why, others) in zip(pairs, told, chosen, strict=True)
+        (way and _by_heads(p, way, axes), why)
+        for p, axes, (way, why) in zip(pairs, told, chosen, strict=True)
     ]
 
 
@@ -142,17 +139,17 @@ def _chosen(
     able: list[int],
     votes: Counter[tuple[Voter, str]],
     stacks: Counter[tuple[int, ...]],
-) -> tuple[Way | None, str, int]:
+) -> tuple[Way | None, str]:
     if len(able) == 1:
-        return p.ways[able[0]], "shape", 0
+        return p.ways[able[0]], "shape"
     why = "shape"
     places = {styles[k].stack for k in able}
     if len(places) > 1:
         best = max(places, key=lambda s: (stacks[s], [-n for n in s]))
         if sum(stacks[s] == stacks[best] for s in places) > 1 and stacks[best]:
-            return None, "open", len(able) - 1
+            return None, "open"
         able = [k for k in able if styles[k].stack == best]
-        why = "stack"
+        why = "stack" if stacks[best] else "convention"  # in front, where no tensor tells
     orders = {styles[k].outputs for k in able}
     if len(orders) > 1:
         leaf = _leaf(p)
@@ -163,11 +160,9 @@ def _chosen(
         elif not most and _MEANS.get(leaf) in orders:
             best_order, why = _MEANS[leaf], "convention"
         else:
-            return None, "open", len(able) - 1
+            return None, "open"
         able = [k for k in able if styles[k].outputs == best_order]
-    if len(able) > 1:
-        return None, "open", len(able) - 1
-    return p.ways[able[0]], why, 0
+    return (p.ways[able[0]], why) if len(able) == 1 else (None, "open")
 
 
 def _sensible(p: UnitPair, axes: str) -> list[int]:

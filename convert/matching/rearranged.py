@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from convert.matching.fits import squeeze
 from convert.matching.pair import Match
-from zoo.layout.ops import Concat, Merge, Op, Ops, Permute, Split, Stack, inverse, run
+from zoo.layout.ops import Concat, Op, Ops, Permute, Split, Stack, inverse, run
 
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
@@ -77,7 +78,7 @@ def gathered(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int],
 
 def rearranged(x: np.ndarray, y: np.ndarray) -> Ops | None:
     """The ops that make `x` `y`: axes split, put in another order, or merged, and axes of one."""
-    before, after = _without_ones(x.shape), _without_ones(y.shape)
+    before, after = squeeze(x.shape), squeeze(y.shape)
     (bare,), (wanted,) = run(before, [x]), run(after, [y])
     ops = _split_and_turned(bare, wanted)
     if ops is None:
@@ -87,17 +88,6 @@ def rearranged(x: np.ndarray, y: np.ndarray) -> Ops | None:
         return None
     every = (*before, *ops, *inverse(after, [y.shape]))
     return every if np.array_equal(run(every, [x])[0], y) else None
-
-
-def _without_ones(shape: Shape) -> Ops:
-    """Axes of length one merged into their neighbours."""
-    ops: list[Op] = []
-    while 1 in shape and len(shape) > 1:
-        k = max(0, shape.index(1) - 1)
-        names = ("one", "axis") if shape[k] == 1 else ("axis", "one")
-        ops.append(Merge(k, names, shape[k : k + 2]))
-        (shape,) = ops[-1].shapes([shape])
-    return tuple(ops)
 
 
 def _split_and_turned(x: np.ndarray, y: np.ndarray) -> Ops | None:

@@ -24,13 +24,13 @@ from zoo.layout.ops import (
 )
 
 
-def entries(ours: Unit, theirs: Unit, way: Way, kind: str, collection: str) -> Iterator[Entry]:
+def entries(ours: Unit, theirs: Unit, way: Way) -> Iterator[Entry]:
     """The entries of a pair, one for each Flax tensor (or for each of torch's that is divided)."""
     for mine, yours in _matched(ours, theirs, way):
         torch = tuple(Tensor(g.members[i], g.shapes[i]) for i in mine for g in ours.groups)
         flax = tuple(Tensor(g.members[yours], g.shapes[yours]) for g in theirs.groups)
         ops = _ops(ours, theirs, way, [t.shape for t in torch], [t.shape for t in flax], len(mine))
-        yield Entry(kind, torch, flax, ops, collection)
+        yield Entry("param", torch, flax, ops)
 
 
 def _matched(ours: Unit, theirs: Unit, way: Way) -> Iterator[tuple[list[Index], Index]]:
@@ -90,7 +90,8 @@ def _ops(
         first.append(Concat(k, tuple(s[k] for s in torch)))
         if layers > 1:
             total = sum(s[k] for s in torch) // layers
-            first.append(Split(k, ("layers", "features"), (*stack, total)))
+            names = (*(f"n{i}" for i in range(len(stack))), "features")
+            first.append(Split(k, names, (*stack, total)))
             if k:
                 (made,) = run_shapes(first, torch)
                 order = (*range(k, k + len(stack)), *range(k), *range(k + len(stack), len(made)))

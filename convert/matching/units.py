@@ -25,9 +25,19 @@ class Unit:
     axis: int | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of its groups."""
+        return tuple(g.name for g in self.groups)
+
+    @property
     def name(self) -> str:
         """For people."""
-        return " + ".join(g.name for g in self.groups)
+        return " + ".join(self.names)
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """The names of all its tensors."""
+        return frozenset(n for g in self.groups for n in g.members.values())
 
     @cached_property
     def sizes(self) -> Shape | None:

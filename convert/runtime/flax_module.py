@@ -103,15 +103,17 @@ def with_values(module: Any, values: Values) -> Any:
         flat = dict(nnx.to_flat_state(state))
         for path, variable in flat.items():
             if (name := _dotted(path)) in values:
-                flat[path] = variable.replace(jnp.asarray(values[name]))
+                value = jnp.asarray(values[name])
+                held = isinstance(variable, nnx.Variable)
+                flat[path] = variable.replace(value) if held else value
         return nnx.merge(graph, nnx.from_flat_state(flat))
     if isinstance(module, linen.Module):
         inner, variables = module.unbind()
-        held = {
+        every = {
             path: jnp.asarray(values[name]) if (name := _dotted(path[1:])) in values else value
             for path, value in _flatten(variables).items()
         }
-        return inner.bind(_unflatten(held))
+        return inner.bind(_unflatten(every))
     made: Applied = module.with_values(values)
     return made
 

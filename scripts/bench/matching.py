@@ -48,9 +48,9 @@ def main() -> None:
         pairs = [UnitPair(a, b, ways(a, b)) for c in chosen for a, b in aligned(c.ours, c.theirs)]
         made = [
             entry
-            for pair, (way, _, _) in zip(pairs, choose(pairs, []), strict=True)
+            for pair, (way, _) in zip(pairs, choose(pairs, []), strict=True)
             if way is not None
-            for entry in entries(pair.ours, pair.theirs, way, "param", "params")
+            for entry in entries(pair.ours, pair.theirs, way)
         ]
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -100,6 +100,21 @@ def levels(
     yield from _inside(start, found, start)
 
 
+def innermost(names: Iterable[str]) -> Peeled:
+    """The level at which all weights lie, once every wrapper that holds them all is taken off. What
+    a module itself may be called (`model`, `net`) is one only of a training checkpoint."""
+    level = Peeled({n: n for n in names})
+    while True:
+        for step in _STEPS:
+            level = step(level)
+        heads = {_head(n) for n in level.names}
+        head = heads.pop() if len(heads) == 1 else ""
+        own = head in ("model", "net") and not level.set_aside
+        if head not in WRAPPERS or own or head in level.names:
+            return level
+        level = below(level, head)
+
+
 def below(level: Peeled, prefix: str) -> Peeled:
     """What lies below a prefix; the collections of a Linen tree stand before it."""
     prefix = prefix.removesuffix(".")
@@ -122,7 +137,7 @@ def any_below(names: Iterable[str], prefix: str) -> bool:
 
 def _inside(level: Peeled, found: bool, seen: Peeled) -> Iterator[Peeled]:
     """The levels within one, once what is not a weight has been set aside."""
-    for step in (_without_rng, _without_value, _without_compile):
+    for step in _STEPS:
         level = step(level)
     if level.names and level != seen:
         yield level
@@ -172,6 +187,9 @@ def _without_compile(p: Peeled) -> Peeled:
     if len(names) != len(p.names) or names == p.names:
         return p
     return Peeled(names, (*p.wrappers, "_orig_mod"), p.set_aside)
+
+
+_STEPS = (_without_rng, _without_value, _without_compile)
 
 
 def _head(name: str) -> str:

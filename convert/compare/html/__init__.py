@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -13,6 +12,7 @@ from convert.compare.html import page, plots
 from convert.compare.html.text import number, plain, some, times
 from convert.compare.report import Report
 from convert.judge.noise import EXACT, MARGIN
+from convert.matching.evidence import tally
 from zoo.containers.errors import printable
 
 _WORST = 5  # rows that a notebook's cell shows
@@ -38,15 +38,13 @@ def render_cell(report: Report) -> str:
 
 
 def render_match(title: str, data: Mapping[str, Any]) -> str:
-    """The page of a match, of the document of a `Matched` or an `OpenMatch`: what was paired, by
-    what, what is open; without a script. Needs the `report` extra."""
-    by: Counter[str] = Counter()
-    for e in data["evidence"]:
-        by[e["by"]] += e["entries"]
+    """The page of a match, of the document of a `MatchedLayout` or an `OpenMatch`: what was paired
+    by what, and what is open; without a script. Needs the `report` extra."""
+    by = tally(data["evidence"])
     template = _environment().get_template("match.html")
     held = {"open": (), "notices": (), **data}
     made: str = template.render(
-        title=title, data=held, paired=by.total(), by=by.most_common(), style=_part("style.css")
+        title=title, data=held, paired=sum(n for _, n in by), by=by, style=_part("style.css")
     )
     return made
 
