@@ -30,6 +30,7 @@ def convert(
     *,
     framework: str | None = None,
     tree: Tree = "nnx",
+    dialect: str | None = None,
     model: str | None = None,
     config: Source | Mapping[str, Any] | None = None,
     dtype: str | None = None,
@@ -43,18 +44,21 @@ def convert(
     progress: Progress = lambda stage, done, total: None,
     on_plan: Callable[[Prepared], None] = lambda prepared: None,
 ) -> Certificate:
-    """Convert the checkpoint `src` to the other framework; `dst` appears whole, or not at all.
+    """Convert the checkpoint `src` to the other framework, or with `dialect` to other names of
+    either; `dst` appears whole, or not at all.
 
     `src` is whatever `zoo.hub` understands. `dst` None lies beside it: STEM.flax/ or
     STEM.safetensors. `to` is "orbax", "msgpack", "safetensors" or "pt" (None: by dst's suffix, else
     orbax or safetensors). `framework` is the target's, "flax" or "torch" (None: the one that `to`
     belongs to, else the one that the source is not of). `tree` is how a Flax checkpoint is nested:
-    "nnx", "linen" or "linen-compact". `dtype` casts floating-point tensors. `learning_rate` is that
-    of the last update, for a momentum that optax keeps times it. `layout` says what the tensors are
-    where no family has them: a `zoo.layout.Layout`, its JSON data, or the path of a JSON file or of
-    a checkpoint that one came with. It travels with the result, so that the way back needs none.
-    `prefix` is what stands before the names of the one model that is meant, where `src` holds
-    several: "student".
+    "nnx", "linen", "linen-compact", or "nnx-scan" and "linen-scan", where equal layers are stacked
+    along a leading axis; `dialect` instead is a name under which upstream publishes the family
+    ("torchvision", "transformers": `zooconvert models --dialects`). `dtype` casts floating-point
+    tensors. `learning_rate` is that of the last update, for a momentum that optax keeps times it.
+    `layout` says what the tensors are where no family has them: a `zoo.layout.Layout`, its JSON
+    data, or the path of a JSON file or of a checkpoint that one came with. It travels with the
+    result, so that the way back needs none. `prefix` is what stands before the names of the one
+    model that is meant, where `src` holds several: "student".
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
     both twins are run.
     `on_plan` is called once everything is known and nothing is written.
@@ -67,6 +71,7 @@ def convert(
         to=to,
         framework=framework,
         tree=tree,
+        dialect=dialect,
         model=model,
         config=config,
         dtype=dtype,

@@ -10,10 +10,11 @@ from typing import Any
 from convert.training_state.besides import besides
 from convert.training_state.summary import summary
 from zoo import hub
-from zoo.checkpoint.identification import Candidate, identify_header
+from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import Left
 from zoo.checkpoint.plan import make_plan
+from zoo.checkpoint.readings import Candidate
 from zoo.checkpoint.request import Request, make_request
 from zoo.checkpoint.stated_layout import identity
 from zoo.containers import open_checkpoint

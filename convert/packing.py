@@ -29,10 +29,10 @@ from convert.training_state.state import TrainingState
 from zoo import hub, registry
 from zoo.card import Card
 from zoo.checkpoint.certificate import now, versions
-from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.readings import title
 from zoo.checkpoint.request import make_request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.dtypes import dtype_code

@@ -25,8 +25,9 @@ from convert.judge.rows import FLOOR
 from convert.runtime.arrays import named_outputs
 from zoo import probe
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import identify_header, only_training
+from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label
+from zoo.checkpoint.readings import only_training
 from zoo.containers.base import TensorInfo
 from zoo.layout import Layout, View, between
 from zoo.loading import build

@@ -18,8 +18,9 @@ import numpy as np
 
 from zoo import plugins
 from zoo.containers.errors import UsageError
-from zoo.layout import Entry, Layout
+from zoo.layout import TREES, Entry, Layout, Renames, Side, Tree
 from zoo.layout.ops import Shape
+from zoo.layout.renames import Pairs
 
 Config = Any  # a frozen dataclass of the family
 
@@ -29,6 +30,16 @@ class Others(NamedTuple):
 
     told: str = ""  # whose the names are, and what tells it: "RoBERTa's (lm_head.bias)"
     alike: str = ""  # whose tensors are called and shaped just as these, though they compute else
+
+
+class Dialect(NamedTuple):
+    """Other names that upstream publishes models of the family under."""
+
+    name: str  # of all families one name is of one framework: "transformers", "transformers-flax"
+    tree: Tree  # the tree whose names it changes: "torch", or a Flax one
+    renames: Callable[[Config], Pairs]  # templates, as `zoo.layout.Renames` takes them
+    summary: str  # whose files have them
+    configs: tuple[Config, ...]  # of any size: between them they have every table of names
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +73,9 @@ class Model:
     placeholders: Mapping[str, Any] = field(default_factory=dict)
     structure: frozenset[str] = frozenset()  # config fields that names alone decide
     spellings: tuple[tuple[str, str], ...] = ()  # (pattern, replacement) of retired tensor names
+    dialects: tuple[Dialect, ...] = ()
+    # Names under which upstream is known -> the tree that its files already are.
+    called: Mapping[str, Tree] = field(default_factory=dict)
     base_prefix: str = ""  # what upstream puts before the tensors of a model that got a head
     hf_type: str | None = None  # `model_type` in a transformers config.json
     from_hf: Callable[[Mapping[str, Any]], Config] | None = None
@@ -77,7 +91,37 @@ class Model:
 
     def layout_of(self, config: Config) -> Layout:
         """The layout of one configuration (configs are hashable, so it is built once)."""
-        return _layout_of(self.layout, config)
+        return _layout_of(self.layout, self.dialects, config)
+
+    @functools.cached_property
+    def flax_names(self) -> frozenset[str]:
+        """What NNX calls the tensors of the small configurations."""
+        layouts = map(self.layout_of, self.tiny.values())
+        return frozenset(t.name for layout in layouts for e in layout.entries for t in e.flax)
+
+    def tree_of(self, dialect: str) -> Tree:
+        """The tree that a dialect is; UsageError for one that the family does not have."""
+        own = {d.name: d.name for d in self.dialects} | dict(self.called) | {t: t for t in TREES}
+        if dialect not in own:
+            raise UsageError(
+                f"{self.name} has no dialect {dialect!r}",
+                f"it has {', '.join(own)}; `zooconvert models --dialects` tells of them",
+            )
+        return own[dialect]
+
+    @property
+    def dialect_sides(self) -> dict[str, Side]:
+        """Every name of a spelling, the trees' own included -> whose framework has it."""
+        trees = {d.name: d.tree for d in self.dialects} | dict(self.called) | {t: t for t in TREES}
+        return {name: "torch" if tree == "torch" else "flax" for name, tree in trees.items()}
+
+    @property
+    def hf_trees(self) -> frozenset[Tree]:
+        """The trees beside which a config.json of transformers may lie: those whose files it reads,
+        and where those are named as ours are, Flax's of ours, which it does not take for its own.
+        """
+        own = {d.name for d in self.dialects if d.name.startswith("transformers")}
+        return frozenset(own or TREES)
 
     def respell(self, name: str) -> str:
         """A tensor name in today's spelling."""
@@ -119,8 +163,10 @@ class Model:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout_of(layout: Callable[[Config], Iterable[Entry]], config: Config) -> Layout:
-    return Layout(layout(config))
+def _layout_of(
+    layout: Callable[[Config], Iterable[Entry]], dialects: tuple[Dialect, ...], config: Config
+) -> Layout:
+    return Layout(layout(config), {d.name: (d.tree, Renames(d.renames(config))) for d in dialects})
 
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:

@@ -6,11 +6,13 @@ import fnmatch
 import functools
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import zoo.models
 from zoo import plugins
 from zoo.containers.errors import UsageError
+from zoo.layout import Side
 from zoo.model import Config, Model
 
 
@@ -44,7 +46,36 @@ def families() -> dict[str, Model]:
                     "uninstall one of the packages that provide them",
                 )
             owner[name] = model.name
+    _check_dialects(found)
     return {model.name: model for model in sorted(found, key=lambda m: m.name)}
+
+
+def _check_dialects(found: Iterable[Model]) -> None:
+    """UsageError where one name is a dialect of torch's in one family, and of Flax's in another."""
+    sides: dict[str, tuple[Side, str]] = {}
+    for model in found:
+        for name, side in model.dialect_sides.items():
+            other, owner = sides.setdefault(name, (side, model.name))
+            if other != side:
+                raise UsageError(
+                    f"the dialect {name!r} is {side}'s in {model.name}, and {other}'s in {owner}",
+                    "uninstall one of the packages that provide them",
+                )
+
+
+def side_of(dialect: str) -> Side:
+    """The framework that a dialect is of, in whatever family; UsageError for one that none has."""
+    known = {n: side for m in families().values() for n, side in m.dialect_sides.items()}
+    if dialect in known:
+        return known[dialect]
+    from difflib import get_close_matches
+
+    near = get_close_matches(dialect, known, 3, 0.5)
+    raise UsageError(
+        f"no family has a dialect {dialect!r}",
+        (f"did you mean {' or '.join(near)}? " if near else "")
+        + "`zooconvert models --dialects` lists them",
+    )
 
 
 def names(pattern: str = "*") -> list[str]:

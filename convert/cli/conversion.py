@@ -1,4 +1,4 @@
-"""`zooconvert torch2flax` and `flax2torch`."""
+"""`zooconvert torch2flax`, `flax2torch` and `respell`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import click
 
 from convert.cli import output
 from convert.cli.layouts import layout_options, stated_layout
-from convert.cli.options import Size, model_options, notices, output_options
+from convert.cli.options import (
+    Size,
+    complete_dialect,
+    model_options,
+    notices,
+    output_options,
+)
 
 if TYPE_CHECKING:
     from convert.engine.prepare import Prepared
@@ -41,6 +47,14 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
     return f
 
 
+_dialect = click.option(
+    "--dialect",
+    metavar="NAME",
+    shell_complete=complete_dialect,
+    help="Upstream's names: `zooconvert models --dialects` lists them.",
+)
+
+
 @click.command()
 @click.argument("ckpt", type=click.Path())
 @click.argument("dst", required=False, type=click.Path())
@@ -51,11 +65,12 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--tree",
-    type=click.Choice(["nnx", "linen", "linen-compact"]),
+    type=click.Choice(["nnx", "linen", "linen-compact", "nnx-scan", "linen-scan"]),
     default="nnx",
     show_default=True,
-    help="How the Flax checkpoint is nested and named.",
+    help="How the Flax checkpoint is nested and named; -scan stacks equal layers.",
 )
+@_dialect
 @_convert_options
 @output_options
 def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
@@ -80,6 +95,7 @@ def torch2flax(ckpt: str, dst: str | None, **options: Any) -> None:
 @model_options
 @layout_options
 @click.option("--to", type=click.Choice(["safetensors", "pt"]), help="[default: safetensors]")
+@_dialect
 @click.option(
     "--learning-rate",
     type=float,
@@ -103,10 +119,43 @@ def flax2torch(ckpt: str, dst: str | None, **options: Any) -> None:
     _convert(ckpt, dst, "torch", **options)
 
 
+@click.command()
+@click.argument("ckpt", type=click.Path())
+@click.argument("dst", type=click.Path())
+@click.option(
+    "--dialect",
+    required=True,
+    metavar="NAME",
+    shell_complete=complete_dialect,
+    help="Whose names: `zooconvert models --dialects` lists them.",
+)
+@model_options
+@layout_options
+@click.option(
+    "--to",
+    type=click.Choice(["orbax", "msgpack", "safetensors", "pt"]),
+    help="[default: by DST, else orbax or safetensors]",
+)
+@_convert_options
+@output_options
+def respell(ckpt: str, dst: str, **options: Any) -> None:
+    """Write a checkpoint under other names, most often of the same framework.
+
+    CKPT is a checkpoint of either framework and any container; its own names are recognised.
+
+    \b
+    Examples:
+      zooconvert respell resnet50.pth resnet50 --dialect transformers
+      zooconvert respell hf://microsoft/resnet-50 resnet50.pth --dialect torchvision
+      zooconvert respell model.flax stacked.flax --dialect linen-scan
+    """
+    _convert(ckpt, dst, None, **options)
+
+
 def _convert(
     ckpt: str,
     dst: str | None,
-    framework: str,
+    framework: str | None,
     *,
     as_json: bool,
     quiet: bool,
@@ -222,7 +271,7 @@ def _data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
 def _show_plan(prepared: Prepared) -> None:
     """Every step, and what it all needs."""
     from convert.training_state.summary import line, summary
-    from zoo.checkpoint.identification import dims
+    from zoo.checkpoint.problems import dims
     from zoo.containers.errors import printable
     from zoo.layout.ops import describe
 
@@ -286,15 +335,18 @@ def _plan_data(prepared: Prepared) -> dict[str, Any]:
 
 
 def _title(prepared: Prepared) -> str:
-    from zoo.checkpoint.identification import title
+    from zoo.checkpoint.readings import title
 
     p = prepared.plan
     return title(p.model, p.config, p.unknown)
 
 
 def _kind(prepared: Prepared) -> str:
+    from zoo.layout import TREES
+
     tree = prepared.plan.target_tree
-    return prepared.target.to + ("" if tree == "torch" else f", {tree} tree")
+    told = f", {tree} {'tree' if tree in TREES else 'names'}"
+    return prepared.target.to + ("" if tree == "torch" else told)
 
 
 def _beside(target: Target) -> str:

@@ -50,7 +50,7 @@ def inspect(
 
 def _show(found: Inspection, every: bool) -> None:
     """Model, totals, then a table of tensors."""
-    from zoo.checkpoint.identification import dims
+    from zoo.checkpoint.problems import dims
     from zoo.containers.errors import printable
 
     what = " or ".join(found.models) or f"unknown model ({found.why_not})"

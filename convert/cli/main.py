@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from convert.cli.conversion import flax2torch, torch2flax
+from convert.cli.conversion import flax2torch, respell, torch2flax
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
 from convert.cli.match import match
@@ -30,7 +30,7 @@ def cli() -> None:
     """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
 
 
-for command in (torch2flax, flax2torch, verify, match, inspect, lint, models, pack):
+for command in (torch2flax, flax2torch, respell, verify, match, inspect, lint, models, pack):
     cli.add_command(command)
 
 

@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("pattern", default="*")
 @click.option("--weights", is_flag=True, help="List pretrained weights, with their scores.")
+@click.option("--dialects", is_flag=True, help="List the names that upstream publishes it under.")
 @output_options
-def models(pattern: str, weights: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def models(
+    pattern: str, weights: bool, dialects: bool, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """List the presets whose name or family contains PATTERN, or matches it as a shell pattern.
 
-    With --weights those that are installed here: they are loaded by their name.
+    With --weights those that are installed here: they are loaded by their name. With --dialects
+    every family's spellings: a file is read in any of them, and --dialect writes one.
 
     \b
     Examples:
@@ -31,10 +35,13 @@ def models(pattern: str, weights: bool, as_json: bool, quiet: bool, debug: bool)
       zooconvert models bert
       zooconvert models 'resnet*' --json
       zooconvert models --weights
+      zooconvert models resnet --dialects
     """
     from zoo.containers.errors import UsageError
     from zoo.registry import get, names
 
+    if weights and dialects:
+        raise click.UsageError("--weights and --dialects are two lists: ask for one")
     if weights:
         _weights(pattern, as_json, quiet)
         return
@@ -46,6 +53,13 @@ def models(pattern: str, weights: bool, as_json: bool, quiet: bool, debug: bool)
     ]
     if not found:
         raise UsageError(f"no model matches {pattern!r}", "`zooconvert models` lists them all")
+    if dialects:
+        rows = [r for f in {f.model.name: f for _, f in found}.values() for r in _spelled(f)]
+        if as_json:
+            output.json(rows)
+        elif not quiet:
+            _show_dialects(rows)
+        return
     if as_json:
         output.json([_row(name, f) for name, f in found])
     elif not quiet:
@@ -87,6 +101,49 @@ def _row(name: str, found: Found) -> dict[str, Any]:
         "tensors": len(layout.shapes("torch")),
         "summary": found.model.summary,
     }
+
+
+def _spelled(found: Found) -> list[dict[str, Any]]:
+    """What `models --dialects` says of one family: every spelling of its preset."""
+    from zoo.layout import STACKED, TREES
+
+    model = found.model
+    layout = model.layout_of(found.config)
+    told = {d.name: d.summary for d in model.dialects}
+    rows = []
+    for tree in sorted((*TREES, *told), key=lambda t: layout.side(t) == "flax"):
+        if tree in STACKED and not layout.stacks:
+            continue
+        shown = [v.tensors[0].name for v in layout.view(tree) if v.tensors]
+        rows.append(
+            {
+                "family": model.name,
+                "dialect": tree,
+                "also": [name for name, of in model.called.items() if of == tree],
+                "framework": layout.side(tree),
+                "summary": told.get(tree, ""),
+                "example": shown[len(shown) // 2],
+            }
+        )
+    return rows
+
+
+def _show_dialects(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of spellings."""
+    output.table(
+        ("family", "framework", "dialect", "also called", "whose", "for example"),
+        [
+            (
+                r["family"],
+                r["framework"],
+                r["dialect"],
+                ", ".join(r["also"]),
+                r["summary"],
+                r["example"],
+            )
+            for r in rows
+        ],
+    )
 
 
 def _show(rows: Sequence[dict[str, Any]]) -> None:

@@ -31,6 +31,13 @@ def complete_model(ctx: Any, param: Any, incomplete: str) -> list[str]:
     return [n for n in (*names(), *families()) if n.startswith(incomplete)]
 
 
+def complete_dialect(ctx: Any, param: Any, incomplete: str) -> list[str]:
+    from zoo.registry import families
+
+    known = {name for model in families().values() for name in model.dialect_sides}
+    return [n for n in sorted(known) if n.startswith(incomplete)]
+
+
 def model_options(f: Callable[..., Any]) -> Callable[..., Any]:
     f = click.option(
         "--config",

@@ -22,11 +22,11 @@ from convert.matching.pair import Pair
 from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
-from zoo.checkpoint.identification import title
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.readings import title
 from zoo.checkpoint.request import Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
@@ -123,7 +123,7 @@ def compare_checkpoints(
     assert family is not None
     sides = [
         Weights(
-            "torch" if plan.source_tree == "torch" else "flax",
+            plan.source_side,
             titled.config if plan.unknown else plan.config,
             _canonical(reader, plan),
         )

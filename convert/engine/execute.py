@@ -43,7 +43,7 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
         _write(reader, plan, target, place, label, certificate, progress)
         written = place / target.path.name
         if prepared.verify:
-            ties = written_ties(target, plan, label)
+            ties = written_ties(target, plan)
             kept = Canonical(plan) if prepared.level != "bits" else None
             certificate.verified = recheck(
                 plan, written, ties, label, certificate, progress, kept or forget
@@ -121,7 +121,7 @@ def _write(
     total = sum(s.nbytes for s in plan.steps)
     ties: dict[str, list[str]] = {}
     if target.to == "safetensors":
-        for name, to in written_ties(target, plan, label).items():
+        for name, to in written_ties(target, plan).items():
             ties.setdefault(to, []).append(name)
     with open_writer(target, place, plan, label) as writer:
         jobs = [_moving(reader, step) for step in plan.steps]
@@ -138,12 +138,12 @@ def _write(
         writer.finish()
     if overflow:
         certificate.notices.append(f"the cast made {overflow} values infinite or NaN: out of range")
-    for name, to in written_ties(target, plan, label).items():
+    for name, to in written_ties(target, plan).items():
         record = next(r for r in certificate.tensors if to in r.target)
         certificate.tensors.append(
             replace(record, names=[name], source=[], target=[name], op="tied")
         )
-    _write_label(target, place, label)
+    _write_label(target, place, label, plan.readable)
 
 
 def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
@@ -155,9 +155,9 @@ def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
         certificate.tensors.append(record)
 
 
-def _write_label(target: Target, place: Path, label: Label) -> None:
+def _write_label(target: Target, place: Path, label: Label, readable: bool) -> None:
     if target.has_config:
-        write_text(place / target.beside(filenames.CONFIG), label.to_config_json())
+        write_text(place / target.beside(filenames.CONFIG), label.to_config_json(readable))
     for name, text in label.files().items():
         write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)
 

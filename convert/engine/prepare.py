@@ -18,16 +18,16 @@ from convert.training_state import storage
 from convert.training_state.besides import besides
 from convert.training_state.state import TrainingState
 from zoo import hub
-from zoo.checkpoint.identification import FLAX_TREES
-from zoo.checkpoint.label import read_label
+from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.request import make_request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
-from zoo.layout import TREES, Tree
+from zoo.layout import FLAX_TREES, STACKED, TREES, Tree
 from zoo.loading import FRAMEWORKS
+from zoo.registry import side_of
 
 Source = str | os.PathLike[str]
 
@@ -70,6 +70,7 @@ class Order:
     to: str | None = None
     framework: str | None = None
     tree: Tree = "nnx"
+    dialect: str | None = None
     model: str | None = None
     config: Source | Mapping[str, Any] | None = None
     dtype: str | None = None
@@ -96,13 +97,28 @@ class Order:
                 f"there is no tree {self.tree!r}", f"known are {', '.join(FLAX_TREES)}"
             )
 
+        if self.dialect is not None and self.tree != "nnx":
+            raise UsageError(
+                f"dialect {self.dialect!r} and tree {self.tree!r} both name the result's tensors",
+                "leave out one of the two",
+            )
+        if self.dialect is not None and self.framework not in (None, side_of(self.dialect)):
+            raise UsageError(
+                f"the dialect {self.dialect!r} is one of {side_of(self.dialect)}'s",
+                "give one of the framework's that is wanted; "
+                "`zooconvert models --dialects` lists them",
+            )
+
     @property
     def wanted(self) -> str | None:
         """The framework that was asked for, if one was: safetensors is of both."""
         if self.framework is not None:
             return self.framework
+        if self.dialect is not None:
+            return side_of(self.dialect)
         to = self.to or by_suffix(None if self.dst is None else Path(self.dst))
-        return {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")
+        told = {"orbax": "flax", "msgpack": "flax", "pt": "torch"}.get(to or "")
+        return told or (None if self.tree == "nnx" else "flax")
 
 
 def prepare(order: Order, stack: ExitStack) -> Prepared:
@@ -113,15 +129,17 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
     chosen = None if wanted is None else _target(order, wanted)
     prefer = "flax" if wanted == "torch" else "torch"  # safetensors of both in one directory
     reader = stack.enter_context(open_checkpoint(hub.locate(order.src), prefer))
+    label = read_label(reader)
     plan = make_plan(
         reader,
-        read_label(reader),
-        None if wanted is None else "torch" if wanted == "torch" else order.tree,
+        label,
+        None if wanted is None else _tree(order, wanted, label),
         request=make_request(order.model, order.config, order.layout, order.prefix),
-        sources=TREES if wanted is None else FLAX_TREES if wanted == "torch" else ("torch",),
+        sources=_sources(order, wanted),
         dtype=None if order.dtype is None else dtype_code(order.dtype),
     )
-    target, told = chosen or _target(order, "torch" if plan.target_tree == "torch" else "flax")
+    _refuse_same(plan)
+    target, told = chosen or _target(order, plan.target_side)
     if order.level != "bits":
         runnable(plan)
     check_paths(target.path, reader.path)
@@ -129,12 +147,46 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
     plan, training = besides(reader, plan, stack, order.learning_rate)
     if order.dtype is not None and (training.optimizers or training.ema):
         told = [*told, "moments and averages keep their dtypes"]
-    if plan.unknown and plan.model and plan.model.to_hf and target.has_config:
+    if plan.unknown and plan.model and plan.model.to_hf and plan.readable and target.has_config:
         untold = ", ".join(sorted(plan.unknown))
         told = [*told, f"the config.json is not one of transformers', which would guess {untold}"]
+    if target.has_config and plan.readable and _is_unknown_upstream(plan):
+        told = [*told, "transformers has no such model: its keys are not in the config.json"]
     check_space(target.path.parent, disk_needed(plan, target, training))
     notices = [*plan.notices, *told]
     return Prepared(reader, plan, target, training, order.level, order.verify, order.force, notices)
+
+
+def _is_unknown_upstream(plan: Plan) -> bool:
+    """Whether the family is transformers' too, and this config of it is not."""
+    return bool(plan.model and plan.model.to_hf and not plan.model.to_hf(plan.config))
+
+
+def _tree(order: Order, wanted: str, label: Label) -> Tree:
+    """How the result is spelled: as asked for, else as torch spelled it before, else as we do."""
+    if order.dialect is not None:
+        return order.dialect
+    return order.tree if wanted == "flax" else label.dialect or "torch"
+
+
+def _sources(order: Order, wanted: str | None) -> tuple[Tree, ...]:
+    """The trees that the source may be: with a dialect alone, of the same framework too."""
+    if wanted is None or (order.dialect is not None and order.framework is None):
+        return TREES
+    return FLAX_TREES if wanted == "torch" else ("torch",)
+
+
+def _refuse_same(plan: Plan) -> None:
+    """UsageError where the result would be spelled as the source is, or no layer can be stacked."""
+    if plan.source_tree == plan.target_tree:
+        raise UsageError(
+            f"its names are those of {plan.target_tree} already", "copy it, or name another dialect"
+        )
+    if plan.target_tree in STACKED and not plan.layout.stacks:
+        raise UsageError(
+            f"{plan.title} has no equal layers in a row that {plan.target_tree} could stack",
+            f"give --tree {plan.target_tree.removesuffix('-scan')}",
+        )
 
 
 def _target(order: Order, framework: str) -> tuple[Target, list[str]]:

@@ -92,7 +92,7 @@ class Canonical:
             tuple(t.name for t in view.entry.torch): inverse(
                 view.ops, [t.shape for t in view.entry.torch]
             )
-            for view in plan.layout.view(plan.target_tree)
+            for _, view in plan.pairs()
             if view.tensors
         }
 

@@ -83,10 +83,10 @@ def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer
     """The Writer for `target`, at work in the directory `place`."""
     path = place / target.path.name
     header = plan.target_tensors()
-    ties = written_ties(target, plan, label)
+    ties = written_ties(target, plan)
     if target.to == "safetensors":
         header |= {name: header[to] for name, to in ties.items()}
-        metadata = {"format": "pt" if plan.target_tree == "torch" else "flax"} | label.to_metadata()
+        metadata = {"format": "pt" if plan.target_side == "torch" else "flax"} | label.to_metadata()
         return _safetensors(target, path, header, metadata)
     if target.to == "orbax":
         from zoo.containers.orbax_dir import OrbaxWriter
@@ -101,12 +101,12 @@ def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer
     return TorchWriter(path, header, {}, ties)
 
 
-def written_ties(target: Target, plan: Plan, label: Label) -> dict[str, str]:
+def written_ties(target: Target, plan: Plan) -> dict[str, str]:
     """Second names that are written too: all in a .pt file, where they share the storage; in
     safetensors, which would hold them twice, only those that the source spelled out."""
     if target.to == "pt":
         return dict(plan.ties)
-    return {name: to for name, to in plan.ties.items() if name in label.ties}
+    return {name: to for name, to in plan.ties.items() if name in plan.spelled}
 
 
 def _safetensors(

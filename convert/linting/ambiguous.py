@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from convert.linting.findings import Finding, braced, ranged
 from convert.linting.subject import Layer, Subject
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.layout.kinds import of_group
 from zoo.layout.ops import Shape
 

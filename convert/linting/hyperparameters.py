@@ -10,7 +10,7 @@ from convert.linting.findings import Finding
 from convert.linting.subject import Layer, Subject
 from convert.linting.tokens import TOKENS
 from convert.linting.values import UNKNOWN, count, finding, severity, value
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 
 _EPSILON = (
     *("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layernorm_eps", "ln_eps"),

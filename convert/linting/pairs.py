@@ -9,7 +9,7 @@ from typing import Any
 from convert.linting.ambiguous import patterns
 from convert.linting.findings import Finding, Severity
 from convert.linting.subject import Layer, Subject
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.registry import families
 
 # Keys of a config that say nothing of what is computed.

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.checkpoint.identification import Candidate, identify_header
+from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label, config_files, read_label
 from zoo.checkpoint.peel import NOT_WEIGHTS, levels
+from zoo.checkpoint.readings import Candidate
 from zoo.checkpoint.request import Request
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
@@ -155,7 +156,7 @@ def _known(
         source,
         c.title(),
         c.model.name if c.model else None,
-        "torch" if c.tree == "torch" else "flax",
+        c.layout.side(c.tree),
         tensors,
         layers,
         {**stated, **known} if used else {**known, **stated},

@@ -19,9 +19,9 @@ from convert.runtime.torch_layout import derive_layout, saved_tensors, ties_of
 from convert.runtime.torch_module import unwrapped
 from convert.runtime.user_code import made
 from zoo import hub
-from zoo.checkpoint.identification import Problems
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan, refuse_broken_ties
+from zoo.checkpoint.problems import Problems
 from zoo.checkpoint.request import UNSTATED, Request, as_layout
 from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader

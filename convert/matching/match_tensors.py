@@ -20,7 +20,7 @@ from convert.matching.pairing import Pairing
 from convert.matching.rotary import ROTARY, in_pairs, rotated
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, aligned, ways
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Entry, constant, tie
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from convert.training_state.lazy import Lazy, Read, moved
 from convert.training_state.ownership import Parameters
-from zoo.checkpoint.identification import dims
 from zoo.checkpoint.peel import WRAPPERS
+from zoo.checkpoint.problems import dims
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout, Tree, View

@@ -21,9 +21,9 @@ from convert.training_state.ownership import Parameters
 from convert.training_state.rules import rules
 from convert.training_state.state import OptimizerState, TrainingState
 from zoo import hub
-from zoo.checkpoint.identification import dims
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
+from zoo.checkpoint.problems import dims
 from zoo.checkpoint.request import Request, make_request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
@@ -165,7 +165,7 @@ class _Search:
         tensors = plan.left.tensors if plan else reader.tensors
         roots = set(files_torch.find(reader))
         self.torch_optimizers(reader, files_torch.title)
-        if tree != "torch":
+        if self.layout.side(tree) == "flax":
             places = files_flax.find((*tensors, *reader.extras), alone=plan is None)
             for root, names in places.items():
                 self.flax_optimizers(root, names)

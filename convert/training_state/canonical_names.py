@@ -15,8 +15,9 @@ import numpy as np
 
 from convert.training_state.lazy import Lazy, Read, info_of, moved
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import dims, identify_header
+from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label
+from zoo.checkpoint.problems import dims
 from zoo.checkpoint.request import Request
 from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import NUMPY

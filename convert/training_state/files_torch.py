@@ -14,7 +14,7 @@ from convert.training_state.lazy import Lazy
 from convert.training_state.ownership import Parameters, pair
 from convert.training_state.rules import rule_of, rules
 from convert.training_state.state import Group, OptimizerState
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.dtypes import code_of
 from zoo.containers.errors import CorruptInput, UsageError

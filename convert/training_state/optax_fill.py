@@ -13,7 +13,7 @@ from convert.training_state.optax_tree import StateTree, classes_of, read_tree
 from convert.training_state.optax_trial import make_trial
 from convert.training_state.rules import rules
 from convert.training_state.state import OptimizerState
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout
 from zoo.loading import LoadNotice

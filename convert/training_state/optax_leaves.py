@@ -13,7 +13,7 @@ from convert.training_state.optax_tree import COUNTS, Holding, Spot, StateTree
 from convert.training_state.rules import Rule, rules
 from convert.training_state.state import OptimizerState
 from zoo.checkpoint.apply import lost
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.containers import dtypes
 from zoo.containers.errors import UsageError
 from zoo.layout import Layout

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from zoo.checkpoint.identification import dims
 from zoo.checkpoint.peel import WRAPPERS
 from zoo.checkpoint.plan import Plan
+from zoo.checkpoint.problems import dims
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
 from zoo.layout.ops import Shape
@@ -61,7 +61,11 @@ class Parameters:
             shapes = {n: shapes[n] for n in dict.fromkeys((*first, *shapes))}
         if (model := plan.model) is None:
             return cls(shapes, ties, frozenset(norms))
-        return cls(shapes, ties, frozenset(norms), model.respell, model.base_prefix)
+        respell = model.respell
+        if plan.source_tree in layout.dialects:
+            _, renames = layout.dialects[plan.source_tree]
+            respell = renames.back
+        return cls(shapes, ties, frozenset(norms), respell, model.base_prefix)
 
     def resolve(self, name: str) -> str | None:
         """The canonical name, without the wrappers that training puts before it; None: of none."""

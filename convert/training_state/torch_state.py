@@ -13,7 +13,7 @@ from convert.training_state.canonical_names import bare, some, torch_names
 from convert.training_state.rules import Rule, rule_of, rules
 from convert.training_state.state import Group, OptimizerState
 from zoo.checkpoint.apply import lost
-from zoo.checkpoint.identification import dims
+from zoo.checkpoint.problems import dims
 from zoo.containers import dtypes
 from zoo.containers.errors import UsageError
 from zoo.loading import LoadNotice

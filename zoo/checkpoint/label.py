@@ -58,6 +58,7 @@ class Label:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of others, in a safetensors header
     source: str = ""  # where the config was read
     notices: tuple[str, ...] = ()
+    dialect: str = ""  # how torch spelled the source of a Flax checkpoint, where not as we do
     problem: ZooError | None = None  # why it could not be read; for whoever needs the config
     foreign: str = ""  # what a config.json says that it is, where no family here is that
 
@@ -67,11 +68,14 @@ class Label:
         ours = {f"zoo.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
         return dict(self.metadata) | ours
 
-    def to_config_json(self) -> str:
+    def to_config_json(self, readable: bool = True) -> str:
         """The text of a config.json that our reader takes, and transformers where nothing is
-        unknown: it would fill in its defaults, and nobody would notice."""
-        data = {} if self.unknown else self._hf()
+        unknown: it would fill in its defaults, and nobody would notice. `readable` False: the
+        tensors have other names than it reads, and what it once wrote is only kept."""
         ours = self._data() | ({"metadata": dict(self.metadata)} if self.metadata else {})
+        if self.hf and not readable:
+            ours["hf"] = dict(self.hf)
+        data = self._hf() if readable and not self.unknown else {}
         return json.dumps(data | {"zoo": ours}, indent=2) + "\n"
 
     def files(self) -> dict[str, str]:
@@ -84,7 +88,7 @@ class Label:
             return dict(self.hf)
         assert self.config is not None
         ours = self.model.to_hf(self.config)
-        if not self.hf:
+        if not self.hf or not ours:
             return ours
         told = self.model.to_hf(self.model.from_hf(self.hf))
         names = {"model_type", "architectures", *(f.name for f in dataclasses.fields(self.config))}
@@ -115,6 +119,8 @@ class Label:
             }
         if self.ties:
             data["ties"] = sorted(self.ties)
+        if self.dialect:
+            data["dialect"] = self.dialect
         return data
 
 
@@ -164,7 +170,8 @@ def read_config_file(path: Path) -> Label:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):
         label = _from_zoo(data["zoo"], str(path), path)
-        return dataclasses.replace(label, hf={k: v for k, v in data.items() if k != "zoo"})
+        kept = data["zoo"].get("hf", {k: v for k, v in data.items() if k != "zoo"})
+        return dataclasses.replace(label, hf=kept if isinstance(kept, dict) else {})
     stated, classes = data.get("model_type"), _class_names(data)
     for model in families().values():
         ours = model.hf_type == stated if stated else bool(model.hf_classes & set(classes))
@@ -256,6 +263,7 @@ def _besides_config(data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "carried": {n: _carried(c) for n, c in data.get("carried", {}).items()},
         "ties": tuple(data.get("ties", ())),
+        "dialect": str(data.get("dialect", "")),
         "metadata": {str(k): str(v) for k, v in dict(data.get("metadata", {})).items()},
     }
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.identification import Candidate, identify_header, title
+from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Carried, Label
 from zoo.checkpoint.peel import Left
+from zoo.checkpoint.readings import Candidate, title
 from zoo.checkpoint.request import UNSTATED, Request
 from zoo.checkpoint.stated_layout import identity
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import UsageError, ZooError
-from zoo.layout import TREES, Constant, Layout, Tree, View, between
+from zoo.layout import TREES, Constant, Layout, Side, Tree, View, between, paired
 from zoo.layout.ops import Ops
 from zoo.model import Config, Model, override
 
@@ -95,10 +96,11 @@ class Plan:
     aside: tuple[Aside, ...]
     made: tuple[Made, ...]
     ties: Mapping[str, str]  # second names that PyTorch has -> the target tensor they repeat
+    spelled: frozenset[str]  # those of them that the source spelled out
     told: tuple[str, ...]  # what a user should know
     left: Left  # what the file holds besides
     label: Label  # for the target, but for what is only known once tensors have been read
-    fresh: tuple[str, ...] = ()  # canonical tensors that the file lacks (only after `transfer`)
+    fresh: tuple[str, ...] = ()  # canonical tensors that the file lacks (see `transfer`)
 
     @property
     def family(self) -> Model:
@@ -139,6 +141,25 @@ class Plan:
         """What a user should be told."""
         return (*self.told, *self.left.notices())
 
+    @property
+    def source_side(self) -> Side:
+        """Whose framework the file is of."""
+        return self.layout.side(self.source_tree)
+
+    @property
+    def target_side(self) -> Side:
+        """Whose framework the target is of."""
+        return self.layout.side(self.target_tree)
+
+    @property
+    def readable(self) -> bool:
+        """Whether transformers, where it has the model, reads tensors of the target's names."""
+        return self.model is None or self.target_tree in self.model.hf_trees
+
+    def pairs(self) -> list[tuple[View, View]]:
+        """What the file holds, and what the target does, entry by entry."""
+        return paired(self.layout.view(self.source_tree), self.layout.view(self.target_tree))
+
     def target_tensors(self) -> dict[str, TensorInfo]:
         """The header of the target, ties aside."""
         header = {
@@ -161,10 +182,11 @@ def make_plan(
 ) -> Plan:
     """Pair every tensor of the file with the layout of the model that it is.
 
-    `target` None means the side that it is not. `sources` are the trees that the file may be
-    spelled as; `dtype` a dtype code for floating-point tensors. Where the file spells out tensors
-    that are tied, they are read, to see whether they are; not without `values`. Raises ZooError
-    listing everything that is missing, surplus or of the wrong shape.
+    `target` None means the side that it is not: NNX, or torch as its source was spelled. `sources`
+    are the trees that the file may be spelled as, each with its dialects; `dtype` a dtype code for
+    floating-point tensors. Where the file spells out tensors that are tied, they are read, to see
+    whether they are; not without `values`. Raises ZooError listing everything that is missing,
+    surplus or of the wrong shape.
     """
     if label.problem is not None and request.config is None and request.layout is None:
         raise label.problem
@@ -172,7 +194,10 @@ def make_plan(
         found = identify_header(reader.tensors, label, request, sources)
     except ZooError as e:
         raise type(e)(f"{reader.path}: {e.problem}", e.advice, e.details) from None
-    target = target or ("nnx" if found[0].tree == "torch" else "torch")
+    from_torch = found[0].layout.side(found[0].tree) == "torch"
+    target = target or ("nnx" if from_torch else label.dialect or "torch")
+    if (model := found[0].model) is not None:
+        target = model.tree_of(target)
     if values and request.config is None:
         found = [_settle_ties(c, reader, label, request) for c in found]
     plans = [_plan(c, reader, label, target, dtype) for c in found]
@@ -193,10 +218,11 @@ def make_plan(
 def _settle_ties(c: Candidate, reader: Reader, label: Label, request: Request) -> Candidate:
     """The reading once values have told whether what the file spells out is tied, where its family
     can do without."""
+    called = {v.entry.torch[0].name: v.tensors[0].name for v in c.layout.view(c.tree) if v.tensors}
     spelled = {
-        name: (c.names[name], c.names[e.tied_to])
+        name: (c.names[called[name]], c.names[called[e.tied_to]])
         for e in c.layout.entries
-        if e.tied_to is not None and c.tree == "torch" and (name := e.torch[0].name) in c.names
+        if e.tied_to is not None and called.get(name := e.torch[0].name) in c.names
     }
     if c.model is None or not (spelled.keys() & c.model.untied.keys()):
         return c
@@ -226,23 +252,30 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
     made: list[Made] = []
     ties: dict[str, str] = {}
     spelled = set(label.ties)
-    for source, view in zip(c.layout.view(c.tree), c.layout.view(target), strict=True):
+    pairs = paired(c.layout.view(c.tree), c.layout.view(target))
+    sources, targets = (
+        {v.entry.torch[0].name: v.tensors[0].name for v in views if v.tensors}
+        for views in zip(*pairs, strict=True)
+    )
+    to_torch = c.layout.side(target) == "torch"
+    for source, view in pairs:
         e, name = source.entry, source.entry.torch[0].name
-        held = c.names.get(name) if c.tree == "torch" else None
+        held = c.names.get(sources.get(name, ""))
         if e.tied_to is not None:
             if held is not None:
-                aside.append(Aside(name, held, reader.tensors[held], None, c.names[e.tied_to]))
+                of = c.names[sources[e.tied_to]]
+                aside.append(Aside(name, held, reader.tensors[held], None, of))
                 spelled.add(name)
-            if target == "torch":
-                ties[name] = e.tied_to
-        elif e.constant is None or (held is not None and target == "torch"):
+            if to_torch:
+                ties[targets[name]] = targets[e.tied_to]
+        elif e.constant is None or (held is not None and to_torch):
             steps.append(_step(source, view, c.names, reader.tensors, dtype))
         elif held is not None:
             aside.append(Aside(name, held, reader.tensors[held], e.constant, None))
-        elif target == "torch" and (e.constant.in_state_dict or name in label.carried):
+        elif to_torch and (e.constant.in_state_dict or name in label.carried):
             kept = label.carried.get(name)
             info = kept.info if kept else TensorInfo(e.constant.dtype, e.torch[0].shape)
-            made.append(Made(name, info, e.constant, kept))
+            made.append(Made(targets[name], info, e.constant, kept))
     notices = [*label.notices, *reader.notices, *c.peeled.notices(), *c.told]
     if c.unknown:
         notices.append(f"not in the tensors, recorded as unknown: {', '.join(sorted(c.unknown))}")
@@ -257,6 +290,7 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
         aside=tuple(aside),
         made=tuple(made),
         ties=ties,
+        spelled=frozenset(targets[n] for n in spelled if n in targets),
         told=tuple(notices),
         left=Left(c.peeled.set_aside, tuple(reader.extras), tuple(reader.beside)),
         label=dataclasses.replace(
@@ -267,12 +301,20 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
             layout=None if c.model else c.layout,
             # The config.json of a family, beside what is said to be of none, is of something else.
             hf=label.hf if c.model or label.model is None else {},
-            carried={} if target == "torch" else label.carried,
+            dialect=_remembered(c, label, target),
+            carried={} if to_torch else label.carried,
             ties=tuple(sorted(spelled)),
             notices=(),
             foreign="",
         ),
     )
+
+
+def _remembered(c: Candidate, label: Label, target: Tree) -> str:
+    """What a Flax checkpoint keeps of how torch spelled it, for the way back."""
+    if c.layout.side(target) == "torch":
+        return ""
+    return c.tree if c.layout.side(c.tree) == "torch" and c.tree != "torch" else label.dialect
 
 
 def _step(
@@ -304,54 +346,6 @@ def _step(
         ops=ops,
         back=back,
     )
-
-
-def transfer(plan: Plan, config: Config) -> Plan:
-    """The plan for another config of the family: what fits is kept, the rest starts afresh.
-
-    Tensors of the same canonical name (with or without the prefix that a head brings) and shape
-    are read as before. `fresh` of the result names those that the file cannot give; a notice says
-    what is new and what goes unused.
-    """
-    model = plan.family
-    layout = model.layout_of(config)
-    by_name = {step.names: step for step in plan.steps}
-    steps: list[Step] = []
-    fresh: list[str] = []
-    for view in layout.view(plan.target_tree):
-        if view.entry.tied_to is not None:
-            continue
-        names = tuple(t.name for t in view.entry.torch)
-        found = next(
-            (by_name[alias] for alias in _aliases(names, model.base_prefix) if alias in by_name),
-            None,
-        )
-        if found and [i.shape for i in found.target_infos] == [t.shape for t in view.tensors]:
-            targets = tuple(t.name for t in view.tensors)
-            steps.append(dataclasses.replace(found, names=names, targets=targets))
-        elif view.entry.constant is None:
-            fresh += names
-    read = {s for step in steps for s in step.sources}
-    unused = [s for step in plan.steps for s in step.sources if s not in read]
-    told = [f"new, not from the checkpoint: {', '.join(fresh)}"] if fresh else []
-    told += [f"in the checkpoint, not used: {', '.join(unused)}"] if unused else []
-    return dataclasses.replace(
-        plan,
-        layout=layout,
-        config=config,
-        steps=tuple(steps),
-        fresh=tuple(fresh),
-        told=(*plan.told, *told),
-        label=dataclasses.replace(plan.label, config=config),
-    )
-
-
-def _aliases(names: tuple[str, ...], prefix: str) -> list[tuple[str, ...]]:
-    return [
-        names,
-        tuple(n.removeprefix(prefix) for n in names),
-        tuple(prefix + n for n in names),
-    ]
 
 
 def read_step(reader: Reader, step: Step) -> list[np.ndarray]:

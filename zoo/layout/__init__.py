@@ -18,6 +18,7 @@ from zoo.layout.entries import (
     Constant,
     Entry,
     Tensor,
+    View,
     attention,
     batchnorm,
     constant,
@@ -34,15 +35,31 @@ from zoo.layout.entries import (
 )
 from zoo.layout.kinds import Kind
 from zoo.layout.ops import Shape
-from zoo.layout.views import TREES, Layout, Tree, View, between, canonical_guess
+from zoo.layout.renames import Renames
+from zoo.layout.stacked import between, paired, unstacked
+from zoo.layout.views import (
+    COLLECTED,
+    FLAX_TREES,
+    STACKED,
+    TREES,
+    Layout,
+    Side,
+    Tree,
+    canonical_guess,
+)
 
 __all__ = [
+    "COLLECTED",
+    "FLAX_TREES",
+    "STACKED",
     "TREES",
     "Constant",
     "Entry",
     "Kind",
     "Layout",
+    "Renames",
     "Shape",
+    "Side",
     "Tensor",
     "Tree",
     "View",
@@ -57,8 +74,10 @@ __all__ = [
     "linear",
     "norm",
     "of_kind",
+    "paired",
     "param",
     "recurrent",
     "recurrent_cell",
     "tie",
+    "unstacked",
 ]

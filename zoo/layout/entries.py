@@ -58,6 +58,15 @@ class Entry:
     compact_ops: Ops = ()  # what a Linen @nn.compact module does differently, after `ops`
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """One entry as a tree spells it: its tensors, and the ops that make them from the canonical."""
+
+    entry: Entry
+    tensors: tuple[Tensor, ...]
+    ops: Ops
+
+
 def of_kind(kind: str, module: str, leaf: str, shape: Shape) -> Entry:
     """The entry of tensor `module.leaf`, whose counterpart follows from its kind."""
     there = kinds()[kind].leaves[leaf]

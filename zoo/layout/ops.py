@@ -10,9 +10,10 @@ can; `zoo.checkpoint.apply` makes the result contiguous.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -263,6 +264,43 @@ class Unstack(Op):
         return Stack(self.axis, self.groups)
 
 
+@dataclass(frozen=True, slots=True)
+class Each(Op):
+    """Other ops for each stretch of a list of arrays: of several entries that one tensor joins.
+
+    `parts` says of how many arrays each stretch is, and which ops it takes. A layout states none:
+    it comes about where two spellings of a layout join other entries.
+    """
+
+    parts: tuple[tuple[int, Ops], ...]
+
+    def _stretches(self, items: Sequence[Any]) -> Iterator[tuple[Ops, list[Any]]]:
+        if len(items) != sum(n for n, _ in self.parts):
+            raise ValueError(f"{len(items)} arrays for {[n for n, _ in self.parts]}")
+        rest = iter(items)
+        for n, ops in self.parts:
+            yield ops, list(itertools.islice(rest, n))
+
+    def shapes(self, shapes: Sequence[Shape]) -> list[Shape]:
+        return [s for ops, some in self._stretches(shapes) for s in run_shapes(ops, some)]
+
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [a for ops, some in self._stretches(arrays) for a in run(ops, some)]
+
+    def inverse(self, shapes: Sequence[Shape]) -> Each:
+        stretches = list(self._stretches(shapes))
+        return Each(tuple((len(run_shapes(o, some)), inverse(o, some)) for o, some in stretches))
+
+
+def each(parts: Sequence[tuple[int, Ops]]) -> Ops:
+    """Ops for each stretch of a list; what every array takes alike is said once."""
+    (n, first), *_ = parts
+    alike = all(part == (n, first) for part in parts)
+    if alike and all(isinstance(op, _Single) for op in first):
+        return first
+    return (Each(tuple(parts)),)
+
+
 OPS: dict[str, type[Op]] = {
     c.__name__.lower(): c
     for c in (Permute, Flip, Reorder, Split, Merge, Concat, Divide, Stack, Unstack)
@@ -314,6 +352,10 @@ def describe(ops: Ops) -> str:
     """The ops in a few words, for plans and certificates: "permute(1,0)" or "copy"."""
     parts = []
     for op in ops:
+        if isinstance(op, Each):
+            told = dict.fromkeys(describe(inner) for _, inner in op.parts)
+            parts.append(f"each({' | '.join(told)})")
+            continue
         values = [v for k, v in asdict(op).items() if k != "names"]  # type: ignore[call-overload]
         text = ",".join(
             "x".join(map(str, v))

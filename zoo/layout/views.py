@@ -1,4 +1,8 @@
-"""A layout as a whole: every entry, and how each tree spells it."""
+"""A layout as a whole: every entry, and how each tree spells it.
+
+A tree is a spelling of the layout: torch's `state_dict`, NNX's names and Linen's, and of a family
+whatever dialects it states.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,35 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
-from zoo.layout.entries import Entry, Tensor
+from zoo.layout.entries import Entry, Tensor, View
 from zoo.layout.entries_json import entry_from_json, entry_to_json
 from zoo.layout.kinds import kinds
-from zoo.layout.ops import Ops, Permute, Shape, inverse, run_shapes
+from zoo.layout.ops import Permute, Shape, inverse, run_shapes
+from zoo.layout.renames import Renames
+from zoo.layout.stacked import in_stacks
 
-Tree = Literal["torch", "nnx", "linen", "linen-compact"]
-TREES: tuple[Tree, ...] = ("torch", "nnx", "linen", "linen-compact")
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """One entry as a tree spells it: its tensors, and the ops that make them from the canonical."""
-
-    entry: Entry
-    tensors: tuple[Tensor, ...]
-    ops: Ops
+Tree = str
+Side = Literal["torch", "flax"]
+FLAX_TREES: tuple[Tree, ...] = ("nnx", "linen", "linen-compact", "nnx-scan", "linen-scan")
+TREES: tuple[Tree, ...] = ("torch", *FLAX_TREES)  # those that every layout has
+STACKED = ("nnx-scan", "linen-scan")  # equal layers are one tensor with a leading axis
+COLLECTED = ("linen", "linen-compact", "linen-scan")  # names begin with a Linen collection
 
 
 class Layout:
-    """All entries of one model of one configuration. Raises ValueError where they contradict."""
+    """All entries of one model of one configuration. Raises ValueError where they contradict.
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    `dialects` are further spellings: name -> the tree whose names they change, and how.
+    """
+
+    def __init__(
+        self, entries: Iterable[Entry], dialects: Mapping[str, tuple[Tree, Renames]] | None = None
+    ) -> None:
         self.entries: tuple[Entry, ...] = tuple(entries)
+        self.dialects = dict(dialects or {})
         names = Counter(t.name for e in self.entries for t in e.torch)
         flax_names = Counter(t.name for e in self.entries for t in e.flax)
         if twice := [n for c in (names, flax_names) for n, count in c.items() if count > 1]:
@@ -52,18 +59,40 @@ class Layout:
                     f"{e.torch[0].name} is tied to {e.tied_to}, which is not a tensor of that shape"
                 )
 
+    @property
+    def trees(self) -> tuple[Tree, ...]:
+        """Every spelling of it."""
+        return (*TREES, *self.dialects)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether there are equal layers that a scanned tree stacks."""
+        return len(self.view("nnx-scan")) < len(self.entries)
+
+    def base(self, tree: Tree) -> Tree:
+        """The tree whose names a dialect changes; any other is its own."""
+        return self.dialects[tree][0] if tree in self.dialects else tree
+
+    def side(self, tree: Tree) -> Side:
+        """Whose framework has the tree."""
+        return "torch" if self.base(tree) == "torch" else "flax"
+
     def view(self, tree: Tree) -> list[View]:
-        """Every entry as `tree` spells it. Entries without a counterpart there have no tensors."""
+        """Every entry as `tree` spells it, in the order there. Entries without a counterpart there
+        have no tensors; several of which the tree makes one tensor are one view."""
+        if tree in self.dialects:
+            base, renames = self.dialects[tree]
+            return _renamed(self.view(base), renames, base in COLLECTED)
         if tree == "torch":
             return [View(e, e.torch, ()) for e in self.entries]
-        if tree == "nnx":
-            return [View(e, e.flax, e.ops) for e in self.entries]
-        if tree == "linen":
-            return [
-                View(e, tuple(Tensor(f"{e.collection}.{t.name}", t.shape) for t in e.flax), e.ops)
-                for e in self.entries
-            ]
-        return self._compact_view()
+        if tree == "linen-compact":
+            return self._compact_view()
+        views = [View(e, e.flax, e.ops) for e in self.entries]
+        if tree in STACKED:
+            views = in_stacks(views)
+        if tree in COLLECTED:
+            views = [replace(v, tensors=_below(v.entry.collection, v.tensors)) for v in views]
+        return views
 
     def _compact_view(self) -> list[View]:
         """The automatic names of `@nn.compact`: Dense_0, Conv_1, ..., counted in layout order."""
@@ -122,6 +151,21 @@ class Layout:
         return hash(self.entries)
 
 
+def _below(prefix: str, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(f"{prefix}.{t.name}", t.shape) for t in tensors)
+
+
+def _renamed(views: list[View], renames: Renames, collected: bool) -> list[View]:
+    """The views under other names, in the order of those."""
+
+    def named(t: Tensor) -> Tensor:
+        head, dot, rest = t.name.partition(".") if collected else ("", "", t.name)
+        return Tensor(f"{head}{dot}{renames.forth(rest)}", t.shape)
+
+    made = [replace(v, tensors=tuple(map(named, v.tensors))) for v in views]
+    return sorted(made, key=lambda v: renames.place(v.tensors[0].name) if v.tensors else ())
+
+
 def _check_sides(e: Entry) -> None:
     """ValueError for an entry with tensors on one side only, and nothing that says why."""
     told = (e.tied_to is not None) + (e.constant is not None)
@@ -131,16 +175,6 @@ def _check_sides(e: Entry) -> None:
         raise ValueError(f"{e.torch[0].name} is only PyTorch's, and {e.flax[0].name} is stated too")
     if e.constant is not None:
         e.constant.check(e.torch[0].shape)
-
-
-def between(source: View, target: View) -> tuple[Ops, Ops]:
-    """The ops from the source's tensors to the target's, and those back again."""
-    if source.ops == target.ops:
-        return (), ()
-    canonical = [t.shape for t in source.entry.torch]
-    forth = inverse(source.ops, canonical) + target.ops
-    back = inverse(target.ops, canonical) + source.ops
-    return forth, back
 
 
 def canonical_guess(flax: Mapping[str, Shape]) -> dict[str, Shape]:

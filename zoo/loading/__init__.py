@@ -13,8 +13,9 @@ import numpy as np
 from zoo import hub, registry
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.label import read_label
-from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties, transfer
+from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties
 from zoo.checkpoint.request import make_request
+from zoo.checkpoint.transfer import transfer
 from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code

@@ -52,6 +52,7 @@ MODEL = Model(
         {"head", "pooler", "num_labels", "tie_word_embeddings", "tie_decoder_bias"}
     ),
     spellings=SPELLINGS,
+    called={"transformers": "torch", "transformers-flax": "nnx"},
     base_prefix=PREFIX,
     hf_type="bert",
     from_hf=from_hf,

@@ -7,6 +7,7 @@ import numpy as np
 from zoo import probe
 from zoo.model import Model
 from zoo.models.resnet.config import PRESETS, TINY, Config
+from zoo.models.resnet.dialects import DIALECTS, from_hf, to_hf
 from zoo.models.resnet.layout import infer, init, layout
 
 
@@ -30,5 +31,11 @@ MODEL = Model(
     flax="zoo.models.resnet.model_flax:ResNet",
     init=init,
     unknown=frozenset({"stem_stride", "stem_pool"}),
+    dialects=DIALECTS,
+    called={"torchvision": "torch", "timm": "torch"},
+    hf_type="resnet",
+    from_hf=from_hf,
+    to_hf=to_hf,
+    hf_classes=frozenset({"ResNetForImageClassification", "ResNetModel"}),
     images=("x", "conv1", "bn1", "maxpool", "layer*", "avgpool"),
 )
