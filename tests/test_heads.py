@@ -53,7 +53,7 @@ def published(model: Model, config: Config, folder: Path) -> tuple[Path, Arrays]
     for entry in model.layout_of(config).entries:
         if entry.constant is not None:
             state |= {t.name: np.full(t.shape, 1000, np.int64) for t in entry.torch}
-    if model.to_hf is None:
+    if model.to_hf is None or not model.to_hf(config):
         torch.save({n: torch.from_numpy(a) for n, a in state.items()}, folder / "a.pth")
         return folder / "a.pth", state
     (folder / "hf").mkdir()

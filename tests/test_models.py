@@ -81,7 +81,10 @@ def test_config_survives_transformers_json(model: Model, config: Config) -> None
     if model.to_hf is None:
         assert model.from_hf is None
         return
-    back = model.from_hf(model.to_hf(config))
+    data = model.to_hf(config)
+    if not data:  # transformers has no such model
+        return
+    back = model.from_hf(data)
     told = {
         name: getattr(config, name) for name in model.structure
     }  # the tensors' names tell these

@@ -79,7 +79,7 @@ class Model:
     base_prefix: str = ""  # what upstream puts before the tensors of a model that got a head
     hf_type: str | None = None  # `model_type` in a transformers config.json
     from_hf: Callable[[Mapping[str, Any]], Config] | None = None
-    to_hf: Callable[[Config], dict[str, Any]] | None = None
+    to_hf: Callable[[Config], dict[str, Any]] | None = None  # {}: transformers has no such model
     hf_classes: frozenset[str] = frozenset()  # `architectures` there, for a file without its type
     # What a header (names and shapes as the file has them) tells of other models upstream.
     others: Callable[[Mapping[str, Shape]], Others] | None = None
