@@ -215,6 +215,27 @@ def test_a_projection_called_key_is_not_a_random_key(tmp_path: Path) -> None:
     assert {e.torch[0].name for e in layout.entries} == set(torch)
 
 
+def test_sides_given_in_the_other_order(tmp_path: Path) -> None:
+    torch = {"a.weight": some(4, 6), "b.weight": some(6, 4)}
+    files = saved(tmp_path, torch, {n.replace("weight", "kernel"): x.T for n, x in torch.items()})
+    assert len(convert.match(*files).entries) == 2
+    with pytest.raises(UsageError, match="the first side has Flax's names"):
+        convert.match(*reversed(files))
+
+
+def test_gates_apart_and_one_bias_for_two(tmp_path: Path) -> None:
+    """Gates are found by their values; the sum of two biases is no layout's."""
+    torch = {"rnn.weight_ih_l0": some(20, 3), "rnn.weight_hh_l0": some(20, 5, seed=1),
+             "rnn.bias_ih_l0": some(20, seed=2), "rnn.bias_hh_l0": some(20, seed=3)}  # fmt: skip
+    flax = {f"cell.{x}{g}.kernel": torch[f"rnn.weight_{x}h_l0"][5 * i : 5 * i + 5].T
+            for x in "ih" for i, g in enumerate("ifgo")}  # fmt: skip
+    sums = torch["rnn.bias_ih_l0"] + torch["rnn.bias_hh_l0"]
+    biases = {f"cell.h{g}.bias": sums[5 * i : 5 * i + 5] for i, g in enumerate("ifgo")}
+    with pytest.raises(OpenMatch, match="are two biases of one layer") as e:
+        convert.match(*saved(tmp_path, torch, flax | biases))
+    assert {n for o in e.value.open for n in o.torch} == {"rnn.bias_ih_l0", "rnn.bias_hh_l0"}
+
+
 def test_the_document_is_the_layout(tmp_path: Path) -> None:
     layout = convert.match(*pair_of_rotary(tmp_path, fresh=False))
     layout.save(tmp_path / "layout.json")

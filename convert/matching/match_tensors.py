@@ -13,6 +13,7 @@ from convert.matching.by_names import Chosen, by_names, called
 from convert.matching.by_values import Values, pairs_by_print
 from convert.matching.evidence import Found, MatchedLayout, Open, OpenMatch, believed
 from convert.matching.groups import grouped
+from convert.matching.hints import of_biases, refuse_swapped
 from convert.matching.holding import MatchSide, hold
 from convert.matching.leftover import constants, eliminated, looked_up, single, surplus
 from convert.matching.orientation import UnitPair, choose, transposed_weights
@@ -47,6 +48,7 @@ def match_tensors(
     """
     with ExitStack() as stack:
         ours, theirs = hold(torch_side, "torch", stack), hold(flax_side, "flax", stack)
+        refuse_swapped(ours.tensors, theirs.tensors)
         work = _Matching(ours, theirs, dict(pairs or {}), _checked_rotary(rotary))
         if execution is not None and order_first:
             work.take(executed(execution))
@@ -131,7 +133,7 @@ class _Matching:
                 self._by_values(pair, chosen, way, why)
             else:
                 self._by_names(pair, chosen, way, why)
-        if self.same:
+        if self.same or not self.chosen:
             self._look_up()
 
     def _hold_the_same(self) -> bool:
@@ -215,7 +217,11 @@ class _Matching:
 
     def _look_up(self) -> None:
         """Pairs of equal values among what names paired wrongly, or not at all."""
-        self.found += looked_up(self.read, *self.left)
+        found = list(looked_up(self.read, *self.left))
+        self.found += found
+        if found and not self.same:
+            self.same = True
+            self.tried.append("values: both sides hold the same weights")
         done = self._done()
         for side, taken in zip(self.left, done, strict=True):
             side[:] = [u for u in side if not _touches(u, taken)]
@@ -277,7 +283,7 @@ class _Matching:
             f"{self.sides[0].title} and {self.sides[1].title}: {len(unsettled)} open",
             "settle them with --pair TORCH=FLAX (--pair TORCH= for what Flax does not have), "
             "or give both sides the same weights, or modules with --inputs",
-            self._lines(unsettled),
+            [*self._lines(unsettled), *of_biases(left)],
             self.found,
             unsettled,
             self.tried,
