@@ -3,6 +3,7 @@
     convert.convert("model.safetensors")               -> Certificate
     convert.verify("model.safetensors", "model.flax")  -> Report
     convert.inspect("model.flax")                      -> Inspection
+    convert.check("model.safetensors")                 -> Checked, against its certificate
     convert.lint("model.safetensors")                  -> Lint
     convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
     convert.save(module, "tuned.safetensors")          a live module of either framework
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim, testing
-    from convert.api import convert, match, verify
+    from convert.api import check, convert, match, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
     from zoo.checkpoint.certificate import Certificate
+    from zoo.checkpoint.intact import Checked
 
 _WHERE = {
     "Certificate": "zoo.checkpoint.certificate",
+    "Checked": "zoo.checkpoint.intact",
     "Inspection": "convert.inspection",
     "Lint": "convert.linting.findings",
     "Report": "convert.compare.report",
+    "check": "convert.api",
     "convert": "convert.api",
     "inspect": "convert.inspection",
     "layout_of": "convert.runtime.torch_layout",
@@ -57,9 +61,11 @@ _WHERE = {
 }
 __all__ = [
     "Certificate",
+    "Checked",
     "Inspection",
     "Lint",
     "Report",
+    "check",
     "convert",
     "inspect",
     "layout_of",

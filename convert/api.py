@@ -14,7 +14,10 @@ from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
 from convert.matching.evidence import MatchedLayout
+from zoo import hub
 from zoo.checkpoint.certificate import Certificate, now, versions
+from zoo.checkpoint.intact import Checked
+from zoo.checkpoint.intact import check as run_check
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
 from zoo.containers.errors import UsageError
@@ -96,6 +99,16 @@ def plan(src: Source, dst: Source | None = None, to: str | None = None, **kw: An
     """
     with ExitStack() as stack:
         return prepare(Order(src, dst, to, **kw), stack)
+
+
+def check(source: Source, *, progress: Progress = lambda stage, done, total: None) -> Checked:
+    """Whether a checkpoint is still what its certificate says that was written: every tensor, the
+    header, the optimizer, the files beside. Everything is read.
+
+    Raises UsageError where there is no certificate, CorruptInput where nothing can be read any
+    more; what is damaged is in the result.
+    """
+    return run_check(hub.locate(source), progress)
 
 
 def match(

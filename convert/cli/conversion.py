@@ -262,7 +262,7 @@ def _data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
         "config": certificate.config,
         "tensors": len(prepared.plan.steps),
         "bytes": sum(s.nbytes for s in prepared.plan.steps),
-        "training": {k: v for k, v in certificate.training.items() if k != "sha256"},
+        "training": {k: v for k, v in certificate.training.items() if "sha256" not in k},
         "verified": certificate.verified,
         "notices": [*prepared.notices, *certificate.notices[len(prepared.plan.notices) :]],
     }

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from convert.cli.check import check
 from convert.cli.conversion import flax2torch, respell, torch2flax
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
@@ -30,7 +31,9 @@ def cli() -> None:
     """Move checkpoints between PyTorch and Flax, and prove that nothing changed."""
 
 
-for command in (torch2flax, flax2torch, respell, verify, match, inspect, lint, models, pack):
+for command in (
+    torch2flax, flax2torch, respell, verify, check, match, inspect, lint, models, pack,
+):  # fmt: skip
     cli.add_command(command)
 
 

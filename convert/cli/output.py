@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zoo.checkpoint.progress import Progress as Callback
 
 SHOWN = 40  # rows of a long list
-_STAGES = {"convert": "converting", "verify": "verifying", "bits": "comparing"}
+_STAGES = {"check": "checking", "convert": "converting", "verify": "verifying", "bits": "comparing"}
 
 
 def json(data: Any) -> None:

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.engine.ahead import prefetch
 from convert.engine.commit import commit, workplace, write_text
 from convert.engine.prepare import Prepared
 from convert.engine.proof import prove
@@ -19,8 +18,17 @@ from convert.engine.targets import Target, open_writer, written_ties
 from convert.training_state import storage
 from convert.training_state.state import TrainingState
 from convert.training_state.summary import summary
+from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import apply, lost
-from zoo.checkpoint.certificate import Certificate, TensorRecord, now, sha256, versions
+from zoo.checkpoint.certificate import (
+    Certificate,
+    TensorRecord,
+    file_sha256,
+    files_of,
+    now,
+    sha256,
+    versions,
+)
 from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
@@ -54,6 +62,8 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
         if training.optimizers or training.ema or training.data:
             path = place / target.beside(filenames.OPTIMIZER)
             certificate.training = _write_training(path, training, prepared.verify)
+        if prepared.verify:
+            certificate.files = {n: file_sha256(p) for n, p in files_of(written).items()}
         certificate.versions, certificate.created = versions(), now()
         write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):
@@ -140,8 +150,11 @@ def _write(
         certificate.notices.append(f"the cast made {overflow} values infinite or NaN: out of range")
     for name, to in written_ties(target, plan).items():
         record = next(r for r in certificate.tensors if to in r.target)
+        digest = record.target_sha256[record.target.index(to)]
         certificate.tensors.append(
-            replace(record, names=[name], source=[], target=[name], op="tied")
+            replace(
+                record, names=[name], source=[], target=[name], op="tied", target_sha256=[digest]
+            )
         )
     _write_label(target, place, label, plan.readable)
 

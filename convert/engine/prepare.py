@@ -11,13 +11,13 @@ from typing import Any
 
 from convert.compare.checkpoints import runnable
 from convert.compare.settings import Level, check_level
-from convert.engine.ahead import WORKERS
 from convert.engine.commit import check_paths, check_replaceable, check_space
 from convert.engine.targets import Target, by_suffix, choose
 from convert.training_state import storage
 from convert.training_state.besides import besides
 from convert.training_state.state import TrainingState
 from zoo import hub
+from zoo.checkpoint.ahead import WORKERS
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.request import make_request

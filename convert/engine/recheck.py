@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.engine.ahead import prefetch
+from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.certificate import Certificate, TensorRecord, sha256
 from zoo.checkpoint.label import Label, read_label

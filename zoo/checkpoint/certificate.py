@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo.containers import filenames
 from zoo.containers.errors import printable
 
 FORMAT = 1  # of the JSON; docs/containers.md describes it
@@ -54,6 +55,8 @@ class Certificate:
     notices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    # SHA-256 of each file of the target, and of those that belong to it: see `files_of`.
+    files: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -62,8 +65,9 @@ class Certificate:
         return int(self.verified.get("bytes", 0))
 
     def to_json(self) -> str:
-        """The text of certificate.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        """The text of certificate.json, with its own hash at the end."""
+        data = asdict(self)
+        return _text(data | {"sha256": _own_sha256(data)})
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -82,9 +86,15 @@ class Certificate:
     @classmethod
     def read(cls, path: Path) -> Certificate:
         """The certificate in a file; ValueError if it is none of this format."""
-        data = json.loads(path.read_text())
+        return cls.from_json(path.read_text(), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Certificate:
+        """The certificate that `to_json` gave; ValueError, which names `source`, for another."""
+        data = json.loads(text)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a certificate of format {FORMAT}")
+            raise ValueError(f"{source} is not a certificate of format {FORMAT}")
+        data.pop("sha256", None)
         data["tensors"] = [TensorRecord(**t) for t in data["tensors"]]
         return cls(**data)
 
@@ -105,6 +115,42 @@ def sha256(array: np.ndarray) -> str:
     """Of the array's bytes in row-major order."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
+
+
+def files_of(checkpoint: Path) -> dict[str, Path]:
+    """The files of a checkpoint and those that belong to it, the certificate aside: "config.json",
+    "d/0123"; a checkpoint that is one file is ""."""
+    if checkpoint.is_dir():
+        found = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*"))}
+    else:
+        beside = (filenames.beside(checkpoint, n) for n in (filenames.CONFIG, filenames.OPTIMIZER))
+        layouts = [p for p in checkpoint.parent.iterdir() if filenames.is_layout(p.name)]
+        front = f"{checkpoint.name}."
+        every = [*beside, *layouts]
+        found = {"": checkpoint} | {p.name.removeprefix(front): p for p in every}
+    return {n: p for n, p in found.items() if p.is_file() and n != filenames.CERTIFICATE}
+
+
+def file_sha256(path: Path) -> str:
+    """Of a whole file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def is_sound(text: str) -> bool:
+    """Whether a certificate says what it was written to say, by its own hash; of earlier versions'
+    none is known."""
+    data = json.loads(text)
+    digest = data.pop("sha256", None)
+    return digest is None or digest == _own_sha256(data)
+
+
+def _own_sha256(data: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(data).encode()).hexdigest()
+
+
+def _text(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1) + "\n"
 
 
 def now() -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from zoo import hub, registry
 from zoo.checkpoint.apply import apply
+from zoo.checkpoint.intact import check
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties
 from zoo.checkpoint.request import make_request
@@ -72,6 +73,7 @@ def load(
     param_dtype: Any = None,
     seed: int = 0,
     prefix: str | None = None,
+    check_hashes: bool = False,
     **overrides: Any,
 ) -> Any:
     """The model in a checkpoint of any container and either framework, in eval mode.
@@ -80,13 +82,17 @@ def load(
     config.json, a preset or the fields themselves, where the checkpoint does not say what it is;
     `prefix` what stands before the names of the model, where the file holds more than one.
     `param_dtype` None keeps the stored dtypes. `overrides` change fields of the config: what then
-    no longer fits starts afresh from `seed`, and a LoadNotice names it.
+    no longer fits starts afresh from `seed`, and a LoadNotice names it. `check_hashes` holds it
+    against its certificate first (see `zoo.checkpoint.intact.check`).
 
     Raises ZooError (see `zoo.containers.errors`) with everything that does not fit, in one message.
     """
     _framework(framework)
     request = make_request(model, config, prefix=prefix)
-    with open_checkpoint(hub.locate(source), prefer=framework) as reader:
+    path = hub.locate(source)
+    if check_hashes:
+        check(path).refuse_damage()
+    with open_checkpoint(path, prefer=framework) as reader:
         code = None if param_dtype is None else dtype_code(param_dtype)
         tree: Tree = "torch" if framework == "torch" else "nnx"
         plan = make_plan(reader, read_label(reader), tree, request=request, dtype=code)
