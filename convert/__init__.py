@@ -4,6 +4,7 @@
     convert.verify("model.safetensors", "model.flax")  -> Report
     convert.inspect("model.flax")                      -> Inspection
     convert.check("model.safetensors")                 -> Checked, against its certificate
+    convert.clean("checkpoints/")                      what killed conversions left behind
     convert.lint("model.safetensors")                  -> Lint
     convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
     convert.save(module, "tuned.safetensors")          a live module of either framework
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim, testing
-    from convert.api import check, convert, match, verify
+    from convert.api import check, clean, convert, match, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
@@ -46,6 +47,7 @@ _WHERE = {
     "Lint": "convert.linting.findings",
     "Report": "convert.compare.report",
     "check": "convert.api",
+    "clean": "convert.api",
     "convert": "convert.api",
     "inspect": "convert.inspection",
     "layout_of": "convert.runtime.torch_layout",
@@ -66,6 +68,7 @@ __all__ = [
     "Lint",
     "Report",
     "check",
+    "clean",
     "convert",
     "inspect",
     "layout_of",

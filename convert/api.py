@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
+from convert.engine.commit import leftovers
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
 from convert.matching.evidence import MatchedLayout
@@ -109,6 +111,18 @@ def check(source: Source, *, progress: Progress = lambda stage, done, total: Non
     more; what is damaged is in the result.
     """
     return run_check(hub.locate(source), progress)
+
+
+def clean(directory: Source, *, dry_run: bool = False) -> list[tuple[Path, int]]:
+    """Remove what conversions that were killed left in a directory: hidden workplaces, each with
+    its size in bytes. Running ones are left alone. With `dry_run` they are only listed.
+
+    Raises UsageError for what is not a directory.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory", "name the directory of the conversions")
+    return leftovers(path, remove=not dry_run)
 
 
 def match(

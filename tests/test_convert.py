@@ -619,6 +619,22 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     ]
 
 
+def test_clean_lists_and_removes_what_killed_ones_left(tmp_path: Path) -> None:
+    stale = tmp_path / ".b.msgpack.zooconvert-stale"
+    stale.mkdir()
+    (stale / "b.msgpack").write_bytes(b"12345")
+    with workplace(tmp_path / "c.msgpack") as alive:
+        assert convert.clean(tmp_path, dry_run=True) == [(stale, 5)]
+        done = CliRunner().invoke(cli, ["clean", str(tmp_path)])
+        assert done.exit_code == 0
+        assert done.output.splitlines() == [f"{stale}  5 B", "1 removed, 5 B"]
+        assert alive.exists(), "somebody is at work there"
+    assert not stale.exists()
+    assert convert.clean(tmp_path) == []
+    with pytest.raises(UsageError, match="is not a directory"):
+        convert.clean(tmp_path / "nowhere")
+
+
 def test_two_at_once_to_one_target(tmp_path: Path) -> None:
     """The first wins, the second is told; with --force the last wins, certificate and all."""
     src = source(tmp_path / "a")

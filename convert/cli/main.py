@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from convert.cli.check import check
+from convert.cli.clean import clean
 from convert.cli.conversion import flax2torch, respell, torch2flax
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
@@ -32,7 +33,7 @@ def cli() -> None:
 
 
 for command in (
-    torch2flax, flax2torch, respell, verify, check, match, inspect, lint, models, pack,
+    torch2flax, flax2torch, respell, verify, check, match, inspect, lint, models, pack, clean,
 ):  # fmt: skip
     cli.add_command(command)
 

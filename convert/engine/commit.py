@@ -159,6 +159,20 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(f.fileno())
 
 
+def leftovers(directory: Path, remove: bool) -> list[tuple[Path, int]]:
+    """The workplaces in a directory of processes that were killed, and the bytes of each; with
+    `remove` they are gone afterwards. Whoever is alive holds a lock, and is left alone."""
+    found = []
+    for left in sorted(directory.glob(f".*{_MARK}*")):
+        with _locked(left, wait=False) as free:
+            if free and left.is_dir() and not left.is_symlink():
+                size = sum(p.lstat().st_size for p in left.rglob("*") if p.is_file())
+                found.append((left, size))
+                if remove:
+                    shutil.rmtree(left, ignore_errors=True)
+    return found
+
+
 def _sweep(target: Path) -> None:
     """Remove the workplaces of processes that were killed: nobody holds their locks."""
     for left in target.parent.glob(glob.escape(f".{target.name}{_MARK}") + "*"):
