@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def resnet() -> tuple[Any, Any, Any, tuple[Any, ...]]:
     """torchvision's module, our Flax twin with its weights, and inputs for either."""
-    import tvshim  # noqa: F401
+    import tvshim  # noqa: F401, I001  (before torchvision)
     import torch
     import torchvision
 
