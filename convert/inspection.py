@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +72,7 @@ class Inspection:
             "ties": self.ties,
             "training": self.training,
             "metadata": self.metadata,
-            "extras": {k: v if _plain(v) else repr(v) for k, v in self.extras.items()},
+            "extras": {k: v if _plain(v) else brief(v) for k, v in self.extras.items()},
             "notices": self.notices,
         }
 
@@ -133,6 +134,14 @@ def _besides(
     plan, state = besides(reader, plan, stack, damaged=True)
     left = Left(plan.left.tensors, (), plan.left.files)
     return [*plan.told[before:], *left.notices()], summary(state)
+
+
+def brief(value: Any) -> str:
+    """Plain data as text, shortened where it is long: a pickle may say more than it holds."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 50
+    short.maxstring = short.maxother = short.maxlong = 1000
+    return value[:1000] if isinstance(value, str) else short.repr(value)
 
 
 def _plain(value: Any) -> bool:

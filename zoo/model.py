@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
+import itertools
 import math
 import re
 from collections import Counter
@@ -22,6 +23,7 @@ from zoo.layout import TREES, Entry, Layout, Renames, Side, Tree
 from zoo.layout.ops import Shape
 from zoo.layout.renames import Pairs
 
+_ENTRIES = 100_000  # of a layout that a config asks for
 Config = Any  # a frozen dataclass of the family
 
 
@@ -90,7 +92,8 @@ class Model:
         return f"Model({self.name!r})"
 
     def layout_of(self, config: Config) -> Layout:
-        """The layout of one configuration (configs are hashable, so it is built once)."""
+        """The layout of one configuration (configs are hashable, so it is built once). UsageError
+        for one of more tensors than any model has."""
         return _layout_of(self.layout, self.dialects, config)
 
     @functools.cached_property
@@ -166,7 +169,12 @@ class Model:
 def _layout_of(
     layout: Callable[[Config], Iterable[Entry]], dialects: tuple[Dialect, ...], config: Config
 ) -> Layout:
-    return Layout(layout(config), {d.name: (d.tree, Renames(d.renames(config))) for d in dialects})
+    entries = list(itertools.islice(layout(config), _ENTRIES + 1))
+    if len(entries) > _ENTRIES:
+        raise UsageError(
+            f"the config asks for a model of more than {_ENTRIES} tensors", "check its sizes"
+        )
+    return Layout(entries, {d.name: (d.tree, Renames(d.renames(config))) for d in dialects})
 
 
 def override(config: Config, fields: Mapping[str, Any]) -> Config:

@@ -50,6 +50,7 @@ def inspect(
 
 def _show(found: Inspection, every: bool) -> None:
     """Model, totals, then a table of tensors."""
+    from convert.inspection import brief
     from zoo.checkpoint.problems import dims
     from zoo.containers.errors import printable
 
@@ -71,7 +72,7 @@ def _show(found: Inspection, every: bool) -> None:
         shown = shown[: output.SHOWN]
     rows = [
         (
-            n,
+            n if every else n[:200],
             t.dtype,
             dims(t.shape),
             output.size(t.nbytes),
@@ -87,9 +88,9 @@ def _show(found: Inspection, every: bool) -> None:
         _show_training(found.training)
     extras = {k: v for k, v in found.extras.items() if "param_groups" not in k.split(".")}
     for key, value in {**found.metadata, **extras}.items():
-        text = printable(str(value))
+        text = printable(value if every and isinstance(value, str) else brief(value))
         cut = len(text) > 100 and not every
-        click.echo(f"{printable(key)}: {text[:100] + '...' if cut else text}")
+        click.echo(f"{printable(key[:200])}: {text[:100] + '...' if cut else text}")
 
 
 def _show_training(told: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ from zoo.layout import Layout
 from zoo.model import Config, Model, override
 from zoo.registry import families
 
+_CONFIG_MAX = 64 << 20  # bytes of a config.json: it may hold a vocabulary
+
 
 @dataclass(frozen=True)
 class Carried:
@@ -161,6 +163,8 @@ def _read_label(reader: Reader) -> Label:
 def read_config_file(path: Path) -> Label:
     """The label in a config.json, of transformers' or of ours."""
     try:
+        if path.stat().st_size > _CONFIG_MAX:
+            raise ValueError(f"it has {path.stat().st_size} bytes, at most {_CONFIG_MAX} are read")
         data = json.loads(path.read_text())
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LINE = 4000  # characters of an error's line
+
 
 def printable(text: str) -> str:
     """`text` with everything that could move a cursor, hide or reorder text written as an escape.
@@ -15,6 +17,11 @@ def printable(text: str) -> str:
     Names come from files, and files from anywhere.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _short(text: str) -> str:
+    """A line without its middle where it is longer than anybody reads: names may be megabytes."""
+    return text if len(text) <= _LINE else f"{text[: _LINE // 2]} ... {text[-_LINE // 2 :]}"
 
 
 class ZooError(Exception):
@@ -25,9 +32,9 @@ class ZooError(Exception):
 
     def __init__(self, problem: str, advice: str, details: Sequence[str] = ()) -> None:
         super().__init__(problem, advice, details)
-        self.problem = printable(problem)
-        self.advice = printable(advice)
-        self.details = [printable(d) for d in details]
+        self.problem = printable(_short(problem))
+        self.advice = printable(_short(advice))
+        self.details = [printable(_short(d)) for d in details]
 
     def __str__(self) -> str:
         return "\n".join([self.problem, *(f"  {d}" for d in self.details), self.advice])

@@ -21,6 +21,7 @@ from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pread, pwrite
 from zoo.containers.errors import CorruptInput, UsageError
 
+_SMALL_HEADER = 1 << 22  # bytes that a header may have whatever it describes
 _MAX_HEADER = 100_000_000  # the library's own limit
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 
@@ -54,6 +55,11 @@ class SafetensorsReader(Reader):
             raise CorruptInput(
                 f"{self.path}: the header claims {length} bytes, the file has {size}",
                 "it is truncated or no safetensors file: copy or download it again",
+            )
+        if length > max(_SMALL_HEADER, 8 * (size - 8 - length)):
+            raise CorruptInput(
+                f"{self.path}: a header of {length} bytes for {size - 8 - length} of tensors",
+                "no checkpoint needs it: check where it is from",
             )
         raw = pread(self._fd, length, 8, str(self.path)).tobytes()
         if raw[:1] != b"{":

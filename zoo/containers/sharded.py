@@ -40,7 +40,9 @@ class ShardedReader(Reader):
         try:
             for shard in dict.fromkeys(self._where.values()):
                 # A symlink is fine: the Hugging Face cache consists of them.
-                if os.path.isfile(path.parent / shard):
+                if shard.endswith(filenames.INDEX):
+                    problems.append(f"{shard} is an index itself")
+                elif os.path.isfile(path.parent / shard):
                     self._shards[shard] = open_shard(path.parent / shard)
                 else:
                     problems.append(f"there is no file {shard}")
