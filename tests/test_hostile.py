@@ -1,4 +1,4 @@
-"""Files that say more than they hold: a typed error or a short answer, soon and in little memory."""
+"""Files that say more than they hold: a typed error or a short answer, soon, in little memory."""
 
 from __future__ import annotations
 
