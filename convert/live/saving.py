@@ -76,7 +76,7 @@ def save(
     check_paths(target.path, None)
     check_replaceable(target.path, force)
     request, label, notices = _meant(module, framework, layout, config)
-    with ModuleReader(module, _layout(request)) as reader:
+    with ModuleReader(module, _layout(request), label.carried) as reader:
         plan = _planned(reader, request, label, side)
         plan = dataclasses.replace(plan, told=(*notices, *plan.told))
         for notice in plan.told:

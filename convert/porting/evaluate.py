@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from convert.program.graph import Graph, Node, mapped
+from convert.program.graph import Graph, GraphNode, mapped
 from convert.program.nesting import taken_apart
 from convert.program.opaque import CALLS, OPERATION
 from convert.runtime.arrays import is_array, replaced
@@ -53,7 +53,7 @@ class Evaluation:
         self.graph = graph
         self.functions: dict[str, Function] = {}
         self.random: set[str] = set()
-        missing: dict[str, list[Node]] = {}
+        missing: dict[str, list[GraphNode]] = {}
         for node in graph.nodes:
             if node.op in self.functions:
                 continue
@@ -152,7 +152,7 @@ def _called(which: str, tensors: list[Any]) -> list[Any]:
     return [x for x in found if is_array(x)]
 
 
-def _failed(node: Node, e: Exception) -> ZooError:
+def _failed(node: GraphNode, e: Exception) -> ZooError:
     where = f" at {node.site}" if node.site else ""
     told = str(e).strip().splitlines()
     reason = told[0] if told else type(e).__name__
@@ -169,7 +169,7 @@ def _failed(node: Node, e: Exception) -> ZooError:
     )
 
 
-def _no_rule(graph: Graph, missing: Mapping[str, list[Node]]) -> NoRule:
+def _no_rule(graph: Graph, missing: Mapping[str, list[GraphNode]]) -> NoRule:
     details = []
     for op, nodes in sorted(missing.items()):
         sites = dict.fromkeys(str(n.site) for n in nodes if n.site)

@@ -12,7 +12,8 @@ from flax import nnx
 
 from convert.porting.program_of import TorchProgram, plain_result
 from convert.program.graph import Graph
-from convert.tensors import to_torch
+from convert.tensors import info_of, to_torch
+from zoo.checkpoint.label import Carried
 from zoo.containers.errors import UsageError
 
 _OWN = ("deterministic", "rngs", "_program")
@@ -76,7 +77,7 @@ class LiveModule(nnx.Module):
         self._take_in(evaluation.graph)
         if evaluation.random and not hasattr(self, "rngs"):
             self.rngs = nnx.Rngs(0)
-        super().train(**attributes)
+        super().train(**attributes)  # type: ignore[no-untyped-call]
 
     def _key(self, rngs: Any) -> jax.Array:
         rngs = getattr(self, "rngs", None) if rngs is None else rngs
@@ -129,6 +130,20 @@ def torch_state(net: LiveModule) -> dict[str, Any]:
             continue
         value = found.get(name, held.get(name, program.kept.get(name)))
         made[name] = to_torch(np.array(np.asarray(value).astype(dtype, copy=False), order="C"))
+    return made
+
+
+def carried(net: LiveModule) -> dict[str, Carried]:
+    """The tensors that only torch has (counters), as a checkpoint keeps them beside its tree."""
+    program = net._program
+    variables = net._variables()
+    made = {}
+    for entry in program.layout.entries:
+        name = entry.torch[0].name
+        if entry.constant is not None and name in program.dtypes:
+            held = variables[name].get_value() if name in variables else program.kept[name]
+            value = np.array(np.asarray(held).astype(program.dtypes[name]))
+            made[name] = Carried(info_of(name, value), value.tobytes())
     return made
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.porting.evaluate import Evaluation
 from convert.porting.tensors_by_name import ByName
-from convert.program.graph import Graph, Ref
+from convert.program.graph import Graph, ValueRef
 from convert.program.nesting import taken_apart
 from convert.program.opaque import Opaque
 from convert.runtime.arrays import is_array, leaves
@@ -37,7 +37,7 @@ class Ported:
     notices: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [self.verdict]
+        lines: list[str] = [self.verdict]
         for sizes, rows in self.rows.items():
             worst = max((r.ratio for r in rows), default=0.0)
             lines.append(f"  {sizes}: {len(rows)} values, at most {worst:.2g} of the noise")
@@ -92,7 +92,7 @@ class TorchProgram:
         """Where in the result of eval mode each array stands."""
         graph = self.evaluation(False).graph
         pairs = zip(graph.outputs.leaves(), graph.results, strict=True)
-        return [p or "output" for p, r in pairs if isinstance(r, Ref)]
+        return [p or "output" for p, r in pairs if isinstance(r, ValueRef)]
 
     def extra(self, graph: Graph) -> list[str]:
         """Tensors that are state although the layout has no place for them: buffers that the
@@ -191,7 +191,9 @@ class TorchProgram:
         counter = iter(range(2**31))
         fresh = None if key is None else lambda: jax.random.fold_in(key, next(counter))
         results, written = evaluation.run(values, fresh)
-        results = [x for r, x in zip(graph.results, results, strict=True) if isinstance(r, Ref)]
+        results = [
+            x for r, x in zip(graph.results, results, strict=True) if isinstance(r, ValueRef)
+        ]
         results = [jnp.moveaxis(jnp.asarray(x), 1, -1) if _image(self, x) else x for x in results]
         extra = {n: x for n, x in written.items() if self.by_name.flax_of(n) is None}
         inside = {self.by_name.owner(n): x for n, x in written.items() if n not in extra}
@@ -234,4 +236,6 @@ def _other_kind(p: Any, x: Any) -> str:
 def plain_result(graph: Graph, results: list[Any]) -> Any:
     """What torch's module returns, of the arrays among it."""
     arrays = iter(results)
-    return graph.outputs.built(next(arrays) if isinstance(r, Ref) else r for r in graph.results)
+    return graph.outputs.built(
+        next(arrays) if isinstance(r, ValueRef) else r for r in graph.results
+    )

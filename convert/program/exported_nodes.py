@@ -7,7 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.program.graph import Dtype, Graph, Guard, Node, Placeholder, Ref, Site, live, refs
+from convert.program.graph import (
+    CodeLine,
+    Dtype,
+    Graph,
+    GraphNode,
+    Guard,
+    Placeholder,
+    ValueRef,
+    live,
+    refs,
+)
 from convert.program.nesting import Nesting
 from convert.tensors import bits_of
 
@@ -31,7 +41,7 @@ class Reading:
         self.exported = exported
         self.paths = iter(paths)
         self.numbers: dict[Any, int] = {}
-        self.nodes: list[Node] = []
+        self.nodes: list[GraphNode] = []
         self.placeholders: list[Placeholder] = []
         self.constants: dict[str, Any] = {}
         self.schemas: dict[str, str] = {}
@@ -50,12 +60,12 @@ class Reading:
                 self._attribute(node)
             elif node.op == "output":
                 results = [self._argument(x) for x in node.args[0]]
-        mutations: dict[str, Ref] = {}
+        mutations: dict[str, ValueRef] = {}
         given = []
         for spec, made in zip(signature.output_specs, results, strict=True):
             if spec.kind.name == "USER_OUTPUT":
                 given.append(made)
-            elif spec.target and isinstance(made, Ref):
+            elif spec.target and isinstance(made, ValueRef):
                 mutations[_own(spec.target)] = made
         wanted = set(refs((given, mutations)))
         nodes = live(self.nodes, wanted)
@@ -108,7 +118,7 @@ class Reading:
         path, cls = _module(node.meta.get("nn_module_stack") or {})
         args = tuple(self._argument(x) for x in node.args)
         site = site_of(node.meta.get("stack_trace"))
-        self.nodes.append(Node(op, args, kwargs, self._number(node), path, cls, site))
+        self.nodes.append(GraphNode(op, args, kwargs, self._number(node), path, cls, site))
         schema = getattr(node.target, "_schema", None)
         if schema is not None and op not in self.schemas:
             self.schemas[op] = _arguments(schema)
@@ -120,7 +130,7 @@ class Reading:
         import torch
 
         if isinstance(x, torch.fx.Node):
-            return Ref(self.numbers[x]) if x.op != "get_attr" or x in self.numbers else None
+            return ValueRef(self.numbers[x]) if x.op != "get_attr" or x in self.numbers else None
         if isinstance(x, torch.dtype):
             return Dtype(str(x).removeprefix("torch."))
         if isinstance(x, torch.device | torch.layout | torch.memory_format):
@@ -162,14 +172,14 @@ class Reading:
                 yield Guard(_printed(expression), _located(str(guard.sloc)))
 
 
-def site_of(trace: str | None) -> Site | None:
+def site_of(trace: str | None) -> CodeLine | None:
     """The innermost line of a stack trace that is not torch's own."""
     frames = list(_FRAME.finditer(trace or ""))
     own = [m for m in frames if not _torchs(m["file"])]
     if not own:
         return None
     m = own[-1]
-    return Site(m["file"], int(m["line"]), (m["text"] or "").strip())
+    return CodeLine(m["file"], int(m["line"]), (m["text"] or "").strip())
 
 
 def _torchs(file: str) -> bool:
@@ -178,12 +188,12 @@ def _torchs(file: str) -> bool:
     return (installed and "torch" in parts) or parts[:1] == ("torch",) or file.startswith("<")
 
 
-def _located(text: str) -> Site | None:
+def _located(text: str) -> CodeLine | None:
     """The last line in a text that is not torch's: "file /a/net.py, line 12", "/a/net.py:12"."""
-    found = re.findall(r"((?:[^\s,:]| (?!line))+\.py)(?::|, line )(\d+)", text)
+    found = re.findall(r"(/[^\n,:]+\.py)(?::|, line )(\d+)", text)
     own = [(file.removeprefix("file "), line) for file, line in found]
     own = [(file, line) for file, line in own if not _torchs(file)]
-    return Site(own[-1][0], int(own[-1][1])) if own else None
+    return CodeLine(own[-1][0], int(own[-1][1])) if own else None
 
 
 def _own(target: str) -> str:

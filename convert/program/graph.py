@@ -1,7 +1,7 @@
 """What torch.export says of a module, as data that knows no framework.
 
 Values are numbered. A node is one operation of torch's (`aten.addmm.default`), or one of Python's
-on sizes (`operator.mul`); its arguments are plain values, `Ref`s to values and `Dtype`s.
+on sizes (`operator.mul`); its arguments are plain values, `ValueRef`s to values and `Dtype`s.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from convert.program.nesting import Nesting
 
 
 @dataclass(frozen=True, slots=True)
-class Ref:
+class ValueRef:
     """A value of the graph."""
 
     value: int
@@ -31,7 +31,7 @@ class Dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class CodeLine:
     """A line of the user's code, or of the library that it uses."""
 
     file: str
@@ -43,7 +43,7 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class GraphNode:
     """One operation. `module` is the path of the module whose call made it."""
 
     op: str
@@ -52,7 +52,7 @@ class Node:
     made: int
     module: str = ""
     module_class: str = ""
-    site: Site | None = None
+    site: CodeLine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Guard:
     """A condition on sizes under which the graph holds, and the line that asked for it."""
 
     condition: str
-    site: Site | None = None
+    site: CodeLine | None = None
 
 
 @dataclass(eq=False)
@@ -80,16 +80,16 @@ class Graph:
     """A module's computation, functional: what it writes into buffers is `mutations`.
 
     `baked` are the arguments that are no arrays, by path; `results` are the leaves of the result,
-    `Ref`s or plain values, and `outputs` says how they nest. `symbols`: the name of a size -> the
+    `ValueRef`s or plain values, and `outputs` says how they nest. `symbols`: the name of a size -> the
     input and axis that have it. `schemas`: an operation -> its arguments.
     """
 
-    nodes: list[Node]
+    nodes: list[GraphNode]
     placeholders: list[Placeholder]
     baked: dict[str, Any]
     outputs: Nesting
     results: list[Any]
-    mutations: dict[str, Ref]
+    mutations: dict[str, ValueRef]
     constants: dict[str, np.ndarray]
     symbols: dict[str, tuple[str, int]]
     guards: list[Guard]
@@ -142,7 +142,7 @@ def evaluate(expression: int | str, sizes: Mapping[str, int]) -> Any:
 
 def refs(x: Any) -> Iterator[int]:
     """The values that an argument mentions, at any depth."""
-    if isinstance(x, Ref):
+    if isinstance(x, ValueRef):
         yield x.value
     elif isinstance(x, list | tuple):
         for part in x:
@@ -154,9 +154,9 @@ def refs(x: Any) -> Iterator[int]:
         yield from refs((x.start, x.stop, x.step))
 
 
-def mapped(x: Any, of_ref: Callable[[Ref], Any], of_dtype: Callable[[Dtype], Any]) -> Any:
+def mapped(x: Any, of_ref: Callable[[ValueRef], Any], of_dtype: Callable[[Dtype], Any]) -> Any:
     """An argument with its references and dtypes replaced."""
-    if isinstance(x, Ref):
+    if isinstance(x, ValueRef):
         return of_ref(x)
     if isinstance(x, Dtype):
         return of_dtype(x)
@@ -167,7 +167,7 @@ def mapped(x: Any, of_ref: Callable[[Ref], Any], of_dtype: Callable[[Dtype], Any
     return x
 
 
-def live(nodes: list[Node], wanted: set[int]) -> list[Node]:
+def live(nodes: list[GraphNode], wanted: set[int]) -> list[GraphNode]:
     """The nodes that the wanted values depend on."""
     kept = []
     for node in reversed(nodes):

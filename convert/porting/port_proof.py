@@ -32,7 +32,7 @@ _STEPS = (1, 2, 3, 4, 7, 8, 16, 32, -1, -2)  # how far an untraced size is from 
 
 
 @dataclass
-class Side:
+class Pair:
     """A torch module in eval mode and its program."""
 
     module: Any
@@ -40,10 +40,10 @@ class Side:
 
 
 def prove(
-    side: Side, traced: BoundArguments, calls: Sequence[BoundArguments], gradients: bool
+    pair: Pair, traced: BoundArguments, calls: Sequence[BoundArguments], gradients: bool
 ) -> Ported:
     """What is shown of the program: rows by sizes. NotEquivalent where anything differs."""
-    program = side.program
+    program = pair.program
     evaluation = program.evaluation(False)
     graph, report = evaluation.graph, program.report
     report.notices += graph.notices
@@ -51,17 +51,17 @@ def prove(
         report.notices.append("it draws random numbers in eval mode: its outputs are not compared")
         report.baked = list(_baked(graph))
         return report
-    exact = _Exact(side, traced)
+    exact = _Exact(pair, traced)
     if exact.narrow:
         report.notices.append(f"{exact.narrow}, in float64 too: judged in float32 only")
     wanted = {_sizes(call): call for call in (*calls, traced)}
-    if (other := _other_sizes(side, traced, _STEPS)) is not None:
+    if (other := _other_sizes(pair, traced, _STEPS)) is not None:
         wanted.setdefault(_sizes(other), other)
     elif graph.symbols:
         report.notices.append("torch runs at no other size that was tried")
     for sizes, call in wanted.items():
         report.rows[sizes] = exact.rows(call, gradients)
-    _ones(side, traced, exact, report)
+    _ones(pair, traced, exact, report)
     report.baked = list(_baked(graph))
     if wrong := [(s, r) for s, rows in report.rows.items() for r in rows if not r.same]:
         report.verdict = "different"
@@ -83,11 +83,11 @@ def prove(
 class _Exact:
     """The module in its own precision and in float64, in both frameworks."""
 
-    def __init__(self, side: Side, traced: BoundArguments) -> None:
-        self.side, self.program = side, side.program
-        held = [t for t in side.module.parameters() if t.is_floating_point()]
+    def __init__(self, pair: Pair, traced: BoundArguments) -> None:
+        self.side, self.program = side, pair.program
+        held = [t for t in pair.module.parameters() if t.is_floating_point()]
         self.own = str(held[0].dtype).removeprefix("torch.") if held else "float32"
-        self.module64 = replica(side.module, "float64")
+        self.module64 = replica(pair.module, "float64")
         self.narrow = ""
         with precision_of("float64"), torch_as_written():
             call = in_precision(traced, "float64")
@@ -108,9 +108,9 @@ class _Exact:
         live = _live_gradients if gradients else _live_outputs
         wide = self.own == "float64"
         with precision_of("float64" if wide else "float32"), torch_as_written():
-            rough = run(self.side.module, call, self.program.paths())
+            rough = run(self.pair.module, call, self.program.paths())
         with jax_precision("float64" if wide else "float32"):
-            ours = live(self.program, self.side.module, call)
+            ours = live(self.program, self.pair.module, call)
         exact: Arrays = {}
         if not self.narrow.startswith("it does not run"):
             with precision_of("float64"), torch_as_written():
@@ -129,7 +129,7 @@ class _Exact:
 
     def _again(self, call: BoundArguments, precision: str, seed: int, run: Any) -> Arrays:
         with precision_of(precision), torch_as_written():
-            moved = replica(self.side.module, precision)
+            moved = replica(self.pair.module, precision)
             shake(moved, seed)
             found: Arrays = run(moved, in_precision(call, precision), self.program.paths())
             return found
@@ -194,7 +194,7 @@ def _torch_gradients(module: Any, call: BoundArguments, paths: Sequence[str]) ->
             for n, x in outputs.items()
             if n in weights and x.requires_grad
         )
-        given = [None] * len(held)
+        given: list[Any] = [None] * len(held)
         if isinstance(loss, torch.Tensor) and held:
             given = list(torch.autograd.grad(loss, list(held.values()), allow_unused=True))
     made = {n: to_numpy(x) for n, x in outputs.items()}
@@ -243,15 +243,15 @@ def _with_sizes(graph: Graph, call: BoundArguments, sizes: Mapping[str, int]) ->
     return resized(call, wanted)
 
 
-def _tried(side: Side, call: BoundArguments, sizes: Mapping[str, int]) -> BoundArguments | None:
+def _tried(pair: Pair, call: BoundArguments, sizes: Mapping[str, int]) -> BoundArguments | None:
     """The call at these sizes, if the graph is for them and torch runs it."""
-    graph = side.program.evaluation(False).graph
+    graph = pair.program.evaluation(False).graph
     made = _with_sizes(graph, call, sizes)
     shapes = {n: tuple(x.shape) for n, x in leaves(made.arguments).items()}
     if graph.misfits(shapes):
         return None
     try:
-        runs(side.module, made)
+        runs(pair.module, made)
     except ZooError:
         return None
     return made
@@ -261,25 +261,25 @@ def _traced_sizes(graph: Graph, call: BoundArguments) -> dict[str, int]:
     return graph.sizes({n: tuple(x.shape) for n, x in leaves(call.arguments).items()})
 
 
-def _other_sizes(side: Side, call: BoundArguments, steps: Sequence[int]) -> BoundArguments | None:
+def _other_sizes(pair: Pair, call: BoundArguments, steps: Sequence[int]) -> BoundArguments | None:
     """The call with as many sizes as possible other than they were traced, no two moved alike."""
-    graph = side.program.evaluation(False).graph
+    graph = pair.program.evaluation(False).graph
     sizes, found = _traced_sizes(graph, call), None
     for i, symbol in enumerate(sizes):
         for step in itertools.chain(steps[i % 3 :], steps[: i % 3]):
             changed = sizes | {symbol: max(sizes[symbol] + step, 2)}
-            if changed != sizes and (made := _tried(side, call, changed)) is not None:
+            if changed != sizes and (made := _tried(pair, call, changed)) is not None:
                 sizes, found = changed, made
                 break
     return found
 
 
-def _ones(side: Side, call: BoundArguments, exact: _Exact, report: Ported) -> None:
+def _ones(pair: Pair, call: BoundArguments, exact: _Exact, report: Ported) -> None:
     """Sizes of 1, which torch.export takes for impossible: shown, or refused from now on."""
-    graph = side.program.evaluation(False).graph
+    graph = pair.program.evaluation(False).graph
     for symbol in list(_traced_sizes(graph, call)):
         sizes = _traced_sizes(graph, call) | {symbol: 1}
-        made = _tried(side, call, sizes)
+        made = _tried(pair, call, sizes)
         if made is None:
             continue
         try:
