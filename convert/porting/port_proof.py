@@ -5,15 +5,15 @@ float32 is judged by torch's own rounding, and float64 by a graph of its own, of
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import Any
 
 import numpy as np
 
-from convert.judge.noise import Noise, judge
+from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
 from convert.porting.program_of import Ported, TorchProgram
 from convert.program.calls import in_precision, resized, runs
@@ -31,8 +31,8 @@ Arrays = dict[str, np.ndarray]
 _STEPS = (1, 2, 3, 4, 7, 8, 16, 32, -1, -2)  # how far an untraced size is from the traced one
 
 
-@dataclass
-class Pair:
+@dataclasses.dataclass
+class LivePair:
     """A torch module in eval mode and its program."""
 
     module: Any
@@ -40,7 +40,7 @@ class Pair:
 
 
 def prove(
-    pair: Pair, traced: BoundArguments, calls: Sequence[BoundArguments], gradients: bool
+    pair: LivePair, traced: BoundArguments, calls: Sequence[BoundArguments], gradients: bool
 ) -> Ported:
     """What is shown of the program: rows by sizes. NotEquivalent where anything differs."""
     program = pair.program
@@ -52,8 +52,8 @@ def prove(
         report.baked = list(_baked(graph))
         return report
     exact = _Exact(pair, traced)
-    if exact.narrow:
-        report.notices.append(f"{exact.narrow}, in float64 too: judged in float32 only")
+    if exact.refused:
+        report.notices.append(f"torch's module does not run in float64: {exact.refused}")
     wanted = {_sizes(call): call for call in (*calls, traced)}
     if (other := _other_sizes(pair, traced, _STEPS)) is not None:
         wanted.setdefault(_sizes(other), other)
@@ -83,24 +83,22 @@ def prove(
 class _Exact:
     """The module in its own precision and in float64, in both frameworks."""
 
-    def __init__(self, pair: Pair, traced: BoundArguments) -> None:
-        self.side, self.program = side, pair.program
+    def __init__(self, pair: LivePair, traced: BoundArguments) -> None:
+        self.pair, self.program = pair, pair.program
         held = [t for t in pair.module.parameters() if t.is_floating_point()]
         self.own = str(held[0].dtype).removeprefix("torch.") if held else "float32"
         self.module64 = replica(pair.module, "float64")
-        self.narrow = ""
+        self.narrow = self.refused = ""
         with precision_of("float64"), torch_as_written():
             call = in_precision(traced, "float64")
             try:
                 runs(self.module64, call)
             except ZooError as e:  # torch._grouped_mm and others refuse float64
-                self.narrow = f"it does not run in float64 ({e.problem})"
+                self.refused = e.problem
                 return
-            narrow = narrow_operation(self.module64, Call(call.args, call.kwargs))
-            self.narrow = f"it computes {narrow}" if narrow else ""
-            if not narrow:
-                graph = traced_graph(self.module64, call, self.program.opaque)
-                self.program64 = self.program.twin(graph)
+            self.narrow = narrow_operation(self.module64, Call(call.args, call.kwargs)) or ""
+            graph = traced_graph(self.module64, call, self.program.opaque)
+            self.program64 = self.program.twin(graph)
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
         """One row for each output, and for each gradient where they are wanted."""
@@ -112,20 +110,31 @@ class _Exact:
         with jax_precision("float64" if wide else "float32"):
             ours = live(self.program, self.pair.module, call)
         exact: Arrays = {}
-        if not self.narrow.startswith("it does not run"):
+        if not self.refused:
             with precision_of("float64"), torch_as_written():
                 exact = run(self.module64, in_precision(call, "float64"), self.program.paths())
         ours64: Arrays = {}
-        if not self.narrow:
+        if not self.refused:
             with jax_precision("float64"):
                 ours64 = live(self.program64, self.module64, in_precision(call, "float64"))
         if rough.keys() != ours.keys():
             raise AssertionError(f"{list(rough)} and {list(ours)}")  # both follow one nesting
-        made = {n: judge(n, (rough[n], exact.get(n)), (ours[n], ours64.get(n))) for n in rough}
         noise = Noise(
-            exact or rough, lambda precision, i: self._again(call, precision, i, run), exact64=True
+            exact or rough,
+            lambda precision, i: self._again(call, precision, i, run),
+            exact64=True,
         )
-        return [noise.again(row) for row in made.values()]
+        made = []
+        for n in rough:
+            row = noise.again(judge(n, (rough[n], exact.get(n)), (ours[n], ours64.get(n))))
+            if self.narrow and not row.same:
+                note = f"{self.narrow}, in float64 too"
+                narrow = judge(n, (rough[n], exact.get(n)), (ours[n], None))
+                near = within(row.error64, narrow.noise, narrow.scale)
+                same = narrow.same and near
+                row = dataclasses.replace(narrow, error64=row.error64, note=note, same=same)
+            made.append(row)
+        return made
 
     def _again(self, call: BoundArguments, precision: str, seed: int, run: Any) -> Arrays:
         with precision_of(precision), torch_as_written():
@@ -243,7 +252,7 @@ def _with_sizes(graph: Graph, call: BoundArguments, sizes: Mapping[str, int]) ->
     return resized(call, wanted)
 
 
-def _tried(pair: Pair, call: BoundArguments, sizes: Mapping[str, int]) -> BoundArguments | None:
+def _tried(pair: LivePair, call: BoundArguments, sizes: Mapping[str, int]) -> BoundArguments | None:
     """The call at these sizes, if the graph is for them and torch runs it."""
     graph = pair.program.evaluation(False).graph
     made = _with_sizes(graph, call, sizes)
@@ -261,7 +270,9 @@ def _traced_sizes(graph: Graph, call: BoundArguments) -> dict[str, int]:
     return graph.sizes({n: tuple(x.shape) for n, x in leaves(call.arguments).items()})
 
 
-def _other_sizes(pair: Pair, call: BoundArguments, steps: Sequence[int]) -> BoundArguments | None:
+def _other_sizes(
+    pair: LivePair, call: BoundArguments, steps: Sequence[int]
+) -> BoundArguments | None:
     """The call with as many sizes as possible other than they were traced, no two moved alike."""
     graph = pair.program.evaluation(False).graph
     sizes, found = _traced_sizes(graph, call), None
@@ -274,7 +285,7 @@ def _other_sizes(pair: Pair, call: BoundArguments, steps: Sequence[int]) -> Boun
     return found
 
 
-def _ones(pair: Pair, call: BoundArguments, exact: _Exact, report: Ported) -> None:
+def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -> None:
     """Sizes of 1, which torch.export takes for impossible: shown, or refused from now on."""
     graph = pair.program.evaluation(False).graph
     for symbol in list(_traced_sizes(graph, call)):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert.porting.port_proof import Pair, prove
+from convert.porting.port_proof import LivePair, prove
 from convert.porting.program_of import ImageAxes, TorchProgram
 from convert.program.calls import bound, in_mode, larger, runs
 from convert.program.export import check_version, traced_graph
@@ -47,7 +47,7 @@ def live_module(
         program.evaluation(False)
         _check_others(program, calls[1:])
         if verify:
-            program.report = prove(Pair(module, program), first, calls, verify == "gradients")
+            program.report = prove(LivePair(module, program), first, calls, verify == "gradients")
     return net
 
 

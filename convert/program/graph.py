@@ -80,8 +80,8 @@ class Graph:
     """A module's computation, functional: what it writes into buffers is `mutations`.
 
     `baked` are the arguments that are no arrays, by path; `results` are the leaves of the result,
-    `ValueRef`s or plain values, and `outputs` says how they nest. `symbols`: the name of a size -> the
-    input and axis that have it. `schemas`: an operation -> its arguments.
+    `ValueRef`s or plain values, and `outputs` says how they nest. `symbols`: the name of a size ->
+    the input and axis that have it. `schemas`: an operation -> its arguments.
     """
 
     nodes: list[GraphNode]
