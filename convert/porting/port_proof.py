@@ -18,7 +18,7 @@ from convert.judge.rows import Row
 from convert.porting.program_of import Ported, TorchProgram
 from convert.program.calls import in_precision, resized, runs
 from convert.program.export import traced_graph
-from convert.program.graph import Graph, Guard, evaluate
+from convert.program.graph import Graph, Guard, evaluate, states_precision
 from convert.program.nesting import taken_apart
 from convert.runtime.arrays import is_inexact, leaves, to_numpy
 from convert.runtime.call import Call
@@ -55,7 +55,7 @@ def prove(
     if exact.refused:
         report.notices.append(f"torch's module does not run in float64: {exact.refused}")
     wanted = {_sizes(call): call for call in (*calls, traced)}
-    if (other := _other_sizes(pair, traced, _STEPS)) is not None:
+    if (other := _other_sizes(pair, traced)) is not None:
         wanted.setdefault(_sizes(other), other)
     elif graph.symbols:
         report.notices.append("torch runs at no other size that was tried")
@@ -97,7 +97,9 @@ class _Exact:
                 self.refused = e.problem
                 return
             self.narrow = narrow_operation(self.module64, Call(call.args, call.kwargs)) or ""
-            graph = traced_graph(self.module64, call, self.program.opaque)
+            graph = self.program.evaluation(False).graph
+            if states_precision(graph):  # what was baked in as float32 is float64 there
+                graph = traced_graph(self.module64, call, self.program.opaque)
             self.program64 = self.program.twin(graph)
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
@@ -270,10 +272,9 @@ def _traced_sizes(graph: Graph, call: BoundArguments) -> dict[str, int]:
     return graph.sizes({n: tuple(x.shape) for n, x in leaves(call.arguments).items()})
 
 
-def _other_sizes(
-    pair: LivePair, call: BoundArguments, steps: Sequence[int]
-) -> BoundArguments | None:
+def _other_sizes(pair: LivePair, call: BoundArguments) -> BoundArguments | None:
     """The call with as many sizes as possible other than they were traced, no two moved alike."""
+    steps = _STEPS
     graph = pair.program.evaluation(False).graph
     sizes, found = _traced_sizes(graph, call), None
     for i, symbol in enumerate(sizes):

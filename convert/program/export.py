@@ -18,6 +18,7 @@ from convert.program.exported_nodes import Reading
 from convert.program.graph import Graph
 from convert.program.nesting import Nesting, taken_apart
 from convert.program.opaque import Opaque, sealed
+from convert.program.whole_recurrent import whole
 from convert.runtime.arrays import is_array, leaves, replaced
 from zoo.containers.errors import UsageError
 
@@ -54,7 +55,7 @@ def export(
     auto = torch.export.Dim.AUTO
     sizes = tuple(dict.fromkeys(range(t.ndim), auto) if dynamic else None for t in tensors)
     seen: list[type] = []
-    with _quietly(), sealed(flat, opaque), _custom_gradients(seen):
+    with _quietly(), whole(), sealed(flat, opaque), _custom_gradients(seen):
         try:
             exported = torch.export.export(
                 flat, tensors, dynamic_shapes=(sizes,) if dynamic and sizes else None, strict=False
@@ -151,15 +152,14 @@ def _quietly() -> Iterator[None]:
     """Without torch's remarks on how it traces; as it is run, with gradients."""
     import torch
 
-    logger = logging.getLogger("torch")
-    level = logger.level
+    before = logging.root.manager.disable
     with warnings.catch_warnings(), torch.enable_grad(), torch.inference_mode(False):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(before)
 
 
 @contextlib.contextmanager

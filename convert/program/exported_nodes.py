@@ -19,6 +19,7 @@ from convert.program.graph import (
     refs,
 )
 from convert.program.nesting import Nesting
+from convert.program.whole_recurrent import aten
 from convert.tensors import bits_of
 
 _DROPPED = {
@@ -113,7 +114,7 @@ class Reading:
             self.placeholders.append(made)
 
     def _call(self, node: Any) -> None:
-        op = _operation(node.target)
+        op = aten(_operation(node.target))
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in _DROPPED}
         path, cls = _module(node.meta.get("nn_module_stack") or {})
         args = tuple(self._argument(x) for x in node.args)
@@ -169,7 +170,7 @@ class Reading:
                 expression = expression.xreplace(shapes.replacements)
             names = {str(s) for s in expression.free_symbols}
             if names and names <= known.keys():
-                yield Guard(_printed(expression), _located(str(guard.sloc)))
+                yield Guard(_printed(expression), _line_of(guard))
 
 
 def site_of(trace: str | None) -> CodeLine | None:
@@ -188,11 +189,14 @@ def _torchs(file: str) -> bool:
     return (installed and "torch" in parts) or parts[:1] == ("torch",) or file.startswith("<")
 
 
-def _located(text: str) -> CodeLine | None:
-    """The last line in a text that is not torch's: "file /a/net.py, line 12", "/a/net.py:12"."""
-    found = re.findall(r"(/[^\n,:]+\.py)(?::|, line )(\d+)", text)
-    own = [(file.removeprefix("file "), line) for file, line in found]
-    own = [(file, line) for file, line in own if not _torchs(file)]
+def _line_of(guard: Any) -> CodeLine | None:
+    """The user's line that a guard comes from."""
+    frame = getattr(guard.sloc, "framework_loc", None)
+    file, line = getattr(frame, "filename", None), getattr(frame, "lineno", None)
+    if file and line and not _torchs(file):
+        return CodeLine(file, line)
+    found = re.findall(r"(\S+\.py):(\d+)", str(getattr(guard.sloc, "maybe_user_loc", None)))
+    own = [(file, line) for file, line in found if not _torchs(file)]
     return CodeLine(own[-1][0], int(own[-1][1])) if own else None
 
 

@@ -7,6 +7,7 @@ on sizes (`operator.mul`); its arguments are plain values, `ValueRef`s to values
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -175,3 +176,24 @@ def live(nodes: list[GraphNode], wanted: set[int]) -> list[GraphNode]:
             kept.append(node)
             wanted |= set(refs((node.args, node.kwargs)))
     return kept[::-1]
+
+
+_MADE = re.compile(r"aten\.(zeros|ones|full|empty|eye|arange|linspace|rand|normal|scalar_tensor)")
+
+
+def states_precision(graph: Graph) -> bool:
+    """Whether a graph says itself that something is of so many bits: it is another for a module of
+    another precision."""
+    if any("float" in p.dtype for p in graph.of_kind("constant")):
+        return True
+    found: list[str] = []
+
+    def seen(d: Dtype) -> Dtype:
+        found.append(d.name)
+        return d
+
+    for node in graph.nodes:
+        if _MADE.match(node.op) or node.op.startswith("zooconvert."):
+            return True
+        mapped([*node.args, *node.kwargs.values()], lambda ref: ref, seen)
+    return any("float" in name or "complex" in name for name in found)
