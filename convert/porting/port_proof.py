@@ -97,10 +97,11 @@ class _Exact:
                 self.refused = e.problem
                 return
             self.narrow = narrow_operation(self.module64, Call(call.args, call.kwargs)) or ""
-            graph = self.program.evaluation(False).graph
-            if states_precision(graph):  # what was baked in as float32 is float64 there
+        graph = self.program.evaluation(False).graph
+        if states_precision(graph):  # what was baked in as float32 is float64 there
+            with precision_of("float64"):
                 graph = traced_graph(self.module64, call, self.program.opaque)
-            self.program64 = self.program.twin(graph)
+        self.program64 = self.program.twin(graph)
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
         """One row for each output, and for each gradient where they are wanted."""
@@ -289,9 +290,9 @@ def _other_sizes(pair: LivePair, call: BoundArguments) -> BoundArguments | None:
 def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -> None:
     """Sizes of 1, which torch.export takes for impossible: shown, or refused from now on."""
     graph = pair.program.evaluation(False).graph
-    for symbol in list(_traced_sizes(graph, call)):
-        sizes = _traced_sizes(graph, call) | {symbol: 1}
-        made = _tried(pair, call, sizes)
+    traced = _traced_sizes(graph, call)
+    for symbols in (traced, *([s] for s in traced)):
+        made = _tried(pair, call, traced | dict.fromkeys(symbols, 1)) if symbols else None
         if made is None:
             continue
         try:
@@ -301,8 +302,10 @@ def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -
             rows, same = [], False
         if same:
             report.rows.setdefault(_sizes(made), rows)
-        else:
-            graph.guards.append(Guard(f"{symbol} >= 2"))
+        elif len(symbols) == 1:
+            graph.guards += [Guard(f"{s} >= 2") for s in symbols]
+        if same and symbols is traced:
+            return
 
 
 def _baked(graph: Graph) -> Iterator[str]:
@@ -313,7 +316,9 @@ def _baked(graph: Graph) -> Iterator[str]:
             yield f"{p.name}: {', '.join(fixed)}"
     for path, value in graph.baked.items():
         yield f"{path}: {value!r}"
+    told = " ".join(g.condition for g in graph.guards if g.site)
     for guard in graph.guards:
-        if not guard.condition.endswith(">= 1"):
+        known = guard.condition.split()[0] in told or guard.condition.endswith(">= 1")
+        if guard.site or not known:
             where = f" ({guard.site})" if guard.site else ""
             yield f"{graph.worded(guard.condition)}{where}"

@@ -218,7 +218,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _kind(dtype: Any) -> str:
-    name = np.dtype(dtype).name
+    name = str(dtype).removeprefix("torch.")
     if name == "bool":
         return "b"
     return "c" if "complex" in name else "f" if "float" in name else "i"

@@ -7,6 +7,7 @@ and what ran under no_grad passes no gradient. Whatever stops it is one error wi
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -153,7 +154,11 @@ def _quietly() -> Iterator[None]:
     import torch
 
     before = logging.root.manager.disable
-    with warnings.catch_warnings(), torch.enable_grad(), torch.inference_mode(False):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # it prints whole graphs
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:

@@ -158,12 +158,6 @@ class Reading:
         values = (n.meta.get("val") for n in self.exported.graph.nodes if n.op == "placeholder")
         modes = (getattr(v, "fake_mode", None) for v in values)
         shapes: Any = next((m.shape_env for m in modes if m is not None and m.shape_env), None)
-        for symbol, ranges in self.exported.range_constraints.items():
-            if str(symbol) in known:
-                low, high = ranges.lower, ranges.upper
-                yield Guard(f"{symbol} >= {int(low) if low > 2 else 1}")
-                if high.is_finite and high < 2**62:
-                    yield Guard(f"{symbol} <= {int(high)}")
         for guard in [] if shapes is None else shapes.guards:
             expression = guard.expr
             for _ in range(8):
@@ -171,6 +165,12 @@ class Reading:
             names = {str(s) for s in expression.free_symbols}
             if names and names <= known.keys():
                 yield Guard(_printed(expression), _line_of(guard))
+        for symbol, ranges in self.exported.range_constraints.items():
+            if str(symbol) in known:
+                low, high = ranges.lower, ranges.upper
+                yield Guard(f"{symbol} >= {int(low) if low > 2 else 1}")
+                if high.is_finite and high < 2**62:
+                    yield Guard(f"{symbol} <= {int(high)}")
 
 
 def site_of(trace: str | None) -> CodeLine | None:
@@ -186,7 +186,14 @@ def site_of(trace: str | None) -> CodeLine | None:
 def _torchs(file: str) -> bool:
     parts = Path(file).parts
     installed = "site-packages" in parts or "dist-packages" in parts
-    return (installed and "torch" in parts) or parts[:1] == ("torch",) or file.startswith("<")
+    own = Path(file).parent == Path(__file__).parent
+    return (
+        own
+        or (installed and "torch" in parts)
+        or Path(file).parent == Path(__file__).parent
+        or parts[:1] == ("torch",)
+        or file.startswith("<")
+    )
 
 
 def _line_of(guard: Any) -> CodeLine | None:
