@@ -301,16 +301,42 @@ def test_a_loss_function_of_torch_code() -> None:
 
 class Unknown(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
-        return x[x > 0], torch.fft.fft(x).imag if x.ndim > 5 else torch.unique(x)
+        return torch.mode(x), torch.special.airy_ai(x), x.flip(0)
+
+
+class Masked(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x[x > 0]
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return x + torch.randn_like(x)
+
+
+def test_what_is_random_in_eval_mode_is_told() -> None:
+    net = convert.to_flax(Noisy(), draw(3))
+    assert net.report.verdict == "not proved"
+    assert any("draws random numbers in eval mode" in n for n in net.report.notices)
+    x = np.zeros(3, np.float32)
+    with pytest.raises(UsageError, match="draws random numbers, and has none to draw from"):
+        net(x)
+    assert np.any(net(x, rngs=nnx.Rngs(0)))
 
 
 def test_unknown_operations_are_listed_with_lines() -> None:
     with pytest.raises(ZooError) as e:
         convert.to_flax(Unknown(), draw(3))
-    text = str(e.value)
-    assert "no rule in JAX" in text or "cannot be traced" in text
-    assert "test_to_flax.py" in text
-    assert "x[x > 0]" in text
+    assert e.value.problem == "2 operations have no rule in JAX"
+    for name, line in zip(("mode", "special_airy_ai"), e.value.details, strict=True):
+        assert line.startswith(f"aten.{name}.default: ")
+        assert "test_to_flax.py" in line
+        assert "return torch.mode(x)" in line
+    assert "def mode(input, dim=-1, keepdim=False)" in e.value.advice
+    with pytest.raises(ZooError) as e:
+        convert.to_flax(Masked(), draw(3))
+    assert "aten.index.Tensor is not ported for these arguments" in e.value.problem
+    assert "x[x > 0]" in e.value.details[0]
 
 
 class Decides(nn.Module):

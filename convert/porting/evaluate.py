@@ -68,10 +68,10 @@ class Evaluation:
             raise _no_rule(graph, missing)
 
     def run(
-        self, values: Mapping[int, Any], key: Callable[[], Any] | None
+        self, values: Mapping[int, Any], key: Callable[[], Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """The results and what is written into buffers, for the placeholders' values. `key` gives
-        a fresh JAX key each time; None where nothing random is drawn."""
+        a fresh JAX key each time."""
         import jax
 
         held = dict(values)

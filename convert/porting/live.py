@@ -60,9 +60,7 @@ class LiveModule(nnx.Module):
         training = not self.deterministic
         evaluation = program.evaluation(training)
         self._take_in(evaluation.graph)
-        key = None
-        if evaluation.random:
-            key = self._key(rngs)
+        key = self._key(rngs) if evaluation.random else None
         arrays = program.arguments(evaluation.graph, args, kwargs)
         variables = self._variables()
         state = {n: v.get_value() for n, v in variables.items()}
@@ -79,15 +77,10 @@ class LiveModule(nnx.Module):
             self.rngs = nnx.Rngs(0)
         super().train(**attributes)  # type: ignore[no-untyped-call]
 
-    def _key(self, rngs: Any) -> jax.Array:
+    def _key(self, rngs: Any) -> Any:
+        """A fresh key; None where there is nothing to draw from, which what draws will say."""
         rngs = getattr(self, "rngs", None) if rngs is None else rngs
-        if rngs is None:
-            raise UsageError(
-                f"{self._program.name} draws random numbers, and has none to draw from",
-                "call train() first, or give rngs=nnx.Rngs(seed)",
-            )
-        key: jax.Array = rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
-        return key
+        return None if rngs is None else rngs.dropout() if isinstance(rngs, nnx.Rngs) else rngs()
 
     def _variables(self) -> dict[str, nnx.Variable]:
         """Every parameter, statistic and buffer by its name in the layout."""

@@ -26,6 +26,10 @@ from zoo.layout import Layout
 ImageAxes = Literal["first", "last"]
 
 
+class DrawsRandom(UsageError):
+    """A module that draws random numbers was given none."""
+
+
 @dataclass
 class Ported:
     """What is known of a port. `rows` are those of the proof (see `convert.judge`), by the sizes
@@ -189,7 +193,15 @@ class TorchProgram:
             if p.name in self.frozen:
                 values[p.value] = jax.lax.stop_gradient(values[p.value])
         counter = iter(range(2**31))
-        fresh = None if key is None else lambda: jax.random.fold_in(key, next(counter))
+
+        def fresh() -> Any:
+            if key is None:
+                raise DrawsRandom(
+                    f"{self.name} draws random numbers, and has none to draw from",
+                    "call train() first, or give rngs=nnx.Rngs(seed)",
+                )
+            return jax.random.fold_in(key, next(counter))
+
         results, written = evaluation.run(values, fresh)
         results = [
             x for r, x in zip(graph.results, results, strict=True) if isinstance(r, ValueRef)

@@ -186,14 +186,9 @@ def site_of(trace: str | None) -> CodeLine | None:
 def _torchs(file: str) -> bool:
     parts = Path(file).parts
     installed = "site-packages" in parts or "dist-packages" in parts
-    own = Path(file).parent == Path(__file__).parent
-    return (
-        own
-        or (installed and "torch" in parts)
-        or Path(file).parent == Path(__file__).parent
-        or parts[:1] == ("torch",)
-        or file.startswith("<")
-    )
+    ours = Path(file).parent == Path(__file__).parent
+    torchs = (installed and "torch" in parts) or parts[:1] == ("torch",)
+    return ours or torchs or file.startswith("<")
 
 
 def _line_of(guard: Any) -> CodeLine | None:
