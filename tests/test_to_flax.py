@@ -301,7 +301,7 @@ def test_a_loss_function_of_torch_code() -> None:
 
 class Unknown(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
-        return torch.mode(x), torch.special.airy_ai(x), x.flip(0)
+        return torch.ops.zootest.one(x), torch.ops.zootest.two(x, 3), x.flip(0)
 
 
 class Masked(nn.Module):
@@ -325,14 +325,22 @@ def test_what_is_random_in_eval_mode_is_told() -> None:
 
 
 def test_unknown_operations_are_listed_with_lines() -> None:
+    torch.library.custom_op(
+        "zootest::one", lambda x: x.clone(), mutates_args=(), schema="(Tensor x) -> Tensor"
+    ).register_fake(torch.empty_like)
+    torch.library.custom_op(
+        "zootest::two", lambda x, n: x * n, mutates_args=(), schema="(Tensor x, int n=2) -> Tensor"
+    ).register_fake(lambda x, n: torch.empty_like(x))
     with pytest.raises(ZooError) as e:
         convert.to_flax(Unknown(), draw(3))
     assert e.value.problem == "2 operations have no rule in JAX"
-    for name, line in zip(("mode", "special_airy_ai"), e.value.details, strict=True):
-        assert line.startswith(f"aten.{name}.default: ")
+    for name, line in zip(("one", "two"), e.value.details, strict=True):
+        assert line.startswith(f"zootest.{name}.default: ")
         assert "test_to_flax.py" in line
-        assert "return torch.mode(x)" in line
-    assert "def mode(input, dim=-1, keepdim=False)" in e.value.advice
+        assert "return torch.ops.zootest.one(x)" in line
+    assert "def one(x): ..." in e.value.advice
+    rules = {"zootest.one.default": lambda x: x, "zootest.two.default": lambda x, n=2: x * n}
+    assert convert.to_flax(Unknown(), draw(3), rules=rules).report.verdict == "same"
     with pytest.raises(ZooError) as e:
         convert.to_flax(Masked(), draw(3))
     assert "aten.index.Tensor is not ported for these arguments" in e.value.problem

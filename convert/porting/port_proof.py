@@ -6,7 +6,6 @@ float32 is judged by torch's own rounding, and float64 by a graph of its own, of
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import BoundArguments
 from typing import Any
@@ -60,10 +59,10 @@ def prove(
             report.rows[sizes] = exact.rows(call, gradients)
     except DrawsRandom:
         report.notices.append("it draws random numbers in eval mode: its outputs are not compared")
-        report.baked = list(_baked(graph))
+        report.baked = list(dict.fromkeys(_baked(graph)))
         return report
     _ones(pair, traced, exact, report)
-    report.baked = list(_baked(graph))
+    report.baked = list(dict.fromkeys(_baked(graph)))
     if wrong := [(s, r) for s, rows in report.rows.items() for r in rows if not r.same]:
         report.verdict = "different"
         raise NotEquivalent(
@@ -275,16 +274,24 @@ def _traced_sizes(graph: Graph, call: BoundArguments) -> dict[str, int]:
 
 
 def _other_sizes(pair: LivePair, call: BoundArguments) -> BoundArguments | None:
-    """The call with as many sizes as possible other than they were traced, no two moved alike."""
-    steps = _STEPS
+    """The call with as many sizes as possible other than they were traced: those that were alike
+    are moved alike, where torch runs that, and others not."""
     graph = pair.program.evaluation(False).graph
     sizes, found = _traced_sizes(graph, call), None
-    for i, symbol in enumerate(sizes):
-        for step in itertools.chain(steps[i % 3 :], steps[: i % 3]):
-            changed = sizes | {symbol: max(sizes[symbol] + step, 2)}
+    alike: dict[int, list[str]] = {}
+    for symbol, size in sizes.items():
+        alike.setdefault(size, []).append(symbol)
+    groups = list(alike.values())
+    while groups:
+        group = groups.pop(0)
+        shift = len(alike) - len(groups)
+        for step in (*_STEPS[shift % 3 :], *_STEPS[: shift % 3]):
+            changed = sizes | {s: max(sizes[s] + step, 2) for s in group}
             if changed != sizes and (made := _tried(pair, call, changed)) is not None:
                 sizes, found = changed, made
                 break
+        else:
+            groups += [[s] for s in group] if len(group) > 1 else []
     return found
 
 
