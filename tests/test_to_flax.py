@@ -23,6 +23,7 @@ import convert
 from convert.porting.live import LiveModule
 from convert.program.graph import GraphNode
 from zoo.containers.errors import NotEquivalent, UsageError, ZooError
+from zoo.loading import LoadNotice
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -302,6 +303,74 @@ def test_a_loss_function_of_torch_code() -> None:
 class Unknown(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         return torch.ops.zootest.one(x), torch.ops.zootest.two(x, 3), x.flip(0)
+
+
+def test_a_training_step_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with pytest.raises(UsageError, match="a training step is not ported"):
+        convert.to_flax(step, draw(2, 2))
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class StraightThrough(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Rounded.apply(x * self.weight)
+
+
+def test_a_backward_pass_of_its_own_is_told_and_seen_in_gradients() -> None:
+    with pytest.warns(LoadNotice, match="Rounded has a backward pass of its own"):
+        convert.to_flax(StraightThrough(), draw(2, 3))
+    with (
+        pytest.warns(LoadNotice, match="Rounded"),
+        pytest.raises(NotEquivalent, match="outputs and gradients"),
+    ):
+        convert.to_flax(StraightThrough(), draw(2, 3), verify="gradients")
+
+
+class Counts(nn.Module):
+    """It writes into its buffers in eval mode too; one of them is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(2))
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total += x.mean(0)
+        self.calls.add_(1)
+        return x * self.total + self.calls
+
+
+def test_buffers_that_are_written_are_state_and_the_torch_module_is_not_changed() -> None:
+    module = Counts()
+    net = convert.to_flax(module, draw(3, 2))
+    assert module.calls == 0
+    x = draw(3, 2, seed=2)
+    for _ in range(3):
+        np.testing.assert_allclose(net(x.numpy()), module(x), 1e-6)
+    assert net.calls[...] == 3
+    assert torch.allclose(convert.to_state_dict(net)["total"], module.total)
 
 
 class Masked(nn.Module):

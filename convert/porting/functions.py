@@ -22,6 +22,13 @@ def of_function(function: Any) -> Any:
             "put it into a torch.nn.Module",
         )
 
+    if any(isinstance(x, torch.optim.Optimizer) for x in held.values()):
+        raise UsageError(
+            f"{_name(function)} uses an optimizer of torch's, and a training step is not ported",
+            "give the loss as a function, and take the step with nnx.Optimizer: convert.optim has "
+            "torch's rules, and convert.load_optimizer a torch optimizer's state",
+        )
+
     class Function(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

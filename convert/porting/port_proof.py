@@ -6,6 +6,7 @@ float32 is judged by torch's own rounding, and float64 by a graph of its own, of
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import BoundArguments
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
-from convert.program.calls import in_precision, resized, runs
+from convert.program.calls import buffers_kept, in_precision, resized, runs
 from convert.program.export import traced_graph
 from convert.program.graph import Graph, Guard, evaluate, states_precision
 from convert.program.nesting import taken_apart
@@ -27,6 +28,7 @@ from convert.tensors import bits_of
 from zoo.containers.errors import NotEquivalent, ZooError
 
 Arrays = dict[str, np.ndarray]
+_PLAIN = re.compile(r"\w+ (>=|<=|<|>|==|!=) \w+")  # others are torch's own bookkeeping
 _STEPS = (1, 2, 3, 4, 7, 8, 16, 32, -1, -2)  # how far an untraced size is from the traced one
 
 
@@ -65,16 +67,17 @@ def prove(
     report.baked = list(dict.fromkeys(_baked(graph)))
     if wrong := [(s, r) for s, rows in report.rows.items() for r in rows if not r.same]:
         report.verdict = "different"
+        told = [
+            f"{s}: {r.name} {r.shape}: {r.ratio:.3g} of the noise, {r.error64:.3g} apart in "
+            f"float64 (scale {r.scale:.3g})"
+            for s, r in wrong[:8]
+        ]
         raise NotEquivalent(
             f"{program.name}: the port gives other values than torch in {len(wrong)} of "
-            f"{sum(map(len, report.rows.values()))} outputs",
-            "this is a fault of ours or of a rule of yours: nothing was given back; verify=False "
-            "gives the module as it is, to look at",
-            [
-                f"{s}: {r.name} {r.shape}: {r.ratio:.3g} of the noise, {r.error64:.3g} apart in "
-                f"float64 (scale {r.scale:.3g})"
-                for s, r in wrong[:8]
-            ],
+            f"{sum(map(len, report.rows.values()))} outputs and gradients",
+            "nothing was given back, as a rule is wrong, ours or yours; verify=False gives the "
+            "module as it is, to look at",
+            [*told, *graph.notices],
         )
     report.verdict = "same"
     return report
@@ -198,7 +201,7 @@ def _torch_gradients(module: Any, call: BoundArguments, paths: Sequence[str]) ->
     import torch
 
     held = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
+    with torch.enable_grad(), buffers_kept(module):
         outputs = _named(module(*call.args, **call.kwargs), paths)
         weights = _cotangents(outputs)
         loss = sum(
@@ -327,6 +330,6 @@ def _baked(graph: Graph) -> Iterator[str]:
     told = " ".join(g.condition for g in graph.guards if g.site)
     for guard in graph.guards:
         known = guard.condition.split()[0] in told or guard.condition.endswith(">= 1")
-        if guard.site or not known:
+        if guard.site or (not known and _PLAIN.fullmatch(guard.condition)):
             where = f" ({guard.site})" if guard.site else ""
             yield f"{graph.worded(guard.condition)}{where}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from inspect import BoundArguments
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from convert.runtime.torch_module import unwrapped
 from convert.runtime.user_code import made
 from convert.tensors import bits_of
 from zoo.containers.errors import UsageError
+from zoo.loading import LoadNotice
 
 Rules = Mapping[Any, Callable[..., Any]]
 
@@ -46,6 +48,8 @@ def live_module(
         net = _live(program, module)
         program.evaluation(False)
         _check_others(program, calls[1:])
+        for notice in program.evaluation(False).graph.notices:
+            warnings.warn(notice, LoadNotice, stacklevel=3)
         if verify:
             program.report = prove(LivePair(module, program), first, calls, verify == "gradients")
     return net

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import BoundArguments
 from typing import Any
 
@@ -63,10 +64,24 @@ def runs(module: Any, call: BoundArguments) -> Any:
     import torch
 
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_kept(module):
             return module(*call.args, **call.kwargs)
     except Exception as e:
         raise refused.call_error(e, module) from e
+
+
+@contextlib.contextmanager
+def buffers_kept(module: Any) -> Iterator[None]:
+    """What a run of the module writes into its buffers is put back afterwards."""
+    import torch
+
+    before = {n: (t, t.detach().clone()) for n, t in module.named_buffers() if not t.is_meta}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, value in before.values():
+                t.copy_(value)
 
 
 def resized(call: BoundArguments, sizes: Mapping[str, Mapping[int, int]]) -> BoundArguments:
