@@ -229,9 +229,10 @@ def to_flax(
 
     `module` is a torch.nn.Module, or a class or function that gives one without arguments; or a
     function of torch code (a loss), whose modules are those that it mentions. `inputs` is one call
-    of it: an array, a tuple or list (positional) or a dict (by name). Sizes are dynamic where
-    torch.export finds nothing that fixes them; what is no array is baked in. `others` are further
-    calls, of other sizes, that must run too. `weights` is a checkpoint or a state_dict to take in
+    of it: an array, a tuple or list (positional) or a dict (by name), in torch's axes. What is no
+    array is baked in. Sizes are dynamic where torch.export finds nothing that fixes them; a call of
+    sizes that the graph is not for is traced and proved when it comes, from `module`, which is kept
+    for that. `others` are further calls, of other sizes, for which that is done at once. `weights` is a checkpoint or a state_dict to take in
     place of the module's own. `rules` are JAX functions for what torch's name alone does not tell,
     by what they stand for: the name of an operation, a module class (f(layer, *args)) or a Python
     function (f(*args)). `image_axes="last"` takes and gives floating-point arrays of four and five

@@ -58,10 +58,10 @@ class LiveModule(nnx.Module):
         program = self._program
         rngs = None if "rngs" in program.signature.parameters else kwargs.pop("rngs", None)
         training = not self.deterministic
+        program, arrays = program.fitting(training, args, kwargs)
         evaluation = program.evaluation(training)
         self._take_in(evaluation.graph)
         key = self._key(rngs) if evaluation.random else None
-        arrays = program.arguments(evaluation.graph, args, kwargs)
         variables = self._variables()
         state = {n: v.get_value() for n, v in variables.items()}
         results, written = program.run(training, state, arrays, key)

@@ -20,9 +20,10 @@ from convert.program.graph import Graph, ValueRef
 from convert.program.nesting import taken_apart
 from convert.program.opaque import Opaque
 from convert.runtime.arrays import is_array, leaves
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import Layout
 
+Shapes = Mapping[str, tuple[int, ...]]
 ImageAxes = Literal["first", "last"]
 
 
@@ -57,7 +58,7 @@ class TorchProgram:
         name: str,
         signature: inspect.Signature,
         layout: Layout,
-        trace: Callable[[bool], Graph],
+        trace: Callable[[bool, Shapes | None], Graph],
         rules: Mapping[str, Callable[..., Any]],
         image_axes: ImageAxes,
     ) -> None:
@@ -69,6 +70,8 @@ class TorchProgram:
         self.kept: dict[str, np.ndarray] = {}  # torch's tensors that Flax does not have
         self.frozen: frozenset[str] = frozenset()
         self.opaque: tuple[Opaque, ...] = ()
+        self.others: list[TorchProgram] = []  # of sizes that the first graph is not for
+        self.prove: Callable[[TorchProgram, Shapes], None] = lambda program, shapes: None
         self.report = Ported()
 
     def __deepcopy__(self, memo: Any) -> TorchProgram:
@@ -80,16 +83,17 @@ class TorchProgram:
     def evaluation(self, training: bool) -> Evaluation:
         """The graph of a mode, traced when it is first wanted."""
         if training not in self.evaluations:
-            self.evaluations[training] = Evaluation(self.trace(training), self.rules)
+            self.evaluations[training] = Evaluation(self.trace(training, None), self.rules)
         return self.evaluations[training]
 
-    def twin(self, graph: Graph) -> TorchProgram:
-        """The same of another eval graph: that of a copy in another precision."""
+    def twin(self, graph: Graph, training: bool = False) -> TorchProgram:
+        """The same of another graph: of a copy in another precision, or of other sizes."""
         made = TorchProgram(
             self.name, self.signature, self.layout, self.trace, self.rules, self.image_axes
         )
-        made.evaluations[False] = Evaluation(graph, self.rules)
+        made.evaluations[training] = Evaluation(graph, self.rules)
         made.dtypes, made.kept, made.frozen = self.dtypes, self.kept, self.frozen
+        made.opaque = self.opaque
         return made
 
     def paths(self) -> list[str]:
@@ -104,9 +108,47 @@ class TorchProgram:
         wanted = [*graph.mutations, *(p.name for p in graph.of_kind("parameter"))]
         return [n for n in dict.fromkeys(wanted) if self.by_name.flax_of(n) is None]
 
-    def arguments(self, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list:
-        """The arrays of a call, in the order of the graph's inputs. UsageError where it is another
-        call than the one that was traced."""
+    def fitting(
+        self, training: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[TorchProgram, list[Any]]:
+        """The program for the sizes of a call, traced anew where none is, and its arrays.
+
+        UsageError where it is another call than the one that was traced, or torch does not run it.
+        """
+        graph = self.evaluation(training).graph
+        arrays = self._arrays(graph, args, kwargs)
+        names = [p.name for p in graph.of_kind("input")]
+        shapes = {n: self._shape(x) for n, x in zip(names, arrays, strict=True)}
+        for program in (self, *self.others):
+            known = program.evaluations.get(training)
+            if known is not None and not known.graph.misfits(shapes):
+                return program, arrays
+        return self._retraced(training, shapes, graph.misfits(shapes)), arrays
+
+    def _retraced(self, training: bool, shapes: Shapes, why: list[str]) -> TorchProgram:
+        """The program for sizes that no graph is for yet."""
+        import jax
+
+        try:
+            graph = self.trace(training, shapes)
+        except ZooError as e:
+            raise UsageError(
+                f"{self.name} was traced for another call, and not for this one either: "
+                f"{e.problem}",
+                "give inputs that torch's module runs on",
+                [*why, *e.details],
+            ) from e
+        if still := graph.misfits(shapes):
+            raise UsageError(f"{self.name} was traced for another call", "give other sizes", still)
+        made = self.twin(graph, training)
+        if not training:
+            with jax.ensure_compile_time_eval():
+                self.prove(made, shapes)
+        self.others.append(made)
+        return made
+
+    def _arrays(self, graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list:
+        """The arrays of a call, in the order of the graph's inputs."""
         try:
             bound = self.signature.bind(*args, **kwargs)
         except TypeError as e:
@@ -127,18 +169,16 @@ class TorchProgram:
             if path.partition(".")[0] not in bound.arguments and not self._is_default(path, value):
                 told.append(f"{path} is left out, and {value!r} was baked in")
         if not told:
-            told = graph.misfits({n: self._shape(n, arrays[n]) for n in wanted})
-            told += [t for p in graph.of_kind("input") if (t := _other_kind(p, arrays[p.name]))]
+            told = [t for p in graph.of_kind("input") if (t := _unlike(p, arrays[p.name]))]
         if told:
             raise UsageError(
                 f"{self.name} was traced for another call",
-                "make one for this call with convert.to_flax(module, inputs), or give such inputs "
-                "in others=[...] when it is made",
+                "make one for this call with convert.to_flax(module, inputs)",
                 told,
             )
         return [arrays[n] for n in wanted]
 
-    def _shape(self, name: str, x: Any) -> tuple[int, ...]:
+    def _shape(self, x: Any) -> tuple[int, ...]:
         shape = tuple(x.shape)
         return (shape[0], shape[-1], *shape[1:-1]) if self.is_image(x) else shape
 
@@ -236,13 +276,15 @@ def _kind(dtype: Any) -> str:
     return "c" if "complex" in name else "f" if "float" in name else "i"
 
 
-def _other_kind(p: Any, x: Any) -> str:
+def _unlike(p: Any, x: Any) -> str:
     """Why an array cannot stand for the one that was traced; "" if it can."""
+    if len(p.shape) != x.ndim:
+        return f"{p.name} has {x.ndim} axes, and was traced with {len(p.shape)}"
     words = {"f": "floating-point numbers", "i": "integers", "b": "booleans", "c": "complex"}
     wanted, held = _kind(p.dtype), _kind(x.dtype)
-    return (
-        "" if wanted == held else f"{p.name} holds {words[held]}, and was traced of {words[wanted]}"
-    )
+    if wanted == held:
+        return ""
+    return f"{p.name} holds {words[held]}, and was traced of {words[wanted]}"
 
 
 def plain_result(graph: Graph, results: list[Any]) -> Any:

@@ -11,8 +11,16 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.porting.port_proof import LivePair, prove
-from convert.porting.program_of import ImageAxes, TorchProgram
-from convert.program.calls import bound, in_mode, larger, runs
+from convert.porting.program_of import ImageAxes, Shapes, TorchProgram
+from convert.program.calls import (
+    bound,
+    in_mode,
+    larger,
+    of_shapes,
+    runs,
+    shapes_of,
+    with_tensors,
+)
 from convert.program.export import check_version, traced_graph
 from convert.program.graph import Graph
 from convert.program.opaque import Opaque
@@ -46,12 +54,17 @@ def live_module(
     with in_mode(module, training=False):
         program, first = _program(module, signature, calls[0], rules or {}, image_axes)
         net = _live(program, module)
-        program.evaluation(False)
-        _check_others(program, calls[1:])
-        for notice in program.evaluation(False).graph.notices:
+        graph = program.evaluation(False).graph
+        for notice in graph.notices:
             warnings.warn(notice, LoadNotice, stacklevel=3)
         if verify:
-            program.report = prove(LivePair(module, program), first, calls, verify == "gradients")
+            fitting = [one for one in calls if not graph.misfits(shapes_of(one))]
+            gradients = verify == "gradients"
+            program.report = prove(LivePair(module, program), first, fitting, gradients)
+            program.prove = _prover(module, program, first, gradients)
+        for one in calls:
+            own = one if image_axes == "first" else with_tensors(one, _channels_last)
+            program.fitting(False, own.args, own.kwargs)
     return net
 
 
@@ -87,9 +100,12 @@ def _program(
     opaque = tuple(Opaque(what, f) for what, f in rules.items() if not isinstance(what, str))
     named = {what: f for what, f in rules.items() if isinstance(what, str)}
 
-    def trace(training: bool) -> Graph:
+    def trace(training: bool, shapes: Shapes | None) -> Graph:
         with in_mode(module, training):
-            return traced_graph(module, traced, opaque)
+            wanted = traced if shapes is None else of_shapes(traced, shapes)
+            if shapes is not None:
+                runs(module, wanted)
+            return traced_graph(module, wanted, opaque)
 
     layout, notices = derive_layout(module)
     program = TorchProgram(type(module).__name__, signature, layout, trace, named, image_axes)
@@ -98,11 +114,21 @@ def _program(
     return program, traced
 
 
-def _check_others(program: TorchProgram, calls: Sequence[BoundArguments]) -> None:
-    """UsageError where a further call does not fit the graph, with what was baked in."""
-    graph = program.evaluation(False).graph
-    for call in calls:
-        program.arguments(graph, call.args, call.kwargs)
+def _prover(
+    module: Any, program: TorchProgram, call: BoundArguments, gradients: bool
+) -> Callable[[TorchProgram, Shapes], None]:
+    """What proves a program of other sizes, and adds it to the report."""
+
+    def proved(made: TorchProgram, shapes: Shapes) -> None:
+        with in_mode(module, training=False):
+            at = of_shapes(call, shapes)
+            program.report.rows |= prove(LivePair(module, made), at, [at], gradients).rows
+
+    return proved
+
+
+def _channels_last(x: Any) -> Any:
+    return x.moveaxis(1, -1) if x.ndim in (4, 5) and x.is_floating_point() else x
 
 
 def _live(program: TorchProgram, module: Any) -> Any:

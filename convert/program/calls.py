@@ -98,6 +98,16 @@ def resized(call: BoundArguments, sizes: Mapping[str, Mapping[int, int]]) -> Bou
     return BoundArguments(call.signature, replaced(dict(call.arguments), made))
 
 
+def shapes_of(call: BoundArguments) -> dict[str, tuple[int, ...]]:
+    """The shape of every array among the arguments, by path."""
+    return {n: tuple(x.shape) for n, x in leaves(call.arguments).items()}
+
+
+def of_shapes(call: BoundArguments, shapes: Mapping[str, tuple[int, ...]]) -> BoundArguments:
+    """The call with arrays of these shapes."""
+    return resized(call, {n: dict(enumerate(shape)) for n, shape in shapes.items()})
+
+
 def larger(module: Any, call: BoundArguments) -> BoundArguments:
     """The call with sizes of 1 made 2, where torch runs that: a size of 1 would be baked in."""
     arrays = leaves(call.arguments)

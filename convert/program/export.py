@@ -40,26 +40,30 @@ def check_version(untested: bool) -> None:
 
 
 def export(
-    module: Any, call: BoundArguments, opaque: tuple[Opaque, ...] = (), dynamic: bool = True
+    module: Any,
+    call: BoundArguments,
+    opaque: tuple[Opaque, ...] = (),
+    axes: Callable[[int], bool] = lambda axis: True,
 ) -> Graph:
     """The graph of `module(*call.args, **call.kwargs)`, whose arrays are torch tensors.
 
-    Sizes are dynamic where torch finds nothing that fixes them, and all are baked in without
-    `dynamic`. Calls of what `opaque` names become one operation each. The module's mode (train or
+    Sizes are dynamic where torch finds nothing that fixes them; those of other axes than `axes` are
+    baked in. Calls of what `opaque` names become one operation each. The module's mode (train or
     eval) is the graph's. Raises ZooError where torch cannot export it.
     """
     import torch
 
     given = leaves(call.arguments)
     nestings: list[Nesting] = []  # not an attribute: torch.export puts those back
-    flat, tensors = _flattened(module, call, nestings), tuple(given.values())
+    # Copies: what is asked of a tensor's sizes stays on it where torch.export fails.
+    flat, tensors = _flattened(module, call, nestings), [t.clone() for t in given.values()]
     auto = torch.export.Dim.AUTO
-    sizes = tuple(dict.fromkeys(range(t.ndim), auto) if dynamic else None for t in tensors)
+    sizes = tuple({a: auto if axes(a) else None for a in range(t.ndim)} for t in tensors)
     seen: list[type] = []
     with _quietly(), whole(), sealed(flat, opaque), _custom_gradients(seen):
         try:
             exported = torch.export.export(
-                flat, tensors, dynamic_shapes=(sizes,) if dynamic and sizes else None, strict=False
+                flat, tuple(tensors), dynamic_shapes=(sizes,) if sizes else None, strict=False
             )
             _detach_no_grad(exported.graph_module)
             exported = exported.run_decompositions({})
@@ -76,16 +80,17 @@ def export(
 
 
 def traced_graph(module: Any, call: BoundArguments, opaque: tuple[Opaque, ...]) -> Graph:
-    """The graph with dynamic sizes; with none where torch.export cannot have them so."""
+    """The graph with dynamic sizes; where torch.export cannot have them so, with that of the first
+    axes alone, or with none."""
     try:
         return export(module, call, opaque)
     except refused.NotExported as e:
-        try:
-            graph = export(module, call, opaque, dynamic=False)
-        except refused.NotExported:
-            raise e from None
-        graph.notices.append(f"every size is baked in: {'; '.join(e.details)}")
-        return graph
+        for axes, told in ((lambda a: a == 0, "all but the first"), (lambda a: False, "all")):
+            with contextlib.suppress(refused.NotExported):
+                graph = export(module, call, opaque, axes)
+                graph.notices.append(f"{told} axes are baked in: {'; '.join(e.details)}")
+                return graph
+        raise
 
 
 def _flattened(module: Any, call: BoundArguments, nestings: list[Nesting]) -> Any:

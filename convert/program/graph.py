@@ -106,15 +106,8 @@ class Graph:
         return {s: shapes[name][axis] for s, (name, axis) in self.symbols.items()}
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What of inputs of these shapes does not fit the traced graph, in words."""
+        """What of inputs of these shapes, of as many axes, does not fit the graph, in words."""
         told = []
-        for p in self.of_kind("input"):
-            if len(p.shape) != len(shapes[p.name]):
-                told.append(
-                    f"{p.name} has {len(shapes[p.name])} axes, and was traced with {len(p.shape)}"
-                )
-        if told:
-            return told
         sizes = self.sizes(shapes)
         for p in self.of_kind("input"):
             for axis, (wanted, size) in enumerate(zip(p.shape, shapes[p.name], strict=True)):
