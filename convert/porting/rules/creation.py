@@ -114,8 +114,10 @@ def arange_end(end: Any, *, dtype: Any = None) -> Any:
 
 def _steps(start: Any, end: Any, steps: int, dtype: np.dtype) -> Any:
     """Evenly spaced values, computed in the dtype or, for those of few bits, in float64."""
+    if steps == 1:
+        return np.full(1, start)
     if category(dtype) < 2:
-        step = (end - start) / (steps - 1) if steps > 1 else 0.0
+        step = (end - start) / (steps - 1) if steps else 0.0
         i = np.arange(steps)
         low, high = start + step * i, end - step * (steps - 1 - i)
         return np.trunc(np.where(i < steps // 2, low, high))

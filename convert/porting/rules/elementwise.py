@@ -274,7 +274,8 @@ def _floor_of_quotient(a: Any, b: Any) -> Any:
 
 def _16_bits_in_32(function: Function, a: Any, b: Any) -> Any:
     wider = opmath(a.dtype)
-    return cast(function(cast(a, wider), cast(b, wider)), a.dtype)
+    a_wide, b_wide = jnp.broadcast_arrays(cast(a, wider), cast(b, wider))
+    return cast(function(a_wide, b_wide), a.dtype)
 
 
 @rule(
@@ -290,7 +291,7 @@ def div_mode(a: Any, b: Any, *, rounding_mode: str | None) -> Any:
         return floor_divide(a, b)
     a, b = together(a, b)
     if category(a.dtype) < 2:
-        return lax.div(a, b) if a.dtype != np.bool_ else a
+        return lax.div(*jnp.broadcast_arrays(a, b)) if category(a.dtype) else a
     return lax.stop_gradient(jnp.trunc(a / b))
 
 
@@ -367,7 +368,6 @@ rules_of(
         "nextafter": _of_two_floats(jnp.nextafter),
         "gcd": lambda a, b: jnp.gcd(*together(a, b)),
         "lcm": lambda a, b: jnp.lcm(*together(a, b)),
-        "heaviside": lambda a, b: jnp.heaviside(*together(a, b)),
         "special_gammainc": _of_two_floats(special.gammainc),
         "special_gammaincc": _of_two_floats(special.gammaincc),
         "igamma": _of_two_floats(special.gammainc),
@@ -382,6 +382,12 @@ for _overload in ("default", "self_scalar", "other_scalar"):
     rule(f"aten.special_xlogy.{_overload}")(_of_two_floats(_xlogy))
 for _overload in ("Tensor", "Scalar"):
     rule(f"aten.copysign.{_overload}")(_of_two_floats(jnp.copysign))
+
+
+@rule("aten.heaviside.default")
+def heaviside(a: Any, b: Any) -> Any:
+    step = cast(a > 0, a.dtype)
+    return jnp.where(a == 0, b, jnp.where(jnp.isnan(a), a, step))
 
 
 def _comparison(function: Function) -> Function:

@@ -253,12 +253,14 @@ def pinv(x: Any, rcond: Any = None, hermitian: bool = False) -> Any:
 
 
 def _cholesky(x: Any, upper: bool) -> Any:
-    """Of the lower half alone, as LAPACK reads it."""
+    """Of one half alone, as LAPACK reads it."""
     lower = jnp.tril(x, -1)
     whole = lower + jnp.conj(jnp.swapaxes(lower, -1, -2)) + jnp.tril(jnp.triu(x))
     if upper:
         above = jnp.triu(x, 1)
         whole = above + jnp.conj(jnp.swapaxes(above, -1, -2)) + jnp.tril(jnp.triu(x))
+    even = (x + jnp.conj(jnp.swapaxes(x, -1, -2))) / 2  # torch's gradient is of both halves
+    whole = lax.stop_gradient(whole - even) + even
     factor = lax.linalg.cholesky(whole, symmetrize_input=False)
     return jnp.conj(jnp.swapaxes(factor, -1, -2)) if upper else factor
 

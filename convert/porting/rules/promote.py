@@ -36,7 +36,7 @@ def promote_types(a: Any, b: Any) -> np.dtype:
     """The dtype of two tensors of one rank together; int64 with float16 is float16."""
     dtypes = {np.dtype(a), np.dtype(b)}
     if len(dtypes) == 1:
-        return dtypes.pop()
+        return next(iter(dtypes))
     with jax.enable_x64(True):
         return np.dtype(jnp.promote_types(a, b))
 

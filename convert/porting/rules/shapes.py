@@ -13,6 +13,7 @@ from jax import lax
 
 from convert.porting.rules import rule, rules_of
 from convert.porting.rules.promote import cast, refuse, result_type, together
+from convert.porting.rules.reductions import sum_
 
 
 @rule(
@@ -362,12 +363,12 @@ def atleast_3d(x: Any) -> Any:
 
 @rule("aten.meshgrid.default")
 def meshgrid(tensors: Sequence[Any]) -> Any:
-    return tuple(jnp.meshgrid(*tensors, indexing="ij"))
+    return tuple(jnp.meshgrid(*(x.reshape(-1) for x in tensors), indexing="ij"))
 
 
 @rule("aten.meshgrid.indexing")
 def meshgrid_indexing(tensors: Sequence[Any], *, indexing: str) -> Any:
-    return tuple(jnp.meshgrid(*tensors, indexing=indexing))
+    return tuple(jnp.meshgrid(*(x.reshape(-1) for x in tensors), indexing=indexing))
 
 
 @rule("aten.repeat_interleave.self_int")
@@ -400,9 +401,9 @@ def raise_unless_static(value: Any, what: str) -> None:
 @rule("aten.sum_to_size.default")
 def sum_to_size(x: Any, size: Sequence[int]) -> Any:
     new = x.ndim - len(size)
-    x = x.sum(tuple(range(new))) if new else x
-    axes = tuple(i for i, s in enumerate(size) if s == 1 and x.shape[i] != 1)
-    return x.sum(axes, keepdims=True) if axes else x
+    axes = [i for i in range(x.ndim) if i < new or (size[i - new] == 1 and x.shape[i] != 1)]
+    x = sum_(x, axes, True) if axes or not size else x
+    return x.reshape(tuple(size))
 
 
 @rule("aten.pad_sequence.default")

@@ -112,8 +112,8 @@ def _quantile(
 ) -> Any:
     function = jnp.nanquantile if skip_nan else jnp.quantile
     q = cast(q, x.dtype)
-    if dim is None and not x.ndim:
-        x = x.reshape(1) if not keepdim else x
+    if not x.ndim:
+        x, dim, keepdim = x.reshape(1), 0, False
     return function(x, q, axis=dim, keepdims=keepdim, method=interpolation)
 
 
