@@ -232,11 +232,12 @@ def to_flax(
     of it: an array, a tuple or list (positional) or a dict (by name), in torch's axes. What is no
     array is baked in. Sizes are dynamic where torch.export finds nothing that fixes them; a call of
     sizes that the graph is not for is traced and proved when it comes, from `module`, which is kept
-    for that. `others` are further calls, of other sizes, for which that is done at once. `weights` is a checkpoint or a state_dict to take in
-    place of the module's own. `rules` are JAX functions for what torch's name alone does not tell,
-    by what they stand for: the name of an operation, a module class (f(layer, *args)) or a Python
-    function (f(*args)). `image_axes="last"` takes and gives floating-point arrays of four and five
-    axes with their channels last.
+    for that. `others` are further calls, of other sizes, for which that is done at once.
+    `weights` is a checkpoint or a state_dict to take in place of the module's own. `rules` are JAX
+    functions for what torch's name alone does not tell, by what they stand for: the name of an
+    operation, a module class (f(layer, *args)) or a Python function (f(*args)).
+    `image_axes="last"` takes and gives floating-point arrays of four and five axes with their
+    channels last.
 
     With `verify`, outputs are held against torch's in float32 and float64, at these sizes and at
     others; `"gradients"` holds parameters' gradients too. The result's `report` says what was

@@ -4,7 +4,8 @@
 
 torch's own OpInfo samples are run in float64, float32, int64, bool and complex64. Every ATen
 overload that torch dispatches on the way is one check: the rule's values, their dtypes, and for
-floats their gradients. The composite overload of the operation itself is checked too, where the table has it.
+floats their gradients. The composite overload of the operation itself is checked too, where the
+table has it.
 torch's samples need the package expecttest.
 """
 

@@ -5,6 +5,7 @@ float32 is judged by torch's own rounding, and float64 by a graph of its own, of
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,20 +42,25 @@ class LivePair:
 
 
 def prove(
-    pair: LivePair, traced: BoundArguments, calls: Sequence[BoundArguments], gradients: bool
+    pair: LivePair,
+    traced: BoundArguments,
+    calls: Sequence[BoundArguments],
+    gradients: bool,
+    others: bool = True,
 ) -> Ported:
-    """What is shown of the program: rows by sizes. NotEquivalent where anything differs."""
+    """What is shown of the program: rows by sizes; at `others` too, than those of `calls`.
+    NotEquivalent where anything differs."""
     program = pair.program
     evaluation = program.evaluation(False)
     graph, report = evaluation.graph, program.report
-    report.notices += graph.notices
+    report.notices += [*graph.notices, *([graph.closed] if graph.closed else [])]
     exact = _Exact(pair, traced)
     if exact.refused:
         report.notices.append(f"torch's module does not run in float64: {exact.refused}")
     wanted = {_sizes(call): call for call in (*calls, traced)}
-    if (other := _other_sizes(pair, traced)) is not None:
+    if others and (other := _other_sizes(pair, traced)) is not None:
         wanted.setdefault(_sizes(other), other)
-    elif graph.symbols:
+    elif others and graph.symbols:
         report.notices.append("torch runs at no other size that was tried")
     try:
         for sizes, call in wanted.items():
@@ -63,7 +69,8 @@ def prove(
         report.notices.append("it draws random numbers in eval mode: its outputs are not compared")
         report.baked = list(dict.fromkeys(_baked(graph)))
         return report
-    _ones(pair, traced, exact, report)
+    if others:
+        _ones(pair, traced, exact, report)
     report.baked = list(dict.fromkeys(_baked(graph)))
     if wrong := [(s, r) for s, rows in report.rows.items() for r in rows if not r.same]:
         report.verdict = "different"
@@ -103,7 +110,7 @@ class _Exact:
         graph = self.program.evaluation(False).graph
         if states_precision(graph):  # what was baked in as float32 is float64 there
             with precision_of("float64"):
-                graph = traced_graph(self.module64, call, self.program.opaque)
+                graph = traced_graph(self.module64, call, self.program.opaque, graph.opened)
         self.program64 = self.program.twin(graph)
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
@@ -299,23 +306,24 @@ def _other_sizes(pair: LivePair, call: BoundArguments) -> BoundArguments | None:
 
 
 def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -> None:
-    """Sizes of 1, which torch.export takes for impossible: shown, or refused from now on."""
+    """Sizes of 1, which torch.export takes for impossible: the graph is for them where that is
+    shown."""
     graph = pair.program.evaluation(False).graph
     traced = _traced_sizes(graph, call)
-    for symbols in (traced, *([s] for s in traced)):
-        made = _tried(pair, call, traced | dict.fromkeys(symbols, 1)) if symbols else None
-        if made is None:
+    for symbols in (list(traced), *([s] for s in traced)):
+        before = list(graph.guards)
+        freed = {f"{s} >= 2": Guard(f"{s} >= 1") for s in symbols}
+        graph.guards[:] = [freed.get(g.condition, g) for g in before]
+        made = _tried(pair, call, traced | dict.fromkeys(symbols, 1))
+        rows = []
+        if made is not None:
+            with contextlib.suppress(ZooError):
+                rows = exact.rows(made, False)
+        if not rows or not all(r.same for r in rows):
+            graph.guards[:] = before
             continue
-        try:
-            rows = exact.rows(made, False)
-            same = all(r.same for r in rows)
-        except ZooError:
-            rows, same = [], False
-        if same:
-            report.rows.setdefault(_sizes(made), rows)
-        elif len(symbols) == 1:
-            graph.guards += [Guard(f"{s} >= 2") for s in symbols]
-        if same and symbols is traced:
+        report.rows.setdefault(_sizes(made), rows)
+        if len(symbols) == len(traced):
             return
 
 
@@ -329,7 +337,7 @@ def _baked(graph: Graph) -> Iterator[str]:
         yield f"{path}: {value!r}"
     told = " ".join(g.condition for g in graph.guards if g.site)
     for guard in graph.guards:
-        known = guard.condition.split()[0] in told or guard.condition.endswith(">= 1")
+        known = guard.condition.split()[0] in told or guard.condition[-4:] in (">= 1", ">= 2")
         if guard.site or (not known and _PLAIN.fullmatch(guard.condition)):
             where = f" ({guard.site})" if guard.site else ""
             yield f"{graph.worded(guard.condition)}{where}"

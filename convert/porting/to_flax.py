@@ -121,8 +121,8 @@ def _prover(
 
     def proved(made: TorchProgram, shapes: Shapes) -> None:
         with in_mode(module, training=False):
-            at = of_shapes(call, shapes)
-            program.report.rows |= prove(LivePair(module, made), at, [at], gradients).rows
+            at, pair = of_shapes(call, shapes), LivePair(module, made)
+            program.report.rows |= prove(pair, at, [at], gradients, others=False).rows
 
     return proved
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from inspect import BoundArguments
@@ -79,18 +81,54 @@ def export(
     return graph
 
 
-def traced_graph(module: Any, call: BoundArguments, opaque: tuple[Opaque, ...]) -> Graph:
-    """The graph with dynamic sizes; where torch.export cannot have them so, with that of the first
-    axes alone, or with none."""
-    try:
-        return export(module, call, opaque)
-    except refused.NotExported as e:
-        for axes, told in ((lambda a: a == 0, "all but the first"), (lambda a: False, "all")):
-            with contextlib.suppress(refused.NotExported):
+# Which axes are dynamic, tried in this order: every one, the first ones, none.
+_OPEN: tuple[tuple[str, Callable[[int], bool]], ...] = (
+    ("", lambda axis: True),
+    ("axes but the first are baked in", lambda axis: axis == 0),
+    ("every axis is baked in", lambda axis: False),
+)
+PATIENCE = 15  # seconds of this process's time for a trace with every size open
+
+
+def traced_graph(
+    module: Any, call: BoundArguments, opaque: tuple[Opaque, ...], start: int = 0
+) -> Graph:
+    """The graph with dynamic sizes; where torch.export cannot have them so, or not soon, with
+    fewer. `start` is the `opened` of a graph of the same module."""
+    failed: refused.NotExported | None = None
+    for opened, (told, axes) in list(enumerate(_OPEN))[start:]:
+        try:
+            with _patience(PATIENCE if opened == 0 else 0):
                 graph = export(module, call, opaque, axes)
-                graph.notices.append(f"{told} axes are baked in: {'; '.join(e.details)}")
-                return graph
-        raise
+        except refused.NotExported as e:
+            failed = failed or e
+            continue
+        graph.opened = opened
+        if failed is not None:
+            graph.closed = f"{told}: {'; '.join(failed.details)}"
+        return graph
+    assert failed is not None
+    raise failed
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """NotExported after so much of the process's time (0: never): sums and quotients of sizes can
+    keep torch busy for hours. In other threads than the first there is no alarm."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"sizes kept torch.export busy for {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _flattened(module: Any, call: BoundArguments, nestings: list[Nesting]) -> Any:

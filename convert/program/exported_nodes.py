@@ -168,7 +168,7 @@ class Reading:
         for symbol, ranges in self.exported.range_constraints.items():
             if str(symbol) in known:
                 low, high = ranges.lower, ranges.upper
-                yield Guard(f"{symbol} >= {int(low) if low > 2 else 1}")
+                yield Guard(f"{symbol} >= {max(int(low), 2)}")
                 if high.is_finite and high < 2**62:
                     yield Guard(f"{symbol} <= {int(high)}")
 

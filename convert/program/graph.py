@@ -96,6 +96,8 @@ class Graph:
     guards: list[Guard]
     schemas: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    opened: int = 0  # which sizes are open, and if not every one, why: see `export.traced_graph`
+    closed: str = ""
 
     def of_kind(self, *kinds: str) -> list[Placeholder]:
         """The placeholders of these kinds, in order."""

@@ -24,7 +24,7 @@ def line_of(e: BaseException) -> str:
     frames = [
         f
         for f in traceback.extract_tb(e.__traceback__)
-        if not f.filename.startswith((*inside, "<"))
+        if not f.filename.startswith((*inside, "<")) and "/sympy/" not in f.filename
     ]
     found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n +([^\n]+)', str(e))
     told = [f for f in found if not f[0].startswith(inside)]
