@@ -194,7 +194,7 @@ def nan_to_num(
 @rule("aten.polygamma.default")
 def polygamma(n: int, x: Any) -> Any:
     (x,) = floats(x)
-    return special.digamma(x) if n == 0 else special.polygamma(cast(n, x.dtype), x)
+    return special.digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n), x)
 
 
 @rule("aten.special_polygamma.default")
@@ -318,6 +318,13 @@ def fmod(a: Any, b: Any) -> Any:
     return _16_bits_in_32(lax.rem, a, b)
 
 
+def _integer_power(a: Any, b: Any) -> Any:
+    """A negative power is 0, but of 1 and -1."""
+    sign = jnp.where(b % 2 == 0, 1, -1)
+    inverse = jnp.where(a == 1, 1, jnp.where(a == -1, sign, 0))
+    return jnp.where(b < 0, cast(inverse, a.dtype), jnp.power(a, jnp.maximum(b, 0)))
+
+
 @rule("aten.pow.Tensor_Scalar", "aten.pow.Scalar", "aten.pow.Tensor_Tensor")
 def power(a: Any, b: Any) -> Any:
     dtype = result_type(a, b)
@@ -327,7 +334,9 @@ def power(a: Any, b: Any) -> Any:
         if b == 0.5:
             return jnp.sqrt(cast(a, dtype))
     a, b = cast(a, dtype), cast(b, dtype)
-    return _16_bits_in_32(jnp.power, a, b) if dtype != np.bool_ else a | ~b
+    if category(dtype) == 1:
+        return _integer_power(a, b)
+    return _16_bits_in_32(jnp.power, a, b) if category(dtype) else a | ~b
 
 
 @rule(
