@@ -71,14 +71,14 @@ def to_jax(value: Any) -> Any:
         plain = value.detach().resolve_conj().resolve_neg()
         if plain.dtype == torch.bfloat16:
             return jnp.asarray(plain.float().numpy()).astype(jnp.bfloat16)
-        return jnp.asarray(plain.numpy().copy())
+        return jnp.asarray(plain.numpy(force=True).copy())
     return dtype_to_jax(value) if isinstance(value, torch.dtype) else value
 
 
 def to_numpy(value: Any) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         plain = value.detach().resolve_conj().resolve_neg()
-        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(force=True)
     return np.asarray(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ Function = Callable[..., Any]
 # -- of one tensor ------------------------------------------------------------------------------
 
 
+@functools.cache  # an alias has the same function
 def _of_float(function: Function) -> Function:
     """A function of floats: integers become float32; 16 bits are computed in 32."""
     return lambda x: wide(function)(floats(x)[0])
@@ -38,6 +40,11 @@ def _of_float(function: Function) -> Function:
 
 def _square_root_of_one_minus(x: Any) -> Any:
     return jnp.sqrt((1 - x) * (1 + x))
+
+
+def _digamma(x: Any) -> Any:
+    pole = jnp.copysign(jnp.asarray(jnp.inf, x.dtype), -x)
+    return jnp.where(x == 0, pole, special.digamma(jnp.where(x == 0, 1, x)))
 
 
 @jax.custom_jvp
@@ -81,7 +88,7 @@ _FLOAT_FUNCTIONS: dict[str, Function] = {
     "erfc": special.erfc,
     "erfinv": _erfinv,
     "lgamma": special.gammaln,
-    "digamma": special.digamma,
+    "digamma": _digamma,
     "i0": special.i0,
     "special_i0": special.i0,
     "special_i0e": special.i0e,
@@ -133,7 +140,10 @@ def _abs_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _sgn(x: Any) -> Any:
-    return x if x.dtype == np.bool_ else jnp.sign(x)
+    """Of a NaN it is 0."""
+    if category(x.dtype) != 2:
+        return x if x.dtype == np.bool_ else jnp.sign(x)
+    return jnp.where(jnp.isnan(x), cast(0, x.dtype), jnp.sign(x))
 
 
 rules_of(
@@ -171,7 +181,9 @@ def round_decimals(x: Any, *, decimals: int = 0) -> Any:
     if category(x.dtype) < 2:
         return x
     ten = 10.0 ** abs(decimals)
-    return jnp.round(x * ten) / ten if decimals >= 0 else jnp.round(x / ten) * ten
+    if decimals < 0:
+        return wide(lambda x: jnp.round(x / ten) * ten)(x)
+    return wide(lambda x: jnp.round(x * ten) / ten)(x)
 
 
 @rule("aten.logit.default", "aten.special_logit.default")
@@ -194,7 +206,7 @@ def nan_to_num(
 @rule("aten.polygamma.default")
 def polygamma(n: int, x: Any) -> Any:
     (x,) = floats(x)
-    return special.digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n), x)
+    return _digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n), x)
 
 
 @rule("aten.special_polygamma.default")
@@ -349,6 +361,7 @@ def float_power(a: Any, b: Any) -> Any:
     return power(cast(a, dtype), cast(b, dtype))
 
 
+@functools.cache
 def _of_two_floats(function: Function) -> Function:
     def of_two(a: Any, b: Any) -> Any:
         a, b = floats(a, b)
@@ -399,6 +412,7 @@ def heaviside(a: Any, b: Any) -> Any:
     return jnp.where(a == 0, b, jnp.where(jnp.isnan(a), a, step))
 
 
+@functools.cache
 def _comparison(function: Function) -> Function:
     def compare(a: Any, b: Any) -> Any:
         return function(*together(a, b))
