@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from convert.porting.rules import Rule, find, table
@@ -183,26 +183,26 @@ def _draw(name: str, *args: Any, **kwargs: Any) -> Any:
 # Overload, arguments, dtype, mean and deviation of what is drawn.
 DRAWN: list[tuple[str, tuple[Any, ...], str, float, float]] = [
     ("aten.rand.default", ([4000],), "float32", 0.5, 0.289),
-    ("aten.rand_like.default", (jnp.zeros(4000, "float16"),), "float16", 0.5, 0.289),
+    ("aten.rand_like.default", (np.zeros(4000, "float16"),), "float16", 0.5, 0.289),
     ("aten.randn.default", ([4000],), "float32", 0, 1),
-    ("aten.randn_like.default", (jnp.zeros(4000, "float32"),), "float32", 0, 1),
+    ("aten.randn_like.default", (np.zeros(4000, "float32"),), "float32", 0, 1),
     ("aten.randint.default", (5, [4000]), "int64", 2, 1.414),
     ("aten.randint.low", (-2, 3, [4000]), "int64", 0, 1.414),
-    ("aten.randint_like.default", (jnp.zeros(4000, "int32"), 5), "int32", 2, 1.414),
-    ("aten.randint_like.low_dtype", (jnp.zeros(4000, "int32"), -2, 3), "int32", 0, 1.414),
+    ("aten.randint_like.default", (np.zeros(4000, "int32"), 5), "int32", 2, 1.414),
+    ("aten.randint_like.low_dtype", (np.zeros(4000, "int32"), -2, 3), "int32", 0, 1.414),
     ("aten.randperm.default", (4000,), "int64", 1999.5, 1154.7),
-    ("aten.bernoulli.default", (jnp.full(4000, 0.3, "float32"),), "float32", 0.3, 0.458),
-    ("aten.bernoulli.p", (jnp.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
-    ("aten.bernoulli.Tensor", (jnp.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
-    ("aten.normal.Tensor_Tensor", (jnp.full(4000, 2.0), jnp.full(4000, 3.0)), "float64", 2, 3),
-    ("aten.normal.Tensor_float", (jnp.full(4000, 2.0), 3.0), "float64", 2, 3),
-    ("aten.normal.float_Tensor", (2.0, jnp.full(4000, 3.0)), "float64", 2, 3),
+    ("aten.bernoulli.default", (np.full(4000, 0.3, "float32"),), "float32", 0.3, 0.458),
+    ("aten.bernoulli.p", (np.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
+    ("aten.bernoulli.Tensor", (np.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
+    ("aten.normal.Tensor_Tensor", (np.full(4000, 2.0), np.full(4000, 3.0)), "float64", 2, 3),
+    ("aten.normal.Tensor_float", (np.full(4000, 2.0), 3.0), "float64", 2, 3),
+    ("aten.normal.float_Tensor", (2.0, np.full(4000, 3.0)), "float64", 2, 3),
     ("aten.normal.float_float", (2.0, 3.0, [4000]), "float32", 2, 3),
-    ("aten.normal_functional.default", (jnp.zeros(4000), 2.0, 3.0), "float64", 2, 3),
-    ("aten.uniform.default", (jnp.zeros(4000), -1.0, 3.0), "float64", 1, 1.155),
-    ("aten.exponential.default", (jnp.zeros(4000), 2.0), "float64", 0.5, 0.5),
-    ("aten.multinomial.default", (jnp.array([0.5, 0.5]), 4000, True), "int64", 0.5, 0.5),
-    ("aten.poisson.default", (jnp.full(4000, 4.0, "float32"),), "float32", 4, 2),
+    ("aten.normal_functional.default", (np.zeros(4000), 2.0, 3.0), "float64", 2, 3),
+    ("aten.uniform.default", (np.zeros(4000), -1.0, 3.0), "float64", 1, 1.155),
+    ("aten.exponential.default", (np.zeros(4000), 2.0), "float64", 0.5, 0.5),
+    ("aten.multinomial.default", (np.array([0.5, 0.5]), 4000, True), "int64", 0.5, 0.5),
+    ("aten.poisson.default", (np.full(4000, 4.0, "float32"),), "float32", 4, 2),
 ]
 
 
@@ -354,7 +354,9 @@ VALUES = st.one_of(
 @given(VALUES, VALUES)
 def test_tensors_and_scalars_make_torchs_dtype(a: Any, b: Any) -> None:
     with jax.enable_x64(True):
-        wanted = dtype_to_jax(torch.result_type(a, b))
+        torchs = torch.result_type(a, b)
+        assume(torchs != torch.complex32)  # which JAX has not
+        wanted = dtype_to_jax(torchs)
         assert result_type(to_jax(a), to_jax(b)) == wanted
 
 

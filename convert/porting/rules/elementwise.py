@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.scipy import special
 
-from convert.porting.rules import rule, rules_of
+from convert.porting.rules import RULES, rule, rules_of
 from convert.porting.rules.promote import (
     cast,
     category,
@@ -32,7 +31,6 @@ Function = Callable[..., Any]
 # -- of one tensor ------------------------------------------------------------------------------
 
 
-@functools.cache  # an alias has the same function
 def _of_float(function: Function) -> Function:
     """A function of floats: integers become float32; 16 bits are computed in 32."""
     return lambda x: wide(function)(floats(x)[0])
@@ -104,6 +102,7 @@ _FLOAT_FUNCTIONS: dict[str, Function] = {
     "deg2rad": lambda x: x * (math.pi / 180),
     "rad2deg": lambda x: x * (180 / math.pi),
 }
+rules_of((name, _of_float(f)) for name, f in _FLOAT_FUNCTIONS.items())
 for _alias, _name in {
     "special_erf": "erf",
     "special_erfc": "erfc",
@@ -119,8 +118,7 @@ for _alias, _name in {
     "arccosh": "acosh",
     "arctanh": "atanh",
 }.items():
-    _FLOAT_FUNCTIONS[_alias] = _FLOAT_FUNCTIONS[_name]
-rules_of((name, _of_float(f)) for name, f in _FLOAT_FUNCTIONS.items())
+    rule(f"aten.{_alias}.default")(RULES[f"aten.{_name}.default"].function)
 
 
 def _unless_integer(function: Function) -> Function:
@@ -361,7 +359,6 @@ def float_power(a: Any, b: Any) -> Any:
     return power(cast(a, dtype), cast(b, dtype))
 
 
-@functools.cache
 def _of_two_floats(function: Function) -> Function:
     def of_two(a: Any, b: Any) -> Any:
         a, b = floats(a, b)
@@ -408,11 +405,9 @@ for _overload in ("Tensor", "Scalar"):
 
 @rule("aten.heaviside.default")
 def heaviside(a: Any, b: Any) -> Any:
-    step = cast(a > 0, a.dtype)
-    return jnp.where(a == 0, b, jnp.where(jnp.isnan(a), a, step))
+    return jnp.where(a == 0, b, cast(a > 0, a.dtype))
 
 
-@functools.cache
 def _comparison(function: Function) -> Function:
     def compare(a: Any, b: Any) -> Any:
         return function(*together(a, b))
@@ -428,7 +423,8 @@ for _names, _function in {
     ("gt", "greater"): jnp.greater,
     ("ge", "greater_equal"): jnp.greater_equal,
 }.items():
-    rules_of([(n, _comparison(_function)) for n in _names], "Tensor", "Scalar")
+    _compare = _comparison(_function)
+    rules_of([(n, _compare) for n in _names], "Tensor", "Scalar")
 
 for _name, _function in {
     "logical_and": jnp.logical_and,
