@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from convert.porting.rules import Rule, find, table
@@ -26,7 +26,7 @@ from convert.porting.rules.promote import cast, promote_types, result_type
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from check_rules import Call, dtype_to_jax, to_jax
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.complex64)
+DTYPES = (torch.float32, torch.bfloat16, torch.int32, torch.bool, torch.complex64)
 
 # What rules refuse whatever they are given: there is nothing to compare.
 REFUSED = {
@@ -40,6 +40,8 @@ REFUSED = {
     "aten.unique_dim.default",
     "aten.unique_consecutive.default",
     "aten.mode.default",
+    "aten.as_strided.default",
+    "aten.as_strided_copy.default",
     "aten.lstm.data",
     "aten.gru.data",
     "aten.rnn_tanh.data",
@@ -137,27 +139,34 @@ def _wrong(call: Call, gradients: bool = True) -> str:
     return f"{call.name}{call.args}{call.kwargs}: {said}" if said else ""
 
 
-@pytest.mark.parametrize("letter", sorted(_groups(OTHERS)))
-def test_rules_agree_with_torch(letter: str) -> None:
-    cases = _groups(OTHERS)[letter]
-    wrong = [_wrong(c) for _, overload, text in cases for c in _calls(overload, text)]
-    assert not list(filter(None, wrong))
-
-
-@pytest.mark.parametrize("letter", sorted(_groups(SWEPT)))
-def test_rules_agree_with_torch_in_every_dtype(letter: str) -> None:
-    wrong = []
-    for _, overload, text in _groups(SWEPT)[letter]:
+def _first_wrong(cases: list[tuple[str, Any, str]], sweep: bool) -> list[str]:
+    """What is wrong: values of all calls, gradients of the first of each function of ours."""
+    wrong: list[str] = []
+    seen: set[tuple[Any, str]] = set()
+    for name, overload, text in cases:
+        rule = table()[name]
         calls = list(_calls(overload, text))
-        wrong += [_wrong(call) for call in calls]
-        for dtype in DTYPES:
+        known = (rule.function, text) in seen  # an alias: its gradient too is the same
+        seen.add((rule.function, text))
+        wrong += [_wrong(call, not i and not known) for i, call in enumerate(calls)]
+        for dtype in DTYPES if sweep and not known else ():
             call = _as_dtype(calls[0], dtype)
             try:
                 overload(*call.args, **call.kwargs)
             except (RuntimeError, NotImplementedError, TypeError):
                 continue  # torch does not take it
             wrong.append(_wrong(call, gradients=False))
-    assert not list(filter(None, wrong))
+    return [said for said in wrong if said]
+
+
+@pytest.mark.parametrize("letter", sorted(_groups(OTHERS)))
+def test_rules_agree_with_torch(letter: str) -> None:
+    assert not _first_wrong(_groups(OTHERS)[letter], sweep=False)
+
+
+@pytest.mark.parametrize("letter", sorted(_groups(SWEPT)))
+def test_rules_agree_with_torch_in_every_dtype(letter: str) -> None:
+    assert not _first_wrong(_groups(SWEPT)[letter], sweep=True)
 
 
 # -- what is not compared value by value --------------------------------------------------------
@@ -174,26 +183,26 @@ def _draw(name: str, *args: Any, **kwargs: Any) -> Any:
 # Overload, arguments, dtype, mean and deviation of what is drawn.
 DRAWN: list[tuple[str, tuple[Any, ...], str, float, float]] = [
     ("aten.rand.default", ([4000],), "float32", 0.5, 0.289),
-    ("aten.rand_like.default", (jnp.zeros(4000, "float16"),), "float16", 0.5, 0.289),
+    ("aten.rand_like.default", (np.zeros(4000, "float16"),), "float16", 0.5, 0.289),
     ("aten.randn.default", ([4000],), "float32", 0, 1),
-    ("aten.randn_like.default", (jnp.zeros(4000, "float32"),), "float32", 0, 1),
+    ("aten.randn_like.default", (np.zeros(4000, "float32"),), "float32", 0, 1),
     ("aten.randint.default", (5, [4000]), "int64", 2, 1.414),
     ("aten.randint.low", (-2, 3, [4000]), "int64", 0, 1.414),
-    ("aten.randint_like.default", (jnp.zeros(4000, "int32"), 5), "int32", 2, 1.414),
-    ("aten.randint_like.low_dtype", (jnp.zeros(4000, "int32"), -2, 3), "int32", 0, 1.414),
+    ("aten.randint_like.default", (np.zeros(4000, "int32"), 5), "int32", 2, 1.414),
+    ("aten.randint_like.low_dtype", (np.zeros(4000, "int32"), -2, 3), "int32", 0, 1.414),
     ("aten.randperm.default", (4000,), "int64", 1999.5, 1154.7),
-    ("aten.bernoulli.default", (jnp.full(4000, 0.3, "float32"),), "float32", 0.3, 0.458),
-    ("aten.bernoulli.p", (jnp.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
-    ("aten.bernoulli.Tensor", (jnp.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
-    ("aten.normal.Tensor_Tensor", (jnp.full(4000, 2.0), jnp.full(4000, 3.0)), "float64", 2, 3),
-    ("aten.normal.Tensor_float", (jnp.full(4000, 2.0), 3.0), "float64", 2, 3),
-    ("aten.normal.float_Tensor", (2.0, jnp.full(4000, 3.0)), "float64", 2, 3),
+    ("aten.bernoulli.default", (np.full(4000, 0.3, "float32"),), "float32", 0.3, 0.458),
+    ("aten.bernoulli.p", (np.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
+    ("aten.bernoulli.Tensor", (np.zeros(4000, "float32"), 0.3), "float32", 0.3, 0.458),
+    ("aten.normal.Tensor_Tensor", (np.full(4000, 2.0), np.full(4000, 3.0)), "float64", 2, 3),
+    ("aten.normal.Tensor_float", (np.full(4000, 2.0), 3.0), "float64", 2, 3),
+    ("aten.normal.float_Tensor", (2.0, np.full(4000, 3.0)), "float64", 2, 3),
     ("aten.normal.float_float", (2.0, 3.0, [4000]), "float32", 2, 3),
-    ("aten.normal_functional.default", (jnp.zeros(4000), 2.0, 3.0), "float64", 2, 3),
-    ("aten.uniform.default", (jnp.zeros(4000), -1.0, 3.0), "float64", 1, 1.155),
-    ("aten.exponential.default", (jnp.zeros(4000), 2.0), "float64", 0.5, 0.5),
-    ("aten.multinomial.default", (jnp.array([0.5, 0.5]), 4000, True), "int64", 0.5, 0.5),
-    ("aten.poisson.default", (jnp.full(4000, 4.0, "float32"),), "float32", 4, 2),
+    ("aten.normal_functional.default", (np.zeros(4000), 2.0, 3.0), "float64", 2, 3),
+    ("aten.uniform.default", (np.zeros(4000), -1.0, 3.0), "float64", 1, 1.155),
+    ("aten.exponential.default", (np.zeros(4000), 2.0), "float64", 0.5, 0.5),
+    ("aten.multinomial.default", (np.array([0.5, 0.5]), 4000, True), "int64", 0.5, 0.5),
+    ("aten.poisson.default", (np.full(4000, 4.0, "float32"),), "float32", 4, 2),
 ]
 
 
@@ -345,7 +354,9 @@ VALUES = st.one_of(
 @given(VALUES, VALUES)
 def test_tensors_and_scalars_make_torchs_dtype(a: Any, b: Any) -> None:
     with jax.enable_x64(True):
-        wanted = dtype_to_jax(torch.result_type(a, b))
+        torchs = torch.result_type(a, b)
+        assume(torchs != torch.complex32)  # which JAX has not
+        wanted = dtype_to_jax(torchs)
         assert result_type(to_jax(a), to_jax(b)) == wanted
 
 

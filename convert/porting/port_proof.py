@@ -316,10 +316,9 @@ def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -
         graph.guards[:] = [freed.get(g.condition, g) for g in before]
         made = _tried(pair, call, traced | dict.fromkeys(symbols, 1))
         rows = []
-        if made is not None:
-            with contextlib.suppress(ZooError):
-                rows = exact.rows(made, False)
-        if not rows or not all(r.same for r in rows):
+        with contextlib.suppress(ZooError):
+            rows = [] if made is None else exact.rows(made, False)
+        if made is None or not rows or not all(r.same for r in rows):
             graph.guards[:] = before
             continue
         report.rows.setdefault(_sizes(made), rows)

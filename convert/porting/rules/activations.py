@@ -93,7 +93,7 @@ def log_sigmoid(x: Any) -> Any:
 
 @rule("aten.log_sigmoid_forward.default")
 def log_sigmoid_forward(x: Any) -> Any:
-    return log_sigmoid(x), jnp.zeros((0,), x.dtype)
+    return log_sigmoid(x), jnp.exp(-jnp.abs(x))
 
 
 @rule("aten.hardshrink.default")
@@ -169,8 +169,8 @@ def log_softmax_(x: Any, dim: int, half_to_float: bool = False) -> Any:
 
 @rule("aten._safe_softmax.default")
 def safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
-    y = softmax(x, dim, dtype)
-    return jnp.where(jnp.all(x == -jnp.inf, axis=dim, keepdims=True), 0, y)
+    nothing = jnp.all(x == -jnp.inf, axis=dim, keepdims=True)
+    return jnp.where(nothing, 0, softmax(jnp.where(nothing, 0, x), dim, dtype))
 
 
 @rule("aten._masked_softmax.default")

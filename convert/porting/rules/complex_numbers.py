@@ -50,8 +50,6 @@ rules_of(
         "_conj_physical": jnp.conj,
         "conj_physical": lambda x: jnp.conj(x) if category(x.dtype) == 3 else x,
         "conj": lambda x: jnp.conj(x) if category(x.dtype) == 3 else x,
-        "is_complex": lambda x: category(x.dtype) == 3,
-        "is_floating_point": lambda x: category(x.dtype) == 2,
     }.items()
 )
 

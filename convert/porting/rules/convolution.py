@@ -152,13 +152,16 @@ def im2col(
     stride: Sequence[int],
 ) -> Any:
     """nn.Unfold: (N, C, H, W) -> (N, C * kh * kw, outputs)."""
+    kernel_size, stride = tupled(kernel_size, 2), tupled(stride, 2)
+    dilation, padding = tupled(dilation, 2), tupled(padding, 2)
     single = x.ndim == 3
     x = x[None] if single else x
     x = jnp.pad(x, [(0, 0), (0, 0), *[(p, p) for p in padding]])
     parts = zip(x.shape[2:], kernel_size, dilation, stride, strict=True)
     (rows, h), (columns, w) = (_windows(*part) for part in parts)
     taken = x[:, :, rows[:, None, :, None], columns[None, :, None, :]]
-    y = taken.transpose(0, 1, 4, 5, 2, 3).reshape(x.shape[0], -1, h * w)
+    depth = x.shape[1] * kernel_size[0] * kernel_size[1]
+    y = taken.transpose(0, 1, 4, 5, 2, 3).reshape(x.shape[0], depth, h * w)
     return y[0] if single else y
 
 
@@ -178,7 +181,8 @@ def col2im(
     parts = zip(sizes, kernel_size, dilation, stride, strict=True)
     (rows, h), (columns, w) = (_windows(*part) for part in parts)
     kh, kw = kernel_size
-    pieces = x.reshape(x.shape[0], -1, kh, kw, h, w).transpose(0, 1, 4, 5, 2, 3)
+    depth = x.shape[1] // (kh * kw)
+    pieces = x.reshape(x.shape[0], depth, kh, kw, h, w).transpose(0, 1, 4, 5, 2, 3)
     y = jnp.zeros((*pieces.shape[:2], *sizes), x.dtype)
     y = y.at[:, :, rows[:, None, :, None], columns[None, :, None, :]].add(pieces)
     top, left = padding

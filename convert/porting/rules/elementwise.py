@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.scipy import special
 
-from convert.porting.rules import rule, rules_of
+from convert.porting.rules import RULES, rule, rules_of
 from convert.porting.rules.promote import (
     cast,
     category,
@@ -38,6 +38,11 @@ def _of_float(function: Function) -> Function:
 
 def _square_root_of_one_minus(x: Any) -> Any:
     return jnp.sqrt((1 - x) * (1 + x))
+
+
+def _digamma(x: Any) -> Any:
+    pole = jnp.copysign(jnp.asarray(jnp.inf, x.dtype), -x)
+    return jnp.where(x == 0, pole, special.digamma(jnp.where(x == 0, 1, x)))
 
 
 @jax.custom_jvp
@@ -81,7 +86,7 @@ _FLOAT_FUNCTIONS: dict[str, Function] = {
     "erfc": special.erfc,
     "erfinv": _erfinv,
     "lgamma": special.gammaln,
-    "digamma": special.digamma,
+    "digamma": _digamma,
     "i0": special.i0,
     "special_i0": special.i0,
     "special_i0e": special.i0e,
@@ -97,6 +102,7 @@ _FLOAT_FUNCTIONS: dict[str, Function] = {
     "deg2rad": lambda x: x * (math.pi / 180),
     "rad2deg": lambda x: x * (180 / math.pi),
 }
+rules_of((name, _of_float(f)) for name, f in _FLOAT_FUNCTIONS.items())
 for _alias, _name in {
     "special_erf": "erf",
     "special_erfc": "erfc",
@@ -112,8 +118,7 @@ for _alias, _name in {
     "arccosh": "acosh",
     "arctanh": "atanh",
 }.items():
-    _FLOAT_FUNCTIONS[_alias] = _FLOAT_FUNCTIONS[_name]
-rules_of((name, _of_float(f)) for name, f in _FLOAT_FUNCTIONS.items())
+    rule(f"aten.{_alias}.default")(RULES[f"aten.{_name}.default"].function)
 
 
 def _unless_integer(function: Function) -> Function:
@@ -133,7 +138,10 @@ def _abs_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def _sgn(x: Any) -> Any:
-    return x if x.dtype == np.bool_ else jnp.sign(x)
+    """Of a NaN it is 0."""
+    if category(x.dtype) != 2:
+        return x if x.dtype == np.bool_ else jnp.sign(x)
+    return jnp.where(jnp.isnan(x), cast(0, x.dtype), jnp.sign(x))
 
 
 rules_of(
@@ -171,7 +179,9 @@ def round_decimals(x: Any, *, decimals: int = 0) -> Any:
     if category(x.dtype) < 2:
         return x
     ten = 10.0 ** abs(decimals)
-    return jnp.round(x * ten) / ten if decimals >= 0 else jnp.round(x / ten) * ten
+    if decimals < 0:
+        return wide(lambda x: jnp.round(x / ten) * ten)(x)
+    return wide(lambda x: jnp.round(x * ten) / ten)(x)
 
 
 @rule("aten.logit.default", "aten.special_logit.default")
@@ -194,7 +204,7 @@ def nan_to_num(
 @rule("aten.polygamma.default")
 def polygamma(n: int, x: Any) -> Any:
     (x,) = floats(x)
-    return special.digamma(x) if n == 0 else special.polygamma(cast(n, x.dtype), x)
+    return _digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n), x)
 
 
 @rule("aten.special_polygamma.default")
@@ -318,6 +328,13 @@ def fmod(a: Any, b: Any) -> Any:
     return _16_bits_in_32(lax.rem, a, b)
 
 
+def _integer_power(a: Any, b: Any) -> Any:
+    """A negative power is 0, but of 1 and -1."""
+    sign = jnp.where(b % 2 == 0, 1, -1)
+    inverse = jnp.where(a == 1, 1, jnp.where(a == -1, sign, 0))
+    return jnp.where(b < 0, cast(inverse, a.dtype), jnp.power(a, jnp.maximum(b, 0)))
+
+
 @rule("aten.pow.Tensor_Scalar", "aten.pow.Scalar", "aten.pow.Tensor_Tensor")
 def power(a: Any, b: Any) -> Any:
     dtype = result_type(a, b)
@@ -327,7 +344,9 @@ def power(a: Any, b: Any) -> Any:
         if b == 0.5:
             return jnp.sqrt(cast(a, dtype))
     a, b = cast(a, dtype), cast(b, dtype)
-    return _16_bits_in_32(jnp.power, a, b) if dtype != np.bool_ else a | ~b
+    if category(dtype) == 1:
+        return _integer_power(a, b)
+    return _16_bits_in_32(jnp.power, a, b) if category(dtype) else a | ~b
 
 
 @rule(
@@ -386,8 +405,7 @@ for _overload in ("Tensor", "Scalar"):
 
 @rule("aten.heaviside.default")
 def heaviside(a: Any, b: Any) -> Any:
-    step = cast(a > 0, a.dtype)
-    return jnp.where(a == 0, b, jnp.where(jnp.isnan(a), a, step))
+    return jnp.where(a == 0, b, cast(a > 0, a.dtype))
 
 
 def _comparison(function: Function) -> Function:
@@ -405,7 +423,8 @@ for _names, _function in {
     ("gt", "greater"): jnp.greater,
     ("ge", "greater_equal"): jnp.greater_equal,
 }.items():
-    rules_of([(n, _comparison(_function)) for n in _names], "Tensor", "Scalar")
+    _compare = _comparison(_function)
+    rules_of([(n, _compare) for n in _names], "Tensor", "Scalar")
 
 for _name, _function in {
     "logical_and": jnp.logical_and,

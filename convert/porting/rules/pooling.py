@@ -226,5 +226,9 @@ def max_unpool2d(x: Any, indices: Any, output_size: Sequence[int]) -> Any:
     size = math.prod(output_size)
     rows = math.prod(lead)
     flat = jnp.zeros((rows, size), x.dtype)
-    flat = flat.at[jnp.arange(rows)[:, None], indices.reshape(rows, -1)].set(x.reshape(rows, -1))
+    at = flat.at[jnp.arange(rows)[:, None], indices.reshape(rows, indices.size // max(rows, 1))]
+    values = x.reshape(rows, x.size // max(rows, 1))
+    # Where two go to one place, the last one stays, and torch gives both the gradient.
+    every = at.add(values)
+    flat = lax.stop_gradient(at.set(values) - every) + every
     return flat.reshape(*lead, *output_size)

@@ -82,9 +82,9 @@ def complex_of(dtype: Any) -> np.dtype:
 
 def real_of(dtype: Any) -> np.dtype:
     """The real dtype of a complex one; any other stays."""
-    if category(dtype) < 3:
-        return np.dtype(dtype)
-    real: np.dtype = np.dtype("f8" if np.dtype(dtype) == np.complex128 else "f4")
+    real: np.dtype = np.dtype(dtype)
+    if category(dtype) == 3:
+        real = np.dtype("f8" if real == np.complex128 else "f4")
     return real
 
 

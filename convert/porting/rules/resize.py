@@ -117,8 +117,8 @@ def _enter_nearest(name: str, exact: bool) -> None:
     def of_size(x: Any, size: Sequence[int], *scales: float | None, **named: float | None) -> Any:
         return _nearest(x, size, _given(scales, named, len(size)), exact)
 
-    def vec(x: Any, size: Any, scales: Any) -> Any:
-        return _nearest(x, *_sizes(x, size, scales), exact)
+    def vec(x: Any, output_size: Any, scale_factors: Any) -> Any:
+        return _nearest(x, *_sizes(x, output_size, scale_factors), exact)
 
     rule(f"aten.{name}.default")(of_size)
     rule(f"aten.{name}.vec")(vec)
@@ -138,8 +138,8 @@ def _enter_weighted(name: str, kind: Callable[..., np.ndarray]) -> None:
     ) -> Any:
         return _resized(x, size, _given(scales, named, len(size)), corners, kind)
 
-    def vec(x: Any, size: Any, corners: bool, scales: Any) -> Any:
-        return _resized(x, *_sizes(x, size, scales), corners, kind)
+    def vec(x: Any, output_size: Any, align_corners: bool, scale_factors: Any) -> Any:
+        return _resized(x, *_sizes(x, output_size, scale_factors), align_corners, kind)
 
     rule(f"aten.{name}.default")(of_size)
     rule(f"aten.{name}.vec")(vec)

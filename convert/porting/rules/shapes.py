@@ -311,13 +311,8 @@ def unfold(x: Any, dimension: int, size: int, step: int) -> Any:
 def as_strided(
     x: Any, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> Any:
-    """Of a contiguous tensor: what the graph knows of strides ends at an operation."""
-    index = np.full(tuple(size), storage_offset or 0)
-    for axis, (n, step) in enumerate(zip(size, stride, strict=True)):
-        index += (np.arange(n) * step).reshape([-1 if a == axis else 1 for a in range(len(size))])
-    if index.size and index.max() >= x.size:
-        raise refuse("as_strided beyond a contiguous tensor")
-    return jnp.take(x.reshape(-1), index)
+    """Reads the memory beneath a tensor, which may be a view's: a value alone does not say."""
+    raise refuse("as_strided: write it as reshape, slice, unfold or expand")
 
 
 @rule("aten.pixel_shuffle.default")
