@@ -149,7 +149,7 @@ def fft_c2r(x: Any, dim: Sequence[int], normalization: int, last_dim_size: int) 
     return jnp.fft.irfftn(x, sizes, axes=tuple(dim)) * (n * _scale(n, normalization))
 
 
-@rule("aten.stft.center", "aten.stft.default")
+@rule("aten.stft.center")
 def stft(
     x: Any,
     n_fft: int,
@@ -180,3 +180,19 @@ def stft(
     transform = jnp.fft.rfft if one_sided else jnp.fft.fft
     y = transform(x[..., frames] * shape) * (1 / math.sqrt(n_fft) if normalized else 1.0)
     return jnp.swapaxes(y, -1, -2)
+
+
+@rule("aten.stft.default")
+def stft_from_the_start(
+    x: Any,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Any = None,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    return_complex: bool | None = None,
+    align_to_window: bool | None = None,
+) -> Any:
+    given = (False, "reflect", normalized, onesided, return_complex, align_to_window)
+    return stft(x, n_fft, hop_length, win_length, window, *given)

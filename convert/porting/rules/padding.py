@@ -59,7 +59,7 @@ def pad(x: Any, pad: Sequence[int], mode: str = "constant", value: float | None 
 
 @rule("aten._pad_enum.default")
 def pad_enum(x: Any, pad: Sequence[int], mode: int, value: float | None = None) -> Any:
-    names = ("constant", "reflect", "replicate", "circular")
+    names = ("reflect", "replicate", "circular", "constant")  # at::padding_mode
     if names[mode] == "constant":
         return constant_pad_nd(x, pad, value)
     return _by_place(x, pad, names[mode])
