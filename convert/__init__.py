@@ -9,6 +9,8 @@
     convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
     convert.save(module, "tuned.safetensors")          a live module of either framework
     convert.load(path, "flax", definition)             and back, into a definition of one's own
+    convert.to_flax(torch_module, inputs)              the same model, live, as an nnx.Module
+    convert.to_state_dict(net)                         and its weights back in torch's tensors
     convert.layout_of(torch_module)                    -> Layout: what each tensor is in Flax
     convert.load_optimizer(path, tx, model)            an optimizer's state, into either framework
     convert.optim.nadam(2e-3)                          optax transformations by torch's rules
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim, testing
-    from convert.api import check, clean, convert, match, verify
+    from convert.api import check, clean, convert, match, to_flax, verify
     from convert.compare.report import Report
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from convert.live.into_definition import load
     from convert.live.saving import save
     from convert.packing import pack
+    from convert.porting.to_flax import to_state_dict
     from convert.runtime.torch_layout import layout_of
     from convert.tensors import to_jax, to_torch
     from convert.training_state.into_live import load_optimizer
@@ -57,7 +60,9 @@ _WHERE = {
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
     "save": "convert.live.saving",
+    "to_flax": "convert.api",
     "to_jax": "convert.tensors",
+    "to_state_dict": "convert.porting.to_flax",
     "to_torch": "convert.tensors",
     "verify": "convert.api",
 }
@@ -80,7 +85,9 @@ __all__ = [
     "pack",
     "save",
     "testing",
+    "to_flax",
     "to_jax",
+    "to_state_dict",
     "to_torch",
     "verify",
 ]

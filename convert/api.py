@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
@@ -244,3 +244,53 @@ def verify(
     report.versions, report.created = versions(), now()
     report.seconds = round(time.perf_counter() - started, 3)
     return report
+
+
+def to_flax(
+    module: Any,
+    inputs: Any,
+    weights: Any = None,
+    *,
+    others: Sequence[Any] = (),
+    rules: Mapping[Any, Callable[..., Any]] | None = None,
+    image_axes: Literal["first", "last"] = "first",
+    verify: bool | Literal["gradients"] = True,
+    untested: bool = False,
+) -> Any:
+    """Any torch module as a ready nnx.Module: the same model, with the same weights, in eval mode.
+
+    `module` is a torch.nn.Module, or a class or function that gives one without arguments; or a
+    function of torch code (a loss), whose modules are those that it mentions. `inputs` is one call
+    of it: an array, a tuple or list (positional) or a dict (by name), in torch's axes. What is no
+    array is baked in. Sizes are dynamic where torch.export finds nothing that fixes them; a call of
+    sizes that the graph is not for is traced and proved when it comes, from `module`, which is kept
+    for that. `others` are further calls, of other sizes, for which that is done at once.
+    `weights` is a checkpoint or a state_dict to take in place of the module's own. `rules` are JAX
+    functions for what torch's name alone does not tell, by what they stand for: the name of an
+    operation, a module class (f(layer, *args)) or a Python function (f(*args)).
+    `image_axes="last"` takes and gives floating-point arrays of four and five axes with their
+    channels last.
+
+    With `verify`, outputs are held against torch's in float32 and float64, at these sizes and at
+    others; `"gradients"` holds parameters' gradients too. The result's `report` says what was
+    proved and what was baked in.
+
+    Raises ZooError where the module cannot be traced or an operation has no rule (with file and
+    line, all at once), NotEquivalent where the outputs differ.
+    """
+    from convert.porting.to_flax import live_module, torch_module
+
+    module = torch_module(module)
+    if weights is not None:
+        from convert.live.into_definition import with_weights
+
+        module = with_weights(module, weights)
+    return live_module(
+        module,
+        inputs,
+        others=others,
+        rules=rules,
+        image_axes=image_axes,
+        verify=verify,
+        untested=untested,
+    )

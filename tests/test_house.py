@@ -23,6 +23,7 @@ FLOORS = (
     ("convert.testing",),
     ("convert.api",),
     ("convert.packing", "convert.linting", "convert.inspection", "convert.live"),
+    ("convert.porting",),
     ("convert.engine",),
     ("convert.compare",),
     ("convert.diagnose",),

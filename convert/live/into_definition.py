@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -18,6 +19,7 @@ from convert.runtime.torch_calls import record
 from convert.runtime.torch_layout import derive_layout, saved_tensors, ties_of
 from convert.runtime.torch_module import unwrapped
 from convert.runtime.user_code import made
+from convert.tensors import to_torch
 from zoo import hub
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan, refuse_broken_ties
@@ -48,7 +50,8 @@ def load(
     What the tensors are is said by `layout` (as in `convert.convert`), else by the layout that came
     with the checkpoint, else, for torch, by `convert.layout_of(definition)`, and for Flax by
     `convert.match(path, definition)`. `inputs`, as `verify` takes them, are for torch's lazy
-    layers, which have their sizes from one run. What a user should know is a
+    layers, which have their sizes from one run; and for a torch definition that is wanted in Flax,
+    which is then made live by `convert.to_flax(definition, inputs)`. What a user should know is a
     `zoo.loading.LoadNotice`. Raises ZooError with everything that does not fit, before anything is
     filled.
     """
@@ -56,6 +59,8 @@ def load(
         raise UsageError(f"there is no framework {framework!r}", "it is 'torch' or 'flax'")
     name = getattr(definition, "__qualname__", type(definition).__name__)
     module = made(definition, name, seed)
+    if framework == "flax" and framework_of(module) == "torch":
+        return _live(path, module, inputs, layout)
     if framework_of(module) != framework:
         raise UsageError(
             f"{name} is a module of {framework_of(module)}, and {framework} was asked for",
@@ -73,6 +78,40 @@ def load(
     for notice in notices:
         warnings.warn(notice, LoadNotice, stacklevel=2)
     module.eval()
+    return module
+
+
+def _live(path: str | os.PathLike[str], module: Any, inputs: Any, layout: Any) -> Any:
+    """A torch definition, filled and made live in Flax."""
+    from convert.porting.to_flax import live_module
+
+    if inputs is None:
+        raise UsageError(
+            f"{type(module).__name__} is a torch definition: it is traced of one call",
+            "give inputs=..., as its forward takes them, or a definition in Flax",
+        )
+    return live_module(load(path, "torch", module, layout=layout), inputs)
+
+
+def with_weights(module: Any, weights: Any) -> Any:
+    """A copy of the module that holds a checkpoint's values, or those of a state_dict."""
+    module = copy.deepcopy(module)
+    if not isinstance(weights, Mapping):
+        return load(weights, "torch", module)
+    held = saved_tensors(module)
+    wrong = [f"{n} is missing" for n in held if n not in weights]
+    wrong += [f"{n} is not a tensor of the module" for n in weights if n not in held]
+    wrong += [
+        f"{n} is {tuple(weights[n].shape)}, and {tuple(t.shape)} in the module"
+        for n, t in held.items()
+        if n in weights and tuple(weights[n].shape) != tuple(t.shape)
+    ]
+    if wrong:
+        raise UsageError(
+            f"the weights are not those of {type(module).__name__}", "give its own", wrong
+        )
+    given = {n: x if hasattr(x, "detach") else to_torch(np.asarray(x)) for n, x in weights.items()}
+    module.load_state_dict(given, assign=any(t.is_meta for t in held.values()))
     return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,12 +41,15 @@ class ModuleReader(Reader):
     """The tensors that a torch module saves (its `state_dict`), or an NNX module's parameters and
     running statistics, and of its other variables those that `layout` has.
 
-    `path` is the name of its class. Tensors are copied when they are read.
+    `carried` are variables that the label keeps. `path` is the name of its class. Tensors are
+    copied when they are read.
     """
 
     container = "module"
 
-    def __init__(self, module: Any, layout: Layout | None = None) -> None:
+    def __init__(
+        self, module: Any, layout: Layout | None = None, carried: Container[str] = ()
+    ) -> None:
         super().__init__(Path(type(unwrapped(module)).__name__))
         known = set() if layout is None else flax_names(layout)
         self.framework = framework_of(module)
@@ -56,7 +60,7 @@ class ModuleReader(Reader):
             weights, others = variables_of(module, known)
             kept = weights | {n: v for n, v in others.items() if n in known}
             self._values = {n: v.get_value() for n, v in kept.items()}
-            if gone := sorted(others.keys() - kept.keys()):
+            if gone := sorted(n for n in others if n not in kept and n not in carried):
                 self.notices.append(f"no weights, not saved: {', '.join(gone)}")
         if not self._values:
             raise UsageError(f"{self.path} has no parameters and no buffers", "give one that has")

@@ -56,7 +56,8 @@ def save(
     "orbax" (.flax) a Flax tree. Without either, a directory: of Orbax's for Flax, of safetensors
     for torch. What the tensors are is the family's to say for a module of the zoo, which
     keeps its `config`; else `layout` says it, as in `convert.convert`, and travels with the
-    checkpoint. A torch module needs none: it has that of `convert.layout_of`.
+    checkpoint. A torch module needs none: it has that of `convert.layout_of`, and so has what
+    `convert.to_flax` made.
 
     `config` is, of the zoo, as in `convert.convert`; of any other module a mapping, or a JSON file,
     that is kept as the checkpoint's config.json (transformers' modules bring their own).
@@ -75,7 +76,7 @@ def save(
     check_paths(target.path, None)
     check_replaceable(target.path, force)
     request, label, notices = _meant(module, framework, layout, config)
-    with ModuleReader(module, _layout(request)) as reader:
+    with ModuleReader(module, _layout(request), label.carried) as reader:
         plan = _planned(reader, request, label, side)
         plan = dataclasses.replace(plan, told=(*notices, *plan.told))
         for notice in plan.told:
@@ -121,6 +122,12 @@ def _meant(
             config = make_request(family.name, config).config
         return Request(family, config or own), Label(), []
     kept = Label(hf=_config(config, own))
+    if framework == "flax":
+        from convert.porting.live import LiveModule, carried
+
+        if isinstance(module, LiveModule):
+            kept = dataclasses.replace(kept, carried=carried(module))
+            layout = module.layout if layout is None else layout
     if layout is not None:
         return Request(layout=as_layout(layout)), kept, []
     if framework == "torch":

@@ -115,7 +115,7 @@ def unread_outputs(output: Any, name: str = "output") -> dict[str, str]:
 
 def caches(output: Any, name: str = "output") -> list[str]:
     """The names below which an output holds caches: what transformers' use_cache=True adds."""
-    if _cached(output) is not None:
+    if cached(output) is not None:
         return [name]
     found: list[str] = []
     for key, part in _inside(output) or []:
@@ -155,10 +155,10 @@ def _inside(output: Any) -> list[tuple[Any, Any]] | None:
         return [(f.name, getattr(output, f.name)) for f in dataclasses.fields(output)]
     if isinstance(output, tuple | list):
         return list(enumerate(output))
-    return _cached(output)
+    return cached(output)
 
 
-def _cached(output: Any) -> list[tuple[Any, Any]] | None:
+def cached(output: Any) -> list[tuple[Any, Any]] | None:
     """The parts of a cache as transformers has them: of a layer, keys and values, or states."""
     both = {n: getattr(output, f"{n}_attention_cache", None) for n in ("self", "cross")}
     if any(x is not None for x in both.values()):

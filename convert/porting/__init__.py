@@ -1,0 +1,1 @@
+"""A torch module in the other framework: live, from its exported graph."""

@@ -1,0 +1,251 @@
+"""What torch.export gives, read into a `Graph`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.program.graph import (
+    CodeLine,
+    Dtype,
+    Graph,
+    GraphNode,
+    Guard,
+    Placeholder,
+    ValueRef,
+    live,
+    refs,
+)
+from convert.program.nesting import Nesting
+from convert.program.whole_recurrent import aten
+from convert.tensors import bits_of
+
+_DROPPED = {
+    "device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad",
+}  # fmt: skip
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n +(?P<text>[^\n]*))?')
+_KINDS = {
+    "PARAMETER": "parameter",
+    "BUFFER": "buffer",
+    "CONSTANT_TENSOR": "constant",
+    "USER_INPUT": "input",
+}
+_ROOT = "module."  # the exported wrapper holds the user's module under this name
+
+
+class Reading:
+    """One exported program. `paths` are those of the inputs, in their order."""
+
+    def __init__(self, exported: Any, paths: list[str]) -> None:
+        self.exported = exported
+        self.paths = iter(paths)
+        self.numbers: dict[Any, int] = {}
+        self.nodes: list[GraphNode] = []
+        self.placeholders: list[Placeholder] = []
+        self.constants: dict[str, Any] = {}
+        self.schemas: dict[str, str] = {}
+
+    def graph(self, outputs: Nesting) -> Graph:
+        """The program as data, without what nothing depends on."""
+        signature = self.exported.graph_signature
+        specs = iter(signature.input_specs)
+        results: list[Any] = []
+        for node in self.exported.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node, next(specs))
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "get_attr":
+                self._attribute(node)
+            elif node.op == "output":
+                results = [self._argument(x) for x in node.args[0]]
+        mutations: dict[str, ValueRef] = {}
+        given = []
+        for spec, made in zip(signature.output_specs, results, strict=True):
+            if spec.kind.name == "USER_OUTPUT":
+                given.append(made)
+            elif spec.target and isinstance(made, ValueRef):
+                mutations[_own(spec.target)] = made
+        wanted = set(refs((given, mutations)))
+        nodes = live(self.nodes, wanted)
+        known = self._symbols()
+        return Graph(
+            nodes=nodes,
+            placeholders=self.placeholders,
+            baked={},
+            outputs=outputs,
+            results=given,
+            mutations=mutations,
+            constants=self.constants,
+            symbols=known,
+            guards=list(self._guards(known)),
+            schemas=self.schemas,
+        )
+
+    def _placeholder(self, node: Any, spec: Any) -> None:
+        value = node.meta.get("val")
+        kind = _KINDS.get(spec.kind.name)
+        if kind is None or not hasattr(value, "shape"):
+            self._number(node)
+            return
+        name = next(self.paths) if kind == "input" else _own(spec.target)
+        if kind == "constant" or (kind == "buffer" and spec.persistent is False):
+            self.constants[name] = bits_of(self.exported.constants[spec.target])
+        shape = tuple(_size(s) for s in value.shape)
+        dtype = str(value.dtype).removeprefix("torch.")
+        self.placeholders.append(
+            Placeholder(self._number(node), kind, name, shape, dtype)  # type: ignore[arg-type]
+        )
+
+    def _attribute(self, node: Any) -> None:
+        import torch
+
+        value = self.exported.graph_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, torch.Tensor):
+            name = f"{node.target}"
+            self.constants[name] = bits_of(value)
+            dtype = str(value.dtype).removeprefix("torch.")
+            shape = tuple(value.shape)
+            made = Placeholder(self._number(node), "constant", name, shape, dtype)
+            self.placeholders.append(made)
+
+    def _call(self, node: Any) -> None:
+        op = aten(_operation(node.target))
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in _DROPPED}
+        path, cls = _module(node.meta.get("nn_module_stack") or {})
+        args = tuple(self._argument(x) for x in node.args)
+        site = site_of(node.meta.get("stack_trace"))
+        self.nodes.append(GraphNode(op, args, kwargs, self._number(node), path, cls, site))
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and op not in self.schemas:
+            self.schemas[op] = _arguments(schema)
+
+    def _number(self, node: Any) -> int:
+        return self.numbers.setdefault(node, len(self.numbers))
+
+    def _argument(self, x: Any) -> Any:
+        import torch
+
+        if isinstance(x, torch.fx.Node):
+            return ValueRef(self.numbers[x]) if x.op != "get_attr" or x in self.numbers else None
+        if isinstance(x, torch.dtype):
+            return Dtype(str(x).removeprefix("torch."))
+        if isinstance(x, torch.device | torch.layout | torch.memory_format):
+            return None
+        if isinstance(x, list | tuple):
+            return [self._argument(part) for part in x]
+        if isinstance(x, slice):
+            return slice(*(self._argument(p) for p in (x.start, x.stop, x.step)))
+        if isinstance(x, Mapping):
+            return {k: self._argument(v) for k, v in x.items()}
+        return x
+
+    def _symbols(self) -> dict[str, tuple[str, int]]:
+        """Where each size can be read: an axis of an input that is that size and no other."""
+        found: dict[str, tuple[str, int]] = {}
+        for p in self.placeholders:
+            for axis, size in enumerate(p.shape if p.kind == "input" else ()):
+                if isinstance(size, str) and size.isidentifier():
+                    found.setdefault(size, (p.name, axis))
+        return found
+
+    def _guards(self, known: Mapping[str, Any]) -> Iterator[Guard]:
+        """What torch found to hold of the traced sizes, and took for granted."""
+        values = (n.meta.get("val") for n in self.exported.graph.nodes if n.op == "placeholder")
+        modes = (getattr(v, "fake_mode", None) for v in values)
+        shapes: Any = next((m.shape_env for m in modes if m is not None and m.shape_env), None)
+        for guard in [] if shapes is None else shapes.guards:
+            expression = guard.expr
+            for _ in range(8):
+                expression = expression.xreplace(shapes.replacements)
+            names = {str(s) for s in expression.free_symbols}
+            if names and names <= known.keys():
+                yield Guard(_printed(expression), _line_of(guard))
+        for symbol, ranges in self.exported.range_constraints.items():
+            if str(symbol) in known:
+                low, high = ranges.lower, ranges.upper
+                yield Guard(f"{symbol} >= {max(int(low), 2)}")
+                if high.is_finite and high < 2**62:
+                    yield Guard(f"{symbol} <= {int(high)}")
+
+
+def site_of(trace: str | None) -> CodeLine | None:
+    """The innermost line of a stack trace that is not torch's own."""
+    frames = list(_FRAME.finditer(trace or ""))
+    own = [m for m in frames if not _torchs(m["file"])]
+    if not own:
+        return None
+    m = own[-1]
+    return CodeLine(m["file"], int(m["line"]), (m["text"] or "").strip())
+
+
+def _torchs(file: str) -> bool:
+    parts = Path(file).parts
+    installed = "site-packages" in parts or "dist-packages" in parts
+    ours = Path(file).parent == Path(__file__).parent
+    torchs = (installed and "torch" in parts) or parts[:1] == ("torch",)
+    return ours or torchs or file.startswith("<")
+
+
+def _line_of(guard: Any) -> CodeLine | None:
+    """The user's line that a guard comes from."""
+    frame = getattr(guard.sloc, "framework_loc", None)
+    file, line = getattr(frame, "filename", None), getattr(frame, "lineno", None)
+    if file and line and not _torchs(file):
+        return CodeLine(file, line)
+    found = re.findall(r"(\S+\.py):(\d+)", str(getattr(guard.sloc, "maybe_user_loc", None)))
+    own = [(file, line) for file, line in found if not _torchs(file)]
+    return CodeLine(own[-1][0], int(own[-1][1])) if own else None
+
+
+def _own(target: str) -> str:
+    return str(target).removeprefix(_ROOT)
+
+
+def _operation(target: Any) -> str:
+    """ "aten.add.Tensor", "operator.mul", "math.floor", "torch.sym_max"."""
+    if hasattr(target, "_schema"):
+        return str(target)
+    module = getattr(target, "__module__", "") or ""
+    name = getattr(target, "__name__", str(target))
+    module = {"_operator": "operator", "builtins": "builtins"}.get(module, module)
+    return f"{module}.{name}"
+
+
+def _module(stack: Mapping[str, Any]) -> tuple[str, str]:
+    """The path and class of the module whose call is innermost."""
+    for path, cls in reversed(list(stack.values())):
+        if path == "module" or path.startswith(_ROOT):
+            name = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+            return _own(path) if path != "module" else "", name
+    return "", ""
+
+
+def _size(s: Any) -> int | str:
+    return s if isinstance(s, int) else _printed(s.node.expr)
+
+
+def _printed(expression: Any) -> Any:
+    if expression.is_number and expression.is_integer:
+        return int(expression)
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return str(PythonPrinter().doprint(expression))
+
+
+def _arguments(schema: Any) -> str:
+    """The arguments of an operation as Python writes them."""
+    parts, keywords = [], False
+    for a in schema.arguments:
+        if a.name in _DROPPED:
+            continue
+        if a.kwarg_only and not keywords:
+            parts.append("*")
+            keywords = True
+        name = "input" if a.name == "self" else a.name
+        parts.append(f"{name}={a.default_value!r}" if a.has_default_value() else name)
+    return ", ".join(parts)
