@@ -96,7 +96,9 @@ class TorchSide(Side):
                     return Trained(losses, before, gradients)
                 stepper.zero_grad()
                 loss.backward()
-                gradients.append({n: to_numpy(_or_zero(p.grad, p)) for n, p in parameters.items()})
+                for p in parameters.values():  # without one, torch would not decay its weight
+                    p.grad = _or_zero(p.grad, p)
+                gradients.append({n: to_numpy(p.grad) for n, p in parameters.items()})
                 stepper.step()
         raise AssertionError("unreachable")
 
