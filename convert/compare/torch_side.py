@@ -29,8 +29,8 @@ class TorchSide(Side):
         self.call = call
         self.seed = seed
         self.moved = moved
-        # Parameters that the other side may hold combined, and so rounded to float32 once more (an
-        # LSTM's two biases as their sum): noise in float64 moves them by units of float32.
+        # Tensors that the other side may hold rounded otherwise (an LSTM's two biases as their sum,
+        # constants that it computes): noise in float64 moves them by units of float32.
         self.combined: frozenset[str] = frozenset()
         self.held: frozenset[str] = frozenset()  # parameters that are not trained
         self.outputs: frozenset[str] | None = None  # those that are compared; None: all
