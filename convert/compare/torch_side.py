@@ -75,9 +75,7 @@ class TorchSide(Side):
             given, _ = self._inputs(module, precision, False)
             args, kwargs = self.call.replaced(given)
             parameters = {
-                n: p
-                for n, p in module.named_parameters()
-                if p.requires_grad and n not in self.held
+                n: p for n, p in module.named_parameters() if p.requires_grad and n not in self.held
             }
             if not parameters:
                 raise UsageError(

@@ -23,9 +23,7 @@ from convert.runtime.call import Call
 _ASIDE = 2.0**-12  # of the largest value
 
 
-def by_trial(
-    report: Report, reference: TorchSide, flax: FlaxSide, steps: int
-) -> Divergence | None:
+def by_trial(report: Report, reference: TorchSide, flax: FlaxSide, steps: int) -> Divergence | None:
     """The report's first divergence, with its cause where it has none and a trial tells it."""
     first = report.first_divergence
     if first is None or first.cause != "unknown":
