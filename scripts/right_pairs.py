@@ -162,7 +162,7 @@ def _run(options: argparse.Namespace) -> None:
     done = {(row["pair"], row["seed"], row.get("mended", False)) for row in rows}
     if options.mended:
         mend_batchnorm()
-        off = {row["pair"] for row in rows if "said" in row}
+        off = {row["pair"] for row in rows if "said" in row} | set(options.names)
         paths = [p for p in paths if p.stem in off]
     for seed in range(1 if options.mended else options.seeds):
         for path in paths:

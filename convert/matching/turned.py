@@ -36,15 +36,11 @@ def with_turned(
             yield match
             continue
         ours, theirs = to_numpy(tensors[match.torch[0]]), to_numpy(values[match.flax[0]])
-        given = _given(traces[0], owner), _given(traces[1], flax[owner])
-        if (
-            given[0] is None
-            or given[1] is None
-            or np.array_equal(run(match.ops, [ours])[0], theirs)
-        ):
+        here, there = _given(traces[0], owner), _given(traces[1], flax[owner])
+        if here is None or there is None or np.array_equal(run(match.ops, [ours])[0], theirs):
             yield match
         else:
-            yield rule(match, ours, theirs, given)
+            yield rule(match, ours, theirs, (here, there))
 
 
 def _given(trace: Trace, name: str) -> np.ndarray | None:
