@@ -231,6 +231,21 @@ def test_what_training_changes_is_told_before_what_rounds() -> None:
     assert report.first_divergence.direction == "training"
 
 
+def test_linens_fast_variance_is_named() -> None:
+    """It is told by running the layer again, on centred inputs."""
+    net = Torch(lambda m, x: m.norm(x), norm=nn.LayerNorm(4, eps=1e-5))
+
+    class Flax(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            return linen.LayerNorm(epsilon=1e-5, name="norm")(x)
+
+    own = arrays(net)
+    params = {"norm": {"scale": own["norm.weight"], "bias": own["norm.bias"]}}
+    report = convert.verify(net, (Flax(), {"params": params}), X + 200, "outputs")
+    assert cause(report) == "fast_variance"
+
+
 def test_one_value_of_three_axes_is_one_value() -> None:
     """A weight norm of one channel: its scale is (1, 1, 1) here, (1,) there, as its bias is."""
     net = Torch(lambda m, x: m.g[0, 0] * x.sum(1, keepdim=True) + m.b)

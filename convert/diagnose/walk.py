@@ -29,6 +29,7 @@ from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
+from convert.runtime.linen_calls import rewound
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo.layout.kinds import flax_kind, torch_kind
 
@@ -197,7 +198,8 @@ class Forward:
             self.stack.pop()
 
         def again(inputs: dict[str, np.ndarray]) -> np.ndarray:
-            return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
+            with rewound(module):
+                return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
 
         visit.again = again
         made = leaves(output)
