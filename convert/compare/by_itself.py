@@ -7,7 +7,7 @@ of a layer behind it cannot be told from rounding. A layer by itself has nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,14 +34,16 @@ _NEAR = 2.0**-10  # of the scale: inputs as far apart as that are one another's
 
 @dataclass(frozen=True)
 class LeafCall:
-    """One call of a pair of layers that holds no other pair. `known`: a kind of
-    layer that both frameworks have, and given the same: it ends at the same place."""
+    """One call of a pair of layers that holds no other pair. `met`: the whole run gave both the
+    same inputs, but for rounding. `known`: so it did, and both frameworks have this kind of layer:
+    it ends at the same place."""
 
     pair: LayerPair
     index: int
     inputs: tuple[tuple[Aligned, tuple[int, ...]], ...]  # each with its shape in Flax
     outputs: tuple[Aligned, ...]
-    known: bool
+    met: bool
+    known: bool = False
 
     @property
     def key(self) -> tuple[str, int]:
@@ -69,14 +71,13 @@ def leaves_of(
             if leaf is not None:
                 known = "other" not in kinds and not list(ours[call.name].children())
                 known = known or ("other" not in kinds and "attention" in kinds)
-                known = known and leaf.known
+                known = known and leaf.met
                 found.append(dataclasses.replace(leaf, known=known))
     return found
 
 
 def _leaf(pair: LayerPair, ours: Recorded, theirs: Recorded, looks_up: bool) -> LeafCall | None:
-    """None where no input, or no output, of the two can be the same. `known` where the whole run
-    gave both the same inputs, but for rounding."""
+    """None where no input, or no output, of the two can be the same."""
     wanted = "fciu" if looks_up else "fc"
     inputs = tuple(
         (a, theirs.inputs[a.flax].shape)
@@ -164,14 +165,19 @@ def _noise(side: TorchSide, call: Recorded, key: str, narrow: bool) -> float:
 
 def _decided(rows: list[Row], leaves: list[LeafCall], outputs: list[Row]) -> list[Row]:
     """Two layers of somebody's own that differ by themselves, while all outputs agree, may only
-    end at different places: they are judged where the whole run saw them agree in float32."""
+    end at different places: they are judged where the whole run saw them agree in float32, and for
+    the same inputs (an image may be flattened in another order)."""
     whole = [r for r in outputs if r.name == "output" or r.name.startswith("output.")]
     if not whole or not all(r.same for r in whole):
         return rows
     agreed = {r.name for r in outputs if r.error <= MARGIN * max(r.noise, FLOOR * r.scale)}
-    known = {title((*leaf.key, a.torch)) for leaf in leaves if leaf.known for a in leaf.outputs}
+
+    def named(some: Iterable[LeafCall]) -> set[str]:
+        return {title((*leaf.key, a.torch)) for leaf in some for a in leaf.outputs}
+
+    known, met = named(x for x in leaves if x.known), named(x for x in leaves if x.met)
     return [
-        r if r.same or r.name in known | agreed else dataclasses.replace(
+        r if r.same or r.name in known | (agreed & met) else dataclasses.replace(
             r, judged=False, note=DIVIDED)
         for r in rows
     ]  # fmt: skip

@@ -27,7 +27,8 @@ def judge_gradients(
     compare: a bias before BatchNorm, the key's bias of an attention.
     """
     gradients = exact(reference).gradients
-    noise = Noise(gradients, rerun, exact64="float64" in reference)
+    # A gradient of any size owes its error to a few roundings behind it: one run's may be small.
+    noise = Noise(gradients, rerun, exact64="float64" in reference, chaotic=True)
     greatest = max((largest(g) for g in gradients.values()), default=0.0)
     rows = []
     for name in gradients:

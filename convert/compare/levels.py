@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import numpy as np
 from convert.compare.blind_inputs import unexercised_inputs
 from convert.compare.blind_values import unseen_values
 from convert.compare.by_itself import DIVIDED
+from convert.compare.flax_side import FlaxSide
 from convert.compare.outputs import compare_runs
 from convert.compare.report import Report
 from convert.compare.sides import Side
 from convert.compare.steps import compare_training
 from convert.compare.torch_side import TorchSide
+from convert.compare.trials import by_trial
 from convert.diagnose.causes import found
 from convert.diagnose.divergence import Divergence, Judged
 from convert.judge.rows import Row
@@ -52,6 +55,9 @@ def compare_sides(
     if report.level == "training":
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
     locate(report, pair, options.explain)
+    if isinstance(b, FlaxSide):
+        with contextlib.suppress(Exception):  # the divergence stands without a cause
+            report.first_divergence = by_trial(report, reference, b, options.steps)
 
 
 def _outputs_decide(rows: list[Row]) -> list[Row]:

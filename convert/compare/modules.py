@@ -249,14 +249,16 @@ class ModulePair:
         return torch_side, flax_side
 
     def _combined(self) -> frozenset[str]:
-        """torch's parameters without a counterpart, where Flax has such too: those may hold the
-        same in fewer tensors (an LSTM's one bias), which rounds to float32 once more."""
+        """torch's tensors without a counterpart that the other side may hold rounded otherwise:
+        parameters where Flax has such too, the same in fewer (an LSTM's one bias), and constants
+        that Flax's code computes, in float64 where torch has them in float32."""
         ours, theirs = self.unmatched
-        if not ours or not theirs:
+        if not ours or not (theirs or self._fixed(ours)):
             return frozenset()
+        told = "may have been combined in float32" if theirs else "are constants of float32"
         self.report.notices.append(
-            "tensors without a counterpart may have been combined in float32: what one unit in "
-            "their last place changes is allowed in float64 too"
+            f"tensors without a counterpart {told}: what one unit in their last place changes is "
+            "allowed in float64 too"
         )
         return frozenset(ours)
 

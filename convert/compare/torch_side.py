@@ -29,16 +29,17 @@ class TorchSide(Side):
         self.call = call
         self.seed = seed
         self.moved = moved
-        # Parameters that the other side may hold combined, and so rounded to float32 once more (an
-        # LSTM's two biases as their sum): noise in float64 moves them by units of float32.
+        # Tensors that the other side may hold rounded otherwise (an LSTM's two biases as their sum,
+        # constants that it computes): noise in float64 moves them by units of float32.
         self.combined: frozenset[str] = frozenset()
+        self.held: frozenset[str] = frozenset()  # parameters that are not trained
         self.outputs: frozenset[str] | None = None  # those that are compared; None: all
         self.names = call.names(module.forward)
 
     def shaken(self, i: int) -> TorchSide:
         """The same with other rounding."""
         made = TorchSide(self.module, self.call, seed=self.seed, moved=i)
-        made.combined, made.outputs = self.combined, self.outputs
+        made.combined, made.held, made.outputs = self.combined, self.held, self.outputs
         made.precisions, made.watched = self.precisions, self.watched
         return made
 
@@ -73,7 +74,9 @@ class TorchSide(Side):
                 part.train()
             given, _ = self._inputs(module, precision, False)
             args, kwargs = self.call.replaced(given)
-            parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+            parameters = {
+                n: p for n, p in module.named_parameters() if p.requires_grad and n not in self.held
+            }
             if not parameters:
                 raise UsageError(
                     "the torch module has no parameter to train",
@@ -91,7 +94,9 @@ class TorchSide(Side):
                     return Trained(losses, before, gradients)
                 stepper.zero_grad()
                 loss.backward()
-                gradients.append({n: to_numpy(_or_zero(p.grad, p)) for n, p in parameters.items()})
+                for p in parameters.values():  # without one, torch would not decay its weight
+                    p.grad = _or_zero(p.grad, p)
+                gradients.append({n: to_numpy(p.grad) for n, p in parameters.items()})
                 stepper.step()
         raise AssertionError("unreachable")
 

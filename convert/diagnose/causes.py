@@ -178,6 +178,9 @@ CAUSES: Mapping[str, Cause] = {
         "": ("{name} holds the sum of itself and {other}", "keep the two apart"),
         "gates": ("{name} has {other} added to some of its {count} gates ({parts})",
                   "in a GRU the two biases of gate n must stay apart"),
+        "trained": ("torch trains {name} and {other} apart, so that their sum moves twice as far "
+                    "as the one bias that Flax has; with one of the two held fixed both train "
+                    "alike", "keep both biases in Flax, where the two are to train alike"),
     }),
 
     # --- Recurrent cells ---
@@ -416,6 +419,16 @@ CAUSES: Mapping[str, Cause] = {
                  "remove stop_gradient from that path in Flax"),
         "path in torch": ("{gradient} has in Flax what comes back through {path}, "
                           "in torch it does not", _DETACH),
+    }),
+    "kink": Cause("a gradient at a point that has none: a bound met exactly, a root at zero", {
+        "": ("the gradient of {names} is another at these very inputs only: where they lie "
+             "{aside:.0e} of their size beside, both agree, so a value stands exactly at a bound "
+             "(clamp, maximum, abs), where each framework takes a derivative of its own",
+             "use inputs that stand at no bound, or jnp.where with torch's choice in Flax"),
+        "root": ("the gradient of {name} is not a number in Flax in {count} of {size} elements: "
+                 "a square root, norm, standard deviation or logarithm is differentiated at zero, "
+                 "where torch takes zero",
+                 "keep zero out of the root by jnp.where, inside of it as well as around it"),
     }),
 
     # --- No cause that is known ---

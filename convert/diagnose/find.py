@@ -24,7 +24,7 @@ from convert.diagnose.repair.problem import (
 )
 from convert.diagnose.statistics import running_statistics
 from convert.diagnose.unseen import first_unseen
-from convert.diagnose.walk import Forward
+from convert.diagnose.walk import Event, Forward
 from convert.matching.effect import helps
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing, pair_traces
@@ -72,6 +72,10 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found: Divergence | None = walk.run(pair.flax_call)
     if found is None and explain.weak is not None:
         explain.first, found = explain.weak, explain.weak[1]
+    if found is not None and mode == "training":
+        moved = _moved_in_float64(pair, pairing, helping)
+        if moved is not None:
+            return _as_written(moved, reference)
     found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, helping, seconds)
@@ -142,6 +146,20 @@ def _in_float64(pair: Pair, pairing: Pairing, helping: Helps, seconds: float) ->
     unknown = explain.first[1]
     found = _repaired(pair, unknown, explain, seconds)
     return None if found is unknown else found
+
+
+def _moved_in_float64(pair: Pair, pairing: Pairing, helping: Helps) -> Divergence | None:
+    """Running statistics that are others in float64, where every value before them is right: then
+    what float32 shows is rounding (Flax's fast variance), and they are the difference."""
+    exact = Reference(pair.torch, pair.call, "float64")
+    wide = flax_module(pair.flax, "float64", training=True)
+    exact.step(pairing.of_torch())
+    wrong: list[Event] = []
+    walk = Forward(exact, wide, pairing, wrong.append)
+    walk.run(pair.flax_call)
+    if wrong:
+        return None
+    return running_statistics(exact, walk, Matched(pair.torch, wide, pairing.matches, helping))
 
 
 def _repaired(

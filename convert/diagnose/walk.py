@@ -29,6 +29,7 @@ from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
+from convert.runtime.linen_calls import rewound
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo.layout.kinds import flax_kind, torch_kind
 
@@ -128,7 +129,8 @@ class Forward:
         self.shapeless: list[tuple[Event, int]] = []
         self.input_moves: set[str] = set()  # how the model's own inputs lie in Flax
         self.values_after: dict[str, Any] = {}
-        # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart
+        # (Flax path, index of the call, "in" or "out", name of the array) -> its counterpart, of
+        # values that are torch's: where one side scales inside a layer, gradients differ too.
         self.aligned: dict[tuple[str, int, str, str], tuple[LayerPair, Aligned, np.ndarray]] = {}
 
     def run(self, call: Call) -> Any:
@@ -196,7 +198,8 @@ class Forward:
             self.stack.pop()
 
         def again(inputs: dict[str, np.ndarray]) -> np.ndarray:
-            return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
+            with rewound(module):
+                return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
 
         visit.again = again
         made = leaves(output)
@@ -267,16 +270,19 @@ class Forward:
                 right.dtype.kind in "iu" and _looks_up(visit.flax_module)
             ):
                 continue  # masks and lengths may be meant otherwise: the output tells
-            if given is arrays[a.flax]:
-                self._aligned(visit, "in", a, given)
-            if not self.stack:  # the model's own inputs are the caller's to choose
+            alike = not self.stack  # the model's own inputs are the caller's to choose
+            if alike:
                 self.input_moves |= likely_moves(right, given)
-                continue
-            event = self._event(visit, "input", a.torch, given, a)
-            if not self._same(event) and f"in:{a.torch}" not in self._random(call):
-                wrong.append(event)
             else:
-                forced[a.flax] = _repeated(to_flax(right, a.move, given.shape), arrays[a.flax])
+                event = self._event(visit, "input", a.torch, given, a)
+                alike = self._same(event) or f"in:{a.torch}" in self._random(call)
+                if alike:
+                    lying = to_flax(right, a.move, given.shape)
+                    forced[a.flax] = _repeated(lying, arrays[a.flax])
+                else:
+                    wrong.append(event)
+            if alike and given is arrays[a.flax]:
+                self._aligned(visit, "in", a, given)
         unmet = [k for k, v in call.inputs.items() if v.dtype.kind == "f"]
         theirs = [v for v in arrays.values() if v.dtype.kind == "f"]
         if self.stack and unmet and theirs and not forced and not wrong and self._is_leaf(visit):
@@ -302,7 +308,7 @@ class Forward:
             if same or visit.pair.flax not in self.holding:
                 lying = to_flax(call.outputs[a.torch], a.move, single[a.flax].shape)
                 right[a.flax] = _repeated(lying, made[a.flax])
-            if single[a.flax] is made[a.flax]:
+            if same and single[a.flax] is made[a.flax]:
                 self._aligned(visit, "out", a, made[a.flax])
         if not pairs and call.outputs and made and (not self.stack or self._is_leaf(visit)):
             key, theirs = next(iter(call.outputs)), next(iter(made.values()))

@@ -148,13 +148,14 @@ class Noise:
     """The rounding noise measured again, for rows that one run's noise makes different.
 
     One run of float32 is one sample of its rounding, and its largest gap from float64 is small by
-    luck now and then: in tensors of few elements, and, where a little rounding grows (`chaotic`:
-    training), in any. Where a side has no float64, what both round alike (a table made in float32)
-    is no part of that gap at all. `rerun(precision, i)` gives the same tensors from another run of
-    the PyTorch side whose weights and inputs moved by at most one unit in their last place: results
-    that far apart are what the precision cannot tell from each other. The noise is the largest gap
-    of all runs. Where float32 agrees and float64 is beyond 1e-10 of the scale (sums that cancel,
-    and what Adam makes of them), float64's own noise is measured in the same way, if `exact64`.
+    luck now and then: in tensors of few elements, and, where a little rounding spreads or grows
+    (`chaotic`: gradients, training), in any. Where a side has no float64, what both round alike (a
+    table made in float32) is no part of that gap at all. `rerun(precision, i)` gives the same
+    tensors from another run of the PyTorch side whose weights and inputs moved by at most one unit
+    in their last place: results that far apart are what the precision cannot tell from each other.
+    The noise is the largest gap of all runs. Where float32 agrees and float64 is beyond 1e-10 of
+    the scale (sums that cancel, and what Adam makes of them), float64's own noise is measured in
+    the same way, if `exact64`.
     Nothing is run before a row asks for it.
     """
 

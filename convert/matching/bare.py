@@ -92,6 +92,6 @@ def operations(x: np.ndarray, y: np.ndarray) -> Ops | None:
 def _ones(shape: Shape, target: Shape) -> Ops | None:
     """Axes of length one left out, and put in."""
     squeezed = without_ones(shape)
-    if not squeezed or squeezed != without_ones(target):
+    if squeezed != without_ones(target):
         return None
     return (*squeeze(shape), *inverse(squeeze(target), [target]))

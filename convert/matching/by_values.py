@@ -18,7 +18,7 @@ from convert.matching.rearranged import gathered
 from convert.matching.unit_entries import entries
 from convert.matching.units import Unit, Way, ways
 from zoo.layout import Entry, Tensor
-from zoo.layout.ops import Flip, Op, Reorder, Shape, run
+from zoo.layout.ops import Flip, Reorder, Shape, run
 
 Read = Callable[[str], np.ndarray]  # a tensor by its name
 
@@ -153,7 +153,7 @@ def _flipped(ours: Unit, theirs: Unit, way: Way) -> Iterator[Entry]:
         yield replace(e, ops=(*e.ops, Flip(tuple(range(len(shape) - 2)))))
 
 
-def reorders(x: np.ndarray, y: np.ndarray) -> Iterator[Op]:
+def reorders(x: np.ndarray, y: np.ndarray) -> Iterator[Reorder]:
     """Reorders of one axis that make `x` `y`."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return
@@ -167,7 +167,7 @@ def reorders(x: np.ndarray, y: np.ndarray) -> Iterator[Op]:
         yield from _as_reorder(axis, [places[r] for r in wanted])
 
 
-def _as_reorder(axis: int, order: list[int]) -> Iterator[Op]:
+def _as_reorder(axis: int, order: list[int]) -> Iterator[Reorder]:
     """The factors of an axis, and their order, that give this permutation."""
     n, plain = len(order), np.arange(len(order))
     for count in (2, 3):

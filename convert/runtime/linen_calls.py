@@ -79,6 +79,21 @@ def _narrowed(layer: Any, dtypes: Collection[str]) -> dict[str, Any]:
     return dict(wide_attributes(layer)) | narrow
 
 
+@contextlib.contextmanager
+def rewound(module: Any) -> Iterator[None]:
+    """A layer that may be called once more within its own call: a Linen one refuses names that it
+    has given out. NNX layers need nothing."""
+    scope = getattr(module, "scope", None)
+    if scope is None:
+        yield
+        return
+    object.__setattr__(module, "scope", scope.rewound())
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "scope", scope)
+
+
 def mutable(given: Any, *more: str) -> Any:
     """What a bound module may change, what we want to see changed, and the collections `more`."""
     if given is True:

@@ -1,0 +1,89 @@
+"""Causes that only another run of both sides tells, where the walks name none.
+
+A gradient at a point where there is none: both sides are run where the inputs lie a little beside.
+Two parameters of torch's that are one in Flax: torch is trained with one of them held fixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+
+from convert.compare.flax_side import FlaxSide
+from convert.compare.report import Report
+from convert.compare.steps import compare_training
+from convert.compare.torch_side import TorchSide
+from convert.diagnose.causes import Reason, found
+from convert.diagnose.divergence import Divergence
+from convert.judge.noise import EXACT, gap, largest
+from convert.runtime.call import Call
+
+_ASIDE = 2.0**-12  # of the largest value
+
+
+def by_trial(report: Report, reference: TorchSide, flax: FlaxSide, steps: int) -> Divergence | None:
+    """The report's first divergence, with its cause where it has none and a trial tells it."""
+    first = report.first_divergence
+    if first is None or first.cause != "unknown":
+        return first
+    reason, layer = None, first.layer
+    if first.direction == "backward":
+        reason = _kink(report, reference, flax)
+    elif first.direction == "training":
+        reason, layer = _summed(reference, flax, steps)
+    if reason is None:
+        return first
+    return dataclasses.replace(
+        first, layer=layer, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
+    )
+
+
+def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:
+    """Gradients that Flax has not at these inputs, or that agree a little beside them."""
+    names = [r.name for r in report.gradients if r.judged and not r.same]
+    rough = flax.run("float32", backward=True).gradients
+    for name in names:
+        if count := int(np.isnan(rough[name]).sum()):
+            size = rough[name].size
+            return found("kink", "root", name=name.removeprefix("in."), count=count, size=size)
+    if "float64" not in reference.precisions or "float64" not in flax.precisions:
+        return None
+    sides = _aside(reference, flax)
+    ours, theirs = (side.run("float64", backward=True).gradients for side in sides)
+    if any(gap(ours[n], theirs[n]) > EXACT * largest(ours[n]) for n in names):
+        return None
+    return found("kink", names=", ".join(n.removeprefix("in.") for n in names), aside=_ASIDE)
+
+
+def _aside(reference: TorchSide, flax: FlaxSide) -> tuple[TorchSide, FlaxSide]:
+    """Both with other inputs close by."""
+    generator = np.random.default_rng(0)
+    paths = {name: path for path, name in flax.inputs.items()}
+    ours, theirs = {}, {}
+    for path, x in reference.call.arrays().items():
+        if x.dtype.kind == "f" and (name := reference.names[path]) in paths:
+            moved = x + _ASIDE * largest(x) * generator.standard_normal(x.shape)
+            ours[path] = moved.astype(x.dtype)
+            theirs[paths[name]] = flax.axes.to_flax(name, ours[path])
+    made = copy.copy(reference), copy.copy(flax)
+    made[0].call = Call(*reference.call.replaced(ours))
+    made[1].call = Call(*flax.call.replaced(theirs))
+    return made
+
+
+def _summed(reference: TorchSide, flax: FlaxSide, steps: int) -> tuple[Reason | None, str]:
+    """A recurrent layer's two biases, each of which torch trains, and which Flax holds as their
+    sum; and the first such layer."""
+    second = {n for n in reference.combined if "bias_hh" in n}
+    if not second or not {n.replace("bias_hh", "bias_ih") for n in second} <= reference.combined:
+        return None, ""
+    held = copy.copy(reference)
+    held.held = frozenset(second)
+    (training,) = compare_training(held, held, flax, ("SGD",), steps)
+    if not all(row.same for row in training.rows if row.judged):
+        return None, ""
+    name = min(second)
+    first = name.replace("bias_hh", "bias_ih")
+    return found("bias_sum", "trained", name=first, other=name), name.rpartition(".")[0]
