@@ -14,6 +14,7 @@ from jax.scipy import special
 
 from convert.porting.rules import RULES, rule, rules_of
 from convert.porting.rules.promote import (
+    FLOAT,
     cast,
     category,
     floats,
@@ -528,7 +529,8 @@ def isclose(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: b
 
 @rule("aten.ldexp.Tensor")
 def ldexp(a: Any, b: Any) -> Any:
-    return mul(a, power(2.0, b))
+    dtype = result_type(a, b)
+    return cast(mul(a, power(2.0, b)), dtype if category(dtype) > 1 else FLOAT)
 
 
 # -- of three -----------------------------------------------------------------------------------
