@@ -1,6 +1,8 @@
 """Make every installed model live in JAX and judge it: docs/ported.md.
 
-    scripts/port_corpus.py --operations [NAME ...]    which ATen operations the graphs have
+    port_corpus.py [--every N] [NAME ...]     judge them (port_judge.py), write docs/ported.md
+    port_corpus.py --operations [NAME ...]    which ATen operations the graphs have
+    port_corpus.py --table                    write docs/ported.md of what is in the cache
 
 One process a model, 120 s each; what was done stays in .cache/port_corpus.json, and is done again
 where the package or a file of ours that it rests on has changed. torchvision and timm may lie in a
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +26,18 @@ import corpus_models as corpus
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "port_corpus.json"
+TABLE = ROOT / "docs" / "ported.md"
 LIMIT_S = 120
+
+
+HEAD = """# Models made live in JAX
+
+Written by `scripts/port_corpus.py`: models of torchvision, one of each of timm's families, and base
+models of transformers with small configurations, made live by `convert.to_flax` and judged apart
+from its own proof (`scripts/port_judge.py`): in float64 within 1e-10 of torch's outputs, at the
+traced sizes and at up to two others. "right, in float32": the model computes in float32 whatever it
+is given, and is within 8 times its own rounding noise.
+"""
 
 
 def operations(name: str) -> dict[str, Any]:
@@ -42,12 +56,27 @@ def operations(name: str) -> dict[str, Any]:
     return {"operations": dict(counts), "shrunk": shrunk}
 
 
-JOBS = {"operations": operations}
+def judge(name: str) -> dict[str, Any]:
+    """What becomes of a model: see port_judge.py."""
+    import torch
+    from port_judge import judged, other_sizes
+
+    torch.manual_seed(0)
+    module, inputs, shrunk = corpus.build(name)
+    found = judged(module, inputs, list(other_sizes(module, inputs)))
+    return found | {"shrunk": shrunk, "class": type(module).__name__}
+
+
+JOBS = {"operations": operations, "judge": judge}
 
 
 def source_hash(job: str) -> str:
     """What a result rests on: these scripts, and for a judgement the converter too."""
     files = [Path(__file__).with_name("corpus_models.py")]
+    if job == "judge":
+        files.append(Path(__file__).with_name("port_judge.py"))
+        for room in ("convert/porting", "convert/program"):
+            files += sorted((ROOT / room).rglob("*.py"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
@@ -56,7 +85,8 @@ def run_one(job: str, name: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", job, name]
     started = time.perf_counter()
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        env = os.environ | {"JAX_ENABLE_X64": "1"}
+        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=env)
         lines = run.stdout.strip().splitlines()
         result = json.loads(lines[-1]) if not run.returncode else {"error": run.stderr[-3000:]}
     except subprocess.TimeoutExpired:
@@ -69,28 +99,75 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("JOB", "NAME"))
     parser.add_argument("--operations", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
     parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(JOBS[options.one[0]](options.one[1])))
         return
+    cache = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
+    if options.table:
+        TABLE.write_text(table(cache))
+        return
     wanted = options.names or corpus.names()[:: options.every]
     if options.list:
         print("\n".join(wanted))
         return
-    job = "operations"
-    cache = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
+    job = "operations" if options.operations else "judge"
     digest = source_hash(job)
     for name in wanted:
         key = f"{job} {name}"
-        if cache.get(key, {}).get("hash") != digest:
+        held = cache.get(key, {})
+        if held.get("hash") != digest and not (options.stale and held):
             cache[key] = run_one(job, name) | {"hash": digest}
             CACHE.parent.mkdir(exist_ok=True)
             CACHE.write_text(json.dumps(cache, indent=1))
         found = cache[key]
-        said = corpus.failure_class(found["error"]) if "error" in found else "exported"
+        said = corpus.failure_class(found["error"]) if "error" in found else "done"
+        said = found.get("outcome", said) + (f": {found['why']}" if "why" in found else "")
         print(f"{name}: {said} ({found['seconds']} s)", flush=True)
+    if job == "judge":
+        TABLE.write_text(table(cache))
+
+
+def table(cache: dict[str, Any]) -> str:
+    """docs/ported.md: what became of every model that was run."""
+    rows = {k.partition(" ")[2]: v for k, v in cache.items() if k.startswith("judge ")}
+    packages: dict[str, Counter[str]] = {}
+    for name, row in rows.items():
+        packages.setdefault(name.partition("/")[0], Counter())[outcome(row)] += 1
+    kinds = sorted({k for counts in packages.values() for k in counts})
+    lines = [
+        HEAD,
+        f"| package | run | {' | '.join(kinds)} |",
+        f"|---|---:|{'---:|' * len(kinds)}",
+    ]
+    for package, counts in sorted(packages.items()):
+        cells = " | ".join(str(counts[k]) for k in kinds)
+        lines.append(f"| {package} | {counts.total()} | {cells} |")
+    lines += [
+        "",
+        "| model | outcome | worst | sizes | seconds | what, and why |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for name, row in sorted(rows.items()):
+        worst = f"{row['worst']:.1e}" if "worst" in row else ""
+        why = row.get("why") or (corpus.failure_class(row["error"]) if "error" in row else "")
+        details = "; ".join(row.get("details", [])[:2])
+        told = " ".join(filter(None, [row.get("shrunk", ""), why, details])).replace("|", "\\|")
+        told = told.replace(str(ROOT), "").replace(str(Path.home()), "")
+        cells = (name, outcome(row), worst, row.get("sizes", ""), row["seconds"], told[:300])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """A row's outcome in a word or two."""
+    if "error" in row:
+        return "too slow" if row["error"].startswith("TimeoutExpired") else "did not run"
+    return str(row["outcome"])
 
 
 if __name__ == "__main__":

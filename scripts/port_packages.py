@@ -3,9 +3,8 @@
     port_packages.py [NAME ...] [-o docs/ported-packages.json]
 
 The packages, their models and the sizes were written down before any of them was run. Widths and
-depths are smaller than in the READMEs, nothing else. Each runs in a process of its own. The judge
-is this script's: torch's outputs in float64 against Flax's under jit, at the inputs that were given
-and at others, 1e-10 of the scale; what is float32 by itself is held against 8 times its noise.
+depths are smaller than in the READMEs, nothing else. Each runs in a process of its own, and is
+judged by port_judge.py.
 
     pip install --no-deps --target FOLDER vit-pytorch x-transformers segmentation-models-pytorch \
         denoising-diffusion-pytorch conformer pytorch-tabnet efficientnet-pytorch \
@@ -16,7 +15,6 @@ and at others, 1e-10 of the scale; what is float32 by itself is held against 8 t
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -28,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 LIMIT_S = 600
-CLOSE = 1e-10
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 Made = tuple[Any, Inputs, Inputs]  # module, inputs, others of another size
@@ -257,92 +254,14 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 def judge(name: str) -> dict[str, Any]:
     """What becomes of one model."""
-    import numpy as np
     import torch
-    import tvshim  # noqa: F401  (torchvision without its compiled operators)
+    from corpus_models import vision_without_operators
+    from port_judge import judged
 
+    vision_without_operators()
     torch.manual_seed(0)
     module, given, other = MODELS[name]()
-    module = module.eval()
-    single = copy.deepcopy(module)
-    try:
-        import convert
-        from zoo.containers.errors import ZooError
-
-        module = module.double()
-        doubled, others = _double(given), _double(other)
-        net = convert.to_flax(module, doubled, verify=False)
-    except ZooError as e:
-        return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
-    worst: dict[str, float] = {}
-    for where, some, plain in (("given", doubled, given), ("other", others, other)):
-        try:
-            ours = _leaves(_call(module, some))
-        except Exception as e:  # torch itself does not run at this size
-            worst[f"{where}: torch"] = float("nan")
-            print(f"{where}: torch: {type(e).__name__}: {e}", file=sys.stderr)
-            continue
-        try:
-            theirs = _run(net, some)
-        except ZooError as e:
-            return {"outcome": f"refused at {where} sizes", "why": e.problem,
-                    "details": list(e.details)[:12]}  # fmt: skip
-        if len(ours) != len(theirs):
-            return {"outcome": "wrong", "why": f"{len(ours)} outputs against {len(theirs)}"}
-        noise = [np.abs(a - b) for a, b in zip(ours, _leaves(_call(single, plain)), strict=True)]
-        for i, (a, b, n) in enumerate(zip(ours, theirs, noise, strict=True)):
-            if a.shape != b.shape:
-                return {"outcome": "wrong", "why": f"{where} {i}: {b.shape}, not {a.shape}"}
-            scale = max(1e-30, float(np.abs(a).max(initial=0)))
-            gap = float(np.abs(a - b).max(initial=0)) / scale
-            worst[f"{where} {i}"] = gap
-            if not gap <= CLOSE:
-                allowed = 8 * max(float(n.max(initial=0)) / scale, 2.0**-23)
-                if not gap <= allowed:
-                    return {"outcome": "wrong", "why": f"{where} {i}: {gap:.2g}", "gaps": worst}
-    gap = max(v for v in worst.values() if v == v)
-    outcome = "right" if gap <= CLOSE else "right, in float32"
-    back = convert.to_state_dict(net)
-    if any(not torch.equal(v, back[n]) for n, v in module.state_dict().items()):
-        outcome = "wrong: weights come back otherwise"
-    return {"outcome": outcome, "worst": gap}
-
-
-def _double(inputs: Inputs) -> Inputs:
-    def one(x: Any) -> Any:
-        return x.double() if x.is_floating_point() else x
-
-    if isinstance(inputs, dict):
-        return {name: one(x) for name, x in inputs.items()}
-    return tuple(map(one, inputs))
-
-
-def _call(module: Any, inputs: Inputs) -> Any:
-    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    """Every number, as float64."""
-    import numpy as np
-    import torch
-
-    flat, _ = torch.utils._pytree.tree_flatten(tree)
-    tensors = [x.detach() for x in flat if isinstance(x, torch.Tensor)]
-    return [x.numpy().astype(np.complex128 if x.is_complex() else np.float64) for x in tensors]
-
-
-def _run(net: Any, inputs: Inputs) -> list[Any]:
-    import jax
-    import numpy as np
-    from flax import nnx
-
-    if isinstance(inputs, dict):
-        arrays: Any = {name: x.numpy() for name, x in inputs.items()}
-    else:
-        arrays = tuple(x.numpy() for x in inputs)
-    made = nnx.jit(_call)(net, arrays)
-    flat = [np.asarray(x) for x in jax.tree.leaves(made)]
-    return [x.astype(np.complex128 if x.dtype.kind == "c" else np.float64) for x in flat]
+    return judged(module.eval(), given, [other])
 
 
 def one(name: str) -> dict[str, Any]:

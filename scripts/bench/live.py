@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 
 def resnet() -> tuple[Any, Any, Any, tuple[Any, ...]]:
     """torchvision's module, our Flax twin with its weights, and inputs for either."""
-    import tvshim  # noqa: F401, I001  (before torchvision)
     import torch
+    from corpus_models import vision_without_operators
+
+    vision_without_operators()
     import torchvision
 
     from zoo.loading import build

@@ -1,0 +1,186 @@
+"""Whether a live module is the torch module that it was made of: apart from `to_flax`'s own proof.
+
+torch's outputs in float64 against Flax's under jit: at the inputs that were given, which `to_flax`
+traced, and at others, 1e-10 of the scale. What misses that, as it computes in float32 by itself, is
+held against 8 times torch's own gap between the precisions. Weights must come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+CLOSE = 1e-10
+Inputs = tuple[Any, ...] | dict[str, Any]
+
+
+def judged(module: Any, given: Inputs, others: Sequence[Inputs]) -> dict[str, Any]:
+    """What becomes of a torch module in eval mode, in float32. `others` are inputs of other sizes;
+    those that torch itself does not run are left out."""
+    import torch
+
+    import convert
+    from zoo.containers.errors import ZooError
+
+    single, module = copy.deepcopy(module), module.double()
+    try:
+        net = convert.to_flax(module, doubled(given), verify=False)
+    except ZooError as e:
+        return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
+    gaps: list[float] = []
+    sizes = 0
+    for plain in (given, *others):
+        some = doubled(plain)
+        try:
+            with torch.no_grad():
+                ours = arrays(called(module, some))
+                noise = [
+                    np.abs(a - b) for a, b in zip(ours, arrays(called(single, plain)), strict=True)
+                ]
+        except Exception as e:  # torch itself does not run at this size
+            print(f"torch: {type(e).__name__}: {e}"[:300], file=sys.stderr)
+            continue
+        try:
+            theirs = run(net, some)
+        except ZooError as e:
+            where = "at other sizes" if sizes else "at the traced sizes"
+            told = {"outcome": f"refused {where}", "why": e.problem}
+            return told | {"details": list(e.details)[:12]}
+        if len(ours) != len(theirs) or any(
+            a.shape != b.shape for a, b in zip(ours, theirs, strict=True)
+        ):
+            shapes = [x.shape for x in ours], [x.shape for x in theirs]
+            return {"outcome": "wrong", "why": f"shapes {shapes[1]}, torch's are {shapes[0]}"}
+        for a, b, n in zip(ours, theirs, noise, strict=True):
+            gap = apart(a, b)
+            gaps.append(gap)
+            scale = max(1e-30, float(np.abs(finite(a)).max(initial=0)))
+            allowed = 8 * max(float(finite(n).max(initial=0)) / scale, 2.0**-23)
+            if not gap <= max(CLOSE, allowed):
+                return {"outcome": "wrong", "why": f"{gap:.2g} of the scale", "sizes": sizes}
+        sizes += 1
+    back = convert.to_state_dict(net)
+    if any(not torch.equal(v, back[n]) for n, v in module.state_dict().items()):
+        return {"outcome": "wrong", "why": "weights come back otherwise"}
+    worst = max(gaps, default=0.0)
+    outcome = "right" if worst <= CLOSE else "right, in float32"
+    return {"outcome": outcome, "worst": worst, "sizes": sizes}
+
+
+def other_sizes(module: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inputs of at most two other sizes that torch runs: another batch, and other images, lengths
+    and numbers of frames."""
+    import torch
+
+    tensors = {n: x for n, x in given.items() if isinstance(x, torch.Tensor)}
+    batch = {n: {0: x.shape[0] + 1} for n, x in tensors.items()}
+    steps = ((32, 32), (16, 16), (8, 8), (7, 7), (5, 5), (64, 64))
+    found = 0
+    for step in steps:
+        moved = {
+            n: {a: x.shape[a] + step[0] for a in range(1 if x.ndim < 4 else x.ndim - 2, x.ndim)}
+            for n, x in tensors.items()
+        }
+        made = given | {n: resized(x, batch[n] | moved[n]) for n, x in tensors.items()}
+        if runs(module, made):
+            yield made
+            found = 1
+            break
+    made = given | {n: resized(x, batch[n]) for n, x in tensors.items()}
+    if runs(module, made):
+        yield made
+    elif not found:
+        print("torch runs at no other size", file=sys.stderr)
+
+
+def resized(x: Any, sizes: dict[int, int]) -> Any:
+    """The tensor with other sizes: its rows are repeated, or cut."""
+    import torch
+
+    for axis, size in sizes.items():
+        x = x.index_select(axis, torch.arange(size) % x.shape[axis])
+    return x
+
+
+def runs(module: Any, inputs: Inputs) -> bool:
+    """Whether torch runs it."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            called(module, inputs)
+    except Exception:  # whatever a model raises that these sizes do not suit
+        return False
+    return True
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """The inputs in float64."""
+
+    def one(x: Any) -> Any:
+        return x.double() if hasattr(x, "is_floating_point") and x.is_floating_point() else x
+
+    if isinstance(inputs, dict):
+        return {name: one(x) for name, x in inputs.items()}
+    return tuple(map(one, inputs))
+
+
+def called(module: Any, inputs: Inputs) -> Any:
+    """The module of the inputs."""
+    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+
+
+def arrays(tree: Any) -> list[np.ndarray]:
+    """Every number that torch gives, as float64."""
+    import torch
+
+    flat, _ = torch.utils._pytree.tree_flatten(tree)
+    tensors = [x.detach() for x in flat if isinstance(x, torch.Tensor)]
+    return [_wide(x.to_dense().numpy() if x.is_sparse else x.numpy()) for x in tensors]
+
+
+def run(net: Any, inputs: Inputs) -> list[np.ndarray]:
+    """Every number that Flax gives under jit, as float64."""
+    import jax
+    from flax import nnx
+
+    def given(x: Any) -> Any:
+        return x.numpy() if hasattr(x, "numpy") else x
+
+    names = list(inputs) if isinstance(inputs, dict) else list(range(len(inputs)))
+    values = [given(inputs[n]) for n in names]  # type: ignore[index]
+    moving = [i for i, x in enumerate(values) if isinstance(x, np.ndarray)]
+
+    def apply(net: Any, held: list[Any]) -> Any:
+        every = list(values)
+        for i, x in zip(moving, held, strict=True):
+            every[i] = x
+        if isinstance(inputs, dict):
+            return net(**dict(zip(names, every, strict=True)))
+        return net(*every)
+
+    made = nnx.jit(apply)(net, [values[i] for i in moving])
+    return [_wide(np.asarray(x)) for x in jax.tree.leaves(made) if hasattr(x, "dtype")]
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """How far two arrays are apart, of the scale of the first; inf where one is not finite and the
+    other is, or they are other infinities."""
+    odd = ~(np.isfinite(a) & np.isfinite(b))
+    if not np.array_equal(a[odd], b[odd], equal_nan=True):
+        return float("inf")
+    scale = max(1e-30, float(np.abs(finite(a)).max(initial=0)))
+    return float(np.abs(finite(a) - finite(b)).max(initial=0)) / scale
+
+
+def finite(x: np.ndarray) -> np.ndarray:
+    """The array with 0 for what is not finite."""
+    return np.where(np.isfinite(x), x, 0)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
