@@ -64,7 +64,7 @@ class Layout:
         """Every spelling of it."""
         return (*TREES, *self.dialects)
 
-    @property
+    @functools.cached_property
     def stacks(self) -> bool:
         """Whether there are equal layers that a scanned tree stacks."""
         return len(self.view("nnx-scan")) < len(self.entries)
