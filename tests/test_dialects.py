@@ -103,6 +103,26 @@ def test_there_and_back_by_every_spelling(model: Model, config: Config, tmp_path
         last, told = made, {}
 
 
+@pytest.mark.parametrize(("model", "config"), SPELLED)
+def test_the_same_tensors_in_any_spelling(model: Model, config: Config, tmp_path: Path) -> None:
+    """`verify` compares what stands in a stack with what stands alone, either way round."""
+    src, arrays = torch_file(tmp_path, model, config)
+    told = {"model": model.name, "config": Label(model, config)._data()["config"]}
+    (name, first), *_ = arrays.items()
+    wrong = arrays | {name: first + 1}
+    other = write(SafetensorsWriter, tmp_path / "other.safetensors", wrong)
+    for tree in spellings(model.layout_of(config)):
+        suffix = "msgpack" if side_of(tree) == "flax" else "safetensors"
+        made = tmp_path / f"{tree}.{suffix}"
+        convert.convert(src, made, dialect=tree, **told)
+        for sides in ((src, made), (made, src)):
+            report = convert.verify(*sides, **told)
+            assert report.verdict == "same"
+            assert report.compared >= len(arrays)
+        report = convert.verify(other, made, **told)
+        assert {d.name for d in report.differences} == {name.removeprefix(model.base_prefix)}
+
+
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_resnet_as_transformers_has_it(name: str, tmp_path: Path) -> None:
     """Names, order and config are transformers' own; it loads what is written."""

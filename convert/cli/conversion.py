@@ -222,7 +222,8 @@ def _show(source: str, prepared: Prepared, certificate: Certificate) -> None:
     beside = sum(a.tied_to is None for a in p.aside)
     kept = f" + {beside} kept in the label" if beside else ""
     sizes = output.size(total) if made == total else f"{output.size(total)} -> {output.size(made)}"
-    counts = f"{len(p.steps)} tensors{kept}, {sizes}"
+    count = sum(len(s.targets) for s in p.steps)
+    counts = f"{count} tensors{kept}, {sizes}"
     click.echo(f"  {_title(prepared)}, {counts}, {_kind(prepared)}")
     if certificate.training:
         click.echo(f"  {printable(line(certificate.training))} -> {_beside(target)}")
@@ -291,7 +292,8 @@ def _show_plan(prepared: Prepared) -> None:
     click.echo()
     if kept:
         click.echo(f"kept in the label: {', '.join(map(printable, kept))}")
-    click.echo(f"{_title(prepared)}, {len(p.steps)} tensors, {_kind(prepared)}")
+    count = sum(len(s.targets) for s in p.steps)
+    click.echo(f"{_title(prepared)}, {count} tensors, {_kind(prepared)}")
     if told := line(summary(prepared.training)):
         click.echo(f"{printable(told)} -> {_beside(target)}")
     click.echo(f"target {printable(str(target.path))}: not written (--dry-run)")

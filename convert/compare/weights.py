@@ -26,20 +26,36 @@ def compare_bits(
                 TensorDifference(name, f"in {title} it is not the tensor that it is tied to")
             )
     sources = [_sources(*a), _sources(*b)]
+    firsts = [{names[0]: names for names in side} for side in sources]
     total = sum(s.nbytes for s in a[1].steps)
-    for names in dict.fromkeys((*sources[0], *sources[1])):
-        read = [s.get(names) or _stated(a[1], names) for s in sources]
-        for title, values in zip((report.a, report.b), read, strict=True):
-            if values is None:
-                report.differences += [TensorDifference(n, f"not in {title}") for n in names]
-        if read[0] is None or read[1] is None:
-            continue
-        for name, x, y in zip(names, read[0](), read[1](), strict=True):
+    for group in _groups(*sources):
+        read: list[dict[str, np.ndarray]] = [{}, {}]
+        for side, first, values_of in zip(read, firsts, sources, strict=True):
+            for names in (first[n] for n in group if n in first):
+                side |= zip(names, values_of[names](), strict=True)
+        for name in group:
+            values = [r[name] if name in r else _stated(a[1], name) for r in read]
+            for title, value in zip((report.a, report.b), values, strict=True):
+                if value is None:
+                    report.differences.append(TensorDifference(name, f"not in {title}"))
+            x, y = values
+            if x is None or y is None:
+                continue
             difference = compare(name, x, y)
             report.differences += [difference] if difference else []
             report.compared += 1
             report.nbytes += x.nbytes
         progress("bits", report.nbytes, total)
+
+
+def _groups(*sides: dict[tuple[str, ...], _Values]) -> list[list[str]]:
+    """Canonical names, those together that one side joins: a stack that holds a tensor of each
+    layer is read once."""
+    groups: dict[str, list[str]] = {}
+    for names in dict.fromkeys(n for side in sides for n in side):
+        joined = list(dict.fromkeys(n for name in names for n in groups.get(name, [name])))
+        groups |= dict.fromkeys(joined, joined)
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
@@ -55,13 +71,12 @@ def _sources(reader: Reader, plan: Plan) -> dict[tuple[str, ...], _Values]:
     return found | {bare((m.name,)): partial(_made, m) for m in plan.made}
 
 
-def _stated(plan: Plan, names: tuple[str, ...]) -> _Values | None:
+def _stated(plan: Plan, name: str) -> np.ndarray | None:
     """The value that the layout states for a tensor that one side does not hold, if it does."""
     for entry in plan.layout.entries:
-        name = entry.torch[0].name.removeprefix(plan.prefix)
-        if entry.constant is not None and names == (name,):
+        if entry.constant is not None and name == entry.torch[0].name.removeprefix(plan.prefix):
             info = TensorInfo(entry.constant.dtype, entry.torch[0].shape)
-            return partial(_made, Made(names[0], info, entry.constant, None))
+            return Made(name, info, entry.constant, None).value()
     return None
 
 
