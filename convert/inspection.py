@@ -34,7 +34,7 @@ class Inspection:
     why_not: str | None  # the nearest miss, where nothing fits
     differences: list[str]  # from the nearest miss
     unknown: list[str]  # config fields that nothing in the checkpoint tells
-    tree: str | None  # how the names are spelled: "torch", "nnx", "linen", "linen-compact"
+    tree: str | None  # how the names are spelled: a tree or a dialect
     layout: str | None = None  # "entries/sha256:..." of a layout of no family
     ties: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # `convert.training_state.summary`

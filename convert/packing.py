@@ -28,7 +28,7 @@ from convert.engine.targets import Target
 from convert.training_state.state import TrainingState
 from zoo import hub, registry
 from zoo.card import Card
-from zoo.checkpoint.certificate import now, versions
+from zoo.checkpoint.certificate import file_sha256, now, versions
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
@@ -106,7 +106,7 @@ def pack(
             told,
             name=name,
             summary=told.summary or f"{title(plan.model, plan.config, plan.unknown)}, {name}",
-            sha256=_sha256(target.path).hex(),
+            sha256=file_sha256(target.path),
             created=told.created or now(),
             versions=told.versions or versions(),
         )
@@ -220,11 +220,6 @@ def _add(archive: zipfile.ZipFile, inner: str, chunks: Iterable[bytes]) -> str:
 def _chunks(stream: BinaryIO) -> Iterator[bytes]:
     while chunk := stream.read(_CHUNK):
         yield chunk
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
 
 
 def _line(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import warnings
 from collections.abc import Callable
@@ -182,23 +181,7 @@ def _inputs_of(module: Any, config: Any) -> dict[str, Any]:
     return inputs
 
 
-def dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Every axis free, as far as the model allows it."""
-    from torch import Tensor
-    from torch.export import Dim
-
-    return {
-        key: dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
-        for key, value in inputs.items()
-    }
-
-
 def failure_class(error: str) -> str:
     """The class of a failure from its last line, without what is the model's own."""
     last = error.strip().splitlines()[-1] if error.strip() else "no message"
     return re.sub(r"[0-9]+", "N", last)[:160]
-
-
-def package_version(name: str) -> str:
-    """The version of a model's package."""
-    return str(importlib.import_module(name.partition("/")[0]).__version__)

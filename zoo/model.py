@@ -104,7 +104,7 @@ class Model:
 
     def tree_of(self, dialect: str) -> Tree:
         """The tree that a dialect is; UsageError for one that the family does not have."""
-        own = {d.name: d.name for d in self.dialects} | dict(self.called) | {t: t for t in TREES}
+        own = self._spellings
         if dialect not in own:
             raise UsageError(
                 f"{self.name} has no dialect {dialect!r}",
@@ -115,8 +115,16 @@ class Model:
     @property
     def dialect_sides(self) -> dict[str, Side]:
         """Every name of a spelling, the trees' own included -> whose framework has it."""
-        trees = {d.name: d.tree for d in self.dialects} | dict(self.called) | {t: t for t in TREES}
-        return {name: "torch" if tree == "torch" else "flax" for name, tree in trees.items()}
+        base = {d.name: d.tree for d in self.dialects}
+        return {
+            name: "torch" if base.get(tree, tree) == "torch" else "flax"
+            for name, tree in self._spellings.items()
+        }
+
+    @property
+    def _spellings(self) -> dict[str, Tree]:
+        """Every name of a spelling -> the tree that it is."""
+        return {d.name: d.name for d in self.dialects} | dict(self.called) | {t: t for t in TREES}
 
     @property
     def hf_trees(self) -> frozenset[Tree]:

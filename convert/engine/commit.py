@@ -112,7 +112,7 @@ def workplace(target: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
         try:
             with _locked(target.parent, wait=True):
-                _sweep(target)
+                leftovers(target.parent, remove=True, target=glob.escape(target.name))
                 prefix = f".{target.name}{_MARK}"
                 place = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
                 held.enter_context(_locked(place, wait=True))
@@ -159,11 +159,12 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(f.fileno())
 
 
-def leftovers(directory: Path, remove: bool) -> list[tuple[Path, int]]:
+def leftovers(directory: Path, remove: bool, target: str = "*") -> list[tuple[Path, int]]:
     """The workplaces in a directory of processes that were killed, and the bytes of each; with
-    `remove` they are gone afterwards. Whoever is alive holds a lock, and is left alone."""
+    `remove` they are gone afterwards. Whoever is alive holds a lock, and is left alone. `target`
+    is a pattern for the names of the targets."""
     found = []
-    for left in sorted(directory.glob(f".*{_MARK}*")):
+    for left in sorted(directory.glob(f".{target}{_MARK}*")):
         with _locked(left, wait=False) as free:
             if free and left.is_dir() and not left.is_symlink():
                 size = sum(p.lstat().st_size for p in left.rglob("*") if p.is_file())
@@ -171,14 +172,6 @@ def leftovers(directory: Path, remove: bool) -> list[tuple[Path, int]]:
                 if remove:
                     shutil.rmtree(left, ignore_errors=True)
     return found
-
-
-def _sweep(target: Path) -> None:
-    """Remove the workplaces of processes that were killed: nobody holds their locks."""
-    for left in target.parent.glob(glob.escape(f".{target.name}{_MARK}") + "*"):
-        with _locked(left, wait=False) as free:
-            if free:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(new: Path, old: Path) -> None:

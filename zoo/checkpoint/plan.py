@@ -293,20 +293,25 @@ def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str |
         spelled=frozenset(targets[n] for n in spelled if n in targets),
         told=tuple(notices),
         left=Left(c.peeled.set_aside, tuple(reader.extras), tuple(reader.beside)),
-        label=dataclasses.replace(
-            label,
-            model=c.model,
-            config=c.config,
-            unknown=c.unknown,
-            layout=None if c.model else c.layout,
-            # The config.json of a family, beside what is said to be of none, is of something else.
-            hf=label.hf if c.model or label.model is None else {},
-            dialect=_remembered(c, label, target),
-            carried={} if to_torch else label.carried,
-            ties=tuple(sorted(spelled)),
-            notices=(),
-            foreign="",
-        ),
+        label=_target_label(c, label, target, spelled),
+    )
+
+
+def _target_label(c: Candidate, label: Label, target: Tree, spelled: Iterable[str]) -> Label:
+    """What the target says of itself, but for what is only known once tensors have been read."""
+    return dataclasses.replace(
+        label,
+        model=c.model,
+        config=c.config,
+        unknown=c.unknown,
+        layout=None if c.model else c.layout,
+        # The config.json of a family, beside what is said to be of none, is of something else.
+        hf=label.hf if c.model or label.model is None else {},
+        dialect=_remembered(c, label, target),
+        carried={} if c.layout.side(target) == "torch" else label.carried,
+        ties=tuple(sorted(spelled)),
+        notices=(),
+        foreign="",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from zoo.layout import (
     canonical_guess,
     unstacked,
 )
+from zoo.layout.renames import below_collection
 from zoo.model import Config, Model, override
 from zoo.registry import families
 
@@ -143,20 +145,16 @@ def _configs(
         yield from _in_tree(model, shapes, tree, stated, unstated)
         return
     dialect = next(d for d in model.dialects if d.name == tree)
-    collected = dialect.tree in COLLECTED
     for renames in map(Renames, dict.fromkeys(map(dialect.renames, dialect.configs))):
-        ours = {_renamed(renames, n, collected): s for n, s in shapes.items()}
+        back = renames.back
+        if dialect.tree in COLLECTED:
+            back = functools.partial(below_collection, renames.back)
+        ours = {back(n): s for n, s in shapes.items()}
         if ours.keys() == shapes.keys() or len(ours) != len(shapes):
             continue
         for config, unknown, _ in _in_tree(model, ours, dialect.tree, stated, unstated):
             if dialect.renames(config) == renames.pairs:
                 yield config, unknown, {n: n for n in shapes}
-
-
-def _renamed(renames: Renames, name: str, collected: bool) -> str:
-    """A dialect's name as we have it."""
-    head, dot, rest = name.partition(".") if collected else ("", "", name)
-    return f"{head}{dot}{renames.back(rest)}"
 
 
 def _in_tree(

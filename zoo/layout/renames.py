@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _NUMBER = re.compile(r"\{([a-z])(?:\+(\d))?\}")
@@ -39,10 +39,6 @@ class Renames:
         """Their name as we have it."""
         return next((new for a, b in _templates(self.pairs) if (new := b.into(a, name))), name)
 
-    def any_of(self, names: Iterable[str]) -> bool:
-        """Whether any of the names is theirs and not ours."""
-        return any(self.back(n) != n for n in names)
-
     def place(self, name: str) -> tuple[int, ...]:
         """Where one of their names stands among all, in the order of their modules: to sort by."""
         ranks, parts = _ranks(self.pairs), name.split(".")
@@ -52,6 +48,12 @@ class Renames:
             else ranks.get(_DIGITS.sub("#", ".".join(parts[: i + 1])), len(ranks))
             for i, part in enumerate(parts)
         )
+
+
+def below_collection(rename: Callable[[str], str], name: str) -> str:
+    """A name renamed, but for the Linen collection that it begins with."""
+    head, dot, rest = name.partition(".")
+    return f"{head}{dot}{rename(rest)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from zoo.layout.entries import Entry, Tensor, View
 from zoo.layout.entries_json import entry_from_json, entry_to_json
 from zoo.layout.kinds import kinds
 from zoo.layout.ops import Permute, Shape, inverse, run_shapes
-from zoo.layout.renames import Renames
+from zoo.layout.renames import Renames, below_collection
 from zoo.layout.stacked import in_stacks
 
 Tree = str
@@ -158,11 +158,10 @@ def _below(prefix: str, tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 def _renamed(views: list[View], renames: Renames, collected: bool) -> list[View]:
     """The views under other names, in the order of those."""
 
-    def named(t: Tensor) -> Tensor:
-        head, dot, rest = t.name.partition(".") if collected else ("", "", t.name)
-        return Tensor(f"{head}{dot}{renames.forth(rest)}", t.shape)
-
-    made = [replace(v, tensors=tuple(map(named, v.tensors))) for v in views]
+    forth = functools.partial(below_collection, renames.forth) if collected else renames.forth
+    made = [
+        replace(v, tensors=tuple(Tensor(forth(t.name), t.shape) for t in v.tensors)) for v in views
+    ]
     return sorted(made, key=lambda v: renames.place(v.tensors[0].name) if v.tensors else ())
 
 
