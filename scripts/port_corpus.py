@@ -2,10 +2,11 @@
 
     port_corpus.py [--every N] [NAME ...]     judge them (port_judge.py), write docs/ported.md
     port_corpus.py --operations [NAME ...]    which ATen operations the graphs have
+    port_corpus.py --again OUTCOME            judge those once more that this became of
     port_corpus.py --table                    write docs/ported.md of what is in the cache
 
-One process a model, 120 s each; what was done stays in .cache/port_corpus.json, and is done again
-where the package or a file of ours that it rests on has changed. torchvision and timm may lie in a
+One process a model, 120 s of CPU time each; what was done stays in .cache/port_corpus.json, and is
+done again where a file of ours that it rests on has changed. torchvision and timm may lie in a
 folder of PYTHONPATH (`pip install --no-deps --target`); their compiled operators are not needed.
 """
 
@@ -13,13 +14,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
+import resource
+import signal
 import time
+import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +79,11 @@ def judge(name: str) -> dict[str, Any]:
 JOBS = {"operations": operations, "judge": judge}
 
 
-def source_hash(job: str) -> str:
+@cache
+def source_hash(job: str, package: str) -> str:
     """What a result rests on: these scripts, and for a judgement the converter too."""
-    files = [Path(__file__).with_name("corpus_models.py")]
+    kind = "transformers" if package == "transformers" else "models"
+    files = [Path(__file__).with_name(f"corpus_{kind}.py")]
     if job == "judge":
         files.append(Path(__file__).with_name("port_judge.py"))
         for room in ("convert/porting", "convert/program"):
@@ -82,61 +91,96 @@ def source_hash(job: str) -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 
-def run_one(job: str, name: str) -> dict[str, Any]:
-    """A job in a process of its own, with a limit on its time."""
-    command = [sys.executable, __file__, "--one", job, name]
-    started = time.perf_counter()
+def forked(job: str, name: str, limit: int, answer: Connection) -> None:
+    """A job in this process, which dies once it has used `limit` seconds of both cores."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     try:
-        env = os.environ | {"JAX_ENABLE_X64": "1"}
-        run = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=env)
-        lines = run.stdout.strip().splitlines()
-        result = json.loads(lines[-1]) if not run.returncode else {"error": run.stderr[-3000:]}
-    except subprocess.TimeoutExpired:
-        result = {"error": f"TimeoutExpired: {LIMIT_S} s"}
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
+        result = JOBS[job](name)
+    except Exception:
+        result = {"error": traceback.format_exc()[-3000:]}
+    answer.send(result | {"seconds": round(time.process_time(), 1)})
+
+
+def run_one(job: str, name: str, limit: int) -> dict[str, Any]:
+    """A job in a process of its own, forked off this one, which has imported the frameworks."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=forked, args=(job, name, limit, there))
+    process.start()
+    there.close()
+    try:
+        return dict(here.recv())
+    except EOFError:
+        process.join()
+        slow = process.exitcode == -signal.SIGXCPU
+        said = f"TimeoutExpired: {limit} s" if slow else f"Died: exit code {process.exitcode}"
+        return {"error": said, "seconds": float(limit)}
+    finally:
+        process.kill()
+        process.join()
+
+
+def held() -> dict[str, Any]:
+    """What runs so far have found."""
+    return dict(json.loads(CACHE.read_text())) if CACHE.is_file() else {}
+
+
+def preload() -> None:
+    """Import what every job needs, so that the forked ones have it."""
+    corpus.names()
+    for module in ("jax", "flax.nnx", "torch.export", "convert", "convert.porting.to_flax"):
+        importlib.import_module(module)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=2, metavar=("JOB", "NAME"))
     parser.add_argument("--operations", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
+    parser.add_argument("--again", metavar="OUTCOME", help="those that this became of, once more")
+    parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds of CPU time a model")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(JOBS[options.one[0]](options.one[1])))
-        return
-    cache = json.loads(CACHE.read_text()) if CACHE.is_file() else {}
+    done = held()
     if options.table:
-        TABLE.write_text(table(cache))
+        TABLE.write_text(table(done))
         return
     wanted = options.names or corpus.names()[:: options.every]
     if options.list:
         print("\n".join(wanted))
         return
     job = "operations" if options.operations else "judge"
-    digest = source_hash(job)
-    for name in wanted:
-        key = f"{job} {name}"
-        held = cache.get(key, {})
-        if held.get("hash") != digest and not (options.stale and held):
-            cache[key] = run_one(job, name) | {"hash": digest}
+    preload()
+
+    def needed(name: str) -> bool:
+        row = done.get(f"{job} {name}", {})
+        if options.again:
+            return bool(row) and outcome(row) == options.again
+        stale = row.get("hash") != source_hash(job, name.partition("/")[0])
+        return stale and not (options.stale and row)
+
+    def do(name: str) -> tuple[str, dict[str, Any]]:
+        digest = source_hash(job, name.partition("/")[0])
+        return name, run_one(job, name, options.limit) | {"hash": digest}
+
+    with ThreadPoolExecutor(options.workers) as pool:
+        for name, found in pool.map(do, [n for n in wanted if needed(n)]):
+            done = held() | {f"{job} {name}": found}  # another run may have written meanwhile
             CACHE.parent.mkdir(exist_ok=True)
-            CACHE.write_text(json.dumps(cache, indent=1))
-        found = cache[key]
-        said = corpus.failure_class(found["error"]) if "error" in found else "done"
-        said = found.get("outcome", said) + (f": {found['why']}" if "why" in found else "")
-        print(f"{name}: {said} ({found['seconds']} s)", flush=True)
+            CACHE.write_text(json.dumps(done, indent=1))
+            said = corpus.failure_class(found["error"]) if "error" in found else "done"
+            said = found.get("outcome", said) + (f": {found['why']}" if "why" in found else "")
+            print(f"{name}: {said} ({found['seconds']} s)", flush=True)
     if job == "judge":
-        TABLE.write_text(table(cache))
+        TABLE.write_text(table(done))
 
 
-def table(cache: dict[str, Any]) -> str:
+def table(done: dict[str, Any]) -> str:
     """docs/ported.md: what became of every model that was run."""
-    rows = {k.partition(" ")[2]: v for k, v in cache.items() if k.startswith("judge ")}
+    rows = {k.partition(" ")[2]: v for k, v in done.items() if k.startswith("judge ")}
     packages: dict[str, Counter[str]] = {}
     for name, row in rows.items():
         packages.setdefault(name.partition("/")[0], Counter())[outcome(row)] += 1
@@ -173,4 +217,5 @@ def outcome(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    os.environ["JAX_ENABLE_X64"] = "1"  # before JAX is imported
     main()
