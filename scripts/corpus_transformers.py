@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-LARGEST = 60_000_000  # parameters: what is larger takes longer than it tells
+LARGEST = 100_000_000  # parameters: what is larger takes longer than it tells
 B, T = 2, 12  # batch, tokens
 
 
@@ -32,6 +32,7 @@ _DEPTHS: dict[str, int] = {
     "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1, "num_queries": 8, "num_frames": 2,
     "frames": 2, "prediction_length": 8, "context_length": 32, "num_expert_group": 1,
     "num_experts_per_token": 2, "moe_num_experts_per_tok": 2, "num_limited_groups": 1,
+    "vocab_size_per_layer_input": 99, "max_length": 128, "n_words": 99,
     "encoder_num_hidden_layers": 2, "predictor_num_hidden_layers": 2, "pred_num_hidden_layers": 2,
 }  # fmt: skip
 _WIDTHS: dict[str, int] = {
@@ -46,8 +47,10 @@ _WIDTHS: dict[str, int] = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "time_step_rank": 4,
     "state_size": 8, "out_hidden_size": 32, "lru_width": 32, "index_head_dim": 16,
     "index_n_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "attention_size": 32,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "n_mel_channels": 16,
+    "encoder_hidden_size": 32, "cross_hidden_size": 32, "cross_attention_hidden_size": 32,
+    "emb_dim": 32, "mamba_d_ssm": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "n_mel_channels": 16,
 }  # fmt: skip
+_UNSTATED = ("head_dim", "num_key_value_heads", "n_routed_experts", "vocab_size")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -58,6 +61,8 @@ def _shrink(config: Any, sizes: dict[str, int], depth: int = 0) -> None:
             _set(config, key, _TOKENS[key])
         elif key in sizes and isinstance(value, int) and not isinstance(value, bool):
             _set(config, key, min(value, sizes[key]))
+        elif value is None and key in _UNSTATED and key in sizes:
+            _set(config, key, sizes[key])
         elif hasattr(value, "to_dict") and depth < 3:
             _shrink(value, sizes, depth + 1)
         elif key.startswith("rope_") and isinstance(value, dict) and sizes.get("head_dim"):
@@ -68,16 +73,18 @@ def _shrink(config: Any, sizes: dict[str, int], depth: int = 0) -> None:
         if isinstance(types, list) and isinstance(layers, int):
             kinds = list(dict.fromkeys(types))  # every kind of layer that there is, once
             _set(config, key, (kinds + types)[: max(layers, 1)])
+    if getattr(config, "kv_lora_rank", None) and "head_dim" in sizes:  # latent attention: no groups
+        _set(config, "num_key_value_heads", config.num_attention_heads)
     heads = getattr(config, "num_heads", None)
-    if isinstance(heads, list) and "embed_dim" in sizes:  # one number for each stage
+    if isinstance(heads, list | tuple) and "embed_dim" in sizes:  # one number for each stage
         _set(config, "embed_dim", 8 * heads[0])
 
 
 def _section(config: Any, rope: dict[str, Any]) -> None:
     """The parts of a rotary embedding over time, height and width fill half of a head."""
-    if "mrope_section" in rope:
+    if "mrope_section" in rope or "rope_type" in rope:
         heads = getattr(config, "num_attention_heads", 4)
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 32) // heads
         half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
 
@@ -91,13 +98,13 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def build(kind: str) -> tuple[Any, dict[str, Any], str]:
-    """The module, inputs that it runs on, and what was made smaller. Raises what the last try
+    """The module, inputs that it runs on, and what was made smaller. Raises what the first try
     raised."""
     import torch
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    failure: Exception = ValueError("no way to make it")
+    failures: list[Exception] = []
     tries = (
         (_DEPTHS | _WIDTHS, "sizes of the configuration"),
         (_DEPTHS, "depths of the configuration"),
@@ -115,17 +122,17 @@ def build(kind: str) -> tuple[Any, dict[str, Any], str]:
                 raise ValueError(f"{count:,} parameters are too many to judge it quickly")
             module = cls(config).eval()
         except Exception as e:  # whatever a configuration's class raises that these sizes break
-            failure = e
+            failures.append(e)
             continue
         for inputs in candidates(module, config):
             try:
                 with torch.no_grad():
                     module(**inputs)
             except Exception as e:  # the same, of its forward
-                failure = e
+                failures.append(e)
                 continue
             return module, inputs, shrunk
-    raise failure
+    raise failures[0] if failures else ValueError("no input of its forward is known here")
 
 
 def candidates(module: Any, config: Any) -> Iterator[dict[str, Any]]:
