@@ -48,7 +48,8 @@ _WIDTHS: dict[str, int] = {
     "state_size": 8, "out_hidden_size": 32, "lru_width": 32, "index_head_dim": 16,
     "index_n_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "attention_size": 32,
     "encoder_hidden_size": 32, "cross_hidden_size": 32, "cross_attention_hidden_size": 32,
-    "emb_dim": 32, "mamba_d_ssm": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "n_mel_channels": 16,
+    "emb_dim": 32, "mamba_d_ssm": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "n_mel_channels": 16,
 }  # fmt: skip
 _UNSTATED = ("head_dim", "num_key_value_heads", "n_routed_experts", "vocab_size")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}

@@ -1,6 +1,7 @@
 """Make every installed model live in JAX and judge it: docs/ported.md.
 
     port_corpus.py [--every N] [NAME ...]     judge them (port_judge.py), write docs/ported.md
+    port_corpus.py --train [NAME ...]         train some of those that are right (port_trained.py)
     port_corpus.py --operations [NAME ...]    which ATen operations the graphs have
     port_corpus.py --again OUTCOME            judge those once more that this became of
     port_corpus.py --table                    write docs/ported.md of what is in the cache
@@ -13,11 +14,13 @@ folder of PYTHONPATH (`pip install --no-deps --target`); their compiled operator
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
@@ -36,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "port_corpus.json"
 TABLE = ROOT / "docs" / "ported.md"
 LIMIT_S = 120
+TRAINED = 24  # models of each package that are trained too
+SLOW_S = 30
 
 
 HEAD = """# Models made live in JAX
@@ -46,6 +51,16 @@ from its own proof (`scripts/port_judge.py`): in float64 within 1e-10 of torch's
 traced sizes and at up to two others. "right, in float32": the model computes in float32 whatever it
 is given, and is within 8 times its own rounding noise. "not made": the small configuration, or the
 inputs that the script made for it, do not run in torch. Not every model has been run yet.
+"""
+
+TRAINING_HEAD = """
+## Trained
+
+Some of those that are right, drawn by a seed: {count}, {counts}. In float64 and in train mode, with
+every dropout at 0 (`scripts/port_trained.py`): the gradients of a loss, and what five steps of SGD
+with momentum leave in parameters and running statistics, within 1e-10 of the scale of all of them,
+or 8 times what torch does when its inputs move by a rounding. Then, where there is dropout, that it
+drops by its key alone.
 """
 
 
@@ -76,7 +91,17 @@ def judge(name: str) -> dict[str, Any]:
     return found | {"shrunk": shrunk, "class": type(module).__name__}
 
 
-JOBS = {"operations": operations, "judge": judge}
+def train(name: str) -> dict[str, Any]:
+    """What becomes of its training: see port_trained.py."""
+    import torch
+    from port_trained import trained
+
+    torch.manual_seed(0)
+    module, inputs, shrunk = corpus.build(name)
+    return trained(module, inputs) | {"shrunk": shrunk, "class": type(module).__name__}
+
+
+JOBS = {"operations": operations, "judge": judge, "train": train}
 
 
 @cache
@@ -84,11 +109,29 @@ def source_hash(job: str, package: str) -> str:
     """What a result rests on: these scripts, and for a judgement the converter too."""
     kind = "transformers" if package == "transformers" else "models"
     files = [Path(__file__).with_name(f"corpus_{kind}.py")]
-    if job == "judge":
-        files.append(Path(__file__).with_name("port_judge.py"))
+    if job != "operations":
+        files += [Path(__file__).with_name("port_judge.py")]
         for room in ("convert/porting", "convert/program"):
             files += sorted((ROOT / room).rglob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+    if job == "train":
+        files += [Path(__file__).with_name("port_trained.py")]
+    trees = [ast.dump(ast.parse(f.read_text())) for f in files]  # comments change no result
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
+
+
+def to_train(done: dict[str, Any]) -> list[str]:
+    """As many of each package, drawn by a seed among those that are right and not the slowest."""
+    chosen = []
+    for package in ("torchvision", "timm", "transformers"):
+        right = sorted(
+            name
+            for key, row in done.items()
+            if (name := key.removeprefix("judge ")).startswith(package + "/")
+            and row.get("outcome") == "right"
+            and row["seconds"] < SLOW_S
+        )
+        chosen += random.Random(0).sample(right, min(TRAINED, len(right)))
+    return chosen
 
 
 def forked(job: str, name: str, limit: int, answer: Connection) -> None:
@@ -135,6 +178,7 @@ def preload() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--operations", action="store_true")
+    parser.add_argument("--train", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
@@ -148,11 +192,12 @@ def main() -> None:
     if options.table:
         TABLE.write_text(table(done))
         return
-    wanted = options.names or corpus.names()[:: options.every]
+    every = to_train(done) if options.train else corpus.names()
+    wanted = options.names or every[:: options.every]
     if options.list:
         print("\n".join(wanted))
         return
-    job = "operations" if options.operations else "judge"
+    job = "operations" if options.operations else "train" if options.train else "judge"
     preload()
 
     def needed(name: str) -> bool:
@@ -174,7 +219,7 @@ def main() -> None:
             said = corpus.failure_class(found["error"]) if "error" in found else "done"
             said = found.get("outcome", said) + (f": {found['why']}" if "why" in found else "")
             print(f"{name}: {said} ({found['seconds']} s)", flush=True)
-    if job == "judge":
+    if job != "operations":
         TABLE.write_text(table(done))
 
 
@@ -206,7 +251,26 @@ def table(done: dict[str, Any]) -> str:
         told = re.sub(r"\S*/(?=(timm|torchvision|transformers|torch)/)", "", told)
         cells = (name, outcome(row), worst, row.get("sizes", ""), row["seconds"], told[:300])
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *training_table(done)]) + "\n"
+
+
+def training_table(done: dict[str, Any]) -> list[str]:
+    """The lines of what became of those that were trained."""
+    rows = {k.partition(" ")[2]: v for k, v in done.items() if k.startswith("train ")}
+    if not rows:
+        return []
+    counts = ", ".join(f"{n} {k}" for k, n in Counter(map(outcome, rows.values())).most_common())
+    lines = [
+        TRAINING_HEAD.format(count=len(rows), counts=counts),
+        "| model | outcome | worst | parameters | statistics | dropout | seconds | why |",
+        "|---|---|---:|---:|---:|---|---:|---|",
+    ]
+    for name, row in sorted(rows.items()):
+        worst = f"{row['worst']:.1e}" if "worst" in row else ""
+        why = row.get("why") or (corpus.failure_class(row["error"]) if "error" in row else "")
+        told = [worst, *(row.get(k, "") for k in ("trained", "statistics", "dropout", "seconds"))]
+        lines.append(f"| {' | '.join(map(str, (name, outcome(row), *told, why[:200])))} |")
+    return lines
 
 
 def outcome(row: dict[str, Any]) -> str:

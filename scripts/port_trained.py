@@ -1,0 +1,195 @@
+"""Whether a live module trains as the torch module that it was made of, apart from its own proof.
+
+In float64 and in train mode, with every dropout at 0: the gradients of a loss, then five steps of
+SGD with momentum, and what they leave in the parameters and in the running statistics. Within 1e-10
+of a tensor's scale, or 8 times what torch itself does when its inputs move by a rounding. Then with
+dropout as it was: the outputs of two keys differ, those of one key do not.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from port_judge import CLOSE, Inputs, called, doubled
+
+STEPS, RATE, MOMENTUM = 5, 1e-2, 0.9
+_RATES = (
+    "p", "drop_prob", "dropout", "dropout_prob", "attention_dropout", "activation_dropout",
+    "attn_dropout", "drop_path", "layerdrop", "drop_path_rate", "dropout_p", "hidden_dropout",
+)  # fmt: skip
+Tensors = dict[str, np.ndarray]
+
+
+def trained(module: Any, inputs: Inputs) -> dict[str, Any]:
+    """What becomes of five training steps: outcome, the worst gap, and what was trained."""
+    import convert
+    from zoo.containers.errors import ZooError
+
+    module, inputs = module.double(), doubled(inputs)
+    with_dropout = copy.deepcopy(module)
+    dropped = without_dropout(module)
+    try:
+        net = convert.to_flax(copy.deepcopy(module), inputs, verify=False)
+        net.train()
+    except ZooError as e:
+        return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
+    gradients, after = torch_steps(copy.deepcopy(module), inputs)
+    noise = [torch_steps(copy.deepcopy(module), moved(inputs, s)) for s in (1, -1, 2)]
+    try:
+        ours, final = flax_steps(net, inputs)
+    except ZooError as e:
+        return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
+    worst = 0.0
+    for kind, a, b, others in (
+        ("gradient", gradients, ours, [g for g, _ in noise]),
+        ("after five steps", after, final, [f for _, f in noise]),
+    ):
+        scale = max((float(np.abs(x).max(initial=0)) for x in a.values()), default=1.0) or 1.0
+        for name, x in a.items():
+            own = max(float(np.abs(x - o[name]).max(initial=0)) for o in others)
+            gap = float(np.abs(x - b[name]).max(initial=0))
+            worst = max(worst, gap / scale)
+            if not gap <= max(CLOSE * scale, 8 * own):
+                return {"outcome": "wrong", "why": f"{kind} of {name}: {gap / scale:.2g}"}
+    statistics = [n for n in after if n.endswith(("running_mean", "running_var"))]
+    found = {"outcome": "right", "worst": worst, "trained": len(gradients)}
+    found["statistics"] = len(statistics)
+    if dropped:
+        found["dropout"] = drops(convert.to_flax(with_dropout, inputs, verify=False), inputs)
+        if found["dropout"] != "drops":
+            found |= {"outcome": "wrong", "why": f"dropout: {found['dropout']}"}
+    return found
+
+
+def without_dropout(module: Any) -> int:
+    """Set every rate of dropout to 0. Gives how many there were."""
+    count = 0
+    for part in module.modules():
+        for name in _RATES:
+            value = vars(part).get(name)
+            if isinstance(value, float) and 0 < value < 1:
+                setattr(part, name, 0.0)
+                count += 1
+    return count
+
+
+def moved(inputs: Inputs, ulps: int) -> Inputs:
+    """The inputs moved by a rounding of float64."""
+
+    def one(x: Any) -> Any:
+        floating = hasattr(x, "is_floating_point") and x.is_floating_point()
+        return x * (1 + ulps * 2.0**-52) if floating else x
+
+    if isinstance(inputs, dict):
+        return {name: one(x) for name, x in inputs.items()}
+    return tuple(map(one, inputs))
+
+
+def weights(outputs: list[Any]) -> list[np.ndarray]:
+    """The weights of a loss: one for each number of the outputs, of mean 1."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(x.shape) / max(x.size, 1) for x in outputs]
+
+
+def torch_steps(module: Any, inputs: Inputs) -> tuple[Tensors, Tensors]:
+    """The gradients of the first step, and the state after the last."""
+    import torch
+
+    module.train()
+    held = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(held.values(), RATE, momentum=MOMENTUM)
+    first: Tensors = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        outputs = [x for x in outputs_of(called(module, inputs)) if x.is_floating_point()]
+        chosen = weights([x.detach().numpy() for x in outputs])
+        loss = sum((x * torch.as_tensor(w)).sum() for x, w in zip(outputs, chosen, strict=True))
+        loss.backward()  # type: ignore[union-attr]
+        if not step:
+            first = {
+                n: np.zeros(p.shape) if p.grad is None else p.grad.numpy().copy()
+                for n, p in held.items()
+            }
+        optimizer.step()
+    after = {n: x.detach().numpy() for n, x in module.state_dict().items()}
+    return first, {n: x for n, x in after.items() if x.dtype.kind == "f"}
+
+
+def outputs_of(tree: Any) -> list[Any]:
+    """torch's tensors, flat."""
+    import torch
+
+    flat, _ = torch.utils._pytree.tree_flatten(tree)
+    return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def flax_steps(net: Any, inputs: Inputs) -> tuple[Tensors, Tensors]:
+    """The same of the live module, in one jit: by torch's names and axes."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+
+    import convert
+
+    named = _named(inputs)
+    given = {n: x.numpy() for n, x in named.items() if hasattr(x, "numpy")}
+    fixed = {n: x for n, x in named.items() if not hasattr(x, "numpy")}
+
+    def loss(net: Any, moving: dict[Any, Any]) -> Any:
+        every = {n: moving.get(n, fixed.get(n)) for n in named}
+        made = net(**every) if isinstance(inputs, dict) else net(*every.values())
+        outputs = [x for x in jax.tree.leaves(made) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum((x * w).sum() for x, w in zip(outputs, weights(outputs), strict=True))
+
+    optimizer = nnx.Optimizer(net, optax.sgd(RATE, momentum=MOMENTUM), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(net: Any, optimizer: Any, moving: dict[Any, Any]) -> Any:
+        gradients = nnx.grad(loss)(net, moving)
+        optimizer.update(net, gradients)
+        return gradients
+
+    before = None
+    for _ in range(STEPS):
+        gradients = step(net, optimizer, given)
+        before = gradients if before is None else before
+    held = nnx.clone(net)
+    nnx.update(held, before)
+    asked = {n: x.numpy() for n, x in convert.to_state_dict(held).items()}
+    after = {n: x.numpy() for n, x in convert.to_state_dict(net).items()}
+    return asked, after
+
+
+def drops(net: Any, inputs: Inputs) -> str:
+    """Whether dropout drops, by its key alone."""
+    from flax import nnx
+
+    net.train()
+    given = {n: getattr(x, "numpy", lambda x=x: x)() for n, x in _named(inputs).items()}
+
+    def run(seed: int) -> list[np.ndarray]:
+        import jax
+
+        made = (
+            net(**given, rngs=nnx.Rngs(seed))
+            if isinstance(inputs, dict)
+            else net(*given.values(), rngs=nnx.Rngs(seed))
+        )
+        return [np.asarray(x) for x in jax.tree.leaves(made) if hasattr(x, "dtype")]
+
+    statistics = nnx.clone(net)
+    one, two = run(0), run(1)
+    nnx.update(net, nnx.state(statistics))
+    again = run(0)
+    if all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)):
+        return "nothing is dropped"
+    if not all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)):
+        return "one key gives two results"
+    return "drops"
+
+
+def _named(inputs: Inputs) -> dict[Any, Any]:
+    return inputs if isinstance(inputs, dict) else dict(enumerate(inputs))
