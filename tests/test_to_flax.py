@@ -308,17 +308,126 @@ class Unknown(nn.Module):
         return torch.ops.zootest.one(x), torch.ops.zootest.two(x, 3), x.flip(0)
 
 
-def test_a_training_step_is_refused() -> None:
+def _step_of(model: nn.Module, optimizer: Any) -> Any:
+    def step(x: torch.Tensor, y: torch.Tensor) -> Any:
+        model.train()
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        return loss.item(), logits.argmax(-1)
+
+    return step
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_training_step_of_torch_code(started: bool) -> None:
+    model = filled(Training()).eval()
+    model.drop.p = 0.0
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if n.endswith("weight")]
+    groups = [{"params": decayed, "weight_decay": 0.1}]
+    others = [p for n, p in named.items() if not n.endswith("weight")]
+    for p in others:
+        p.requires_grad_(not started)
+    if not started:
+        groups.append({"params": others})
+    optimizer: Any = torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+    if started:  # Adam makes a step of the rounding that is a bias's gradient before BatchNorm
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    step = _step_of(model, optimizer)
+    x, y = draw(4, 2, 6, 6), torch.tensor([0, 1, 2, 1])
+    if started:
+        step(x, y)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    live = convert.to_flax(step, (x, y))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert any("training steps" in n for n in live.report.rows)
+
+    run = nnx.jit(lambda live, x, y: live(x, y))
+    for _ in range(4):
+        loss, best = run(live, x.numpy(), y.numpy())
+        theirs, torchs = step(x, y)
+    assert abs(float(loss) - theirs) < 1e-4
+    assert best.tolist() == torchs.tolist()
+    ours = convert.to_state_dict(live.net)
+    for name, t in model.state_dict().items():
+        np.testing.assert_allclose(ours[f"model.{name}"], t, 1e-3, 1e-5)
+    if started:  # what the optimizer does not train stays
+        assert torch.equal(ours["model.head.bias"], before["head.bias"])
+
+
+def test_every_optimizer_of_torch_that_is_known_steps_as_torchs() -> None:
+    from convert.porting.torch_optimizer import transformation
+
+    options: dict[str, list[dict[str, Any]]] = {
+        "SGD": [{"momentum": 0.9, "nesterov": True}, {"maximize": True, "weight_decay": 0.1}],
+        "Adam": [{"amsgrad": True}, {"weight_decay": 0.1, "betas": (0.8, 0.9)}],
+        "AdamW": [{}],
+        "Adagrad": [{"lr_decay": 0.1, "initial_accumulator_value": 0.2}],
+        "RMSprop": [{"momentum": 0.9, "centered": True}],
+        "NAdam": [{"decoupled_weight_decay": True, "weight_decay": 0.1}],
+        "RAdam": [{"weight_decay": 0.1}],
+        "Adadelta": [{"rho": 0.8, "weight_decay": 0.1, "maximize": True}],
+    }
+    start = draw(5).double()
+    for name, every in options.items():
+        for one in every:
+            p = nn.Parameter(start.clone())
+            optimizer = getattr(torch.optim, name)([p], lr=0.05, **one)
+            with jax.enable_x64(True):
+                tx = transformation(optimizer, {"p": 0})
+                params = {"p": jnp.asarray(start.numpy())}
+                state = tx.init(params)
+                for _ in range(7):
+                    optimizer.zero_grad()
+                    p.sin().sum().backward()
+                    optimizer.step()
+                    updates, state = tx.update({"p": jnp.cos(params["p"])}, state, params)
+                    params = optax.apply_updates(params, updates)
+            np.testing.assert_allclose(params["p"], p.detach(), 1e-6, 1e-9, err_msg=name)
+
+
+def test_an_optimizer_that_is_not_known_is_refused() -> None:
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    class Mine(torch.optim.SGD):
+        pass
+
+    optimizer = Mine(model.parameters(), 0.1)
 
     def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
         loss = model(x).sum()
         loss.backward()
         optimizer.step()
         return loss
 
-    with pytest.raises(UsageError, match="a training step is not ported"):
+    with pytest.raises(UsageError, match=r"no transformation for .*Mine"):
+        convert.to_flax(step, draw(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda o, loss: (loss.backward(), o.step()), "adds up gradients of several steps"),
+        (lambda o, loss: (o.zero_grad(), o.step(), loss.backward()), "step, backward in this"),
+        (lambda o, loss: (o.zero_grad(), loss.backward(loss), o.step()), "backward.. arguments"),
+        (lambda o, loss: (o.zero_grad(), loss.backward()), "does backward in this order"),
+    ],
+)
+def test_other_steps_are_refused(change: Any, match: str) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).sum()
+        change(optimizer, loss)
+        return loss
+
+    with pytest.raises(UsageError, match=match):
         convert.to_flax(step, draw(2, 2))
 
 

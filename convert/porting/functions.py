@@ -1,17 +1,24 @@
-"""A function of torch code (a loss) as a torch module that holds the modules it mentions."""
+"""A function of torch code (a loss, a training step) as a torch module that holds the modules it
+mentions."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from typing import Any
 
+from convert.porting.training_step import recorded
 from zoo.containers.errors import UsageError
 
 
 def of_function(function: Any) -> Any:
     """A torch module whose forward is the function. Its parts are the modules among the function's
-    own variables, by the names that the function has for them; torch's own functions have none."""
+    own variables, by the names that the function has for them; torch's own functions have none.
+
+    Of a function that steps an optimizer, forward gives the loss beside what it returns; `step` is
+    what was recorded of the rest.
+    """
     import torch
 
     held = mentioned(function)
@@ -21,32 +28,49 @@ def of_function(function: Any) -> Any:
             f"{_name(function)} uses the parameter {tensors[0]}, which no module holds",
             "put it into a torch.nn.Module",
         )
-
-    if any(isinstance(x, torch.optim.Optimizer) for x in held.values()):
-        raise UsageError(
-            f"{_name(function)} uses an optimizer of torch's, and a training step is not ported",
-            "give the loss as a function, and take the step with nnx.Optimizer: convert.optim has "
-            "torch's rules, and convert.load_optimizer a torch optimizer's state",
-        )
+    parts = {n: x for n, x in held.items() if isinstance(x, torch.nn.Module)}
+    optimizers = [x for x in held.values() if isinstance(x, torch.optim.Optimizer)]
+    run, step = function, None
+    if optimizers:
+        run, step = recorded(function, optimizers, list(parts.values()))
 
     class Function(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            for name, part in held.items():
-                if isinstance(part, torch.nn.Module):
-                    self.add_module(name, part)
+            for name, part in parts.items():
+                self.add_module(name, part)
+            self.step = step
 
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                for name, part in parts.items():
+                    if self._modules[name] is not part:  # this is a copy of the module
+                        stack.enter_context(_as(part, self._modules[name]))
+                return run(*args, **kwargs)
 
     made = Function()
-    made.forward = forward
     Function.__name__ = Function.__qualname__ = _name(function)
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    signature = inspect.signature(function)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    own: Any = Function.forward
+    own.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])
     return made
+
+
+@contextlib.contextmanager
+def _as(module: Any, other: Any) -> Any:
+    """The module with the tensors and the mode of its copy: a function finds the module itself."""
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    tensors = dict(other.named_parameters()) | dict(other.named_buffers())
+    modes = {part: part.training for part in module.modules()}
+    with _reparametrize_module(module, tensors):
+        module.train(other.training)
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
 
 
 def mentioned(function: Any) -> dict[str, Any]:

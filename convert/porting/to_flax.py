@@ -65,7 +65,22 @@ def live_module(
         for one in calls:
             own = one if image_axes == "first" else with_tensors(one, _channels_last)
             program.fitting(False, own.args, own.kwargs)
-    return net
+    return net if getattr(module, "step", None) is None else _step(net, module, first, verify)
+
+
+def _step(net: Any, module: Any, call: BoundArguments, verify: Any) -> Any:
+    """The training step around a live function that was recorded as one."""
+    from convert.porting.live_step import live_step, prove_step, trains
+    from convert.porting.training_step import Step
+
+    if not isinstance(module.step, Step):  # a user's module may have a part of this name
+        return net
+    if trains(module):
+        net.train()
+    made = live_step(net, module)
+    if verify:
+        prove_step(made, module, call)
+    return made
 
 
 def torch_module(module: Any) -> Any:

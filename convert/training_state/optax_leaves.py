@@ -231,7 +231,8 @@ def fill_variables(optimizer: Any, tree: Any, step: int | None) -> None:
     import jax
     from flax import nnx
 
-    variables = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    every = jax.tree.leaves(optimizer.opt_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    variables = [v for v in every if jax.tree.leaves(v)]  # those of a masked parameter are empty
     values = jax.tree.leaves(tree)
     for variable, value in zip(variables, values, strict=True):
         variable.set_value(value)
