@@ -7,8 +7,8 @@
     port_corpus.py --table                    write docs/ported.md of what is in the cache
 
 One process a model, 120 s of CPU time each; what was done stays in .cache/port_corpus.json, and is
-done again where a file of ours that it rests on has changed. torchvision and timm may lie in a
-folder of PYTHONPATH (`pip install --no-deps --target`); their compiled operators are not needed.
+done again where a file of ours that it rests on has changed. torchvision and timm lie in a folder
+of their own (scripts/setup); their compiled operators are not needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import random
 import re
 import resource
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
@@ -36,6 +37,7 @@ from typing import Any
 import corpus_models as corpus
 
 ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT), str(ROOT / ".venv" / "vision")]
 CACHE = ROOT / ".cache" / "port_corpus.json"
 TABLE = ROOT / "docs" / "ported.md"
 LIMIT_S = 120
@@ -184,11 +186,12 @@ def main() -> None:
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
     parser.add_argument("--again", metavar="OUTCOME", help="those that this became of, once more")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds of CPU time a model")
+    parser.add_argument("--scratch", action="store_true", help="neither read nor write results")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
-    done = held()
+    done = {} if options.scratch else held()
     if options.table:
         TABLE.write_text(table(done))
         return
@@ -213,13 +216,14 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.workers) as pool:
         for name, found in pool.map(do, [n for n in wanted if needed(n)]):
-            done = held() | {f"{job} {name}": found}  # another run may have written meanwhile
-            CACHE.parent.mkdir(exist_ok=True)
-            CACHE.write_text(json.dumps(done, indent=1))
+            if not options.scratch:
+                done = held() | {f"{job} {name}": found}  # another run may have written meanwhile
+                CACHE.parent.mkdir(exist_ok=True)
+                CACHE.write_text(json.dumps(done, indent=1))
             said = corpus.failure_class(found["error"]) if "error" in found else "done"
             said = found.get("outcome", said) + (f": {found['why']}" if "why" in found else "")
             print(f"{name}: {said} ({found['seconds']} s)", flush=True)
-    if job != "operations":
+    if job != "operations" and not options.scratch:
         TABLE.write_text(table(done))
 
 
