@@ -6,7 +6,7 @@ The pairs are those of scripts/cases/, open and sealed, built anew with every se
 `verify` at "training" judges all four levels, and the table says at which of them a pair differs,
 and by which cause. The pairs come in an order that ORDER's seed drew, each with all its seeds
 before the next, so that what is done when the time is over was not chosen. Rows that the file holds
-already are not run again.
+already are not run again, but for those marked as from `before` what was changed last.
 
 Those who wrote the pairs checked them in eval mode, by their outputs: some do train otherwise. Such
 a pair differs as it is written, with seed 0, and every seed is judged where Flax is mended in
@@ -170,7 +170,7 @@ def _run(options: argparse.Namespace) -> None:
     paths = sorted((ROOT / "scripts" / "cases").glob("*/*.py"))
     paths = ORDER.sample(paths, len(paths))
     rows = json.loads(options.out.read_text()) if options.out.exists() else []
-    done = {(row["pair"], row["seed"], row.get("mended", False)): row for row in rows}
+    done = {_key(row): row for row in rows if not row.get("before")}
     for path in paths:
         if options.names and path.stem not in options.names:
             continue
@@ -179,11 +179,16 @@ def _run(options: argparse.Namespace) -> None:
             mended = asked and any(first.get(level) != "same" for level in LEVELS)
             if (path.stem, seed, mended) in done:
                 continue
-            rows.append(judged(path, seed, mended))
-            done[path.stem, seed, mended] = rows[-1]
-            print(json.dumps(rows[-1]), flush=True)
+            row = judged(path, seed, mended)
+            rows = [*(r for r in rows if _key(r) != _key(row)), row]
+            done[_key(row)] = row
+            print(json.dumps(row), flush=True)
             options.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(summary(rows))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int, bool]:
+    return row["pair"], row["seed"], row.get("mended", False)
 
 
 def _runs(seeds: int) -> Iterator[tuple[int, bool]]:
