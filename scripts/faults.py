@@ -80,27 +80,28 @@ RIGHT = """
 ## Right pairs
 
 The right halves of these cases, {pairs} pairs, judged by one call of `verify` at `training`
-(`scripts/right_pairs.py`; {seeds}). Whoever wrote the pairs checked
-their outputs in eval mode, and some do train otherwise: stock `BatchNorm` of Flax keeps the biased
-variance, a cell with one bias is trained as one, a derivative at a bound is anybody's choice. What
-is called different is listed with what is said of it. Where "mended" says same, the pair was judged
-again with exactly that mended (`--mended`, seed 0), and is the same at all four levels: no false
-alarm. 30 of the open pairs that are the same with seed 0 were judged shortly before the last of
-the changes that this taught; that they are the same still was not measured.
+(`scripts/right_pairs.py`). Whoever wrote the pairs checked their outputs in eval mode, and
+{others} do train otherwise: Flax's `BatchNorm` keeps the biased variance, a cell with one bias
+is trained as one, a derivative at a bound is anybody's choice. They are listed below as they are
+written, with what is said of them; where "mended" says same, Flax was then mended in exactly that,
+and is the same at all four levels. A right pair is one as it is written, or so mended.
 
-| level | runs called different | pairs |
+The pairs come in an order that was drawn, each with its seeds before the next: {complete} were
+judged with ten seeds, {begun} with fewer.{before}
+
+| level | right pairs called different | runs |
 |---|---|---|
 {levels}
-| pair | seeds | at | cause | said | mended |
-|---|---|---|---|---|---|
+| pair that differs as written | at | cause | said | mended |
+|---|---|---|---|---|
 {differ}
-Where it says no, a false alarm is left beside the true difference: after five steps of SGD one
-weight of `d_film_vae` is 8.6 times its noise off, where 8 are allowed and float64 agrees to 1e-13.
-
 A `same` verdict at `outputs` takes {ratio:.1f} times as long as running both models in float32 and
 in float64 does (median of {timed} of these pairs, {least:.1f} to {most:.1f}; tiny models, so it is
 tracing and compiling, on two cores that others used too: `scripts/bench/verdicts.py`).
 """
+
+BEFORE = """ {before} of the runs, marked in docs/right_pairs.json, are older than the last changes
+(of how noise is measured, and how Flax's run is recorded)."""
 
 LIST = """
 ## Causes
@@ -199,35 +200,39 @@ def _right() -> str:
     path = ROOT / "docs" / "right_pairs.json"
     if not path.exists():
         return ""
-    every: list[dict[str, Any]] = json.loads(path.read_text())
-    rows = [r for r in every if not r.get("mended")]
-    mended = {r["pair"]: "no" if "said" in r else "same" for r in every if r.get("mended")}
-    seeds = Counter(r["seed"] for r in rows)
     levels = ("bits", "outputs", "gradients", "training")
-    off = {k: [r["pair"] for r in rows if r.get(k) != "same"] for k in levels}
-    differ: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if any(row.get(k) != "same" for k in levels):
-            differ.setdefault(row["pair"], []).append(row)
+    every: list[dict[str, Any]] = json.loads(path.read_text())
+
+    def off(row: dict[str, Any]) -> list[str]:
+        return [level for level in levels if row.get(level) != "same"]
+
+    differ = {r["pair"]: r for r in every if not r.get("mended") and r["seed"] == 0 and off(r)}
+    right = [r for r in every if r.get("mended", False) == (r["pair"] in differ)]
+    seeds = Counter(r["pair"] for r in right)
+    mended = {r["pair"]: "same" for r in right} | {r["pair"]: "no" for r in right if off(r)}
     ratios = [r["ratio"] for r in json.loads((ROOT / "docs" / "verdicts.json").read_text())]
+    before = sum(r.get("before", False) for r in right)
     return RIGHT.format(
         ratio=statistics.median(ratios),
         timed=len(ratios),
         least=min(ratios),
         most=max(ratios),
-        pairs=len({r["pair"] for r in rows}),
-        seeds=", ".join(f"{n} pairs with seed {seed}" for seed, n in sorted(seeds.items())),
-        levels="".join(f"| {k} | {len(v)} of {len(rows)} | {len(set(v))} |\n"
-                       for k, v in off.items()),
-        differ="".join(
-            f"| {pair} | {', '.join(str(r['seed']) for r in found)} "
-            f"| {', '.join(k for k in levels if any(r.get(k) != 'same' for r in found))} "
-            f"| {', '.join(dict.fromkeys(str(r.get('cause')) for r in found))} "
-            f"| {found[0].get('said') or found[0].get('refused')} "
-            f"| {mended.get(pair, 'not run')} |\n"
-            for pair, found in sorted(differ.items())
+        pairs=len({r["pair"] for r in every}),
+        others=len(differ),
+        complete=sum(n >= 10 for n in seeds.values()),
+        begun=sum(n < 10 for n in seeds.values()),
+        before=BEFORE.format(before=before) if before else "",
+        levels="".join(
+            f"| {k} | {len({r['pair'] for r in right if k in off(r)})} of {len(seeds)} "
+            f"| {sum(k in off(r) for r in right)} of {len(right)} |\n"
+            for k in levels
         ),
-    )  # fmt: skip
+        differ="".join(
+            f"| {pair} | {', '.join(off(row))} | {row.get('cause')} "
+            f"| {row.get('said') or row.get('refused')} | {mended.get(pair, 'not run')} |\n"
+            for pair, row in sorted(differ.items())
+        ),
+    )
 
 
 def _planted(path: Path) -> int:

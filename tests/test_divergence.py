@@ -22,8 +22,10 @@ from torch import nn
 from convert.diagnose import first_divergence
 from convert.matching.pair import Pair
 from convert.matching.pairing import pair_modules
+from convert.runtime.arrays import named_outputs
 from convert.runtime.call import Call
-from convert.runtime.flax_calls import trace_flax
+from convert.runtime.flax_calls import _eager, record, trace_flax
+from convert.runtime.flax_module import flax_module
 from convert.runtime.torch_calls import trace_torch
 from zoo import probe
 from zoo.checkpoint.apply import apply
@@ -97,6 +99,43 @@ def test_nnx_is_traced_and_left_alone() -> None:
     after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(module, nnx.Any(nnx.Param, nnx.BatchStat))))
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
     assert int(module.dropout.rngs.count[...]) == count
+
+
+class Twice(nnx.Module):
+    """A layer that is called twice; `asks`: code that needs numbers, which tracers have not."""
+
+    def __init__(self, asks: bool) -> None:
+        self.dense, self.asks = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), asks
+
+    def __call__(self, x: Any, scale: Any) -> Any:
+        first = self.dense(x)
+        more = float(first.sum()) * 0 if self.asks else 0
+        return {"z": self.dense(first) * scale + more, "a": (first, 2)}
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_compiled_recording_is_the_eager_one(asks: bool) -> None:
+    side = flax_module(Twice(asks), "float32")
+    call = Call((probe.normal("x", (5, 3)), np.float32(3)))
+    traces = record(side, call), _eager(side, call)
+    assert traces[0].as_called is not asks
+    assert not traces[1].as_called
+    kept = [
+        [
+            (c.key, c.kind, c.order, c.end, c.parent, list(c.inputs), list(c.outputs))
+            for c in t.calls
+        ]
+        for t in traces
+    ]
+    assert kept[0] == kept[1]
+    assert [k[0] for k in kept[0]] == [("", 0), ("dense", 0), ("dense", 1)]
+    for one, other in zip(*(t.calls for t in traces), strict=True):
+        for name, x in (one.inputs | one.outputs).items():
+            np.testing.assert_allclose(x, (other.inputs | other.outputs)[name], rtol=1e-5)
+    outputs = [named_outputs(t.output) for t in traces]
+    assert list(outputs[0]) == list(outputs[1]) == ["output.z", "output.a.0", "output.a.1"]
+    side.values = {name: np.asarray(x) * 0 for name, x in side.values.items()}
+    assert not record(side, call).by_key()["dense", 1].outputs[""].any(), "of other values"
 
 
 def test_what_runs_inside_jit_is_noted() -> None:

@@ -115,6 +115,23 @@ def test_a_gradients_noise_is_of_several_runs() -> None:
     assert not rows(1e-7)[0].same
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.1])
+def test_an_outputs_own_rounding_is_noise_of_what_follows(apart: float) -> None:
+    """A large output is up to four units in its last place off in Flax, and by luck less in torch:
+    the loss makes that part of every gradient, and of each step."""
+    net = Torch(lambda m, x: m.fc(x).sum() + 4e4, fc=nn.Linear(4, 8))
+
+    class Flax(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            made = linen.Dense(8, name="fc")(x).sum() + 4e4 + apart
+            return made if made.dtype == jnp.float64 else jax.lax.reduce_precision(made, 8, 20)
+
+    flax = Flax(), {"params": {"fc": dense(net, "fc")}}
+    report = convert.verify(net, flax, X, "training", **ONE_STEP | {"steps": 3})
+    assert report.verdict == ("different" if apart else "same")
+
+
 @pytest.mark.parametrize("smaller", [0.0, 1e-3])
 def test_a_derivative_at_a_bound_is_named(smaller: float) -> None:
     """torch's clamp has a derivative of one at its bound, JAX's maximum one half."""

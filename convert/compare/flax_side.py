@@ -14,9 +14,9 @@ from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
-from convert.runtime.jaxpr import jaxpr_of, narrow_operation, narrow_outputs
+from convert.runtime.jaxpr import narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
-from convert.runtime.trace import Place
+from convert.runtime.trace import Place, Trace
 from zoo.layout.ops import inverse
 from zoo.layout.ops import run as apply_ops
 
@@ -25,6 +25,7 @@ class FlaxSide(Side):
     """`call` has Flax's axes and arrays that are named as torch's are by `inputs` (path of an array
     -> name). `shapes` are those of torch's tensors, to which `matches` lead back. `outputs` are
     those that are compared, Flax's name -> torch's; None for all, where both have the same names.
+    `recorded` is a run in float32 that need not be made again.
     """
 
     framework = "flax"
@@ -42,6 +43,7 @@ class FlaxSide(Side):
         watched: Mapping[Place, str] | None = None,
         seed: int = 0,
         frozen: frozenset[str] = frozenset(),
+        recorded: Trace | None = None,
     ) -> None:
         self.module = module
         self.call = call
@@ -53,7 +55,9 @@ class FlaxSide(Side):
         self.watched = watched
         self.seed = seed
         self.frozen = frozen  # parameters that are not trained
+        self._recorded = call, recorded
         self._compiled: dict[tuple[str, bool], tuple[FlaxModule, Any]] = {}
+        self._forwards: dict[str, tuple[Any, Any]] = {}
 
     def run(self, precision: str, *, backward: bool) -> Run:
         import jax
@@ -61,11 +65,13 @@ class FlaxSide(Side):
         with precision_of(precision):
             given, floats = self._given(precision)
             if not backward:
-                module = flax_module(self.module, precision)
-                forward = jax.jit(
-                    lambda values, arrays: self._call(module, values, arrays, watching=True)[:2]
-                )
-                output, seen = jax.device_get(forward(module.values, given | floats))
+                known, trace = self._recorded
+                if precision == "float32" and trace is not None and known is self.call:
+                    output, seen = self._named(trace.output), trace.places()
+                else:
+                    traced, values = self._forward(precision)
+                    forward = traced.lower().compile()
+                    output, seen = jax.device_get(forward(values, given | floats))
                 return Run(self._back(output), self._back(self.named(seen)))
             module, compiled = self._gradients(precision, False)
             found = compiled(self._trained(module), module.statistics, given, floats)
@@ -146,7 +152,20 @@ class FlaxSide(Side):
             return arrays, {p: why for p, why in narrow if why is not None}
 
     def narrow_operation(self) -> str | None:
-        return narrow_operation(jaxpr_of(flax_module(self.module, "float64"), self.call))
+        with precision_of("float64"):
+            return narrow_operation(self._forward("float64")[0].jaxpr.jaxpr)
+
+    def _forward(self, precision: str) -> tuple[Any, Values]:
+        """The forward pass as JAX traces it, (values, inputs) -> (outputs, intermediates); and the
+        values. To be called in that precision."""
+        import jax
+
+        if precision not in self._forwards:
+            module = flax_module(self.module, precision)
+            given, floats = self._given(precision)
+            forward = jax.jit(lambda values, arrays: self._call(module, values, arrays, True)[:2])
+            self._forwards[precision] = forward.trace(module.values, given | floats), module.values
+        return self._forwards[precision]
 
     def to_torch(self, values: Mapping[str, Any]) -> Arrays:
         """Torch's tensors for those of `values` that have a counterpart."""

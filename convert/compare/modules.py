@@ -245,6 +245,7 @@ class ModulePair:
             watched={i.flax: i.name for i in seen},
             seed=seed,
             frozen=frozenset(f for m in self.matches if not trained & set(m.torch) for f in m.flax),
+            recorded=self.flax_trace if self.flax_trace.as_called else None,
         )
         return torch_side, flax_side
 

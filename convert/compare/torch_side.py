@@ -13,14 +13,23 @@ from convert.runtime.arrays import dtype_in, is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.precision import precision_of
 from convert.runtime.torch_calls import watched
-from convert.runtime.torch_module import narrow_operation, norms, replica, shake, shaken
+from convert.runtime.torch_module import (
+    beside,
+    move,
+    narrow_operation,
+    norms,
+    replica,
+    shake,
+    shaken,
+)
 from convert.runtime.trace import Place
 from zoo.containers.errors import UsageError
 
 
 class TorchSide(Side):
     """`module` in eval mode. `moved` is for noise: a number other than None moves every weight and
-    input by at most one unit in the last place, each number otherwise."""
+    input by at most one unit in the last place, each number otherwise. So it does what rounding
+    moves later: every output, of which no more is known, and each weight after each step."""
 
     framework = "torch"
 
@@ -54,7 +63,7 @@ class TorchSide(Side):
             torch.manual_seed(0)  # a module that draws numbers draws the same ones in every run
             with watched(module, seen):
                 output = module(*args, **kwargs)
-            named = self._named(output)
+            named = self._named(output, self._generator())
             outputs = {k: to_numpy(v) for k, v in named.items()}
             intermediates = {k: x for k, x in self.named(seen).items() if x.dtype.kind in "fc"}
             if not backward:
@@ -83,12 +92,13 @@ class TorchSide(Side):
                     "compare without training: level 'gradients'",
                 )
             stepper = optimizer.torch(list(parameters.values()))
+            generator = self._generator()
             losses: list[float] = []
             gradients: list[Arrays] = []
             for step in range(steps + 1):
                 # The last loss is of the trained parameters; its statistics would be a step ahead.
                 before = None if step < steps else _state(module)
-                loss = scalar(self._named(module(*args, **kwargs)), self.seed)
+                loss = scalar(self._named(module(*args, **kwargs), generator), self.seed)
                 losses.append(loss.item())
                 if before is not None:
                     return Trained(losses, before, gradients)
@@ -98,6 +108,8 @@ class TorchSide(Side):
                     p.grad = _or_zero(p.grad, p)
                 gradients.append({n: to_numpy(p.grad) for n, p in parameters.items()})
                 stepper.step()
+                if generator is not None:
+                    move(parameters.values(), generator)
         raise AssertionError("unreachable")
 
     def narrow_operation(self) -> str | None:
@@ -113,10 +125,19 @@ class TorchSide(Side):
             shake(module, self.moved, self.combined)
         return module
 
-    def _named(self, output: Any) -> dict[str, Any]:
-        """The outputs that are compared, by name."""
+    def _named(self, output: Any, generator: Any) -> dict[str, Any]:
+        """The outputs that are compared, by name; moved where `moved` says so."""
         named = named_outputs(output)
-        return {k: x for k, x in named.items() if self.outputs is None or k in self.outputs}
+        named = {k: x for k, x in named.items() if self.outputs is None or k in self.outputs}
+        if generator is None:
+            return named
+        return {k: beside(x, generator) if is_inexact(x) else x for k, x in named.items()}
+
+    def _generator(self) -> Any:
+        """What moves are drawn from, the same in each run; None where nothing is moved."""
+        import torch
+
+        return None if self.moved is None else torch.Generator().manual_seed(self.moved)
 
     def _inputs(
         self, module: Any, precision: str, track: bool

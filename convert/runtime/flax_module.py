@@ -132,6 +132,7 @@ class FlaxModule:
         self.modules: dict[str, Any] = {}  # path -> submodule, as last seen
         self.unroll = False  # whether scanned layers are called one by one where `around` is given
         self.stacks: dict[str, int] = {}  # path of a scanned stack -> its layers, once it was run
+        self.recording: tuple[Call, Any] | None = None  # of which call, and what runs it again
 
     @property
     def params(self) -> Values:
@@ -196,8 +197,11 @@ class FlaxModule:
 
     def arguments(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as JAX arrays, floating-point ones in the module's precision."""
-        arrays = {k: self._cast(to_numpy(x)) for k, x in call.arrays().items()}
-        return call.replaced(arrays)
+        return call.replaced(self.given(call))
+
+    def given(self, call: Call) -> Values:
+        """The call's arrays alone, by path."""
+        return {k: self._cast(to_numpy(x)) for k, x in call.arrays().items()}
 
     def _cast(self, value: Any) -> Any:
         if self.precision is None:  # as it is stored: JAX would cut the 64 bits of NumPy's arrays

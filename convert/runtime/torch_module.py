@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from convert.runtime.arrays import dtype_in, is_inexact
@@ -65,8 +65,26 @@ def shake(module: Any, seed: int, rough: Collection[str] = ()) -> None:
             t.copy_(shaken(x, generator))
 
 
+def move(tensors: Iterable[Any], generator: Any) -> None:
+    """Move every value by at most one unit in the last place."""
+    import torch
+
+    with torch.no_grad():
+        for t in tensors:
+            t.copy_(shaken(t.detach(), generator))
+
+
+def beside(x: Any, generator: Any) -> Any:
+    """`shaken`, and by gradients still x."""
+    import torch
+
+    moved = shaken(x.detach(), generator) - x.detach()
+    return x + torch.where(torch.isfinite(moved), moved, 0)
+
+
 def shaken(x: Any, generator: Any) -> Any:
-    """Every element up, down, or left where it is, by one unit in the last place."""
+    """Every element up, down, or left where it is, by one unit in the last place; 0 and what is
+    not finite are left."""
     import torch
 
     if x.is_complex():
@@ -75,7 +93,7 @@ def shaken(x: Any, generator: Any) -> Any:
         return x
     way = torch.randint(-1, 2, x.shape, generator=generator).to(x.device)
     away = torch.nextafter(x, torch.where(way > 0, torch.inf, -torch.inf).to(x))
-    return torch.where((way == 0) | (x == 0), x, away)
+    return torch.where((way == 0) | (x == 0) | ~torch.isfinite(x), x, away)
 
 
 def state(module: Any) -> dict[str, Any]:

@@ -49,6 +49,11 @@ class Trace:
     output: Any = None
     # Submodules of torch that drew random numbers, the innermost before those around it.
     drawing: list[str] = field(default_factory=list)
+    as_called: bool = False  # one compiled function of the Flax module as it is, no scan unrolled
+
+    def places(self) -> dict[Place, np.ndarray]:
+        """What the submodules gave, the whole left out."""
+        return {(c.name, c.index, k): x for c in self.calls if c.name for k, x in c.outputs.items()}
 
     def by_key(self) -> dict[tuple[str, int], Recorded]:
         """(name, index) -> call."""
