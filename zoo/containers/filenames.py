@@ -25,7 +25,9 @@ WHOLE = (SAFETENSORS, SAFETENSORS_INDEX, PYTORCH, PYTORCH + INDEX)
 # Container -> suffix of the file that is written; Orbax's is a directory.
 SUFFIXES = {"orbax": "", "msgpack": ".msgpack", "safetensors": ".safetensors", "pt": ".pt"}
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-CHECKPOINT_SUFFIXES = (".safetensors", ".msgpack", *TORCH_SUFFIXES)
+ONNX = ".onnx"
+ONNX_DATA = ".data"  # suffix of the file beside one that holds the larger tensors
+CHECKPOINT_SUFFIXES = (".safetensors", ".msgpack", ONNX, *TORCH_SUFFIXES)
 
 # What a directory may call its one checkpoint, best first, by the side that wrote it.
 TORCH_PATTERNS = (
@@ -38,6 +40,7 @@ TORCH_PATTERNS = (
         "*.pth",
         "*.bin",
         "*.ckpt",
+        "*.onnx",
     ),
 )
 FLAX_PATTERNS = (
