@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,8 @@ from convert.engine.commit import (
     write_text,
 )
 from convert.exporting.onnx_file import INLINE_MAX, remove_old_data, write
-from convert.exporting.onnx_proof import Held, Inputs, call_of, hold, refuse
-from convert.exporting.onnx_trace import OPSET, Traced, cleaned, trace, weights
+from convert.exporting.onnx_proof import Held, Inputs, OtherSizes, call_of, hold, refuse
+from convert.exporting.onnx_trace import OPSET, Traced, cleaned, pin, trace, weights
 from convert.live.into_definition import load
 from convert.runtime.inputs import as_call
 from convert.runtime.torch_layout import derive_layout, saved_tensors
@@ -135,12 +136,42 @@ def export(
         subject = _of_zoo(path, request, inputs, dtype)
     size = sum(t.numel() * t.element_size() for t in saved_tensors(subject.module).values())
     check_space(target.parent, 2 * size + (1 << 24))
+    apart = external_data or size > INLINE_MAX
     progress("export", 0, size)
-    call = call_of(subject.inputs)
-    traced = trace(subject.module, call, channels=subject.channels, dynamic=dynamic, opset=opset)
+    subject, traced = _traced(subject, dynamic, opset)
     progress("export", size, size)
-    return _written(
-        subject, traced, target, path, opset, external_data or size > INLINE_MAX, force, verify
+    cleaned(traced.model)
+    traced.notices += _add_unused(subject, traced)
+    while True:
+        try:
+            return _written(subject, traced, target, path, opset, apart, force, verify)
+        except OtherSizes as e:  # there are fewer at every turn
+            pin(traced, e.sizes)
+            traced.notices.append(f"fixed: {', '.join(e.sizes)}: {e.problem}")
+
+
+def _traced(subject: _Subject, dynamic: bool, opset: int) -> tuple[_Subject, Traced]:
+    """The graph; where torch cannot make it with lengths of sequences, which pack them by their
+    values, without: then no sequence of a batch ends before the others."""
+    try:
+        call = call_of(subject.inputs)
+        return subject, trace(
+            subject.module, call, channels=subject.channels, dynamic=dynamic, opset=opset
+        )
+    except UsageError:
+        parameters = inspect.signature(subject.module.forward).parameters
+        lengths = [
+            n
+            for n, x in subject.inputs.items()
+            if x.ndim == 1 and x.dtype.kind in "iu" and parameters[n].default is None
+        ]
+        if not lengths:
+            raise
+    given = {n: x for n, x in subject.inputs.items() if n not in lengths}
+    told = f"without {', '.join(lengths)}: what is packed by its values has no graph"
+    subject = replace(subject, inputs=given, notices=[*subject.notices, told])
+    return subject, trace(
+        subject.module, call_of(given), channels=subject.channels, dynamic=dynamic, opset=opset
     )
 
 
@@ -213,21 +244,11 @@ def _written(
     verify: bool,
 ) -> Exported:
     """The file, checked and run in a hidden place beside its own, then put there."""
-    cleaned(traced.model)
-    kept = _add_unused(subject, traced)
     traced.model.metadata_props.update(subject.label.to_metadata())
     traced.model.producer_name = "zooconvert"
     certificate = _certificate(subject, source, target)
-    made = Exported(
-        target,
-        subject.title,
-        opset,
-        traced.sizes,
-        certificate,
-        [],
-        subject.notices + traced.notices,
-    )
-    made.notices += held_apart
+    told = [*subject.notices, *traced.notices]
+    made = Exported(target, subject.title, opset, traced.sizes, certificate, [], told)
     wanted = _canonical(subject)
     with workplace(target) as place:
         data = _data_name(target, wanted) if apart else None

@@ -3,16 +3,15 @@ torch, and of the Flax twin where there is one, at the sizes it was traced at an
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from convert.compare.onnx_side import onnx_rows
 from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
-from convert.judge.noise import Arrays, Noise, judge
 from convert.judge.rows import Row
 from convert.runtime.call import Call
 from convert.runtime.onnx_session import OnnxSession
@@ -20,6 +19,14 @@ from convert.runtime.precision import full_precision
 from zoo.containers.errors import NotEquivalent, UsageError
 
 Inputs = Mapping[str, np.ndarray]
+
+
+class OtherSizes(NotEquivalent):
+    """The graph is right at the sizes that it was traced at, and not where these are others."""
+
+    def __init__(self, problem: str, sizes: Mapping[str, int]) -> None:
+        super().__init__(problem, "export it with fixed sizes: --static")
+        self.sizes = dict(sizes)
 
 
 @dataclass(frozen=True)
@@ -38,79 +45,93 @@ def hold(
     sides: Callable[[Inputs], tuple[TorchSide, Side | None]],
 ) -> tuple[list[Held], list[str]]:
     """Every output at two sizes, and what a user should know. `sides` gives the modules for a
-    call's arrays."""
+    call's arrays. OtherSizes where the graph is right at the first alone."""
     session = OnnxSession(path)
-    found = list(_held(session, inputs, _sizes(inputs, sizes), *sides(inputs)))
-    if not any(isinstance(n, str) for dims in sizes.values() for n in dims):
+    free = _values(inputs, sizes)
+    found = _held(session, inputs, _told(free), *sides(inputs))
+    if not free:
         return found, ["all its sizes are fixed: it was run at one"]
-    for times, more in ((1, 1), (2, 0)):
-        arrays = larger(inputs, sizes, times, more)
-        torch, flax = sides(arrays)
-        try:
-            with full_precision():
-                torch.run("float32", backward=False)
-        except Exception:  # sizes that do not go together
-            continue
-        at = _sizes(arrays, sizes)
-        try:
-            return [*found, *_held(session, arrays, at, torch, flax)], []
-        except UsageError as e:
-            raise NotEquivalent(
-                f"at other sizes ({at}) the graph does not run: {e.problem}",
-                "export it with fixed sizes: --static",
-            ) from e
-    return found, ["the module runs at no other sizes that were tried: it was run at one"]
+    arrays = larger(inputs, sizes, {n: size + 1 for n, size in free.items()})
+    if not _runs(sides(arrays)[0]):  # sizes that go together
+        arrays = larger(inputs, sizes, {n: 2 * size for n, size in free.items()})
+    if not _runs(sides(arrays)[0]):
+        return found, ["the module runs at no other sizes that were tried: it was run at one"]
+    problem, more = _problem(session, arrays, _told(_values(arrays, sizes)), sides)
+    if problem and all(h.row.same for h in found):
+        baked = {n: size for n, size in free.items() if _baked(session, inputs, sizes, n, sides)}
+        raise OtherSizes(problem, baked or free)
+    return [*found, *more], []
+
+
+def _problem(
+    session: OnnxSession,
+    arrays: Inputs,
+    at: str,
+    sides: Callable[[Inputs], tuple[TorchSide, Side | None]],
+) -> tuple[str, list[Held]]:
+    """What is wrong at these sizes, "" if nothing; and the rows."""
+    try:
+        rows = _held(session, arrays, at, *sides(arrays))
+    except UsageError as e:
+        why = e.problem.rpartition("] : ")[2][:200]
+        return f"the graph does not run at {at}: {why}", []
+    same = all(h.row.same for h in rows)
+    return ("" if same else f"the graph computes something else at {at}"), rows
+
+
+def _baked(
+    session: OnnxSession,
+    inputs: Inputs,
+    sizes: Mapping[str, tuple[str | int, ...]],
+    name: str,
+    sides: Callable[[Inputs], tuple[TorchSide, Side | None]],
+) -> bool:
+    """Whether the graph is wrong where this one size is another, and the module runs."""
+    arrays = larger(inputs, sizes, {name: _values(inputs, sizes)[name] + 1})
+    return _runs(sides(arrays)[0]) and bool(_problem(session, arrays, name, sides)[0])
+
+
+def _runs(torch: TorchSide) -> bool:
+    try:
+        with full_precision():
+            torch.run("float32", backward=False)
+    except Exception:  # whatever the module says of such sizes
+        return False
+    return True
 
 
 def _held(
     session: OnnxSession, arrays: Inputs, at: str, torch: TorchSide, flax: Side | None
-) -> Iterator[Held]:
-    narrow = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in arrays.items()}
-    made = {_output(n): x for n, x in session.run(narrow).items()}
-    with full_precision():
-        exact = {p: torch.run(p, backward=False).outputs for p in torch.precisions}
-        theirs = flax.run("float32", backward=False).outputs if flax is not None else None
-
-        @functools.cache
-        def rerun(precision: str, i: int) -> Arrays:
-            return torch.shaken(i).run(precision, backward=False).outputs
-
-        noise = Noise(exact.get("float64", exact["float32"]), rerun)
-        for name, rough in exact["float32"].items():
-            reference = rough, exact["float64"][name] if "float64" in exact else None
-            ours = made.get(name, np.zeros(0)), None
-            yield Held("torch", at, noise.again(judge(name, ours, (rough, None), reference)))
-            if theirs is not None:
-                row = judge(name, ours, (theirs[name], None), reference)
-                yield Held("flax", at, noise.again(row))
-
-
-def _output(name: str) -> str:
-    return name if name == "output" or name.startswith("output.") else f"output.{name}"
+) -> list[Held]:
+    return [Held(side, at, row) for side, row in onnx_rows(session, arrays, torch, flax)]
 
 
 def larger(
-    inputs: Inputs, sizes: Mapping[str, tuple[str | int, ...]], times: int, more: int
+    inputs: Inputs, sizes: Mapping[str, tuple[str | int, ...]], wanted: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """The same inputs with every free size n as `times` n + `more`: what is there, and again from
-    its beginning."""
+    """The same inputs with free sizes of these numbers: what is there, and again from its
+    beginning."""
     made = dict(inputs)
     for name, dims in sizes.items():
         for axis, n in enumerate(dims):
-            if isinstance(n, str) and name in made:
-                x = made[name]
-                size = x.shape[axis]
-                made[name] = np.take(x, np.arange(times * size + more) % max(1, size), axis)
+            if n in wanted and name in made:
+                size = made[name].shape[axis]
+                made[name] = np.take(made[name], np.arange(wanted[str(n)]) % max(1, size), axis)
     return made
 
 
-def _sizes(inputs: Inputs, sizes: Mapping[str, tuple[str | int, ...]]) -> str:
+def _values(inputs: Inputs, sizes: Mapping[str, tuple[str | int, ...]]) -> dict[str, int]:
+    """The free sizes of these inputs, by their names."""
     found: dict[str, int] = {}
     for name, dims in sizes.items():
         for axis, n in enumerate(dims):
-            if isinstance(n, str) and name in inputs:
+            if isinstance(n, str) and n.isidentifier() and name in inputs:
                 found.setdefault(n, inputs[name].shape[axis])
-    return ", ".join(f"{n} {size}" for n, size in found.items()) or "the fixed sizes"
+    return found
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {size}" for n, size in sizes.items()) or "the fixed sizes"
 
 
 def refuse(found: list[Held]) -> None:

@@ -25,7 +25,7 @@ OPSET = 20
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _WORD = re.compile(r"\x1b\[[0-9;]*m")
 
-# Which axes are free, tried in this order.
+# Which axes are free, tried in this order where torch fails.
 _OPEN: tuple[tuple[str, Callable[[int], bool]], ...] = (
     ("", lambda axis: True),
     ("all sizes but the first of each input are fixed", lambda axis: axis == 0),
@@ -35,7 +35,7 @@ _OPEN: tuple[tuple[str, Callable[[int], bool]], ...] = (
 
 @dataclass
 class Traced:
-    """An onnx_ir.Model; the free sizes of each input by their names, "" where one is fixed; and
+    """An onnx_ir.Model; the sizes of each input, free ones by their names; and
     what a user should know."""
 
     model: Any
@@ -47,11 +47,13 @@ def trace(
     module: Any, call: Call, *, channels: Callable[[str], bool], dynamic: bool, opset: int
 ) -> Traced:
     """The graph of `module`, in eval mode, for this call of arrays. `channels` says of which inputs
-    axis 1 is one of channels, which no model has free. Raises UsageError where torch cannot."""
+    axis 1 is one of channels, which no model has free; without
+    `dynamic` no size is. Raises UsageError where torch cannot."""
     try:
         import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError as e:
         which = "torch" if e.name == "torch" else "onnx"
         raise MissingExtra("exporting to ONNX", which) from None
@@ -59,19 +61,22 @@ def trace(
     with torch.no_grad():
         made = module(**given)
     outputs = [n.removeprefix("output.") for n in named_outputs(made)]
+    outputs = [f"output.{n}" if n in given else n for n in outputs]
     failed: list[str] = []
+    auto = torch.export.Dim.AUTO
     for told, free in _OPEN if dynamic else _OPEN[-1:]:
-
-        def opened(name: str, axis: int, free: Callable[[int], bool] = free) -> Any:
-            is_open = free(axis) and not (axis == 1 and channels(name))
-            return torch.export.Dim.AUTO if is_open else None
-
         shapes = {
-            n: {a: opened(n, a) for a in range(x.ndim)} if is_array(x) else None
+            n: {
+                a: auto if free(a) and not (a == 1 and channels(n)) else None for a in range(x.ndim)
+            }
+            if is_array(x)
+            else None
             for n, x in given.items()
         }
         try:
-            with _quietly():
+            # torch's fast attention gives other strides than what stands for it in a graph, where a
+            # view of them is then none.
+            with _quietly(), sdpa_kernel(SDPBackend.MATH):
                 program = torch.onnx.export(
                     module,
                     (),
@@ -88,7 +93,8 @@ def trace(
             continue
         assert program is not None
         notices = [f"{told}: {failed[0]}"] if failed else []
-        return Traced(program.model, _named_sizes(module, given, program.model), notices)
+        sizes = _named_sizes(module, given, program.model)
+        return Traced(program.model, sizes, notices)
     raise UsageError(
         f"torch cannot export {type(module).__name__} to ONNX: {failed[-1]}",
         "change the code that it names, or export another model",
@@ -129,24 +135,39 @@ def _named_sizes(
 ) -> dict[str, tuple[str | int, ...]]:
     """Free sizes called after what they are of, everywhere in the graph: "batch", "x_2"; those that
     torch calls free, and that the module fixes, as the numbers that they are."""
-    held = _fixed(module, given, model)
+    first = {str(v.shape[0].value) for v in model.graph.inputs if v.shape and _free(v.shape[0])}
+    made = {str(v.shape[0].value) for v in model.graph.outputs if v.shape and _free(v.shape[0])}
     called: dict[str, str | int] = {}
     for value in model.graph.inputs:
         for axis, n in enumerate(value.shape or ()):
-            if not isinstance(n, int) and str(n.value) not in called:
-                name = f"{value.name}_{axis}" if axis or "batch" in called.values() else "batch"
-                called[str(n.value)] = held.get(str(n.value), name)
-    pattern = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in called) or "(?!)")
+            if _free(n) and str(n.value) not in called:
+                batch = not axis and len(first) == 1 and made <= first
+                called[str(n.value)] = "batch" if batch else f"{value.name}_{axis}"
+    _rename(model, called | _fixed(module, given, model))
+    return _input_sizes(model)
 
-    def rename(value: Any) -> None:
+
+def pin(traced: Traced, sizes: Mapping[str, int]) -> None:
+    """Fix free sizes, by their names, to these numbers."""
+    _rename(traced.model, sizes)
+    traced.sizes = _input_sizes(traced.model)
+
+
+def _free(n: Any) -> bool:
+    return not isinstance(n, int) and n.value is not None
+
+
+def _rename(model: Any, called: Mapping[str, str | int]) -> None:
+    pattern = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in called) or "(?!)")
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for value in dict.fromkeys([*values, *(v for n in model.graph.all_nodes() for v in n.outputs)]):
         for axis, n in enumerate(value.shape or ()):
-            if not isinstance(n, int) and n.value is not None:
+            if _free(n):
                 text = pattern.sub(lambda m: str(called[m[0]]), str(n.value))
                 value.shape[axis] = int(text) if text.isdigit() else text
 
-    values = [*model.graph.inputs, *model.graph.outputs]
-    for value in dict.fromkeys([*values, *(v for n in model.graph.all_nodes() for v in n.outputs)]):
-        rename(value)
+
+def _input_sizes(model: Any) -> dict[str, tuple[str | int, ...]]:
     return {
         value.name: tuple(n if isinstance(n, int) else str(n.value) for n in value.shape or ())
         for value in model.graph.inputs
@@ -154,8 +175,8 @@ def _named_sizes(
 
 
 def _fixed(module: Any, given: Mapping[str, Any], model: Any) -> dict[str, int]:
-    """The sizes that the module does not take one larger, by the symbols that torch has for
-    them: a size that meets a weight stays free in its graphs."""
+    """The sizes that the module does not take larger, by the symbols that torch has for them: one
+    that meets a weight stays free in its graphs."""
     import torch
 
     places: dict[str, list[tuple[str, int]]] = {}
@@ -165,15 +186,17 @@ def _fixed(module: Any, given: Mapping[str, Any], model: Any) -> dict[str, int]:
                 places.setdefault(str(n.value), []).append((value.name, axis))
     fixed = {}
     for symbol, where in places.items():
-        tried = dict(given)
-        for name, axis in where:
-            first = tried[name].narrow(axis, 0, min(1, tried[name].shape[axis]))
-            tried[name] = torch.cat([tried[name], first], axis)
-        try:
-            with torch.no_grad():
-                module(**tried)
-        except Exception:  # whatever the module says of a size that it does not take
-            fixed[symbol] = int(given[where[0][0]].shape[where[0][1]])
+        size = int(given[where[0][0]].shape[where[0][1]])
+        for wanted in (size + 1, 2 * size):
+            tried = dict(given)
+            for name, axis in where:
+                again = torch.arange(wanted) % max(1, size)
+                tried[name] = tried[name].index_select(axis, again)
+            try:
+                with torch.no_grad():
+                    module(**tried)
+            except Exception:  # whatever the module says of a size that it does not take
+                fixed[symbol] = size
     return fixed
 
 
