@@ -42,10 +42,9 @@ from zoo.checkpoint.certificate import (
     versions,
 )
 from zoo.checkpoint.label import Label, read_label
-from zoo.checkpoint.onnx_names import settle
-from zoo.checkpoint.plan import Aside, Plan, carry, make_plan, refuse_broken_ties
+from zoo.checkpoint.plan import Aside, Plan, Step, carry, make_plan, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
-from zoo.checkpoint.request import UNSTATED, make_request
+from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, filenames, open_checkpoint
 from zoo.containers.base import Reader, fsync_directory
 from zoo.containers.dtypes import dtype_code
@@ -339,10 +338,10 @@ def _check_onnx(path: Path) -> None:
 
 def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Certificate) -> None:
     """Read the file as anybody would who converts it back; NotEquivalent where a bit differs."""
+    meant = {n: sha256(x) for n, x in wanted.items()}
     with open_checkpoint(path) as reader:
-        settle(reader, read_label(reader), UNSTATED)
-        meant = {n: sha256(x) for n, x in wanted.items()}
-        found = {n: sha256(reader.read(n)) for n in wanted if n in reader.tensors}
+        plan = make_plan(reader, read_label(reader), "torch")
+        found = {t: sha256(reader.read(n)) for s in plan.steps for n, t in _pairs(s)}
     if wrong := [n for n in meant if found.get(n) != meant[n]]:
         raise NotEquivalent(
             f"{len(wrong)} weights do not come back from the file: {', '.join(wrong[:5])}",
@@ -353,6 +352,10 @@ def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Cer
         certificate.tensors.append(
             TensorRecord([name], [name], [name], "copy", code, code, [digest], [digest])
         )
+
+
+def _pairs(step: Step) -> list[tuple[str, str]]:
+    return list(zip(step.sources, step.targets, strict=True))
 
 
 def _sides(subject: _Subject, arrays: Inputs) -> tuple[TorchSide, Side | None]:

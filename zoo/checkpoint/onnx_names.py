@@ -19,6 +19,7 @@ from zoo.checkpoint.onnx_recurrent import recurrent
 from zoo.checkpoint.readings import Candidate, readings
 from zoo.checkpoint.request import Request
 from zoo.containers.base import Reader, TensorInfo
+from zoo.containers.dtypes import is_float
 from zoo.containers.errors import UsageError
 from zoo.containers.onnx_graph import OnnxReader, Source
 from zoo.containers.onnx_graph.uses import Use
@@ -26,7 +27,11 @@ from zoo.layout import Entry, View
 from zoo.layout.ops import Permute
 
 # What exporters and optimizers call what they make themselves.
-_MADE = re.compile(r"/.*|.*::.*|_?val_\d+|\d+|.*Fusion.*|.*_quantized|.*_output_\d+", re.DOTALL)
+_MADE = re.compile(
+    r"/.*|.*::.*|_?val_\d+|\d+|.*Fusion.*|.*_quantized|.*_output_\d+"
+    r"|(.*\.)?(lifted_tensor_|_tensor_constant)\d+",
+    re.DOTALL,
+)
 _CHANGED = re.compile(r".*Fusion.*|.*_quantized|.*_zero_point", re.DOTALL)  # other values too
 _LEAVES = {
     **{"in_out": "weight", "out_in": "weight", "conv": "weight", "table": "weight"},
@@ -84,7 +89,8 @@ def _held(reader: OnnxReader) -> dict[str, _Held]:
         told = any(u.role in _LEAVES for u in uses)
         lies = _as_stored(uses)
         if not _MADE.fullmatch(name):
-            found[name] = _Held(Source(name), lies, "." in name or told)
+            dotted = "." in name and is_float(reader.stored[name].dtype)
+            found[name] = _Held(Source(name), lies, dotted or told)
         elif not _CHANGED.fullmatch(name) and not any(u.scopes for u in uses if u.role in _LEAVES):
             # A weight that nothing names, or a constant of the graph.
             found[name] = _Held(Source(name), lies, told and _heavy(reader, name))
@@ -163,9 +169,10 @@ def _fitted(reader: OnnxReader, c: Candidate, held: Mapping[str, _Held]) -> _Fit
             first = name_of(called[view.entry.tied_to])
             if lost.pop(first, None):
                 made[first] = made[name_of(view)]
-    for name, h in _by_path(reader, lost, made).items():
-        del lost[name]
-        made[name] = h
+    for find in (_by_path, _by_elimination):
+        for name, h in find(reader, lost, made).items():
+            del lost[name]
+            made[name] = h
     shapes = {name_of(v): v.tensors[0].shape for v in called.values()}
     misshaped = [n for n, h in made.items() if _info(reader, h.source).shape != shapes[n]]
     taken = {h.source.stored for h in made.values()}
@@ -185,12 +192,31 @@ def _by_path(
     for path, _, h in _proposed(reader):
         if h.source.stored not in taken:
             pool.setdefault(path, {})[h.source.stored] = h
+    near = {n: list(pool.get(n.rpartition(".")[0], {}).values()) for n in lost}
+    return _only(reader, lost, near)
+
+
+def _by_elimination(
+    reader: OnnxReader, lost: Mapping[str, View], made: Mapping[str, _Held]
+) -> dict[str, _Held]:
+    """Matrices and kernels of a shape that one tensor alone lacks, and one in the file alone has
+    that nothing names. Vectors are too much alike, and come from anywhere."""
+    taken = {h.source.stored for h in made.values()}
+    free = []
+    for name, uses in reader.uses.items():
+        role = next((u.role for u in uses if u.role in (*_MATRIX, "conv")), None)
+        if role and name not in taken and not _CHANGED.fullmatch(name):
+            free.append(_Held(Source(name), _as_stored(uses)))
+    return _only(reader, lost, dict.fromkeys(lost, free))
+
+
+def _only(
+    reader: OnnxReader, lost: Mapping[str, View], near: Mapping[str, list[_Held]]
+) -> dict[str, _Held]:
+    """Those for which one fits by its shape, and which it alone fits."""
     fits: dict[str, list[_Held]] = {}
     for name, view in lost.items():
-        turned = (
-            replace(h, source=_turned(h, _wanted(view.entry)))
-            for h in pool.get(name.rpartition(".")[0], {}).values()
-        )
+        turned = [replace(h, source=_turned(h, _wanted(view.entry))) for h in near[name]]
         shape = view.tensors[0].shape
         fits[name] = [h for h in turned if _info(reader, h.source).shape == shape]
     uses = Counter(h.source.stored for every in fits.values() for h in every)
@@ -235,11 +261,12 @@ def _refuse_folded(reader: OnnxReader, best: _Fitted) -> None:
     norms = {t.name for v in views if v.entry.kind == "batchnorm" for t in v.tensors}
     lost = [n for n in best.missing if n in norms]
     convs = any(u.role == "conv" for uses in reader.uses.values() for u in uses)
-    if len(lost) > 1 and convs and len(best.missing) <= len(norms):
-        path = lost[0].rpartition(".")[0]
+    if len(lost) > 1 and convs and len(lost) == len(best.missing):
+        every = sorted({n.rpartition(".")[0] for n in lost})
+        more = f" and {len(every) - 2} more" if len(every) > 2 else ""
         raise UsageError(
-            f"{reader.path}: BatchNorm was folded into the convolutions before it ({path} and "
-            f"{len({n.rpartition('.')[0] for n in lost}) - 1} more): what both were is lost",
+            f"{reader.path}: BatchNorm was folded into the convolutions before it "
+            f"({', '.join(every[:2])}{more}): what both were is lost",
             "export it again without: optimize=False of torch.onnx.export, or training="
             "TrainingMode.PRESERVE of the older exporter; or give the --layout of a model whose "
             "convolutions have biases and no norms",

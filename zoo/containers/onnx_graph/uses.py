@@ -47,20 +47,22 @@ class Use:
     slot: int
     order: int
     turned: Axes | None = None
+    beside: str | None = None  # the module whose bias is added to what a matrix makes, by its name
 
     @property
     def scopes(self) -> list[str]:
         """The paths that the torch module may have that this was exported from."""
         if self.node.scope is not None:
             return [self.node.scope]
-        return _paths(self.node.name)
+        beside = [] if self.beside is None else [self.beside]
+        return list(dict.fromkeys(beside + _paths(self.node.name)))
 
 
 def uses_of(graph: Graph, ranks: Mapping[str, int]) -> dict[str, list[Use]]:
     """Stored tensor -> what takes it, in the graph's order. `ranks` has every stored tensor."""
     seen: dict[str, tuple[str, Axes | None]] = {name: (name, None) for name in ranks}
     found: dict[str, list[Use]] = {name: [] for name in ranks}
-    made: dict[str, str] = {}  # a result -> the matrix product that made it
+    biases = _biases(graph, ranks)
     for order, node in enumerate(_every(graph)):
         if node.op in _THROUGH and node.inputs and node.inputs[0] in seen:
             seen[node.outputs[0]] = seen[node.inputs[0]]
@@ -76,10 +78,25 @@ def uses_of(graph: Graph, ranks: Mapping[str, int]) -> dict[str, list[Use]]:
         for slot, given in enumerate(node.inputs):
             if given in seen:
                 name, axes = seen[given]
-                role = _role(node, slot, ranks[name], made)
-                found[name].append(Use(role, node, slot, order, axes))
-        if node.op in ("MatMul", "FusedMatMul") and node.outputs:
-            made[node.outputs[0]] = node.name
+                role = _role(node, slot, ranks[name])
+                beside = biases.get(node.outputs[0]) if node.outputs and slot == 1 else None
+                found[name].append(Use(role, node, slot, order, axes, beside))
+    return found
+
+
+def _biases(graph: Graph, ranks: Mapping[str, int]) -> dict[str, str]:
+    """The result of a matrix or a convolution -> the module whose `bias` is added to it, by the
+    name that the bias has kept."""
+    found: dict[str, str] = {}
+    for node in _every(graph):
+        of: str | None = None
+        if node.op in ("Gemm", "Conv", "ConvTranspose") and len(node.inputs) > 2:
+            of, bias = (node.outputs or [""])[0], node.inputs[2]
+        elif node.op == "Add" and len(node.inputs) == 2:
+            bias = next((n for n in node.inputs if ranks.get(n) == 1), "")
+            of = next((n for n in node.inputs if n != bias), None)
+        if of and bias in ranks and bias.endswith(".bias"):
+            found.setdefault(of, bias.removesuffix(".bias"))
     return found
 
 
@@ -90,7 +107,7 @@ def _every(graph: Graph) -> Iterator[Node]:
             yield from _every(inner)
 
 
-def _role(node: Node, slot: int, rank: int, made: Mapping[str, str]) -> Role:
+def _role(node: Node, slot: int, rank: int) -> Role:
     if node.domain not in _PLAIN_DOMAINS:
         return "other"
     if node.op in ("MatMul", "FusedMatMul", "Gemm") and slot < 2 and rank == 2:
@@ -104,6 +121,8 @@ def _role(node: Node, slot: int, rank: int, made: Mapping[str, str]) -> Role:
         return "bias"
     if node.op == "Mul" and rank == 1:
         return "scale"
+    if node.op == "Gather" and rank < 2:
+        return "other"  # numbers that the code looks up
     return _SLOTS.get(node.op, {}).get(slot, "other")
 
 
@@ -114,6 +133,8 @@ def _paths(name: str) -> list[str]:
     if not name.startswith("/"):
         return []
     parts = name.split("/")[1:-1]
+    if name.endswith("Fusion"):  # what onnxruntime makes of two operations, after the first's name
+        parts = parts[:-1]
     short: list[str] = []
     for part in parts:
         if short and part.startswith(short[-1] + "."):
