@@ -122,8 +122,9 @@ def _proposed(reader: OnnxReader) -> Iterator[tuple[str, str, _Held]]:
         for use in uses:
             if use.role in _LEAVES:
                 likely = _heavy(reader, name)
-                held = _Held(Source(name), _as_stored([use]), likely)
-                yield from ((path, _LEAVES[use.role], held) for path in use.scopes)
+                for i, path in enumerate(use.scopes):  # the first is what it most often means
+                    held = _Held(Source(name), _as_stored([use]), likely and not i)
+                    yield path, _LEAVES[use.role], held
 
 
 def _turned(h: _Held, lies: str) -> Source:

@@ -17,7 +17,7 @@ from zoo.containers.errors import CorruptInput
 Span = tuple[int, int]  # first byte, and the one after the last
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
-MAX_FIELDS = 1_500_000  # of all messages that are looked into: a graph of 100,000 operations
+MAX_FIELDS = 1_000_000  # of all messages that are looked into: a graph of 50,000 operations
 _MAX_TEXT = 1 << 20  # bytes of one string
 _WINDOW = 1 << 16
 _AGAIN = "it is damaged or is not ONNX: copy or download it again, or export it again"
