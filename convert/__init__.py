@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from convert import optim, testing
     from convert.api import check, clean, convert, match, to_flax, verify
     from convert.compare.report import Report
-    from convert.exporting.export import Exported, export
+    from convert.exporting.onnx_export import Exported, export
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
@@ -53,9 +53,9 @@ _WHERE = {
     "Report": "convert.compare.report",
     "check": "convert.api",
     "clean": "convert.api",
-    "Exported": "convert.exporting.export",
+    "Exported": "convert.exporting.onnx_export",
     "convert": "convert.api",
-    "export": "convert.exporting.export",
+    "export": "convert.exporting.onnx_export",
     "inspect": "convert.inspection",
     "layout_of": "convert.runtime.torch_layout",
     "lint": "convert.linting.run",

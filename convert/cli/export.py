@@ -10,7 +10,7 @@ from convert.cli import output
 from convert.cli.options import model_options, notices, output_options
 
 if TYPE_CHECKING:
-    from convert.exporting.export import Exported
+    from convert.exporting.onnx_export import Exported
 
 
 @click.command()
@@ -67,7 +67,7 @@ def export(
     from pathlib import Path
 
     from convert.cli.user_modules import users_code
-    from convert.exporting.export import export as run
+    from convert.exporting.onnx_export import export as run
     from convert.runtime.inputs import read_inputs
 
     if inputs_file is not None:

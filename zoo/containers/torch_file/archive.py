@@ -84,8 +84,8 @@ def open_zip(
     root = load(io.BytesIO(raw), what)
     if "constants.pkl" in own and not _has_weights(root):
         raise UsageError(
-            f"{what}: a TorchScript archive whose weights are constants of its program, without "
-            "names: it was frozen",
+            f"{what}: a TorchScript archive without weights: a frozen one has them as constants of "
+            "its program, without names",
             "give the archive that was saved before torch.jit.freeze",
         )
     storages = {n.removeprefix("data/"): r for n, r in own.items() if n.startswith("data/")}

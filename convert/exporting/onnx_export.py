@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,15 +43,15 @@ from zoo.checkpoint.certificate import (
     versions,
 )
 from zoo.checkpoint.label import Label, read_label
-from zoo.checkpoint.plan import Aside, Plan, Step, carry, make_plan, refuse_broken_ties
+from zoo.checkpoint.plan import Aside, Step, carry, make_plan, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, filenames, open_checkpoint
-from zoo.containers.base import Reader, fsync_directory
+from zoo.containers.base import TensorInfo, fsync_directory
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.layout import Layout
-from zoo.loading import build_from_tree, read_tree
+from zoo.loading import LoadNotice, build_from_tree, read_tree
 
 Source = str | os.PathLike[str]
 
@@ -183,7 +184,6 @@ def _of_zoo(path: Path, request: Any, inputs: Any, dtype: str | None) -> _Subjec
         runnable(plan)
         refuse_broken_ties(reader, plan)
         values = dict(read_tree(plan, reader))
-        made = _label(reader, plan, values)
     family, config = plan.family, plan.config
     module = build_from_tree(family, config, "torch", values.items())
     canonical = {n: values[n] for s in plan.steps for n in s.targets}
@@ -198,18 +198,23 @@ def _of_zoo(path: Path, request: Any, inputs: Any, dtype: str | None) -> _Subjec
     def channels(name: str) -> bool:
         return family.to_flax(name, np.zeros((1, 2, 1))).shape != (1, 2, 1)
 
+    made = _carrying(plan.label, module)
     return _Subject(module, given, channels, made, flax, list(plan.notices), plan.title)
 
 
-def _label(reader: Reader, plan: Plan, values: Mapping[str, np.ndarray]) -> Label:
-    """The checkpoint's label, with what no graph has a use for: counters of batches."""
-    carried = dict(plan.label.carried)
-    for e in plan.layout.entries:
+def _carrying(label: Label, module: Any) -> Label:
+    """The label, with what no graph has a use for: counters of batches."""
+    layout = label.layout if label.model is None else label.model.layout_of(label.config)
+    assert layout is not None
+    state = saved_tensors(module)
+    carried = {}
+    for e in layout.entries:
         name = e.torch[0].name
-        if e.constant is not None and name in values:
-            info = next(i for n, i in plan.target_tensors().items() if n == name)
-            carried[name] = carry(Aside(name, name, info, e.constant, None), values[name])
-    return replace(plan.label, carried=carried)
+        if e.constant is not None and name in state:
+            value = bits_of(state[name])
+            info = TensorInfo(dtypes.code_of(value.dtype), value.shape)
+            carried[name] = carry(Aside(name, name, info, e.constant, None), value)
+    return replace(label, carried=carried)
 
 
 def _of_user(path: Path, definition: Any, inputs: Any) -> _Subject:
@@ -218,8 +223,11 @@ def _of_user(path: Path, definition: Any, inputs: Any) -> _Subject:
         raise UsageError(
             "a module of one's own is traced of one call", "give it: inputs=..., --inputs FILE"
         )
-    module = load(path, "torch", definition)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LoadNotice)
+        module = load(path, "torch", definition)
     layout, told = derive_layout(module)
+    told += [str(w.message) for w in caught if str(w.message) not in told]
     call = as_call(inputs)
     names = call.names(module.forward)
     arrays = call.arrays()
@@ -228,8 +236,8 @@ def _of_user(path: Path, definition: Any, inputs: Any) -> _Subject:
             "the inputs hold arrays within others", "give a module whose forward takes arrays alone"
         )
     given = {names[path]: x for path, x in arrays.items()}
-    title = type(module).__name__
-    return _Subject(module, given, lambda n: False, Label(layout=layout), None, told, title)
+    title, label = type(module).__name__, _carrying(Label(layout=layout), module)
+    return _Subject(module, given, lambda n: False, label, None, told, title)
 
 
 def _written(
