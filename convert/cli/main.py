@@ -16,7 +16,7 @@ import click
 from convert.cli.check import check
 from convert.cli.clean import clean
 from convert.cli.conversion import flax2torch, respell, torch2flax
-from convert.cli.export import export
+from convert.cli.export_onnx import export
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
 from convert.cli.match import match

@@ -198,22 +198,20 @@ def _of_zoo(path: Path, request: Any, inputs: Any, dtype: str | None) -> _Subjec
     def channels(name: str) -> bool:
         return family.to_flax(name, np.zeros((1, 2, 1))).shape != (1, 2, 1)
 
-    made = _carrying(plan.label, module)
+    made = _carrying(plan.label, values)
     return _Subject(module, given, channels, made, flax, list(plan.notices), plan.title)
 
 
-def _carrying(label: Label, module: Any) -> Label:
-    """The label, with what no graph has a use for: counters of batches."""
+def _carrying(label: Label, held: Mapping[str, np.ndarray]) -> Label:
+    """The label, with what no graph has a use for: counters of batches, numbers of positions."""
     layout = label.layout if label.model is None else label.model.layout_of(label.config)
     assert layout is not None
-    state = saved_tensors(module)
-    carried = {}
+    carried = dict(label.carried)
     for e in layout.entries:
         name = e.torch[0].name
-        if e.constant is not None and name in state:
-            value = bits_of(state[name])
-            info = TensorInfo(dtypes.code_of(value.dtype), value.shape)
-            carried[name] = carry(Aside(name, name, info, e.constant, None), value)
+        if e.constant is not None and name in held:
+            info = TensorInfo(dtypes.code_of(held[name].dtype), held[name].shape)
+            carried[name] = carry(Aside(name, name, info, e.constant, None), held[name])
     return replace(label, carried=carried)
 
 
@@ -228,6 +226,7 @@ def _of_user(path: Path, definition: Any, inputs: Any) -> _Subject:
         module = load(path, "torch", definition)
     layout, told = derive_layout(module)
     told += [str(w.message) for w in caught if str(w.message) not in told]
+    state = {n: bits_of(t) for n, t in saved_tensors(module).items()}
     call = as_call(inputs)
     names = call.names(module.forward)
     arrays = call.arrays()
@@ -236,7 +235,7 @@ def _of_user(path: Path, definition: Any, inputs: Any) -> _Subject:
             "the inputs hold arrays within others", "give a module whose forward takes arrays alone"
         )
     given = {names[path]: x for path, x in arrays.items()}
-    title, label = type(module).__name__, _carrying(Label(layout=layout), module)
+    title, label = type(module).__name__, _carrying(Label(layout=layout), state)
     return _Subject(module, given, lambda n: False, label, None, told, title)
 
 
