@@ -1,6 +1,6 @@
 """Write the generated documents: docs/cli.md from the commands' own help, docs/weights.md from the
-cards beside the weights, and the README's table of models from docs/measured.json. With --check,
-say which are stale instead, and exit with 1."""
+cards beside the weights, docs/onnx.md from its measurements, and the README's table of models from
+docs/measured.json. With --check, say which are stale instead, and exit with 1."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+import onnx_page
 
 from convert.cli.main import cli
 from zoo.card import read_card
@@ -145,6 +146,7 @@ def pages() -> dict[Path, str]:
         readme: text,
         ROOT / "docs" / "cli.md": cli_page(),
         ROOT / "docs" / "weights.md": weights_page(),
+        ROOT / "docs" / "onnx.md": onnx_page.page(),
     }
 
 
