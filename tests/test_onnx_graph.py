@@ -228,6 +228,24 @@ def test_axes_come_from_the_graph_and_never_from_the_shape(tmp_path: Path, there
     assert_holds(recovered(path, of(net)), {"fc.weight": weight})
 
 
+def test_a_matrix_that_is_used_times_a_number_is_not_the_models(
+    tmp_path: Path, square: nn.Module
+) -> None:
+    path = exported(square, tmp_path / "a.onnx", torch.ones(2, 4))
+
+    def scale(model: Any) -> None:
+        for tensor in model.graph.initializer:
+            tensor.name = tensor.name.replace("a.weight", "onnx::Gemm_1")
+        gemm = model.graph.node[0]
+        assert gemm.op_type == "Gemm"
+        gemm.input[1] = "onnx::Gemm_1"
+        gemm.ClearField("attribute")
+        gemm.attribute.extend([helper.make_attribute("alpha", 0.5)])
+
+    with pytest.raises(ZooError, match=r"missing: a\.weight"):
+        recovered(edited(path, scale), of(square))
+
+
 def test_without_names_of_operations_the_bias_says_whose_a_matrix_is(
     tmp_path: Path, square: nn.Module
 ) -> None:

@@ -74,6 +74,7 @@ class Node:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     ints: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    floats: dict[str, float] = field(default_factory=dict)
     tensors: dict[str, Stored] = field(default_factory=dict)
     graphs: list[Graph] = field(default_factory=list)
     scope: str | None = None
@@ -209,6 +210,8 @@ class Parser:
         for number, kind, value, part in self._wire.fields(span):
             if number == 1 and kind == LENGTH:
                 name = self._wire.text(part)
+            elif number == 2 and kind == FIXED32:
+                node.floats[name] = self._wire.float32(part)
             elif number in (3, 8) and kind == VARINT and len(numbers) < _FEW:
                 numbers.append(signed(value))
             elif number == 8 and kind == LENGTH and part[1] - part[0] <= 10 * _FEW:

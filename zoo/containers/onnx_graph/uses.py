@@ -110,6 +110,9 @@ def _every(graph: Graph) -> Iterator[Node]:
 def _role(node: Node, slot: int, rank: int) -> Role:
     if node.domain not in _PLAIN_DOMAINS:
         return "other"
+    factor = node.floats.get("beta" if slot == 2 else "alpha", 1.0)
+    if node.op == "Gemm" and factor != 1.0:
+        return "other"  # what the model has is a multiple of what is stored
     if node.op in ("MatMul", "FusedMatMul", "Gemm") and slot < 2 and rank == 2:
         flag = ("transB" if slot else "transA", "transpose_b" if slot else "transpose_a")
         turned = any(node.ints.get(f, (0,))[0] for f in flag)

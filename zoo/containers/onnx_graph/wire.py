@@ -7,6 +7,7 @@ length is a pair of places in the file, and only names and numbers are read.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -77,6 +78,10 @@ class Wire:
             return self._take(*span).decode()
         except UnicodeDecodeError as e:
             self.fail(f"a string is not UTF-8: {e}")
+
+    def float32(self, span: Span) -> float:
+        """A number of four bytes."""
+        return float(struct.unpack("<f", self._take(*span))[0])
 
     def packed(self, span: Span, most: int) -> list[int]:
         """Varints one after another, as two's complement of 64 bits; no more than `most`."""
