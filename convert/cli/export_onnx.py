@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     help="One call, for --torch: an .npz or .npy file, with PyTorch's axes.",
 )
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors (float32, ...).")
-@click.option("--opset", type=click.IntRange(18), default=20, show_default=True)
+@click.option(
+    "--opset",
+    type=click.IntRange(18),
+    default=20,
+    show_default=True,
+    help="The version of ONNX's operations that the graph is of.",
+)
 @click.option("--static", is_flag=True, help="Fix all sizes to those of the sample inputs.")
 @click.option(
     "--external-data", is_flag=True, help="Tensors in a file beside; above 1.8 GB always."
