@@ -9,6 +9,7 @@
     convert.match(torch_side, flax_side)               -> Layout, with the evidence for it
     convert.save(module, "tuned.safetensors")          a live module of either framework
     convert.load(path, "flax", definition)             and back, into a definition of one's own
+    convert.export("model.safetensors", "model.onnx")  -> Exported, run in onnxruntime
     convert.to_flax(torch_module, inputs)              the same model, live, as an nnx.Module
     convert.to_state_dict(net)                         and its weights back in torch's tensors
     convert.layout_of(torch_module)                    -> Layout: what each tensor is in Flax
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from convert import optim, testing
     from convert.api import check, clean, convert, match, to_flax, verify
     from convert.compare.report import Report
+    from convert.exporting.onnx_export import Exported, export
     from convert.inspection import Inspection, inspect
     from convert.linting.findings import Lint
     from convert.linting.run import lint
@@ -51,7 +53,9 @@ _WHERE = {
     "Report": "convert.compare.report",
     "check": "convert.api",
     "clean": "convert.api",
+    "Exported": "convert.exporting.onnx_export",
     "convert": "convert.api",
+    "export": "convert.exporting.onnx_export",
     "inspect": "convert.inspection",
     "layout_of": "convert.runtime.torch_layout",
     "lint": "convert.linting.run",
@@ -69,12 +73,14 @@ _WHERE = {
 __all__ = [
     "Certificate",
     "Checked",
+    "Exported",
     "Inspection",
     "Lint",
     "Report",
     "check",
     "clean",
     "convert",
+    "export",
     "inspect",
     "layout_of",
     "lint",

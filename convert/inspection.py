@@ -13,6 +13,7 @@ from convert.training_state.summary import summary
 from zoo import hub
 from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.onnx_names import settle
 from zoo.checkpoint.peel import Left
 from zoo.checkpoint.plan import make_plan
 from zoo.checkpoint.readings import Candidate
@@ -95,6 +96,7 @@ def inspect(source: str | os.PathLike[str], *, layout: Any = None) -> Inspection
         notices = [*reader.notices, *label.notices]
         notices += [label.problem.problem] if label.problem else []
         try:
+            settle(reader, label, request)
             found = identify_header(reader.tensors, label, request)
             models = list(dict.fromkeys(c.title() for c in found))
             tree = found[0].tree

@@ -1,6 +1,6 @@
 """Write the generated documents: docs/cli.md from the commands' own help, docs/weights.md from the
-cards beside the weights, and the README's table of models from docs/measured.json. With --check,
-say which are stale instead, and exit with 1."""
+cards beside the weights, docs/onnx.md from its measurements, and the README's table of models from
+docs/measured.json. With --check, say which are stale instead, and exit with 1."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,6 +17,7 @@ from zoo.card import read_card
 from zoo.registry import get, names
 
 ROOT = Path(__file__).parents[1]
+LARGEST = 150_000_000  # parameters of a preset that scripts/onnx_table.py exports
 BEGIN, END = "<!-- models: written by scripts/docs.py -->\n", "<!-- /models -->"
 
 
@@ -136,6 +138,70 @@ The weights are under the project's licence, Apache-2.0.
 """
 
 
+def onnx_page() -> str:
+    """The text of onnx_page.md, and the tables that scripts/onnx_*.py measured."""
+    foreign = _read("onnx_foreign.json")
+    counts = [r["outcome"] for r in foreign.values()]
+    lm = _read("onnx_minilm.json")
+    presets = _read("onnx.json")
+    found = {n: get(n) for n in names()}
+    small = [n for n, f in found.items() if f.model.layout_of(f.config).parameters <= LARGEST]
+    absent = [n for n in small if n not in presets]
+    return (
+        (ROOT / "scripts" / "onnx_page.md")
+        .read_text()
+        .format(
+            foreign=_foreign_files(foreign),
+            total=len(counts),
+            recovered=counts.count("recovered"),
+            refused=counts.count("refused"),
+            wrong=counts.count("WRONG"),
+            presets=_exported(presets),
+            missing=f"Not run yet: {', '.join(absent)}.\n\n" if absent else "",
+            gap=max(lm["similarities"].values()),
+            same=lm["returned"][0],
+            of=lm["returned"][1],
+        )
+    )
+
+
+def _foreign_files(results: dict[str, Any]) -> str:
+    lines = ["| file | tensors | |", "|---|---:|---|"]
+    for name, r in results.items():
+        if r["outcome"] == "recovered":
+            lines.append(f"| {name} | {r['tensors']} | bit for bit |")
+        else:
+            lines.append(f"| {name} | | {r['outcome']}: {'; '.join(r['reason'])} |")
+    return "\n".join(lines)
+
+
+def _exported(results: dict[str, Any]) -> str:
+    lines = [
+        "| preset | values | free sizes | noise | beside | weights back | export | |",
+        "|---|---:|---|---:|---|---|---:|---|",
+    ]
+    for name, r in results.items():
+        if isinstance(r.get("error"), str):
+            lines.append(f"| `{name}` | {r['values']:,} | | | | | | fails: {r['error']} |")
+            continue
+        every = (n for dims in r["sizes"].values() for n in dims if isinstance(n, str))
+        free = ", ".join(dict.fromkeys(every)) or "none"
+        told = [n for n in r["notices"] if n.startswith(("fixed:", "all ", "without", "no output"))]
+        lines.append(
+            f"| `{name}` | {r['values']:,} | {free} | {r['ratio']:.2f} | {r['side']} "
+            f"| {'every bit' if r['back'] else 'NO'} | {r['seconds']:.0f} s | {_short(told)} |"
+        )
+    return "\n".join(lines)
+
+
+def _short(notices: list[str]) -> str:
+    return "; ".join(n if len(n) < 160 else f"{n[:160]}..." for n in notices).replace("|", "/")
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "docs" / name).read_text())  # type: ignore[no-any-return]
+
+
 def pages() -> dict[Path, str]:
     """Every generated file and its text."""
     readme = ROOT / "README.md"
@@ -145,6 +211,7 @@ def pages() -> dict[Path, str]:
         readme: text,
         ROOT / "docs" / "cli.md": cli_page(),
         ROOT / "docs" / "weights.md": weights_page(),
+        ROOT / "docs" / "onnx.md": onnx_page(),
     }
 
 

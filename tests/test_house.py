@@ -22,6 +22,7 @@ FLOORS = (
     ("convert",),  # __init__: the public names
     ("convert.testing",),
     ("convert.api",),
+    ("convert.exporting",),
     ("convert.packing", "convert.linting", "convert.inspection", "convert.live"),
     ("convert.porting",),
     ("convert.engine",),

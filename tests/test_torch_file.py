@@ -542,9 +542,6 @@ def test_a_name_that_differs_in_its_local_header_is_refused(plain: Path) -> None
 
 
 def test_other_archives_are_refused_clearly(tmp_path: Path, plain: Path) -> None:
-    with pytest.warns(DeprecationWarning, match="deprecated"):
-        torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
-    assert "TorchScript" in refusal(tmp_path / "script.pt", UsageError)
     big = rezip(plain, tmp_path / "big.pt", byteorder=b"big")
     assert "byte order is big" in refusal(big, UsageError)
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as z:

@@ -16,6 +16,7 @@ import click
 from convert.cli.check import check
 from convert.cli.clean import clean
 from convert.cli.conversion import flax2torch, respell, torch2flax
+from convert.cli.export_onnx import export
 from convert.cli.inspect import inspect
 from convert.cli.lint import lint
 from convert.cli.match import match
@@ -33,7 +34,8 @@ def cli() -> None:
 
 
 for command in (
-    torch2flax, flax2torch, respell, verify, check, match, inspect, lint, models, pack, clean,
+    torch2flax, flax2torch, respell, export, verify, check, match, inspect, lint, models, pack,
+    clean,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -130,6 +130,13 @@ def compare_checkpoints(
         for reader, plan in (a, b)
     ]
     run_twins(family, sides[0], sides[1], report, inputs, options)
+    for (reader, _), side in zip((a, b), sides, strict=True):
+        if reader.container == "onnx":
+            from convert.compare.onnx_side import compare_onnx
+
+            given = _inputs(family, side.config, inputs)
+            made = compare_onnx(reader.path, family, side.config, side.canonical, given)
+            report.outputs += made
 
 
 def runnable(*plans: Plan) -> Model:

@@ -126,7 +126,9 @@ def files_of(checkpoint: Path) -> dict[str, Path]:
         beside = (filenames.beside(checkpoint, n) for n in (filenames.CONFIG, filenames.OPTIMIZER))
         layouts = [p for p in checkpoint.parent.iterdir() if filenames.is_layout(p.name)]
         front = f"{checkpoint.name}."
-        every = [*beside, *layouts]
+        siblings = checkpoint.parent.iterdir() if checkpoint.suffix == filenames.ONNX else ()
+        data = [p for p in siblings if filenames.is_onnx_data(p.name, checkpoint.name)]
+        every = [*beside, *layouts, *data]
         found = {"": checkpoint} | {p.name.removeprefix(front): p for p in every}
     return {n: p for n, p in found.items() if p.is_file() and n != filenames.CERTIFICATE}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from zoo import hub
 from zoo.checkpoint import strangers
 from zoo.checkpoint.label import Label, read_label
+from zoo.checkpoint.onnx_names import settle
 from zoo.checkpoint.parts import nothing_below, parts, several
 from zoo.checkpoint.peel import any_below, levels
 from zoo.checkpoint.readings import Candidate, matching_presets, readings
@@ -41,7 +42,9 @@ def identify(source: str | os.PathLike[str]) -> list[Identity]:
     Reads names and shapes only. Raises ZooError, listing all differences, if none fits.
     """
     with open_checkpoint(hub.locate(source)) as reader:
-        found = identify_header(reader.tensors, read_label(reader))
+        label = read_label(reader)
+        settle(reader, label, UNSTATED)
+        found = identify_header(reader.tensors, label)
     return [
         Identity(
             c.model, c.config, c.unknown, matching_presets(c.model, c.config, c.unknown), c.tree

@@ -16,7 +16,7 @@ from zoo.containers.errors import CorruptInput, UsageError
 
 _KNOWN = (
     "known are safetensors, torch .pt/.pth/.bin, sharded checkpoints by their *.index.json, "
-    "Flax msgpack and Orbax directories"
+    "ONNX, Flax msgpack and Orbax directories"
 )
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OLD_PICKLE = re.compile(rb"[(\]}]*c[\w.]+\n[\w.]+\n")  # protocol 0 that begins with a global
@@ -151,6 +151,18 @@ def _is_msgpack(start: bytes) -> bool:
     return looks_like(start)
 
 
+def _is_onnx(start: bytes) -> bool:
+    from zoo.containers.onnx_graph import looks_like
+
+    return looks_like(start)
+
+
+def _open_onnx(path: Path) -> Reader:
+    from zoo.containers.onnx_graph import OnnxReader
+
+    return OnnxReader(path)
+
+
 def _is_text(start: bytes) -> bool:
     return all(b >= 32 or b in b"\t\n\r\f" for b in start)
 
@@ -161,4 +173,5 @@ _FILES: tuple[tuple[Callable[[bytes], bool], Callable[[Path], Reader]], ...] = (
     (_is_pickle, _open_pickle),
     (_is_index, _open_index),
     (_is_msgpack, _open_msgpack),
+    (_is_onnx, _open_onnx),
 )

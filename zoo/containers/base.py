@@ -46,7 +46,7 @@ class TensorInfo:
 class Reader(ABC):
     """A checkpoint opened for reading. No tensor is read before `read` asks for it."""
 
-    container: ClassVar[str]  # "safetensors", "torch", "msgpack", "orbax"
+    container: ClassVar[str]  # "safetensors", "torch", "msgpack", "orbax", "onnx"
 
     def __init__(self, path: Path) -> None:
         self.path = path

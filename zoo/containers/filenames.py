@@ -25,7 +25,9 @@ WHOLE = (SAFETENSORS, SAFETENSORS_INDEX, PYTORCH, PYTORCH + INDEX)
 # Container -> suffix of the file that is written; Orbax's is a directory.
 SUFFIXES = {"orbax": "", "msgpack": ".msgpack", "safetensors": ".safetensors", "pt": ".pt"}
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-CHECKPOINT_SUFFIXES = (".safetensors", ".msgpack", *TORCH_SUFFIXES)
+ONNX = ".onnx"
+_ONNX_DATA = re.compile(r"\.[0-9a-f]{16}\.data")  # after the name of the file that it belongs to
+CHECKPOINT_SUFFIXES = (".safetensors", ".msgpack", ONNX, *TORCH_SUFFIXES)
 
 # What a directory may call its one checkpoint, best first, by the side that wrote it.
 TORCH_PATTERNS = (
@@ -38,6 +40,7 @@ TORCH_PATTERNS = (
         "*.pth",
         "*.bin",
         "*.ckpt",
+        "*.onnx",
     ),
 )
 FLAX_PATTERNS = (
@@ -80,6 +83,16 @@ def shard(number: int, of: int) -> str:
 def layout_file(sha256: str) -> str:
     """The name of a layout's file, by the hash of its content."""
     return f"layout-{sha256[:16]}.json"
+
+
+def onnx_data(name: str, sha256: str) -> str:
+    """The name of the file with an ONNX file's tensors, by the hash of its content."""
+    return f"{name}.{sha256[:16]}.data"
+
+
+def is_onnx_data(name: str, of: str) -> bool:
+    """Whether a file holds, by its name, the tensors of the ONNX file called `of`."""
+    return name.startswith(of) and _ONNX_DATA.fullmatch(name.removeprefix(of)) is not None
 
 
 def is_layout(name: str) -> bool:

@@ -4,6 +4,8 @@ A checkpoint is `NAME/data.pkl`, a pickle that refers to storages, and `NAME/dat
 stored record for each. `zipfile` reads the central directory and nothing else: torch reads
 records through their local headers, so both have to say the same.
 
+A TorchScript archive is the same with a program beside, and the pickle is the module's attributes.
+
 A file of stable-baselines3 is a zip whose record `policy.pth` is such a checkpoint whole.
 """
 
@@ -22,13 +24,15 @@ import numpy as np
 
 from zoo.containers.base import pread
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
+from zoo.containers.torch_file.builders import Placeholder, TensorRef
 from zoo.containers.torch_file.machine import MAX_PICKLE, load
 from zoo.containers.torch_file.names import shown
 
 _MAX_DIRECTORY = 64 << 20  # bytes: some half a million records
 _PIECE = 4 << 20
+_SEARCHED = 100_000  # attributes of a module and of those within it
 POLICY = "policy.pth"
-_SCRIPT = re.compile(r"[^/]+/(constants\.pkl|code/.*)", re.DOTALL)
+_PROGRAM = re.compile(r"[^/]+/code/")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 
@@ -78,8 +82,26 @@ def open_zip(
         )
     raw = read_span(fd, pickle, 0, pickle.size, f"{what}: data.pkl").tobytes()
     root = load(io.BytesIO(raw), what)
+    if "constants.pkl" in own and not _has_weights(root):
+        raise UsageError(
+            f"{what}: a TorchScript archive without weights: a frozen one has them as constants of "
+            "its program, without names",
+            "give the archive that was saved before torch.jit.freeze",
+        )
     storages = {n.removeprefix("data/"): r for n, r in own.items() if n.startswith("data/")}
     return root, storages, []
+
+
+def _has_weights(root: Any) -> bool:
+    """Whether a module, or one within it, has an attribute that is a tensor; a few steps decide."""
+    pending, seen = [root], 0
+    while pending and seen < _SEARCHED:
+        value, seen = pending.pop(), seen + 1
+        if isinstance(value, TensorRef):
+            return True
+        if isinstance(value, Placeholder) and isinstance(value.state, dict):
+            pending += list(value.state.values())
+    return bool(pending)
 
 
 def _open_member(
@@ -138,11 +160,8 @@ def _records(fd: int, what: str, within: Record) -> dict[str, Record]:
             f"{what}: the zip directory cannot be read: {shown(str(e))}",
             "it is truncated or damaged: copy or download it again",
         ) from None
-    if any(_SCRIPT.fullmatch(info.orig_filename) for info in infos):
-        raise UsageError(
-            f"{what}: a TorchScript archive: a program with its weights, not a checkpoint",
-            "save its weights: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
-        )
+    # A TorchScript archive's program is not for us: it may be compressed, and is never read.
+    infos = [info for info in infos if not _PROGRAM.match(info.orig_filename)]
     records: dict[str, Record] = {}
     start = base
     for info in sorted(infos, key=lambda info: info.header_offset):

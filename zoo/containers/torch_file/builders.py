@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from zoo.containers.torch_file.names import STORAGES, Global, shown
+from zoo.containers.torch_file.names import SCRIPT_BUILDERS, STORAGES, Global, shown
 
 _MAX_DIMS = 32
 _SIMPLE_DTYPE = re.compile(r"\?|b1|[iu][1248]|f[248]|c8|c16")
@@ -299,7 +299,13 @@ def _numpy_array(limits: Limits, args: tuple[Any, ...]) -> Any:
     return NotImplemented
 
 
+def _typed(limits: Limits, args: tuple[Any, ...]) -> Any:
+    """TorchScript's lists, and what it says the type of: the first argument as it is."""
+    return args[0] if args else NotImplemented
+
+
 BUILDERS: dict[str, Builder] = {
+    **{f"torch.jit._pickle.{name}": _typed for name in SCRIPT_BUILDERS},
     "builtins.list": _container(list),
     "builtins.tuple": _container(tuple),
     "builtins.set": _container(set, keyed=True),

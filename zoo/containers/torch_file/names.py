@@ -120,8 +120,17 @@ class Global:
         return self.name if self.module == "torch" and self.name in _DTYPES else None
 
 
+# What a TorchScript archive's pickle calls to say of what type a list is.
+SCRIPT_BUILDERS = _words(
+    "build_intlist build_doublelist build_boollist build_tensorlist restore_type_tag"
+)
+SCRIPT = "__torch__"  # the classes of one: modules, as the archive's own code defines them
+
+
 def is_banned(function: Global) -> bool:
     """Whether a checkpoint that calls `function` can only be an attack."""
+    if function.module == "torch.jit._pickle" and function.name in SCRIPT_BUILDERS:
+        return False
     if function.module == "builtins":
         return function.name not in _PLAIN_BUILTINS and not function.name.endswith(
             ("Error", "Exception", "Warning")

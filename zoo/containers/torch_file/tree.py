@@ -13,7 +13,7 @@ from zoo.containers.torch_file.builders import (
     StorageRef,
     TensorRef,
 )
-from zoo.containers.torch_file.names import Global, shown
+from zoo.containers.torch_file.names import SCRIPT, Global, shown
 
 _MAX_DEPTH = 100
 _MAX_WORK = 1 << 20  # a few kB of pickle can hold 2^40 paths to the same list
@@ -54,7 +54,14 @@ class Tree:
             if depth > _MAX_DEPTH:
                 self._too_deep(name)
             children: list[tuple[str, Any]]
-            if isinstance(value, Placeholder) and (state := _module_state(value)) is not None:
+            if isinstance(value, Placeholder) and (state := _script_state(value)) is not None:
+                if name is None:
+                    self.notices.append(
+                        f"a TorchScript archive of class {shown(value.kind)}: its parameters and "
+                        "buffers are read, its program is not"
+                    )
+                children = self._named(name, _script_weights(state))
+            elif isinstance(value, Placeholder) and (state := _module_state(value)) is not None:
                 if name not in inner:
                     self._announce(name, value)
                 children, modules = self._module(name, state)
@@ -172,6 +179,24 @@ def _module_state(value: Placeholder) -> dict[str, Any] | None:
     state = value.state
     parts = isinstance(state, dict) and isinstance(state.get("_parameters"), dict)
     return state if parts and isinstance(state.get("_modules"), dict) else None
+
+
+def _script_state(value: Placeholder) -> dict[str, Any] | None:
+    """The attributes of `value`, if it is a module of a TorchScript archive."""
+    script = value.kind == SCRIPT or value.kind.startswith(f"{SCRIPT}.")
+    return value.state if script and isinstance(value.state, dict) else None
+
+
+def _script_weights(state: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Its tensors, then the modules within it, as state_dict() has them; what else it has are plain
+    attributes."""
+    tensors = [(k, x) for k, x in state.items() if isinstance(x, TensorRef)]
+    inner = [
+        (k, x)
+        for k, x in state.items()
+        if isinstance(x, Placeholder) and _script_state(x) is not None
+    ]
+    return tensors + inner
 
 
 def _dict(state: dict[str, Any], key: str) -> dict[Any, Any]:
