@@ -24,12 +24,14 @@ def onnx_rows(
     session: OnnxSession, arrays: Mapping[str, np.ndarray], torch: TorchSide, flax: Side | None
 ) -> list[tuple[str, Row]]:
     """One row for each output beside torch's, and beside Flax's, with whose it is; `arrays` are the
-    file's inputs by its names, and those of the two sides. onnxruntime computes in float32: what
-    float64 says of torch is the noise."""
+    file's inputs by its names, and those of the two sides. onnxruntime computes in float32, or in
+    the file's float16: what float64 says of torch in that precision is the noise."""
+    own = session.precision
     narrow = {n: x.astype(np.float32) if x.dtype.kind == "f" else x for n, x in arrays.items()}
     made = list(session.run(narrow).items())
     with full_precision():
-        exact = {p: torch.run(p, backward=False).outputs for p in torch.precisions}
+        precisions = dict.fromkeys([*torch.precisions, own])
+        exact = {p: torch.run(p, backward=False).outputs for p in precisions}
         theirs = flax.run("float32", backward=False).outputs if flax is not None else None
 
         @functools.cache
@@ -38,8 +40,8 @@ def onnx_rows(
 
         noise = Noise(exact.get("float64", exact["float32"]), rerun)
         rows = []
-        for i, (name, rough) in enumerate(exact["float32"].items()):
-            ours = _output(made, name, i, len(exact["float32"])), None
+        for i, (name, rough) in enumerate(exact[own].items()):
+            ours = _output(made, name, i, len(exact[own])), None
             reference = rough, exact["float64"][name] if "float64" in exact else None
             rows.append(("torch", noise.again(judge(name, ours, (rough, None), reference))))
             if theirs is not None:

@@ -40,6 +40,8 @@ class OnnxSession:
         }
         self._dtypes = {x.name: _DTYPES.get(x.type) for x in self._session.get_inputs()}
         self.outputs = [x.name for x in self._session.get_outputs()]
+        kinds = {x.type for x in self._session.get_outputs()}
+        self.precision = "float16" if "tensor(float16)" in kinds else "float32"
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The outputs by name, in the file's order. Inputs are cast to the dtypes that it takes;
@@ -59,6 +61,7 @@ class OnnxSession:
 def _refused(path: Path, e: Exception) -> UsageError:
     why = " ".join(str(e).split())
     return UsageError(
-        f"onnxruntime cannot run {path}: {printable(why[:500])}",
-        "see that its opset and dtypes are ones that onnxruntime has: float32 mostly is",
+        f"onnxruntime cannot run {path.name}: {printable(why[:500])}",
+        "see that its opset and dtypes are ones that onnxruntime has: float32 mostly is, bfloat16 "
+        "mostly is not; what is not run (--no-verify) can be written",
     )
