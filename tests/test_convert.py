@@ -421,11 +421,11 @@ def test_a_failed_verification_leaves_the_old_target(
     before = contents(target)
     write_ = OrbaxWriter._write
 
-    def corrupt(self: OrbaxWriter, name: str, array: np.ndarray) -> None:
+    def corrupt(self: OrbaxWriter, name: str, array: np.ndarray, region: Any) -> None:
         if name == "pooler.dense.kernel":
             array = array.copy()
             array.flat[5] += 1
-        write_(self, name, array)
+        write_(self, name, array, region)
 
     monkeypatch.setattr(OrbaxWriter, "_write", corrupt)
     with pytest.raises(NotEquivalent, match=r"pooler\.dense\.kernel"):
@@ -777,8 +777,8 @@ def test_a_tensor_written_with_another_dtype_is_found(
     def begin_wrong(self: Any, path: Path, header: Any, metadata: Any) -> None:
         begin(self, path, header | {name: TensorInfo("I32", header[name].shape)}, metadata)
 
-    def write_wrong(self: Any, tensor: str, array: np.ndarray) -> None:
-        write(self, tensor, array.view(np.int32) if tensor == name else array)
+    def write_wrong(self: Any, tensor: str, array: np.ndarray, region: Any = None) -> None:
+        write(self, tensor, array.view(np.int32) if tensor == name else array, region)
 
     monkeypatch.setattr(flax_msgpack.MsgpackWriter, "__init__", begin_wrong)
     monkeypatch.setattr(flax_msgpack.MsgpackWriter, "write", write_wrong)

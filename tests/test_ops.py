@@ -8,14 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import bits
 
-from zoo.checkpoint.apply import apply, cast, contiguous
+from zoo.checkpoint.apply import apply, cast
+from zoo.containers.regions import Region, size
+from zoo.containers.strided import contiguous
+from zoo.layout.cuts import Need, assemble, needed
 from zoo.layout.ops import (
     OPS,
     Concat,
     Divide,
+    Each,
     Flip,
     Merge,
     Op,
+    Ops,
     Permute,
     Reorder,
     Split,
@@ -25,6 +30,7 @@ from zoo.layout.ops import (
     inverse,
     op_from_json,
     op_to_json,
+    run,
     run_shapes,
 )
 
@@ -91,6 +97,62 @@ def test_op(op: Op, inputs: list[np.ndarray], first: np.ndarray) -> None:
     assert [bits(b) for b in back] == [bits(a) for a in inputs]
     assert op_from_json(op_to_json(op)) == op
     assert describe((op,)).startswith(type(op).__name__.lower())
+
+
+def drawn_region(data: st.DataObject, shape: tuple[int, ...]) -> Region:
+    bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+    return tuple(slice(*b) for b in bounds)
+
+
+def check_regions(data: st.DataObject, ops: Ops, inputs: list[np.ndarray]) -> None:
+    """Any region, made of the regions that it needs and nothing else, is that of the whole."""
+    shapes = [a.shape for a in inputs]
+    made = run(ops, inputs)
+    which = data.draw(st.integers(0, len(made) - 1))
+    region = drawn_region(data, made[which].shape)
+    needs = needed(ops, shapes, which, region)
+    asked: list[Need] = []
+
+    def read(i: int, part: Region) -> np.ndarray:
+        asked.append((i, part))
+        assert all(0 <= s.start <= s.stop <= n for s, n in zip(part, shapes[i], strict=True))
+        return inputs[i][part]
+
+    assert bits(assemble(ops, shapes, which, region, read)) == bits(made[which][region])
+    assert asked == needs
+    assert sum(size(part) for _, part in needs) >= size(region)
+
+
+@pytest.mark.parametrize(("op", "inputs", "first"), CASES, ids=lambda x: str(x)[:40])
+@given(data=st.data())
+def test_regions(op: Op, inputs: list[np.ndarray], first: np.ndarray, data: st.DataObject) -> None:
+    check_regions(data, (op,), inputs)
+    shapes = [a.shape for a in inputs]
+    check_regions(data, inverse((op,), shapes), run((op,), inputs))
+
+
+@given(data=st.data())
+def test_regions_of_chains(data: st.DataObject) -> None:
+    """Ops one after the other, and other ones for each stretch of a list."""
+    chains: list[tuple[Ops, list[np.ndarray]]] = [
+        ((Split(1, ("h", "d"), (4, 6)), Permute((1, 2, 0)), Flip((1,))), [a2c]),
+        ((Reorder(1, (3, 2, 4), (0, 2, 1)), Permute((1, 0))), [a2c]),
+        ((Concat(1, (3, 3)), Permute((1, 0)), Divide(0, (2, 4))), [a23, b23]),
+        ((Permute((1, 0)), Stack(0), Merge(0, ("l", "i"), (2, 3))), [a23, b23]),
+        ((Each(((1, (Permute((1, 0)),)), (2, (Stack(1), Flip((0,)))))),), [a2c, a23, b23]),
+        ((Unstack(0), Each(((1, ()), (1, (Flip((0,)),))))), [a234]),
+    ]
+    ops, inputs = data.draw(st.sampled_from(chains))
+    check_regions(data, ops, inputs)
+    check_regions(data, inverse(ops, [a.shape for a in inputs]), run(ops, inputs))
+
+
+def test_what_stays_in_order_needs_no_more_than_itself() -> None:
+    rotary = Reorder(0, (8, 2, 4), (0, 2, 1))  # heads, and halves of their features
+    half = (slice(0, 32), slice(0, 5))
+    assert needed((rotary,), [(64, 5)], 0, half) == [(0, half)]
+    transposed = needed((Permute((1, 0)),), [(64, 5)], 0, (slice(1, 2), slice(8, 16)))
+    assert transposed == [(0, (slice(8, 16), slice(1, 2)))]
 
 
 def test_a_chain_is_undone_in_reverse() -> None:
