@@ -23,8 +23,9 @@ import numpy as np
 
 from zoo.containers import dtypes
 from zoo.containers.errors import CorruptInput
-from zoo.containers.regions import Region, extent, size, whole
+from zoo.containers.regions import Region, blocks, extent, size, tiles, whole
 
+_PIECE = 4 << 20
 _PREAD_MAX = 1 << 30  # Linux moves at most 2 GiB - 4 KiB a call
 
 
@@ -59,6 +60,7 @@ class Reader(ABC):
         self.extras: dict[str, Any] = {}  # plain data beside the tensors: numbers, strings
         self.beside: list[str] = []  # other files of the same checkpoint, not read
         self.notices: list[str] = []  # what a user should be told about the file
+        self.opened: object = None  # its `state` before anything was read
 
     @abstractmethod
     def read(
@@ -122,13 +124,15 @@ class Writer(ABC):
         self._write(name, array, region)
         self._wrote(name, size(region))
 
-    def copy(self, name: str, reader: Reader, source: str) -> bool:
-        """Have the kernel copy a tensor as it is, and say whether it could; if not, it is still to
-        be written."""
-        if self.tensors[name] != reader.tensors[source] or not self._copy(name, reader, source):
+    def copy(self, name: str, reader: Reader, source: str, region: Region | None = None) -> bool:
+        """Have the kernel copy a tensor, or a region of it, as it is, and say whether it could; if
+        not, it is still to be written."""
+        info = self.tensors[name]
+        region = whole(info.shape) if region is None else region
+        if info != reader.tensors[source] or not self._copy(name, reader, source, region):
             return False
-        self._take(name, self.tensors[name].size)
-        self._wrote(name, self.tensors[name].size)
+        self._take(name, size(region))
+        self._wrote(name, size(region))
         return True
 
     def _take(self, name: str, elements: int) -> None:
@@ -147,18 +151,27 @@ class Writer(ABC):
 
     def finish(self) -> None:
         """Complete the checkpoint and flush it to the disk."""
+        self.complete()
+        self.sync()
+
+    def complete(self) -> None:
+        """The first half: it can be read, and is not yet durable."""
         if unwritten := sorted(name for name, n in self._lacking.items() if n):
             raise ValueError(f"never written: {unwritten}")
-        self._finish()
+        self._complete()
+
+    @abstractmethod
+    def sync(self) -> None:
+        """The second half of `finish`: flush it to the disk. It may be read meanwhile."""
 
     @abstractmethod
     def _write(self, name: str, array: np.ndarray, region: Region) -> None: ...
 
-    def _copy(self, name: str, reader: Reader, source: str) -> bool:
+    def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
         return False
 
-    @abstractmethod
-    def _finish(self) -> None: ...
+    def _complete(self) -> None:  # noqa: B027
+        """Write what is known only once all tensors are."""
 
     def close(self) -> None:  # noqa: B027
         """Release what is held, finished or not."""
@@ -214,6 +227,24 @@ def as_array(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 def fsync_directory(path: Path) -> None:
     """Make the names in directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def same_bits(reader: Reader, a: str, b: str) -> bool:
+    """Whether two tensors of a file have the same bytes; both are read piece by piece."""
+    info = reader.tensors[a]
+    if info != reader.tensors[b]:
+        return False
+    pieces = tiles(info.shape, blocks(info.shape, _PIECE // dtypes.itemsize(info.dtype)))
+    return all(reader.read(a, r).tobytes() == reader.read(b, r).tobytes() for r in pieces)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to the file durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

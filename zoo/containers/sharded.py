@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from zoo.containers import filenames
-from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory
+from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory, sync_file
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
 from zoo.containers.regions import Region
 from zoo.containers.safetensors_file import (
@@ -108,6 +108,10 @@ class ShardedReader(SpanReader):
         reader = self._shards[shard]
         found = reader.spans(name) if isinstance(reader, SpanReader) else None
         return None if found is None else [Span(s.offset, s.nbytes, shard) for s in found]
+
+    def file_of(self, file: str) -> Path:
+        """The shard's path."""
+        return self.path.parent / file
 
     def descriptor(self, file: str) -> int | None:
         """The shard's."""
@@ -223,8 +227,8 @@ class ShardedSafetensorsWriter(Writer):
     def _write(self, name: str, array: np.ndarray, region: Region) -> None:
         self._writer(self._where[name]).write(name, array, region)
 
-    def _copy(self, name: str, reader: Reader, source: str) -> bool:
-        return self._writer(self._where[name]).copy(name, reader, source)
+    def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
+        return self._writer(self._where[name]).copy(name, reader, source, region)
 
     def _wrote(self, name: str, elements: int) -> None:
         file = self._where[name]
@@ -232,7 +236,7 @@ class ShardedSafetensorsWriter(Writer):
             self._missing[file] -= max(1, elements)
             last = not self._missing[file]
         if last:
-            self._complete(file)
+            self._close(file)
 
     def _writer(self, file: str) -> SafetensorsWriter:
         with self._lock:
@@ -241,15 +245,16 @@ class ShardedSafetensorsWriter(Writer):
                 self._open[file] = SafetensorsWriter(path, self._shards[file], self.metadata)
             return self._open[file]
 
-    def _complete(self, file: str) -> None:
+    def _close(self, file: str) -> None:
+        """A shard that has all of its tensors; it is synced with the others."""
         with self._writer(file) as writer:
-            writer.finish()
+            writer.complete()
         with self._lock:
             del self._open[file]
 
-    def _finish(self) -> None:
+    def _complete(self) -> None:
         if not self.tensors:
-            self._complete(filenames.SAFETENSORS)
+            self._close(filenames.SAFETENSORS)
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(t.nbytes for t in self.tensors.values())},
@@ -257,8 +262,10 @@ class ShardedSafetensorsWriter(Writer):
             }
             with (self.path / filenames.SAFETENSORS_INDEX).open("x") as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        for file in self.path.iterdir():
+            sync_file(file)
         fsync_directory(self.path)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from zoo.containers.strided import contiguous
 
 _STRIP = 1 << 20  # bytes that are brought into order at a time
 _OPEN = 64  # files that one worker has open at a time
-_LIKELY = 1 << 23  # bytes from which the disk is told to begin
+_LIKELY = 1 << 20  # bytes from which the disk is told to begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,16 @@ class SpanReader(Reader):
     def spans(self, name: str) -> Spans | None:
         """Where the tensor lies; None where its bytes are not row-major, or not as they are."""
         return self._spans.get(name)
+
+    def file_of(self, file: str) -> Path:
+        """The file that a span names."""
+        return self.path / file if file else self.path
+
+    def stretches(self) -> Iterator[tuple[Path, int, int]]:
+        """Every file, offset and length in which bytes of a tensor lie as they are."""
+        for name in self.tensors:
+            for span in self.spans(name) or ():
+                yield self.file_of(span.file), span.offset, span.nbytes
 
     def vouch(self, name: str) -> None:
         """CorruptInput where the file has a checksum of the tensor and other bytes: for whoever
@@ -173,23 +183,26 @@ class SpanWriter(Writer):
                         begin_writing(opened[file], offset, n)
                     done += n
 
-    def _copy(self, name: str, reader: Reader, source: str) -> bool:
+    def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
         theirs = reader.spans(source) if isinstance(reader, SpanReader) else None
         if theirs is None or not isinstance(reader, SpanReader):
             return False
         reader.vouch(source)
-        done = 0
+        info = self.tensors[name]
+        itemsize = dtypes.itemsize(info.dtype)
+        length, starts = runs(info.shape, region)
         with Opened(reader, os.O_RDONLY) as sources, Opened(self, os.O_WRONLY) as targets:
-            for span in theirs:
-                start = span.offset
-                for file, offset, n in pieces(self._spans[name], done, span.nbytes):
-                    if not _copied(sources[span.file], start, targets[file], offset, n):
-                        return False
-                    begin_writing(targets[file], offset, n)
-                    start, done = start + n, done + n
+            for start in starts:
+                done = start * itemsize
+                for file, offset, n in pieces(theirs, done, length * itemsize):
+                    for to, at, m in pieces(self._spans[name], done, n):
+                        if not _copied(sources[file], offset, targets[to], at, m):
+                            return False
+                        begin_writing(targets[to], at, m)
+                        offset, done = offset + m, done + m
         return True
 
-    def _finish(self) -> None:
+    def sync(self) -> None:
         os.fsync(self._fd)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.containers import dtypes
-from zoo.containers.base import TensorInfo, fsync_directory
+from zoo.containers.base import TensorInfo, fsync_directory, sync_file
 from zoo.containers.errors import UsageError
 from zoo.containers.filenames import ORBAX_CHECKPOINT, ORBAX_COMMITTED, ORBAX_TREE
 from zoo.containers.orbax_dir.zarr import ZarrArray, chunk_files, wrong_name
@@ -61,7 +61,7 @@ class OrbaxWriter(SpanWriter):
                 spans.append(Span(0, nbytes, f"{name}/{file}"))
             self._spans[name] = spans
 
-    def _finish(self) -> None:
+    def _complete(self) -> None:
         paths = sorted(tuple(name.split(".")) for name in self.tensors)
         tree = {
             "tree_metadata": {str(path): _leaf(path) for path in paths},
@@ -81,9 +81,11 @@ class OrbaxWriter(SpanWriter):
         }
         (self.path / ORBAX_TREE).write_text(json.dumps(tree))
         (self.path / ORBAX_CHECKPOINT).write_text(json.dumps(checkpoint))
+
+    def sync(self) -> None:
         _sync(self.path)
         (self.path / ORBAX_COMMITTED).write_text("Checkpoint commit was successful")
-        _sync_file(self.path / ORBAX_COMMITTED)
+        sync_file(self.path / ORBAX_COMMITTED)
         fsync_directory(self.path)
 
 
@@ -135,14 +137,6 @@ def _leaf(path: tuple[str, ...]) -> dict[str, Any]:
 def _sync(path: Path) -> None:
     for folder, _, files in os.walk(path):
         for file in files:
-            _sync_file(Path(folder, file))
+            sync_file(Path(folder, file))
         fsync_directory(Path(folder))
     fsync_directory(path.absolute().parent)
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -35,6 +36,8 @@ AGAIN = "it is damaged or was not completely written: copy, download or save it 
 _FREE = 64 << 20
 _MOST = 40_000
 _MOST_CHUNKS = 1 << 20
+
+_CHUNK_NAME = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 
 T = TypeVar("T")
 
@@ -161,6 +164,13 @@ def _check_claims(array: ZarrArray, disk: int, what: str) -> None:
     count = math.prod(-(-size // chunk) for size, chunk in pairs)
     if count > _MOST_CHUNKS:
         raise CorruptInput(f"{what}: claims {count} chunks", AGAIN)
+
+
+def is_array(folder: Path) -> bool:
+    """Whether a folder of a checkpoint holds arrays and nothing else."""
+    files = [p for p in folder.rglob("*") if not p.is_dir()] if folder.is_dir() else []
+    heads = [p for p in files if p.name in ("zarr.json", ".zarray")]
+    return bool(heads) and all(p in heads or _CHUNK_NAME.fullmatch(p.name) for p in files)
 
 
 def load_json(raw: bytes, what: str) -> dict[str, Any]:

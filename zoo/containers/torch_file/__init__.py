@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.containers import dtypes
-from zoo.containers.base import TensorInfo
+from zoo.containers.base import TensorInfo, sync_file
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
 from zoo.containers.regions import Region, extent, whole
 from zoo.containers.spans import Span, SpanReader, Spans, SpanWriter
@@ -260,7 +260,7 @@ class TorchWriter(SpanWriter):
             raise ValueError(f"{name} is tied to {self.ties[name]}: write that")
         super().write(name, array, region)
 
-    def _finish(self) -> None:
+    def _complete(self) -> None:
         import torch
 
         self._spool.truncate(max(self._size, 1))  # no mapping is empty
@@ -277,8 +277,9 @@ class TorchWriter(SpanWriter):
         state = OrderedDict((name, by_name[self.ties.get(name, name)]) for name in self.tensors)
         with open(self.path, "xb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        sync_file(self.path)
 
     def close(self) -> None:
         self._spool.close()
