@@ -138,9 +138,9 @@ class Writer(ABC):
     def _take(self, name: str, elements: int) -> None:
         """Note what is being written; ValueError for what was written before."""
         with self._lock:
-            self._lacking[name] -= max(1, elements)
-            if self._lacking[name] < 0:
+            if self._lacking[name] < max(1, elements):
                 raise ValueError(f"{name} was written twice")
+            self._lacking[name] -= max(1, elements)
 
     def _wrote(self, name: str, elements: int) -> None:  # noqa: B027
         """Some of a tensor, perhaps the last of it, has been written."""

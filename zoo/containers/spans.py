@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,8 @@ class SpanWriter(Writer):
         super().__init__(path, tensors, metadata)
         self._fd = -1
         self._spans: dict[str, Spans] = {}
+        # The kernel lets one thread at a time write to a file; the others would spin, not sleep.
+        self._writing = threading.Lock()
 
     def _create(self, nbytes: int) -> None:
         """The checkpoint's one file, of so many bytes."""
@@ -178,7 +181,8 @@ class SpanWriter(Writer):
         with Opened(self, os.O_WRONLY) as opened:
             for start in starts:
                 for file, offset, n in pieces(spans, start * itemsize, nbytes):
-                    put(opened[file], view[done : done + n], offset)
+                    with self._writing:
+                        put(opened[file], view[done : done + n], offset)
                     if n >= _LIKELY:
                         begin_writing(opened[file], offset, n)
                     done += n
