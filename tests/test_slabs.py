@@ -17,7 +17,7 @@ from support import bits, write
 import convert
 from convert.api import plan
 from zoo.checkpoint import hashes, slabs
-from zoo.checkpoint.hashes import Tree
+from zoo.checkpoint.hashes import HashTree
 from zoo.checkpoint.plan import Step
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
@@ -221,7 +221,7 @@ def test_slabs_fill_both_sides(data: st.DataObject) -> None:
 def test_leaves_are_the_bytes_in_order(shape: tuple[int, ...], room: int) -> None:
     """In whatever order they come: the tree's leaves are contiguous stretches of the tensor."""
     info = TensorInfo("F32", shape)
-    tree, at = Tree("sha256", info), 0
+    tree, at = HashTree("sha256", info), 0
     for number, part in tree.leaves(whole(shape)):
         length, starts = runs(shape, part)
         assert list(starts) == [at]
@@ -230,7 +230,7 @@ def test_leaves_are_the_bytes_in_order(shape: tuple[int, ...], room: int) -> Non
         tree.put(number, b"%d" % number)
     assert at == info.size
     assert tree.complete
-    again = Tree("sha256", info)
+    again = HashTree("sha256", info)
     for region in reversed(slabs.contiguous(info, room)):
         assert again.holds(region)
         for number, _ in again.leaves(region):

@@ -1095,8 +1095,8 @@ def test_a_file_that_comes_back_different_leaves_nothing(
 ) -> None:
     write_it = storage.write
 
-    def broken(path: Path, state: TrainingState) -> dict[str, str]:
-        hashes = write_it(path, state)
+    def broken(path: Path, state: TrainingState, kind: str) -> dict[str, str]:
+        hashes = write_it(path, state, kind)
         with path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")

@@ -12,7 +12,7 @@ import numpy as np
 from convert.engine.stream import Stream, Streamed
 from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import apply
-from zoo.checkpoint.hashes import Tree, digest, in_order
+from zoo.checkpoint.hashes import HashTree, digest, in_order
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, Step
 from zoo.checkpoint.progress import Progress
@@ -79,7 +79,7 @@ def recheck(
             progress("verify", done, total)
         lacking = {n: tree for n, tree in moved.targets.items() if not tree.complete}
         read = [n for n in (*made, *ties) if n not in ties or reader.ties.get(n) != ties[n]]
-        others = {n: Tree(stream.kind, reader.tensors[n]) for n in read}
+        others = {n: HashTree(stream.kind, reader.tensors[n]) for n in read}
         for name, _, error in hashed(reader, lacking | others, stream.workers):
             wrong += [f"{name}: {error.problem}"] if error else []
     if not wrong:

@@ -11,7 +11,7 @@ from convert.engine.prepare import Prepared
 from convert.engine.targets import written_ties
 from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import cast, lost
-from zoo.checkpoint.hashes import Tree, digest, in_order
+from zoo.checkpoint.hashes import HashTree, digest, in_order
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.reading import Buffers, hash_leaves, hashed
 from zoo.checkpoint.slabs import Slab, cut, pieces
@@ -23,8 +23,8 @@ from zoo.containers.strided import contiguous
 class Streamed:
     """What is known of the tensors once they have been written."""
 
-    sources: dict[str, Tree]
-    targets: dict[str, Tree]  # filled where they are read back
+    sources: dict[str, HashTree]
+    targets: dict[str, HashTree]  # filled where they are read back
     # Of what was cast, the digest of each region as it was meant.
     meant: dict[tuple[int, int], bytes] = field(default_factory=dict)
     overflow: int = 0  # finite values that a cast made infinite or NaN
@@ -66,13 +66,13 @@ class Stream:
         return moved
 
     def _begin(self) -> Streamed:
-        sources: dict[str, Tree] = {}
-        targets: dict[str, Tree] = {}
+        sources: dict[str, HashTree] = {}
+        targets: dict[str, HashTree] = {}
         for step in self.plan.steps if self.kind else ():
             infos = zip(step.sources, step.source_infos, strict=True)
-            sources |= {n: Tree(self.kind, info) for n, info in infos}
+            sources |= {n: HashTree(self.kind, info) for n, info in infos}
             infos = zip(step.targets, step.target_infos, strict=True)
-            targets |= {n: Tree(self.kind, info) for n, info in infos}
+            targets |= {n: HashTree(self.kind, info) for n, info in infos}
         return Streamed(sources, targets)
 
     def _move(self, number: int, writer: Writer, moved: Streamed, buffers: Buffers) -> int:
@@ -111,5 +111,5 @@ def _first(slab: Slab) -> str:
     return slab.step.targets[slab.writes[0][0]]
 
 
-def _lacking(trees: Mapping[str, Tree]) -> dict[str, Tree]:
+def _lacking(trees: Mapping[str, HashTree]) -> dict[str, HashTree]:
     return {name: tree for name, tree in trees.items() if not tree.complete}

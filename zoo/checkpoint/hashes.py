@@ -59,7 +59,7 @@ def leaf(info: TensorInfo) -> tuple[int, ...]:
     return blocks(info.shape, LEAF // dtypes.itemsize(info.dtype))
 
 
-class Tree:
+class HashTree:
     """The hash of one tensor in the making: its leaves come in any order."""
 
     def __init__(self, kind: str, info: TensorInfo) -> None:
@@ -113,7 +113,7 @@ class Tree:
 
 def of(kind: str, array: np.ndarray) -> str:
     """The hash of an array."""
-    tree = Tree(kind, TensorInfo(dtypes.code_of(array.dtype), array.shape))
+    tree = HashTree(kind, TensorInfo(dtypes.code_of(array.dtype), array.shape))
     for number, part in tree.leaves(whole(array.shape)):
         tree.put(number, digest(kind, in_order(array[part])))
     return tree.hexdigest()

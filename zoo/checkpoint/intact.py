@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.certificate import Certificate, file_sha256, files_of, is_sound, rests
-from zoo.checkpoint.hashes import Tree, hasher
+from zoo.checkpoint.hashes import HashTree, hasher
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.reading import hashed
 from zoo.checkpoint.slabs import COPIED, contiguous, default_workers
@@ -177,7 +177,7 @@ def _tree_hashes(
     reader: Reader, names: Sequence[str], kind: str, progress: Callable[[int], None]
 ) -> _Hashes:
     """Of each tensor the hash, or why it cannot be read."""
-    trees = {n: Tree(kind, reader.tensors[n]) for n in names}
+    trees = {n: HashTree(kind, reader.tensors[n]) for n in names}
     failed: dict[str, ZooError] = {}
     done = 0
     for name, nbytes, error in hashed(reader, trees, default_workers()):

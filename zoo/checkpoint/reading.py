@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from zoo.checkpoint.ahead import prefetch
-from zoo.checkpoint.hashes import Tree, digest, in_order
+from zoo.checkpoint.hashes import HashTree, digest, in_order
 from zoo.checkpoint.slabs import COPIED, contiguous
 from zoo.containers import dtypes
 from zoo.containers.base import Reader
@@ -48,7 +48,7 @@ class Buffers:
 
 
 def hashed(
-    reader: Reader, trees: Mapping[str, Tree], workers: int
+    reader: Reader, trees: Mapping[str, HashTree], workers: int
 ) -> Iterator[tuple[str, int, ZooError | None]]:
     """Fill the trees from the tensors of these names; gives after each part the name, the bytes
     read, and what was wrong."""
@@ -66,7 +66,7 @@ def hashed(
     return prefetch([functools.partial(part, n, r) for n, r in parts], workers)
 
 
-def hash_leaves(tree: Tree, region: Region, array: np.ndarray) -> None:
+def hash_leaves(tree: HashTree, region: Region, array: np.ndarray) -> None:
     """Fill in the leaves of a region that holds whole ones, whose elements `array` has."""
     for number, at in tree.leaves(region):
         tree.put(number, digest(tree.kind, in_order(array[at])))
