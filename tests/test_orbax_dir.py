@@ -360,6 +360,31 @@ def test_chunks_and_orders(order: Any, tmp_path: Path, monkeypatch: pytest.Monke
         assert bits(reader.read("x1", region)) == bits(np.ascontiguousarray(arrays["x1"][region]))
 
 
+@pytest.mark.parametrize("mode", ["v1", "pytree", "files", "files-zarr3"])
+def test_regions_of_what_others_wrote(mode: str, tmp_path: Path) -> None:
+    arrays = {"a": np.arange(60.0).reshape(3, 4, 5)}
+    SAVE[mode](tmp_path / "c", arrays)
+    region = (slice(1, 3), slice(0, 2), slice(4, 5))
+    with OrbaxReader(tmp_path / "c") as reader:
+        out = np.empty((2, 2, 1))
+        assert reader.read("a", region, out) is out
+        assert (out == arrays["a"][region]).all()
+
+
+def test_more_chunks_claimed_than_there_are(tmp_path: Path) -> None:
+    """A million of them are not looked for one by one."""
+    write(tmp_path / "c", {"a": np.ones(4)})
+    edit(
+        tmp_path / "c" / "a" / "zarr.json",
+        lambda m: m.update(
+            shape=[1 << 20],
+            chunk_grid={"name": "regular", "configuration": {"chunk_shape": [1]}},
+        ),
+    )
+    with OrbaxReader(tmp_path / "c") as reader:
+        assert reader.spans("a") is None
+
+
 def test_the_callers_buffer_may_be_reused(tmp_path: Path) -> None:
     infos = {name: TensorInfo("F32", (1000,)) for name in "abc"}
     buffer = np.empty(1000, np.float32)

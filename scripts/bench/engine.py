@@ -2,8 +2,8 @@
 
 Every job is a process of its own, run in turn with what it is held against: `cp` and `sync` of the
 same bytes for a conversion, the libraries' own way for the others. Only the ratio within a round
-counts, since disks and neighbours vary. Prints as it goes; with --write it writes
-docs/performance.json, from which --page makes docs/performance.md and its plot.
+counts, since disks and neighbours vary. With --write it writes docs/performance.json, from which
+scripts/bench/performance_page.py makes docs/performance.md and its plot.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, default=ROOT, help="another version's source tree")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--machine", default="", help="a remark on where it was measured")
     given = parser.parse_args()
     idle = run([sys.executable, "-c", "pass"], given.tree)[1]
     found: dict[str, dict[str, object]] = {}
@@ -161,6 +162,7 @@ def main() -> None:
             for _ in range(given.rounds):
                 for job in jobs:
                     rows[job.label].append(measure(job, folder, given.tree, idle))
+                    print(f"  {job.label}: {rows[job.label][-1][0]:.2f}", flush=True)
         finally:
             shutil.rmtree(folder)
         for job in jobs:
@@ -179,7 +181,7 @@ def main() -> None:
                 flush=True,
             )
     if given.write:
-        told = {"rounds": given.rounds, "jobs": found}
+        told = {"rounds": given.rounds, "machine": given.machine, "jobs": found}
         (ROOT / "docs" / "performance.json").write_text(json.dumps(told, indent=1) + "\n")
 
 

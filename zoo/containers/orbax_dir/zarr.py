@@ -98,10 +98,14 @@ def parse(raw: bytes, zarr3: bool, disk: int, what: str) -> ZarrArray:
         raise CorruptInput(f"{what}: has the shape {shape!r} in chunks of {chunks!r}", AGAIN)
     array = ZarrArray(TensorInfo(dtype, sizes[0]), sizes[1])
     _check_claims(array, disk, what)
-    return replace(array, plain=_plain(meta, array)) if zarr3 else array
+    return replace(array, plain=_plain(meta, array, disk)) if zarr3 else array
 
 
-def _plain(meta: dict[str, Any], array: ZarrArray) -> str | None:
+def _plain(meta: dict[str, Any], array: ZarrArray, disk: int) -> str | None:
+    pairs = zip(array.info.shape, array.chunks, strict=True)
+    stored = math.prod(-(-size // chunk) * chunk for size, chunk in pairs)
+    if stored * dtypes.itemsize(array.info.dtype) > disk:  # before anything is listed
+        return None
     match meta.get("codecs"):
         case [{"name": "bytes", "configuration": {"endian": "little"}}]:
             pass
