@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import bits
 
@@ -33,6 +33,10 @@ from zoo.layout.ops import (
     run,
     run_shapes,
 )
+
+
+# Machines are slow at times, and what is drawn is not at fault.
+PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def arrays(*shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -124,6 +128,7 @@ def check_regions(data: st.DataObject, ops: Ops, inputs: list[np.ndarray]) -> No
 
 
 @pytest.mark.parametrize(("op", "inputs", "first"), CASES, ids=lambda x: str(x)[:40])
+@PATIENT
 @given(data=st.data())
 def test_regions(op: Op, inputs: list[np.ndarray], first: np.ndarray, data: st.DataObject) -> None:
     check_regions(data, (op,), inputs)
@@ -131,6 +136,7 @@ def test_regions(op: Op, inputs: list[np.ndarray], first: np.ndarray, data: st.D
     check_regions(data, inverse((op,), shapes), run((op,), inputs))
 
 
+@PATIENT
 @given(data=st.data())
 def test_regions_of_chains(data: st.DataObject) -> None:
     """Ops one after the other, and other ones for each stretch of a list."""
@@ -197,6 +203,7 @@ def test_unknown_json_is_refused() -> None:
         op_from_json({"op": "permute", "axes": [0], "more": 1})
 
 
+@PATIENT
 @given(st.data())
 def test_contiguous_copies_any_permutation(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(0, 14), min_size=1, max_size=4).map(tuple))
