@@ -34,7 +34,6 @@ from zoo.layout.ops import (
     run_shapes,
 )
 
-
 # Machines are slow at times, and what is drawn is not at fault.
 PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

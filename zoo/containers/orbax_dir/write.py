@@ -31,9 +31,9 @@ class OrbaxWriter(SpanWriter):
     file and `state/`) is refused by both v0 checkpointers, and all that it has over this one is
     v1 `load_checkpointables`. Files put beside it (a config) disturb none of them.
 
-    Arrays are zarr v3, as v1 writes them, in plain files and not in an OCDBT database: Orbax restores
-    60 arrays of 4 MiB in 0.15 to 0.5 s from either, and plain files need no second copy. Chunks are
-    uncompressed, lie contiguously in their array and hold at most 16 MiB, so that regions are
+    Arrays are zarr v3, as v1 writes them, in plain files and not in an OCDBT database: Orbax
+    restores 60 arrays of 4 MiB in 0.15 to 0.5 s from either, and nothing is copied twice. Chunks
+    are uncompressed, lie contiguously in their array and hold at most 16 MiB, so that regions are
     written and read where they lie, without TensorStore. Leaves are marked as NumPy's: without a
     target tree they come back as NumPy arrays, and a 64-bit one is not cut to 32 bits by a JAX
     without x64. Orbax's zstd would take 8 % off float weights and two to three times as long.
