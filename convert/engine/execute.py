@@ -83,7 +83,7 @@ def _syncing(writer: Writer) -> Iterator[None]:
 
 def _refuse_change(reader: Reader) -> None:
     """CorruptInput where the source is not what it was when it was opened."""
-    if reader.opened is not None and reader.state() != reader.opened:
+    if reader.first_state is not None and reader.state() != reader.first_state:
         raise CorruptInput(
             f"{reader.path} was changed while it was read",
             "wait until it is written, and convert it again",

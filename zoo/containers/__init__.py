@@ -32,7 +32,7 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
     if not path.exists():
         raise UsageError(f"{path} does not exist", "give the path of a file or a directory")
     reader = _open_directory(path, prefer) if path.is_dir() else _open_file(path)
-    reader.opened = reader.state()
+    reader.first_state = reader.state()
     return reader
 
 

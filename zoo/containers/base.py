@@ -60,7 +60,7 @@ class Reader(ABC):
         self.extras: dict[str, Any] = {}  # plain data beside the tensors: numbers, strings
         self.beside: list[str] = []  # other files of the same checkpoint, not read
         self.notices: list[str] = []  # what a user should be told about the file
-        self.opened: object = None  # its `state` before anything was read
+        self.first_state: object = None  # its `state` before anything was read
 
     @abstractmethod
     def read(
