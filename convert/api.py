@@ -46,6 +46,8 @@ def convert(
     force: bool = False,
     verify: bool = True,
     level: Level = "bits",
+    max_memory: int | None = None,
+    workers: int | None = None,
     progress: Progress = lambda stage, done, total: None,
     on_plan: Callable[[Prepared], None] = lambda prepared: None,
 ) -> Certificate:
@@ -65,7 +67,8 @@ def convert(
     result, so that the way back needs none. `prefix` is what stands before the names of the one
     model that is meant, where `src` holds several: "student".
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
-    both twins are run.
+    both twins are run. `max_memory` is how many bytes of tensors are held at a time (None: 96 MB;
+    ops that mix all of a tensor may take more, which `plan` tells), by `workers` threads.
     `on_plan` is called once everything is known and nothing is written.
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.
@@ -87,6 +90,8 @@ def convert(
         force=force,
         verify=verify,
         level=level,
+        max_memory=max_memory,
+        workers=workers,
     )
     with ExitStack() as stack:
         prepared = prepare(order, stack)

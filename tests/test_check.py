@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ from support import canonical
 import convert
 import zoo
 from convert.cli.main import cli
-from zoo.checkpoint.certificate import Certificate
+from zoo.checkpoint import hashes
+from zoo.checkpoint.certificate import file_sha256, files_of
 from zoo.checkpoint.label import Label
-from zoo.containers.errors import CorruptInput, UsageError
+from zoo.containers import filenames, open_checkpoint
+from zoo.containers.errors import CorruptInput, MissingExtra, UsageError
+from zoo.containers.spans import SpanReader
 from zoo.loading import build
 from zoo.models.mlp import MODEL
 
@@ -86,15 +91,8 @@ def test_every_flipped_bit_is_found(written: Path, name: str, tmp_path: Path) ->
     assert convert.check(path).intact
 
 
-@pytest.mark.parametrize("hashed", [True, False])
-def test_what_is_damaged_is_named(written: Path, hashed: bool, tmp_path: Path) -> None:
-    """Also by a certificate of --no-verify, which has no hashes of files."""
+def test_what_is_damaged_is_named(written: Path, tmp_path: Path) -> None:
     path = copied(written, "net.safetensors", tmp_path)
-    certificate = tmp_path / "net.safetensors.certificate.json"
-    if not hashed:
-        made = Certificate.read(certificate)
-        made.files = {}
-        certificate.write_text(made.to_json())
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -102,15 +100,62 @@ def test_what_is_damaged_is_named(written: Path, hashed: bool, tmp_path: Path) -
     data = bytearray(moments.read_bytes())
     data[-1] ^= 1
     moments.write_bytes(data)
-    *files, tensor, moment = convert.check(path).damaged
-    changed = "it was changed since it was written"
-    wanted = [f"net.safetensors: {changed}", f"optimizer.safetensors: {changed}"]
-    assert files == (wanted if hashed else [])
+    tensor, moment = convert.check(path).damaged
     assert tensor.endswith(": its bytes are others")
     assert moment.startswith(f"{moments.name}: ")
     with pytest.raises(CorruptInput, match="things differ"):
         zoo.load(path, "torch", check_hashes=True)
     zoo.load(path, "torch")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("whole", [True, False], ids=["files", "tensors alone"])
+def test_format_1_is_still_read(written: Path, name: str, whole: bool, tmp_path: Path) -> None:
+    """As it was before hashes were trees: SHA-256 of tensors, and of whole files or of none."""
+    path = copied(written, name, tmp_path)
+    file = filenames.beside(path, filenames.CERTIFICATE)
+    data = json.loads(file.read_text())
+    with open_checkpoint(path) as reader:
+        for record in data["tensors"]:
+            del record["source_hashes"], record["target_hashes"]
+            plain = [hashlib.sha256(reader.read(n).tobytes()).hexdigest() for n in record["target"]]
+            record |= {"source_sha256": [], "target_sha256": plain}
+    del data["hash"], data["sha256"]
+    data["training"] = {}
+    data["files"] = {n: file_sha256(p) for n, p in files_of(path).items()} if whole else {}
+    file.write_text(json.dumps(data | {"format": 1}))
+    assert convert.check(path).intact
+    with open_checkpoint(path) as reader:
+        assert isinstance(reader, SpanReader)
+        first, offset, _ = next(reader.stretches())
+    rotten = bytearray(first.read_bytes())
+    rotten[offset] ^= 1
+    first.write_bytes(rotten)
+    damaged = convert.check(path).damaged
+    assert damaged
+    assert any("was changed since" in told for told in damaged) == whole
+
+
+def test_without_blake3(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that is installed alone hashes with SHA-256, and says what reading BLAKE3 needs."""
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    ran = CliRunner().invoke(cli, ["check", str(written / "net.msgpack")])
+    assert isinstance(ran.exception, MissingExtra)
+    assert "zooconvert[blake3]" in str(ran.exception)
+    monkeypatch.setattr(hashes, "find_spec", lambda name: None)
+    made = convert.convert(written / "net.flax", tmp_path / "b.safetensors")
+    assert made.hash == "sha256"
+    assert convert.check(tmp_path / "b.safetensors").intact
+    monkeypatch.undo()
+    assert convert.check(tmp_path / "b.safetensors").intact
+
+
+def test_unverified_has_no_hashes(written: Path, tmp_path: Path) -> None:
+    made = convert.convert(written / "net.flax", tmp_path / "b.safetensors", verify=False)
+    assert made.hash == ""
+    assert not any(r.target_hashes for r in made.tensors)
+    with pytest.raises(UsageError, match="--no-verify"):
+        convert.check(tmp_path / "b.safetensors")
 
 
 def test_a_file_is_gone(written: Path, tmp_path: Path) -> None:
@@ -128,10 +173,6 @@ def test_a_certificate_that_was_changed(written: Path, tmp_path: Path) -> None:
         convert.check(path)
     file.write_text(text.replace('"level": "bits"', '"level": "none"'))
     assert convert.check(path).damaged == [f"{file.name}: it was changed since it was written"]
-    earlier = json.loads(text)
-    del earlier["sha256"], earlier["files"]
-    file.write_text(json.dumps(earlier, indent=1))
-    assert convert.check(path).intact, "of an earlier version"
     file.unlink()
     with pytest.raises(UsageError, match="there is no certificate"):
         convert.check(path)

@@ -26,7 +26,8 @@ import zoo
 from convert.api import plan
 from convert.cli.main import cli
 from convert.engine.commit import workplace
-from zoo.checkpoint.certificate import Certificate, sha256
+from zoo.checkpoint import hashes
+from zoo.checkpoint.certificate import Certificate
 from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
 from zoo.containers.base import TensorInfo
@@ -421,11 +422,11 @@ def test_a_failed_verification_leaves_the_old_target(
     before = contents(target)
     write_ = OrbaxWriter._write
 
-    def corrupt(self: OrbaxWriter, name: str, array: np.ndarray) -> None:
+    def corrupt(self: OrbaxWriter, name: str, array: np.ndarray, region: Any) -> None:
         if name == "pooler.dense.kernel":
             array = array.copy()
             array.flat[5] += 1
-        write_(self, name, array)
+        write_(self, name, array, region)
 
     monkeypatch.setattr(OrbaxWriter, "_write", corrupt)
     with pytest.raises(NotEquivalent, match=r"pooler\.dense\.kernel"):
@@ -473,11 +474,11 @@ def test_a_tie_that_was_not_written_is_found(
     convert.convert(src, tmp_path / "b.msgpack")
     write_ = SafetensorsWriter._write
 
-    def zeros(self: SafetensorsWriter, name: str, array: np.ndarray) -> None:
-        write_(self, name, array * 0 if "decoder" in name else array)
+    def zeros(self: SafetensorsWriter, name: str, array: np.ndarray, region: Any) -> None:
+        write_(self, name, array * 0 if "decoder" in name else array, region)
 
     monkeypatch.setattr(SafetensorsWriter, "_write", zeros)
-    with pytest.raises(NotEquivalent, match=r"decoder\.weight is not bert"):
+    with pytest.raises(NotEquivalent, match=r"decoder\.weight was not written"):
         convert.convert(tmp_path / "b.msgpack", tmp_path / "c.safetensors")
 
 
@@ -658,7 +659,8 @@ def test_two_at_once_to_one_target(tmp_path: Path) -> None:
         assert convert.verify(winner, target).verdict == "same"
         record = Certificate.read(tmp_path / "b.msgpack.certificate.json").tensors[0]
         with open_checkpoint(target) as reader:
-            assert [sha256(reader.read(record.target[0]))] == record.target_sha256
+            found = hashes.of(hashes.best(), reader.read(record.target[0]))
+            assert [found] == record.target_hashes
 
 
 def test_a_source_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
@@ -677,7 +679,7 @@ def test_a_source_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_the_certificate_names_every_tensor_with_its_hash(tmp_path: Path) -> None:
-    import hashlib
+    from blake3 import blake3
 
     src = source(tmp_path / "a")
     convert.convert(src, tmp_path / "b.msgpack")
@@ -687,8 +689,9 @@ def test_the_certificate_names_every_tensor_with_its_hash(tmp_path: Path) -> Non
     record = next(t for t in found.tensors if t.names == ["pooler.dense.weight"])
     assert (record.op, record.target) == ("permute(1,0)", ["pooler.dense.kernel"])
     weight = arrays["pooler.dense.weight"]
-    assert record.source_sha256 == [hashlib.sha256(weight.tobytes()).hexdigest()]
-    assert record.target_sha256 == [hashlib.sha256(weight.T.tobytes()).hexdigest()]
+    assert record.source_hashes == [blake3(weight.tobytes()).hexdigest()]
+    assert record.target_hashes == [blake3(weight.T.tobytes()).hexdigest()]
+    assert (found.hash, found.format) == ("blake3", 2)
     assert found.verified["tensors"] == len(arrays)
     assert "numpy" in found.versions
 
@@ -777,8 +780,8 @@ def test_a_tensor_written_with_another_dtype_is_found(
     def begin_wrong(self: Any, path: Path, header: Any, metadata: Any) -> None:
         begin(self, path, header | {name: TensorInfo("I32", header[name].shape)}, metadata)
 
-    def write_wrong(self: Any, tensor: str, array: np.ndarray) -> None:
-        write(self, tensor, array.view(np.int32) if tensor == name else array)
+    def write_wrong(self: Any, tensor: str, array: np.ndarray, region: Any = None) -> None:
+        write(self, tensor, array.view(np.int32) if tensor == name else array, region)
 
     monkeypatch.setattr(flax_msgpack.MsgpackWriter, "__init__", begin_wrong)
     monkeypatch.setattr(flax_msgpack.MsgpackWriter, "write", write_wrong)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import bits
 
-from zoo.checkpoint.apply import apply, cast, contiguous
+from zoo.checkpoint.apply import apply, cast
+from zoo.containers.regions import Region, size
+from zoo.containers.strided import contiguous
+from zoo.layout.cuts import Need, assemble, needed
 from zoo.layout.ops import (
     OPS,
     Concat,
     Divide,
+    Each,
     Flip,
     Merge,
     Op,
+    Ops,
     Permute,
     Reorder,
     Split,
@@ -25,8 +30,12 @@ from zoo.layout.ops import (
     inverse,
     op_from_json,
     op_to_json,
+    run,
     run_shapes,
 )
+
+# Machines are slow at times, and what is drawn is not at fault.
+PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def arrays(*shapes: tuple[int, ...]) -> list[np.ndarray]:
@@ -93,6 +102,64 @@ def test_op(op: Op, inputs: list[np.ndarray], first: np.ndarray) -> None:
     assert describe((op,)).startswith(type(op).__name__.lower())
 
 
+def drawn_region(data: st.DataObject, shape: tuple[int, ...]) -> Region:
+    bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+    return tuple(slice(*b) for b in bounds)
+
+
+def check_regions(data: st.DataObject, ops: Ops, inputs: list[np.ndarray]) -> None:
+    """Any region, made of the regions that it needs and nothing else, is that of the whole."""
+    shapes = [a.shape for a in inputs]
+    made = run(ops, inputs)
+    which = data.draw(st.integers(0, len(made) - 1))
+    region = drawn_region(data, made[which].shape)
+    needs = needed(ops, shapes, which, region)
+    asked: list[Need] = []
+
+    def read(i: int, part: Region) -> np.ndarray:
+        asked.append((i, part))
+        assert all(0 <= s.start <= s.stop <= n for s, n in zip(part, shapes[i], strict=True))
+        return inputs[i][part]
+
+    assert bits(assemble(ops, shapes, which, region, read)) == bits(made[which][region])
+    assert asked == needs
+    assert sum(size(part) for _, part in needs) >= size(region)
+
+
+@pytest.mark.parametrize(("op", "inputs", "first"), CASES, ids=lambda x: str(x)[:40])
+@PATIENT
+@given(data=st.data())
+def test_regions(op: Op, inputs: list[np.ndarray], first: np.ndarray, data: st.DataObject) -> None:
+    check_regions(data, (op,), inputs)
+    shapes = [a.shape for a in inputs]
+    check_regions(data, inverse((op,), shapes), run((op,), inputs))
+
+
+@PATIENT
+@given(data=st.data())
+def test_regions_of_chains(data: st.DataObject) -> None:
+    """Ops one after the other, and other ones for each stretch of a list."""
+    chains: list[tuple[Ops, list[np.ndarray]]] = [
+        ((Split(1, ("h", "d"), (4, 6)), Permute((1, 2, 0)), Flip((1,))), [a2c]),
+        ((Reorder(1, (3, 2, 4), (0, 2, 1)), Permute((1, 0))), [a2c]),
+        ((Concat(1, (3, 3)), Permute((1, 0)), Divide(0, (2, 4))), [a23, b23]),
+        ((Permute((1, 0)), Stack(0), Merge(0, ("l", "i"), (2, 3))), [a23, b23]),
+        ((Each(((1, (Permute((1, 0)),)), (2, (Stack(1), Flip((0,)))))),), [a2c, a23, b23]),
+        ((Unstack(0), Each(((1, ()), (1, (Flip((0,)),))))), [a234]),
+    ]
+    ops, inputs = data.draw(st.sampled_from(chains))
+    check_regions(data, ops, inputs)
+    check_regions(data, inverse(ops, [a.shape for a in inputs]), run(ops, inputs))
+
+
+def test_what_stays_in_order_needs_no_more_than_itself() -> None:
+    rotary = Reorder(0, (8, 2, 4), (0, 2, 1))  # heads, and halves of their features
+    half = (slice(0, 32), slice(0, 5))
+    assert needed((rotary,), [(64, 5)], 0, half) == [(0, half)]
+    transposed = needed((Permute((1, 0)),), [(64, 5)], 0, (slice(1, 2), slice(8, 16)))
+    assert transposed == [(0, (slice(8, 16), slice(1, 2)))]
+
+
 def test_a_chain_is_undone_in_reverse() -> None:
     ops = (Permute((1, 0)), Split(1, ("a", "b"), (2, 2)), Permute((2, 0, 1)))
     x = arrays((2, 3))
@@ -135,6 +202,7 @@ def test_unknown_json_is_refused() -> None:
         op_from_json({"op": "permute", "axes": [0], "more": 1})
 
 
+@PATIENT
 @given(st.data())
 def test_contiguous_copies_any_permutation(data: st.DataObject) -> None:
     shape = data.draw(st.lists(st.integers(0, 14), min_size=1, max_size=4).map(tuple))

@@ -346,18 +346,43 @@ def test_orbax_restores_into_a_target(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_chunks_and_orders(order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orbax_write, "_CHUNK", 256)
-    monkeypatch.setattr(orbax_write, "_IN_FLIGHT", 1000)
     rng = np.random.default_rng(0)
     shapes = [(7, 13), (2, 3, 65), (1000,), (3, 200), (5, 1, 3, 30), ()]
     arrays = {f"x{i}": rng.standard_normal(s) for i, s in enumerate(shapes)}
     write(tmp_path / "c", {n: np.asarray(a, order=order) for n, a in arrays.items()})
     assert_same(read_all(tmp_path / "c"), arrays)
     assert_same(flat(v1.load(tmp_path / "c")), arrays)
-    kv = {"driver": "ocdbt", "base": f"file://{tmp_path}/c/"}
-    keys = [k.decode() for k in ts.KvStore.open(kv).result().list().result()]
-    assert sum(k.startswith("x1/c/") for k in keys) == 2 * 3 * 3  # of 32, 32 and 1 element
-    sizes = [len(ts.KvStore.open(kv).result().read(k).result().value) for k in keys if "/c" in k]
-    assert max(sizes) <= 256
+    files = [p for p in (tmp_path / "c").glob("x*/*") if p.name.startswith("c")]
+    assert sum(p.parent.name == "x1" for p in files) == 2 * 3 * 3  # of 32, 32 and 1 element
+    assert max(p.stat().st_size for p in files) <= 256
+    with OrbaxReader(tmp_path / "c") as reader:
+        region = (slice(1, 2), slice(0, 3), slice(30, 64))
+        assert bits(reader.read("x1", region)) == bits(np.ascontiguousarray(arrays["x1"][region]))
+
+
+@pytest.mark.parametrize("mode", ["v1", "pytree", "files", "files-zarr3"])
+def test_regions_of_what_others_wrote(mode: str, tmp_path: Path) -> None:
+    arrays = {"a": np.arange(60.0).reshape(3, 4, 5)}
+    SAVE[mode](tmp_path / "c", arrays)
+    region = (slice(1, 3), slice(0, 2), slice(4, 5))
+    with OrbaxReader(tmp_path / "c") as reader:
+        out = np.empty((2, 2, 1))
+        assert reader.read("a", region, out) is out
+        assert (out == arrays["a"][region]).all()
+
+
+def test_more_chunks_claimed_than_there_are(tmp_path: Path) -> None:
+    """A million of them are not looked for one by one."""
+    write(tmp_path / "c", {"a": np.ones(4)})
+    edit(
+        tmp_path / "c" / "a" / "zarr.json",
+        lambda m: m.update(
+            shape=[1 << 20],
+            chunk_grid={"name": "regular", "configuration": {"chunk_shape": [1]}},
+        ),
+    )
+    with OrbaxReader(tmp_path / "c") as reader:
+        assert reader.spans("a") is None
 
 
 def test_the_callers_buffer_may_be_reused(tmp_path: Path) -> None:
@@ -443,8 +468,8 @@ def test_a_disk_that_fails(tmp_path: Path) -> None:
     with OrbaxWriter(tmp_path / "c", {"a": TensorInfo("F32", (1000,))}, {}) as writer:
         shutil.rmtree(tmp_path / "c")
         (tmp_path / "c").write_text("in the way")
-        writer.write("a", np.ones(1000, np.float32))
-        fails(ZooError, writer.finish, "c: a: ")
+        with pytest.raises(OSError, match="Not a directory"):
+            writer.write("a", np.ones(1000, np.float32))
 
 
 def test_an_existing_directory_is_left_alone(tmp_path: Path) -> None:
@@ -459,7 +484,7 @@ def test_unfinished_writing_is_no_checkpoint(tmp_path: Path) -> None:
         writer.write("a", np.ones(4, np.float32))
     with pytest.raises(ValueError, match=r"never written: \['b'\]"):
         writer.finish()
-    fails(CorruptInput, lambda: OrbaxReader(tmp_path / "c"), "_METADATA")
+    fails(CorruptInput, lambda: OrbaxReader(tmp_path / "c"), "holds no Orbax checkpoint")
 
 
 def test_everything_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,8 +509,8 @@ def test_full_disk_and_full_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device [source ...")
 
     fails(NoSpace, lambda: orbax_zarr.guarded(full, "x/y"), "x/y")
-    path = write(tmp_path / "c", {"a": np.ones(4)})
-    reader = OrbaxReader(path)
+    SAVE["zarr3"](tmp_path / "c", {"a": np.ones(4)})
+    reader = OrbaxReader(tmp_path / "c")
 
     def none(*_: Any) -> None:
         raise MemoryError
@@ -495,9 +520,12 @@ def test_full_disk_and_full_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_tensorstore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "c", {"a": np.ones(4)})
+    """What others wrote needs it; ours does not."""
+    SAVE["v1"](tmp_path / "c", {"a": np.ones(4)})
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     assert is_orbax(tmp_path / "c")
+    ours = {"a": np.ones((3, 4)), "b": np.float32(3)}
+    assert_same(read_all(write(tmp_path / "d", ours)), ours)
     fails(MissingExtra, lambda: OrbaxReader(tmp_path / "c"), "zooconvert[orbax]")
 
 
@@ -637,7 +665,7 @@ def test_absurd_numbers_of_chunks(files: Path) -> None:
 
 
 def test_absurd_shape_in_a_database(tmp_path: Path) -> None:
-    write(tmp_path / "c", {"a": np.arange(4.0), "b": np.ones(3)})
+    SAVE["zarr3"](tmp_path / "c", {"a": np.arange(4.0), "b": np.ones(3)})
     kv = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{tmp_path}/c/"}).result()
     meta = json.loads(kv.read("a/zarr.json").result().value)
     meta["shape"] = [1 << 45]
@@ -754,11 +782,11 @@ def test_a_chunk_that_expands(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["ours", "v1", "pytree"])
 def test_truncated_data(mode: str, tmp_path: Path) -> None:
-    """Each file of the database cut short: an error, or nothing that mattered (old nodes)."""
+    """Each file with data cut short: an error, or nothing that mattered (old nodes)."""
     arrays = {"a": np.arange(2000.0), "b": np.ones(3000, np.float32)}
     (write if mode == "ours" else SAVE[mode])(tmp_path / "c", arrays)
     broken = 0
-    data = [p for p in (tmp_path / "c").rglob("*") if p.is_file() and p.parent.name == "d"]
+    data = [p for p in (tmp_path / "c").rglob("*") if p.is_file() and p.parent.name in "abd"]
     data += (tmp_path / "c").rglob("manifest.ocdbt")
     for path in data:
         whole = path.read_bytes()
@@ -769,13 +797,13 @@ def test_truncated_data(mode: str, tmp_path: Path) -> None:
             assert error.count("\n") == 1
             assert str(tmp_path / "c") in error
         path.write_bytes(whole)
-    assert broken >= 3
+    assert broken >= (2 if mode == "ours" else 3)
     assert_same(read_all(tmp_path / "c"), arrays)
 
 
 def test_a_damaged_index_is_an_error(tmp_path: Path) -> None:
     """OCDBT's nodes have checksums: no flipped bit in them may change a value silently."""
-    write(tmp_path / "c", {"a": np.arange(4.0)})  # small values lie in the nodes themselves
+    SAVE["zarr3"](tmp_path / "c", {"a": np.arange(4.0)})  # small values lie in the nodes
     caught = 0
     for path in [*(tmp_path / "c" / "d").iterdir(), tmp_path / "c" / "manifest.ocdbt"]:
         whole = bytearray(path.read_bytes())

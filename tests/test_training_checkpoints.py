@@ -170,8 +170,8 @@ def test_every_optimizer_there_and_back(kind: str, to: str, tmp_path: Path) -> N
     assert (arrays_of(first), described(first)) == (arrays_of(last), described(last))
     for made in (there, back):
         assert made.training["verified"] == "bits"
-        assert len(made.training["sha256"]) == made.training["tensors"]
-    assert there.training["sha256"] == back.training["sha256"]
+        assert len(made.training["hashes"]) == made.training["tensors"]
+    assert there.training["hashes"] == back.training["hashes"]
 
 
 def test_a_converted_directory_holds_it_and_every_moment_is_an_ordinary_tensor(
@@ -826,7 +826,7 @@ def test_flax_checkpoints(form: str, tmp_path: Path) -> None:
     kept = read_training(tmp_path / "b.safetensors")
     assert (arrays_of(kept), described(kept)) == (arrays_of(state), described(state))
     back = convert.convert(tmp_path / "b.safetensors", tmp_path / "c.msgpack")
-    assert back.training["sha256"] == made.training["sha256"]
+    assert back.training["hashes"] == made.training["hashes"]
     assert convert.verify(path, tmp_path / "c.msgpack").verdict == "same"
 
 
@@ -1095,8 +1095,8 @@ def test_a_file_that_comes_back_different_leaves_nothing(
 ) -> None:
     write_it = storage.write
 
-    def broken(path: Path, state: TrainingState) -> dict[str, str]:
-        hashes = write_it(path, state)
+    def broken(path: Path, state: TrainingState, kind: str) -> dict[str, str]:
+        hashes = write_it(path, state, kind)
         with path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")

@@ -31,6 +31,12 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--max-shard-size", type=Size(), help="Write safetensors in shards no larger: 5GB."
         ),
+        click.option(
+            "--max-memory", type=Size(), help="Bytes of tensors to hold at a time.  [default: 96MB]"
+        ),
+        click.option(
+            "--workers", type=int, metavar="N", help="Threads.  [default: one a core, 2 to 4]"
+        ),
         click.option("--dry-run", is_flag=True, help="Print what would be done, and stop."),
         click.option("--force", is_flag=True, help="Replace an existing checkpoint."),
         click.option("--no-verify", is_flag=True, help="Do not re-read and compare the result."),
@@ -263,7 +269,7 @@ def _data(prepared: Prepared, certificate: Certificate) -> dict[str, Any]:
         "config": certificate.config,
         "tensors": len(prepared.plan.steps),
         "bytes": sum(s.nbytes for s in prepared.plan.steps),
-        "training": {k: v for k, v in certificate.training.items() if "sha256" not in k},
+        "training": {k: v for k, v in certificate.training.items() if k != "hashes"},
         "verified": certificate.verified,
         "notices": [*prepared.notices, *certificate.notices[len(prepared.plan.notices) :]],
     }

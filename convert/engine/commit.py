@@ -20,6 +20,7 @@ from convert.training_state.storage import of_directory
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import fsync_directory
 from zoo.containers.errors import NoSpace, UsageError, ZooError
+from zoo.containers.orbax_dir.zarr import is_array
 
 if sys.platform == "win32":
     raise ImportError("zooconvert does not run on Windows, which lacks fcntl: use Linux, or WSL")
@@ -63,7 +64,7 @@ def check_replaceable(target: Path, force: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     strangers = (
-        [p.name for p in target.iterdir() if not filenames.is_ours(p.name)]
+        [p.name for p in target.iterdir() if not (filenames.is_ours(p.name) or is_array(p))]
         if (target.is_dir() and not target.is_symlink())
         else []
     )

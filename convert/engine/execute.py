@@ -1,40 +1,31 @@
-"""Streams a Plan: read, apply, write, prove, commit. One step of the plan is being written at a
-time, while the next ones are read, moved and hashed."""
+"""Carries out what was prepared: write, read back, prove, commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from convert.engine.commit import commit, workplace, write_text
 from convert.engine.prepare import Prepared
 from convert.engine.proof import prove
-from convert.engine.recheck import Canonical, forget, recheck
+from convert.engine.recheck import Canonical, recheck
+from convert.engine.stream import Stream, Streamed
 from convert.engine.targets import Target, open_writer, written_ties
 from convert.training_state import storage
 from convert.training_state.state import TrainingState
 from convert.training_state.summary import summary
-from zoo.checkpoint.ahead import prefetch
-from zoo.checkpoint.apply import apply, lost
-from zoo.checkpoint.certificate import (
-    Certificate,
-    TensorRecord,
-    file_sha256,
-    files_of,
-    now,
-    sha256,
-    versions,
-)
+from zoo.checkpoint import hashes
+from zoo.checkpoint.certificate import Certificate, TensorRecord, now, rests, versions
 from zoo.checkpoint.label import Label
-from zoo.checkpoint.plan import Aside, Plan, Step, carry, refuse_broken_ties
+from zoo.checkpoint.plan import Plan, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
-from zoo.containers import filenames
+from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync_directory
-from zoo.containers.errors import NotEquivalent
+from zoo.containers.errors import CorruptInput, NotEquivalent
+from zoo.containers.safetensors_file import SafetensorsReader
 from zoo.layout.ops import describe
 
 
@@ -45,25 +36,33 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
     ZooError.
     """
     reader, plan, target = prepared.reader, prepared.plan, prepared.target
-    certificate = _blank(reader, plan, target)
+    certificate = _blank(reader, plan, target, prepared.verify)
     with workplace(target.path) as place:
-        label = _set_aside(reader, plan, certificate)
-        _write(reader, plan, target, place, label, certificate, progress)
         written = place / target.path.name
-        if prepared.verify:
-            ties = written_ties(target, plan)
-            kept = Canonical(plan) if prepared.level != "bits" else None
-            certificate.verified = recheck(
-                plan, written, ties, label, certificate, progress, kept or forget
-            )
-            if kept is not None:
-                certificate.verified |= prove(plan, kept.values, prepared.level)
+        label = _set_aside(reader, plan, certificate)
+        stream = Stream(prepared, certificate.hash)
+        with open_writer(target, place, plan, label) as writer:
+            moved = stream.write(writer, progress)
+            made = _make(plan, writer, certificate.hash)
+            writer.complete()
+            _write_label(target, place, label, plan.readable)
+            with _syncing(writer):
+                if prepared.verify:
+                    kept = Canonical(plan) if prepared.level != "bits" else None
+                    ties = written_ties(target, plan)
+                    certificate.verified = recheck(
+                        stream, moved, written, ties, label, made, progress, kept
+                    )
+                    if kept is not None:
+                        certificate.verified |= prove(plan, kept.values, prepared.level)
+        _refuse_change(reader)
+        _record(certificate, stream, moved, made, written_ties(target, plan))
         training = prepared.training
         if training.optimizers or training.ema or training.data:
             path = place / target.beside(filenames.OPTIMIZER)
-            certificate.training = _write_training(path, training, prepared.verify)
+            certificate.training = _write_training(path, training, certificate.hash)
         if prepared.verify:
-            certificate.files = {n: file_sha256(p) for n, p in files_of(written).items()}
+            certificate.files = _files(written, place / target.beside(filenames.OPTIMIZER), stream)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):
@@ -73,19 +72,46 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
     return certificate
 
 
-def _write_training(path: Path, training: TrainingState, verify: bool) -> dict[str, object]:
+@contextmanager
+def _syncing(writer: Writer) -> Iterator[None]:
+    """Flushes to the disk what is read back meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as pool:
+        synced = pool.submit(writer.sync)
+        yield
+        synced.result()
+
+
+def _refuse_change(reader: Reader) -> None:
+    """CorruptInput where the source is not what it was when it was opened."""
+    if reader.first_state is not None and reader.state() != reader.first_state:
+        raise CorruptInput(
+            f"{reader.path} was changed while it was read",
+            "wait until it is written, and convert it again",
+        )
+
+
+def _files(written: Path, optimizer: Path, stream: Stream) -> dict[str, str]:
+    """The hashes of the files, their tensors aside."""
+    with open_checkpoint(written, "flax") as reader:
+        if not optimizer.is_file():
+            return rests(written, stream.kind, [reader])
+        with SafetensorsReader(optimizer) as moments:
+            return rests(written, stream.kind, [reader, moments])
+
+
+def _write_training(path: Path, training: TrainingState, kind: str) -> dict[str, object]:
     """Write the optimizer.safetensors, re-read it, and say for the certificate what is in it."""
-    hashes = storage.write(path, training)
-    if verify and (wrong := storage.differences(path, training, hashes)):
+    written = storage.write(path, training, kind)
+    if kind and (wrong := storage.differences(path, training, written, kind)):
         raise NotEquivalent(
             f"{path.name} came back different: {'; '.join(wrong[:5])}",
             "nothing was kept; the disk is at fault, please report it",
         )
-    level = "bits" if verify else "none"
-    return {"file": path.name, **summary(training), "verified": level, "sha256": hashes}
+    level = "bits" if kind else "none"
+    return {"file": path.name, **summary(training), "verified": level, "hashes": written}
 
 
-def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
+def _blank(reader: Reader, plan: Plan, target: Target, verify: bool) -> Certificate:
     return Certificate(
         source=reader.path.name,
         source_container=reader.container,
@@ -97,6 +123,7 @@ def _blank(reader: Reader, plan: Plan, target: Target) -> Certificate:
         layout=plan.layout_id,
         config=plan.fields,
         notices=list(plan.notices),
+        hash=hashes.best() if verify else "",
     )
 
 
@@ -105,67 +132,64 @@ def _set_aside(reader: Reader, plan: Plan, certificate: Certificate) -> Label:
     refuse_broken_ties(reader, plan)
     carried = dict(plan.label.carried)
     for aside in plan.aside:
-        value = reader.read(aside.source)
-        digest = sha256(value)
+        found, code = [], aside.info.dtype
         if aside.tied_to is None:
+            value = reader.read(aside.source)
             carried[aside.name] = carry(aside, value)
-        certificate.tensors.append(_aside_record(aside, digest))
+            found = [hashes.of(certificate.hash, value)] if certificate.hash else []
+        op = "tied" if aside.tied_to is not None else "carried"
+        certificate.tensors.append(
+            TensorRecord([aside.name], [aside.source], [], op, code, code, found, [])
+        )
     return replace(plan.label, carried=carried)
 
 
-def _aside_record(aside: Aside, digest: str) -> TensorRecord:
-    op = "tied" if aside.tied_to is not None else "carried"
-    code = aside.info.dtype
-    return TensorRecord([aside.name], [aside.source], [], op, code, code, [digest], [])
+def _make(plan: Plan, writer: Writer, kind: str) -> dict[str, str]:
+    """Write what the source does not have; the hash of each."""
+    made = {}
+    for one in plan.made:
+        value = one.value()
+        writer.write(one.name, value)
+        made[one.name] = hashes.of(kind, value) if kind else ""
+    return made
 
 
-def _write(
-    reader: Reader,
-    plan: Plan,
-    target: Target,
-    place: Path,
-    label: Label,
+def _record(
     certificate: Certificate,
-    progress: Progress,
+    stream: Stream,
+    moved: Streamed,
+    made: dict[str, str],
+    ties: dict[str, str],
 ) -> None:
-    total = sum(s.nbytes for s in plan.steps)
-    ties: dict[str, list[str]] = {}
-    if target.to == "safetensors":
-        for name, to in written_ties(target, plan).items():
-            ties.setdefault(to, []).append(name)
-    with open_writer(target, place, plan, label) as writer:
-        jobs = [_moving(reader, step) for step in plan.steps]
-        done = overflow = 0
-        for step, moved in zip(plan.steps, prefetch(jobs), strict=True):
-            for name, array in zip(step.targets, moved.arrays, strict=True):
-                for each in (name, *ties.get(name, ())):
-                    writer.write(each, array)
-            certificate.tensors.append(_record(step, moved.source_hashes, moved.target_hashes))
-            overflow += moved.overflow
-            done += step.nbytes
-            progress("convert", done, total)
-        _make(plan, writer, certificate)
-        writer.finish()
-    if overflow:
-        certificate.notices.append(f"the cast made {overflow} values infinite or NaN: out of range")
-    for name, to in written_ties(target, plan).items():
-        record = next(r for r in certificate.tensors if to in r.target)
-        digest = record.target_sha256[record.target.index(to)]
-        certificate.tensors.append(
-            replace(
-                record, names=[name], source=[], target=[name], op="tied", target_sha256=[digest]
-            )
+    """Note of every tensor what became of it."""
+    of_target: dict[str, TensorRecord] = {}
+    for step in stream.plan.steps:
+        record = TensorRecord(
+            list(step.names),
+            list(step.sources),
+            list(step.targets),
+            describe(step.ops),
+            step.source_infos[0].dtype,
+            step.target_infos[0].dtype,
+            moved.hashes(step.sources, "source"),
+            moved.hashes(step.targets, "target"),
         )
-    _write_label(target, place, label, plan.readable)
-
-
-def _make(plan: Plan, writer: Writer, certificate: Certificate) -> None:
-    for made in plan.made:
-        value = made.value()
-        writer.write(made.name, value)
-        code = made.info.dtype
-        record = TensorRecord([made.name], [], [made.name], "made", code, code, [], [sha256(value)])
         certificate.tensors.append(record)
+        of_target |= dict.fromkeys(step.targets, record)
+    for one in stream.plan.made:
+        code, found = one.info.dtype, [made[one.name]] if stream.kind else []
+        record = TensorRecord([one.name], [], [one.name], "made", code, code, [], found)
+        certificate.tensors.append(record)
+    for name, to in ties.items():
+        record, found = of_target[to], moved.hashes([to], "target")
+        code, sources = record.target_dtype, record.source_hashes
+        certificate.tensors.append(
+            TensorRecord([name], [], [name], "tied", code, code, sources, found)
+        )
+    if moved.overflow:
+        certificate.notices.append(
+            f"the cast made {moved.overflow} values infinite or NaN: out of range"
+        )
 
 
 def _write_label(target: Target, place: Path, label: Label, readable: bool) -> None:
@@ -173,40 +197,3 @@ def _write_label(target: Target, place: Path, label: Label, readable: bool) -> N
         write_text(place / target.beside(filenames.CONFIG), label.to_config_json(readable))
     for name, text in label.files().items():
         write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)
-
-
-class _Moved(NamedTuple):
-    """One step's result, and what the certificate says of it."""
-
-    arrays: list[np.ndarray]
-    source_hashes: list[str]
-    target_hashes: list[str]
-    overflow: int  # finite values that a cast made infinite or NaN
-
-
-def _moving(reader: Reader, step: Step) -> Callable[[], _Moved]:
-    def move() -> _Moved:
-        arrays = [reader.read(name) for name in step.sources]
-        hashes = [sha256(a) for a in arrays]
-        made = apply(step.ops, arrays, step.target_infos[0].dtype)
-        if len(arrays) == len(made) and all(a is b for a, b in zip(arrays, made, strict=True)):
-            return _Moved(made, hashes, hashes, 0)
-        overflow = 0
-        if step.source_infos[0].dtype != step.target_infos[0].dtype:
-            overflow = sum(map(lost, apply(step.ops, arrays), made))
-        return _Moved(made, hashes, [sha256(a) for a in made], overflow)
-
-    return move
-
-
-def _record(step: Step, sources: list[str], targets: list[str]) -> TensorRecord:
-    return TensorRecord(
-        list(step.names),
-        list(step.sources),
-        list(step.targets),
-        describe(step.ops),
-        step.source_infos[0].dtype,
-        step.target_infos[0].dtype,
-        sources,
-        targets,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from convert.training_state import storage
 from convert.training_state.besides import besides
 from convert.training_state.state import TrainingState
 from zoo import hub
-from zoo.checkpoint.ahead import WORKERS
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.request import make_request
+from zoo.checkpoint.slabs import MEMORY, cut, default_workers, held
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code
@@ -30,6 +30,8 @@ from zoo.loading import FRAMEWORKS
 from zoo.registry import side_of
 
 Source = str | os.PathLike[str]
+_LEAST = 8_000_000  # bytes of memory with which a conversion gets on
+_MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Prepared:
     verify: bool
     force: bool
     notices: list[str]
+    max_memory: int = MEMORY  # bytes of tensors that are held at a time, where the ops allow it
+    workers: int = field(default_factory=default_workers)
 
     @property
     def container(self) -> str:
@@ -53,7 +57,7 @@ class Prepared:
     @property
     def memory(self) -> int:
         """Bytes of tensors that will be held at the peak; above level "bits" at least these."""
-        return memory_needed(self.plan, self.level)
+        return memory_needed(self.plan, self.level, self.max_memory, self.workers)
 
     @property
     def disk(self) -> int:
@@ -81,9 +85,19 @@ class Order:
     force: bool = False
     verify: bool = True
     level: Level = "bits"
+    max_memory: int | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         check_level(self.level)
+        if self.max_memory is not None and self.max_memory < _LEAST:
+            raise UsageError(
+                f"{self.max_memory} bytes are too little memory", f"give {_LEAST} at least: 8MB"
+            )
+        if self.workers is not None and not 1 <= self.workers <= _MOST_WORKERS:
+            raise UsageError(
+                f"{self.workers} workers cannot be had", f"give a number from 1 to {_MOST_WORKERS}"
+            )
         if self.level != "bits" and (self.dtype is not None or not self.verify):
             what = "a cast changes" if self.dtype is not None else "verify=False leaves out"
             raise UsageError(
@@ -139,7 +153,8 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         dtype=None if order.dtype is None else dtype_code(order.dtype),
     )
     _refuse_same(plan)
-    target, told = chosen or _target(order, plan.target_side)
+    target = chosen or _target(order, plan.target_side)
+    told: list[str] = []
     if order.level != "bits":
         runnable(plan)
     check_paths(target.path, reader.path)
@@ -154,7 +169,11 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         told = [*told, "transformers has no such model: its keys are not in the config.json"]
     check_space(target.path.parent, disk_needed(plan, target, training))
     notices = [*plan.notices, *told]
-    return Prepared(reader, plan, target, training, order.level, order.verify, order.force, notices)
+    return Prepared(
+        *(reader, plan, target, training, order.level, order.verify, order.force, notices),
+        MEMORY if order.max_memory is None else order.max_memory,
+        default_workers() if order.workers is None else order.workers,
+    )
 
 
 def _is_unknown_upstream(plan: Plan) -> bool:
@@ -189,8 +208,8 @@ def _refuse_same(plan: Plan) -> None:
         )
 
 
-def _target(order: Order, framework: str) -> tuple[Target, list[str]]:
-    """Where the result goes, and what to tell about it."""
+def _target(order: Order, framework: str) -> Target:
+    """Where the result goes."""
     dst = None if order.dst is None else Path(order.dst)
     return choose(hub.beside(order.src), dst, order.to, framework, order.max_shard_size)
 
@@ -203,13 +222,11 @@ def disk_needed(plan: Plan, target: Target, training: TrainingState) -> int:
     return size * spool + moments + (1 << 20)
 
 
-def memory_needed(plan: Plan, level: Level = "bits") -> int:
-    """Bytes of tensors held at the peak: one step being written, and the next ones under way. Above
-    level "bits" a lower bound: all weights in float32 as they were read and in either twin, and a
-    copy of one twin on its way to float64, without what the twins compute."""
-    sizes = [s.nbytes + sum(i.nbytes for i in s.target_infos) for s in plan.steps]
-    at_once = 1 + WORKERS
-    streamed = max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
+def memory_needed(plan: Plan, level: Level, memory: int, workers: int) -> int:
+    """Bytes of tensors held at the peak. Above level "bits" a lower bound: all weights in float32
+    as they were read and in either twin, and a copy of one twin on its way to float64, without what
+    the twins compute."""
+    streamed = held(cut(plan.steps, memory, workers), workers)
     if level == "bits":
         return streamed
     values = sum(i.size for s in plan.steps for i in s.target_infos)

@@ -36,13 +36,12 @@ class Target:
 
 def choose(
     source: Path, dst: Path | None, to: str | None, framework: str, max_shard_size: int | None
-) -> tuple[Target, list[str]]:
-    """The target for what the user asked, and what to tell about it.
+) -> Target:
+    """The target for what the user asked.
 
-    Without `to`, the suffix of `dst` decides, else orbax (msgpack where it is not installed) for
-    flax and safetensors for torch. Without `dst`, the target lies beside the source.
+    Without `to`, the suffix of `dst` decides, else orbax for flax and safetensors for torch.
+    Without `dst`, the target lies beside the source.
     """
-    told: list[str] = []
     if max_shard_size is not None and max_shard_size <= 0:
         raise UsageError(f"a shard of {max_shard_size} bytes", "give a size such as 5GB")
     if dst is not None and dst.name in ("", ".."):
@@ -51,9 +50,6 @@ def choose(
         raise UsageError(f"{dst} has the suffix of {by_suffix(dst)}, and to is {to}", "change one")
     if to is None:
         to = by_suffix(dst) or ("orbax" if framework == "flax" else "safetensors")
-        if to == "orbax" and dst is None and importlib.util.find_spec("tensorstore") is None:
-            to = "msgpack"
-            told.append("writing msgpack: Orbax needs the 'orbax' extra, which is not installed")
     if to not in TO:
         raise UsageError(f"there is no container {to!r}", f"known are {', '.join(TO)}")
     if framework == "torch" and to in ("orbax", "msgpack"):
@@ -62,8 +58,6 @@ def choose(
         raise UsageError("pt is not a container of Flax's", "it is orbax, msgpack or safetensors")
     if max_shard_size is not None and to != "safetensors":
         raise UsageError("only safetensors is written in shards", "add --to safetensors")
-    if to == "orbax" and importlib.util.find_spec("tensorstore") is None:
-        raise MissingExtra("writing Orbax", "orbax")
     if to == "pt" and importlib.util.find_spec("torch") is None:
         raise MissingExtra("writing a .pt file", "torch")
     if dst is None:
@@ -76,7 +70,7 @@ def choose(
     )
     if directory and to in ("msgpack", "pt"):
         dst, directory = dst / f"{source.stem}{filenames.SUFFIXES[to]}", False
-    return Target(dst, to, directory, max_shard_size), told
+    return Target(dst, to, directory, max_shard_size)
 
 
 def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer:

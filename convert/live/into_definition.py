@@ -152,14 +152,14 @@ def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
         n: tuple(t.shape) for n, t in state.items() if n in given or same.get(n, n) not in there
     }
     _check(reader, module, _problems(given, held))
-    values = _repeated(read_tree(plan, reader), repeats)
+    values = _repeated(read_tree(plan, reader, into_torch.empty), repeats)
     if any(t.is_meta for t in state.values()):
         _check_computed(module)
         into_torch.fill(module, derive_layout(module)[0], values)
         return []
     for name, array in values:
         if name in state:
-            tensor = into_torch.tensor(array).clone()
+            tensor = into_torch.owned(array)
             state[name].data = tensor.to(state[name].device)
     return []
 
@@ -170,7 +170,7 @@ def _repeated(
     """The values, and again under the second names that the module does not tie itself."""
     for name, array in values:
         yield name, array
-        yield from ((n, array) for n, to in repeats.items() if to == name)
+        yield from ((n, array.copy()) for n, to in repeats.items() if to == name)
 
 
 def _check_computed(module: Any) -> None:

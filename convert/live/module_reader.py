@@ -14,6 +14,8 @@ from convert.runtime.torch_module import unwrapped
 from convert.tensors import bits_of, info_of
 from zoo.containers.base import Reader
 from zoo.containers.errors import UsageError
+from zoo.containers.regions import Region, whole
+from zoo.containers.strided import copy
 from zoo.layout import Layout
 
 Framework = Literal["torch", "flax"]
@@ -72,11 +74,17 @@ class ModuleReader(Reader):
             )
         self.tensors = {n: info_of(n, x) for n, x in self._values.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """A copy of the tensor."""
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """A copy of the tensor, or of a region of it."""
+        region = whole(self.tensors[name].shape) if region is None else region
         value = self._values[name]
-        array = bits_of(value) if self.framework == "torch" else np.array(value)
-        return np.ascontiguousarray(array).reshape(self.tensors[name].shape)
+        torch = self.framework == "torch"
+        array = bits_of(value.detach()[region]) if torch else np.asarray(value)[region]
+        out = np.empty(array.shape, array.dtype) if out is None else out
+        copy(array, out)
+        return out
 
 
 def _has_values(x: Any) -> bool:

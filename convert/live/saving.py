@@ -72,7 +72,7 @@ def save(
     to = to or by_suffix(place) or ("orbax" if place.suffix == ".flax" else None)
     framework = framework_of(module)
     side = _CONTAINERS.get(to or "", framework)
-    target, told = choose(place, place, to, side, max_shard_size)
+    target = choose(place, place, to, side, max_shard_size)
     check_paths(target.path, None)
     check_replaceable(target.path, force)
     request, label, notices = _meant(module, framework, layout, config)
@@ -84,7 +84,7 @@ def save(
         states = _states(optimizer, module, plan.layout, step, learning_rate)
         training = TrainingState(states, data=_data(step, data))
         check_space(target.path.parent, disk_needed(plan, target, training))
-        notices = [*plan.notices, *told]
+        notices = [*plan.notices]
         return run(Prepared(reader, plan, target, training, "bits", verify, force, notices))
 
 

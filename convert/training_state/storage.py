@@ -17,7 +17,7 @@ import numpy as np
 from convert.training_state.lazy import Lazy, info_of
 from convert.training_state.rules import rules
 from convert.training_state.state import Group, OptimizerState, TrainingState
-from zoo.checkpoint.certificate import sha256
+from zoo.checkpoint import hashes
 from zoo.containers import filenames
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError
@@ -58,8 +58,9 @@ def header(state: TrainingState) -> dict[str, TensorInfo]:
     return {stored: info_of(arrays, name) for stored, arrays, name in tensors(state)}
 
 
-def write(path: Path, state: TrainingState) -> dict[str, str]:
-    """Write `state` to `path`, which must not exist; the SHA-256 of every tensor's bytes.
+def write(path: Path, state: TrainingState, kind: str = "") -> dict[str, str]:
+    """Write `state` to `path`, which must not exist; the hash of every tensor, of the kind `kind`
+    (see `zoo.checkpoint.hashes`; none without).
 
     The same state gives the same bytes. One tensor is in memory at a time. UsageError for several
     optimizers that are not told apart by their names.
@@ -71,25 +72,28 @@ def write(path: Path, state: TrainingState) -> dict[str, str]:
             f"{len(names)} optimizers are called {', '.join(map(repr, names))}",
             "give each a name of its own, without '/'",
         )
-    hashes: dict[str, str] = {}
+    found: dict[str, str] = {}
     with SafetensorsWriter(path, header(state), _metadata(state)) as writer:
         for stored, arrays, name in tensors(state):
             array = np.asarray(arrays[name], order="C")
-            hashes[stored] = sha256(array)
+            if kind:
+                found[stored] = hashes.of(kind, array)
             writer.write(stored, array)
         writer.finish()
-    return hashes
+    return found
 
 
-def differences(path: Path, state: TrainingState, hashes: Mapping[str, str]) -> list[str]:
+def differences(
+    path: Path, state: TrainingState, written: Mapping[str, str], kind: str
+) -> list[str]:
     """What of a file just written is not as it was meant, read from the disk again."""
     with SafetensorsReader(path) as reader:
         wrong = [k for k, v in _metadata(state).items() if reader.metadata.get(k) != v]
-        wrong += sorted(reader.tensors.keys() ^ hashes.keys())
+        wrong += sorted(reader.tensors.keys() ^ written.keys())
         return wrong + [
             name
-            for name in reader.tensors.keys() & hashes.keys()
-            if sha256(reader.read(name)) != hashes[name]
+            for name in reader.tensors.keys() & written.keys()
+            if hashes.of(kind, reader.read(name)) != written[name]
         ]
 
 

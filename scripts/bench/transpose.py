@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from zoo.checkpoint.apply import contiguous
+from zoo.containers.strided import contiguous
 
 CASES = [
     ((8192, 8192), (1, 0), np.float32),

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-WORKERS = 2  # jobs under way besides the one whose result is being used
 _T = TypeVar("_T")
 
 
-def prefetch(jobs: Sequence[Callable[[], _T]]) -> Iterator[_T]:
-    """The results of the jobs in order; the next ones run while the caller works on this one.
+def prefetch(
+    jobs: Sequence[Callable[[], _T]], workers: int, waiting: int | None = None
+) -> Iterator[_T]:
+    """The results of the jobs in order, worked out by so many threads. `waiting` results may wait
+    for the caller (None: several for each thread, for results that are small).
 
     Reading, copying and hashing all release Python's lock, so the workers do run at once.
     """
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="convert") as pool:
+    waiting = 4 * workers if waiting is None else waiting
+    with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
         rest = iter(jobs)
-        ahead = deque(pool.submit(job) for job in itertools.islice(rest, WORKERS))
+        ahead = deque(pool.submit(job) for job in itertools.islice(rest, waiting))
         try:
             while ahead:
                 result = ahead.popleft().result()

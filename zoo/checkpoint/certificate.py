@@ -7,18 +7,21 @@ import html
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from zoo.checkpoint.hashes import rest
 from zoo.containers import filenames
+from zoo.containers.base import Reader
 from zoo.containers.errors import printable
+from zoo.containers.spans import SpanReader
 
-FORMAT = 1  # of the JSON; docs/containers.md describes it
+FORMAT = 2  # of the JSON; docs/containers.md describes it
+_EARLIER = {"source_sha256": "source_hashes", "target_sha256": "target_hashes"}  # of format 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +34,8 @@ class TensorRecord:
     op: str  # "copy", "permute(1,0)", "carried", "tied", "made"
     dtype: str  # code in the source
     target_dtype: str
-    source_sha256: list[str]  # of each tensor's bytes, row-major
-    target_sha256: list[str]
+    source_hashes: list[str]  # of each tensor: see `zoo.checkpoint.hashes`; none without them
+    target_hashes: list[str]
 
 
 @dataclass
@@ -55,8 +58,11 @@ class Certificate:
     notices: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
-    # SHA-256 of each file of the target, and of those that belong to it: see `files_of`.
+    # Of each file of the target, and of those that belong to it (see `files_of`), the hash of what
+    # is in no tensor; in format 1, of the whole file.
     files: dict[str, str] = field(default_factory=dict)
+    # The kind of all hashes but the certificate's own: "blake3", "sha256", or "" for none.
+    hash: str = ""
     format: int = FORMAT
 
     @property
@@ -92,10 +98,18 @@ class Certificate:
     def from_json(cls, text: str, source: str) -> Certificate:
         """The certificate that `to_json` gave; ValueError, which names `source`, for another."""
         data = json.loads(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"{source} is not a certificate of format {FORMAT}")
+        if not isinstance(data, dict) or data.get("format") not in (1, FORMAT):
+            raise ValueError(f"{source} is not a certificate of format 1 to {FORMAT}")
         data.pop("sha256", None)
-        data["tensors"] = [TensorRecord(**t) for t in data["tensors"]]
+        if data["format"] == 1:
+            data["hash"] = "sha256"
+            if training := data.get("training"):
+                training["hashes"] = training.pop("sha256", {})
+        if data["hash"] not in ("blake3", "sha256", ""):
+            raise ValueError(f"{source} has hashes of the kind {data['hash']!r}")
+        data["tensors"] = [
+            TensorRecord(**{_EARLIER.get(k, k): v for k, v in t.items()}) for t in data["tensors"]
+        ]
         return cls(**data)
 
 
@@ -109,12 +123,6 @@ def versions() -> dict[str, str]:
             except PackageNotFoundError:
                 found[package] = "not installed as a package"
     return found
-
-
-def sha256(array: np.ndarray) -> str:
-    """Of the array's bytes in row-major order."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(flat.data if flat.size else b"").hexdigest()
 
 
 def files_of(checkpoint: Path) -> dict[str, Path]:
@@ -137,6 +145,16 @@ def file_sha256(path: Path) -> str:
     """Of a whole file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def rests(checkpoint: Path, kind: str, readers: Iterable[Reader]) -> dict[str, str]:
+    """Of each of the checkpoint's files the hash of what is in no tensor of these readers."""
+    spans: dict[Path, list[tuple[int, int]]] = {}
+    for reader in readers:
+        if isinstance(reader, SpanReader):
+            for path, offset, nbytes in reader.stretches():
+                spans.setdefault(path, []).append((offset, nbytes))
+    return {n: rest(kind, p, spans.get(p, ())) for n, p in files_of(checkpoint).items()}
 
 
 def is_sound(text: str) -> bool:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from zoo.checkpoint.ahead import prefetch
-from zoo.checkpoint.certificate import Certificate, file_sha256, files_of, is_sound, sha256
+from zoo.checkpoint.certificate import Certificate, file_sha256, files_of, is_sound, rests
+from zoo.checkpoint.hashes import HashTree, hasher
 from zoo.checkpoint.progress import Progress
+from zoo.checkpoint.reading import hashed
+from zoo.checkpoint.slabs import COPIED, contiguous, default_workers
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
@@ -47,23 +52,87 @@ class Checked:
 
 
 def check(path: Path, progress: Progress = lambda stage, done, total: None) -> Checked:
-    """Read the checkpoint at `path`, and hold it against its certificate: every file as a whole,
-    and where one differs, or the certificate has no hashes of files, every tensor.
+    """Read the checkpoint at `path`, and hold it against its certificate: every tensor, and what
+    else each file holds. A certificate of format 1 has hashes of whole files: where all are as they
+    were, they suffice.
 
-    UsageError where there is no certificate; CorruptInput where it cannot be understood.
+    UsageError where there is no certificate, or one without hashes; CorruptInput where it cannot be
+    understood; MissingExtra where it has BLAKE3 hashes, and that is not installed.
     """
     if not path.exists():
         raise UsageError(f"there is no {path}", "give the checkpoint")
     file = filenames.beside(path, filenames.CERTIFICATE)
     certificate, damaged = _read(file)
+    if not certificate.hash:
+        raise UsageError(
+            f"{file} has no hashes: it was written with --no-verify",
+            "convert the source again without it, or compare the two: `zooconvert verify`",
+        )
+    hasher(certificate.hash)
     found = {n: p for n, p in files_of(path).items() if n in certificate.files}
     total = sum(p.stat().st_size for p in found.values())
-    wrong = list(_files(certificate.files, found, total, progress))
-    if wrong or not certificate.files:
-        wrong += _inside(path, certificate)
-        wrong += _optimizer(path, certificate)
+    damaged += [f"{n}: it is missing" for n in certificate.files if n and n not in found]
+    damaged += (_by_files if certificate.format == 1 else _by_tensors)(
+        path, certificate, lambda done: progress("check", done, total)
+    )
     count = sum(len(r.target) for r in certificate.tensors)
-    return Checked(path, file, certificate.created, count, total, damaged + wrong)
+    return Checked(path, file, certificate.created, count, total, damaged)
+
+
+def _by_tensors(path: Path, certificate: Certificate, progress: Callable[[int], None]) -> list[str]:
+    """What differs: tensors, and the rest of each file."""
+    wrong: list[str] = []
+    with ExitStack() as stack:
+        readers: list[Reader] = []
+        for where, hashes, prefix in _parts(path, certificate):
+            try:
+                reader = stack.enter_context(
+                    open_checkpoint(path, _side(certificate))
+                    if where is None
+                    else SafetensorsReader(where)
+                )
+            except ZooError as e:
+                wrong.append(e.problem)
+                continue
+            readers.append(reader)
+            wrong += [prefix + told for told in _tensors(reader, hashes, certificate, progress)]
+        rest = rests(path, certificate.hash, readers)
+    meant = certificate.files
+    changed = [n for n in meant if n in rest and rest[n] != meant[n]]
+    return [f"{n or path.name}: it was changed since it was written" for n in changed] + wrong
+
+
+def _by_files(path: Path, certificate: Certificate, progress: Callable[[int], None]) -> list[str]:
+    """What differs, by hashes of whole files; and where one does, or there are none, by tensors."""
+    found = files_of(path)
+    there = [n for n in certificate.files if n in found]
+    wrong, done = [], 0
+    jobs = [functools.partial(file_sha256, found[n]) for n in there]
+    for name, digest in zip(there, prefetch(jobs, default_workers()), strict=True):
+        if digest != certificate.files[name]:
+            wrong.append(f"{name or found[name].name}: it was changed since it was written")
+        done += found[name].stat().st_size
+        progress(done)
+    if wrong or not certificate.files or not certificate.files.keys() <= found.keys():
+        inside = dataclasses.replace(certificate, files={})
+        wrong += _by_tensors(path, inside, progress)
+    return wrong
+
+
+def _parts(
+    path: Path, certificate: Certificate
+) -> Iterator[tuple[Path | None, dict[str, str], str]]:
+    """The weights (None) and the optimizer: the hashes of their tensors, and how they are told."""
+    pairs = [zip(r.target, r.target_hashes, strict=True) for r in certificate.tensors]
+    yield None, {n: digest for record in pairs for n, digest in record}, ""
+    moments = certificate.training.get("hashes")
+    file = files_of(path).get(filenames.OPTIMIZER)
+    if moments and file is not None:
+        yield file, moments, f"{file.name}: "
+
+
+def _side(certificate: Certificate) -> str:
+    return "flax" if certificate.target_container in ("orbax", "msgpack") else "torch"
 
 
 def _read(file: Path) -> tuple[Certificate, list[str]]:
@@ -83,62 +152,55 @@ def _read(file: Path) -> tuple[Certificate, list[str]]:
     return certificate, [] if sound else [f"{file.name}: it was changed since it was written"]
 
 
-def _files(
-    meant: Mapping[str, str], found: Mapping[str, Path], total: int, progress: Progress
+def _tensors(
+    reader: Reader,
+    meant: Mapping[str, str],
+    certificate: Certificate,
+    progress: Callable[[int], None],
 ) -> Iterator[str]:
-    yield from (f"{n}: it is missing" for n in meant if n and n not in found)
-    there = [n for n in meant if n in found]
+    """The tensors that differ, and how."""
+    yield from (f"{n}: it is missing" for n in sorted(meant.keys() - reader.tensors.keys()))
+    yield from (f"{n}: it was not written" for n in sorted(reader.tensors.keys() - meant.keys()))
+    names = [n for n in meant if n in reader.tensors]
+    find = _plain_hashes if certificate.format == 1 else _tree_hashes
+    for name, digest, error in find(reader, names, certificate.hash, progress):
+        if error is not None:
+            yield f"{name}: {error.problem}"
+        elif digest != meant[name]:
+            yield f"{name}: its bytes are others"
+
+
+_Hashes = Iterator[tuple[str, str, ZooError | None]]
+
+
+def _tree_hashes(
+    reader: Reader, names: Sequence[str], kind: str, progress: Callable[[int], None]
+) -> _Hashes:
+    """Of each tensor the hash, or why it cannot be read."""
+    trees = {n: HashTree(kind, reader.tensors[n]) for n in names}
+    failed: dict[str, ZooError] = {}
     done = 0
-    jobs = [functools.partial(file_sha256, found[n]) for n in there]
-    for name, digest in zip(there, prefetch(jobs), strict=True):
-        if digest != meant[name]:
-            yield f"{name or found[name].name}: it was changed since it was written"
-        done += found[name].stat().st_size
-        progress("check", done, total)
+    for name, nbytes, error in hashed(reader, trees, default_workers()):
+        if error is not None:
+            failed.setdefault(name, error)
+        done += nbytes
+        progress(done)
+    for name, tree in trees.items():
+        yield (name, "", failed[name]) if name in failed else (name, tree.hexdigest(), None)
 
 
-def _inside(path: Path, certificate: Certificate) -> Iterator[str]:
-    """The tensors that differ; why it cannot be opened, where it cannot."""
-    side = "flax" if certificate.target_container in ("orbax", "msgpack") else "torch"
-    hashes = {
-        n: digest
-        for r in certificate.tensors
-        for n, digest in zip(r.target, r.target_sha256, strict=True)
-    }
-    try:
-        with open_checkpoint(path, side) as reader:
-            yield from _tensors(reader, hashes)
-    except ZooError as e:
-        yield e.problem
+def _plain_hashes(
+    reader: Reader, names: Sequence[str], kind: str, progress: Callable[[int], None]
+) -> _Hashes:
+    """The same as format 1 has it: of the tensor's bytes from first to last."""
 
-
-def _optimizer(path: Path, certificate: Certificate) -> Iterator[str]:
-    file = files_of(path).get(filenames.OPTIMIZER)
-    hashes = certificate.training.get("sha256")
-    if not hashes or file is None:
-        return
-    try:
-        with SafetensorsReader(file) as reader:
-            yield from (f"{file.name}: {told}" for told in _tensors(reader, hashes))
-    except ZooError as e:
-        yield e.problem
-
-
-def _tensors(reader: Reader, hashes: Mapping[str, str]) -> Iterator[str]:
-    yield from (f"{n}: it is missing" for n in sorted(hashes.keys() - reader.tensors.keys()))
-    yield from (f"{n}: it was not written" for n in sorted(reader.tensors.keys() - hashes.keys()))
-    names = [n for n in hashes if n in reader.tensors]
-    jobs = [_comparing(reader, n, hashes[n]) for n in names]
-    for name, told in zip(names, prefetch(jobs), strict=True):
-        if told:
-            yield f"{name}: {told}"
-
-
-def _comparing(reader: Reader, name: str, digest: str) -> Callable[[], str]:
-    def compare() -> str:
+    def of(name: str) -> tuple[str, str, ZooError | None]:
+        made = hasher(kind)
         try:
-            return "" if sha256(reader.read(name)) == digest else "its bytes are others"
+            for region in contiguous(reader.tensors[name], COPIED):
+                made.update(reader.read(name, region).tobytes())
         except ZooError as e:
-            return e.problem
+            return name, "", e
+        return name, made.hexdigest(), None
 
-    return compare
+    return prefetch([functools.partial(of, n) for n in names], default_workers())

@@ -22,7 +22,7 @@ from zoo.checkpoint.readings import Candidate, title
 from zoo.checkpoint.request import UNSTATED, Request
 from zoo.checkpoint.stated_layout import identity
 from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo
+from zoo.containers.base import Reader, TensorInfo, same_bits
 from zoo.containers.errors import UsageError, ZooError
 from zoo.layout import TREES, Constant, Layout, Side, Tree, View, between, paired
 from zoo.layout.ops import Ops
@@ -230,7 +230,7 @@ def _settle_ties(c: Candidate, reader: Reader, label: Label, request: Request) -
     if c.model is None or not (spelled.keys() & c.model.untied.keys()):
         return c
     untied = c.model.untied
-    tied = {n: _same_bits(reader, *pair) for n, pair in spelled.items() if n in untied}
+    tied = {n: same_bits(reader, *pair) for n, pair in spelled.items() if n in untied}
     unknown = c.unknown - {untied[n] for n in tied}
     try:
         config = override(c.config, {untied[n]: same for n, same in tied.items()})
@@ -243,10 +243,6 @@ def _settle_ties(c: Candidate, reader: Reader, label: Label, request: Request) -
     own = ", ".join(spelled[n][0] for n, same in tied.items() if not same)
     told = f"not tied, as the file has other values there: {own}"
     return dataclasses.replace(free, told=(*c.told, told), unknown=unknown)
-
-
-def _same_bits(reader: Reader, a: str, b: str) -> bool:
-    return reader.read(a).tobytes() == reader.read(b).tobytes()
 
 
 def _plan(c: Candidate, reader: Reader, label: Label, target: Tree, dtype: str | None) -> Plan:
@@ -367,7 +363,7 @@ def check_ties(reader: Reader, plan: Plan) -> list[str]:
     return [
         a.name
         for a in plan.aside
-        if a.tied_to is not None and not _same_bits(reader, a.source, a.tied_to)
+        if a.tied_to is not None and not same_bits(reader, a.source, a.tied_to)
     ]
 
 

@@ -31,7 +31,9 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} does not exist", "give the path of a file or a directory")
-    return _open_directory(path, prefer) if path.is_dir() else _open_file(path)
+    reader = _open_directory(path, prefer) if path.is_dir() else _open_file(path)
+    reader.first_state = reader.state()
+    return reader
 
 
 def _open_directory(path: Path, prefer: str) -> Reader:

@@ -1,7 +1,8 @@
 """What every container is: named arrays behind a header.
 
 A Reader knows all names, shapes and dtypes before it reads a tensor. A Writer is told all of
-them before it is given one, so it can lay out its file first and take tensors in any order.
+them before it is given one, so it can lay out its file first and take tensors in any order. Both
+work in regions of tensors (`zoo.containers.regions`), and in several threads at once.
 Containers that hold trees join the keys of a path with dots: `{"fc1": {"kernel": x}}` is the
 tensor `fc1.kernel`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ import numpy as np
 
 from zoo.containers import dtypes
 from zoo.containers.errors import CorruptInput
+from zoo.containers.regions import Region, blocks, extent, size, tiles, whole
 
+_PIECE = 4 << 20
 _PREAD_MAX = 1 << 30  # Linux moves at most 2 GiB - 4 KiB a call
 
 
@@ -56,13 +60,21 @@ class Reader(ABC):
         self.extras: dict[str, Any] = {}  # plain data beside the tensors: numbers, strings
         self.beside: list[str] = []  # other files of the same checkpoint, not read
         self.notices: list[str] = []  # what a user should be told about the file
+        self.first_state: object = None  # its `state` before anything was read
 
     @abstractmethod
-    def read(self, name: str) -> np.ndarray:
-        """The tensor `name`: C-contiguous, the caller's own, bit for bit as stored.
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The tensor `name`, or a region of it: C-contiguous, the caller's own, bit for bit as
+        stored; in `out`, where that is given (C-contiguous, of the region's shape and the dtype).
 
         Raises CorruptInput where the file does not hold what its header says.
         """
+
+    def state(self) -> object:
+        """Something that is another once the files have been written to; to be compared."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - a reader without open files need not override it
         """Release the file."""
@@ -82,9 +94,9 @@ class Reader(ABC):
 class Writer(ABC):
     """A checkpoint being written to `path`, which must not exist yet.
 
-    Call `write` once for each tensor of the header, in any order, then `finish`, which makes
-    the file durable. Left through an exception, a writer closes what it holds; what lies at
-    `path` is then incomplete and is the caller's to remove.
+    Call `write` once for each tensor of the header, or for each of the regions that fill it, in
+    any order, then `finish`, which makes the file durable. Left through an exception, a writer
+    closes what it holds; what lies at `path` is then incomplete and is the caller's to remove.
     """
 
     container: ClassVar[str]
@@ -95,29 +107,71 @@ class Writer(ABC):
         self.path = path
         self.tensors = dict(tensors)
         self.metadata = dict(metadata)
-        self._unwritten = set(self.tensors)
+        # Elements that each tensor still lacks, one for a tensor without any.
+        self._lacking = {name: max(1, info.size) for name, info in self.tensors.items()}
+        self._lock = threading.Lock()
 
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Write the tensor `name`; any memory order is taken, the values are what counts."""
+    def write(self, name: str, array: np.ndarray, region: Region | None = None) -> None:
+        """Write the tensor `name`, or a region of it; any memory order is taken, the values are
+        what counts."""
         info = self.tensors[name]
-        if (array.dtype, array.shape) != (dtypes.NUMPY[info.dtype], info.shape):
+        region = whole(info.shape) if region is None else region
+        if (array.dtype, array.shape) != (dtypes.NUMPY[info.dtype], extent(region)):
             raise ValueError(
                 f"{name}: header says {info.dtype} {info.shape}, got {array.dtype} {array.shape}"
             )
-        self._unwritten.remove(name)
-        self._write(name, np.asarray(array, order="C"))
+        self._take(name, size(region))
+        self._write(name, array, region)
+        self._wrote(name, size(region))
+
+    def copy(self, name: str, reader: Reader, source: str, region: Region | None = None) -> bool:
+        """Have the kernel copy a tensor, or a region of it, as it is, and say whether it could; if
+        not, it is still to be written."""
+        info = self.tensors[name]
+        region = whole(info.shape) if region is None else region
+        if info != reader.tensors[source] or not self._copy(name, reader, source, region):
+            return False
+        self._take(name, size(region))
+        self._wrote(name, size(region))
+        return True
+
+    def _take(self, name: str, elements: int) -> None:
+        """Note what is being written; ValueError for what was written before."""
+        with self._lock:
+            if self._lacking[name] < max(1, elements):
+                raise ValueError(f"{name} was written twice")
+            self._lacking[name] -= max(1, elements)
+
+    def _wrote(self, name: str, elements: int) -> None:  # noqa: B027
+        """Some of a tensor, perhaps the last of it, has been written."""
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Where the tensor begins: to write in this order is to write files from front to back."""
+        return "", 0
 
     def finish(self) -> None:
         """Complete the checkpoint and flush it to the disk."""
-        if self._unwritten:
-            raise ValueError(f"never written: {sorted(self._unwritten)}")
-        self._finish()
+        self.complete()
+        self.sync()
+
+    def complete(self) -> None:
+        """The first half: it can be read, and is not yet durable."""
+        if unwritten := sorted(name for name, n in self._lacking.items() if n):
+            raise ValueError(f"never written: {unwritten}")
+        self._complete()
 
     @abstractmethod
-    def _write(self, name: str, array: np.ndarray) -> None: ...
+    def sync(self) -> None:
+        """The second half of `finish`: flush it to the disk. It may be read meanwhile."""
 
     @abstractmethod
-    def _finish(self) -> None: ...
+    def _write(self, name: str, array: np.ndarray, region: Region) -> None: ...
+
+    def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
+        return False
+
+    def _complete(self) -> None:  # noqa: B027
+        """Write what is known only once all tensors are."""
 
     def close(self) -> None:  # noqa: B027
         """Release what is held, finished or not."""
@@ -141,22 +195,26 @@ def pread(fd: int, nbytes: int, offset: int, what: str) -> np.ndarray:
     reported, not a SIGBUS. Raises CorruptInput, naming `what`, where the file is too short.
     """
     buffer = np.empty(nbytes, np.uint8)
-    view = memoryview(buffer.data)
-    done = 0
-    while done < nbytes:
-        got = os.preadv(fd, [view[done : done + _PREAD_MAX]], offset + done)
-        if got == 0:
-            raise CorruptInput(
-                f"{what}: the file ends {nbytes - done} bytes too early",
-                "it is truncated: copy or download it again",
-            )
-        done += got
+    fill(fd, buffer.data, offset, what)
     return buffer
 
 
-def pwrite(fd: int, array: np.ndarray, offset: int) -> None:
-    """Write the C-contiguous `array`'s bytes at `offset` of the file `fd`."""
-    view = memoryview(array.reshape(-1).view(np.uint8).data) if array.size else memoryview(b"")
+def fill(fd: int, view: memoryview, offset: int, what: str) -> None:
+    """The same into `view`, a buffer of bytes."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + _PREAD_MAX]], offset + done)
+        if got == 0:
+            raise CorruptInput(
+                f"{what}: the file ends {len(view) - done} bytes too early",
+                "it is truncated: copy or download it again",
+            )
+        done += got
+
+
+def put(fd: int, view: memoryview | bytes | bytearray, offset: int) -> None:
+    """Write bytes at `offset` of the file `fd`."""
+    view = memoryview(view)
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done : done + _PREAD_MAX], offset + done)
@@ -169,6 +227,24 @@ def as_array(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 def fsync_directory(path: Path) -> None:
     """Make the names in directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def same_bits(reader: Reader, a: str, b: str) -> bool:
+    """Whether two tensors of a file have the same bytes; both are read piece by piece."""
+    info = reader.tensors[a]
+    if info != reader.tensors[b]:
+        return False
+    pieces = tiles(info.shape, blocks(info.shape, _PIECE // dtypes.itemsize(info.dtype)))
+    return all(reader.read(a, r).tobytes() == reader.read(b, r).tobytes() for r in pieces)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to the file durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pread, pwrite
+from zoo.containers.base import TensorInfo, pread, put
 from zoo.containers.errors import CorruptInput, UsageError
+from zoo.containers.spans import Span, SpanReader, SpanWriter
 
 _SMALL_HEADER = 1 << 22  # bytes that a header may have whatever it describes
 _MAX_HEADER = 100_000_000  # the library's own limit
@@ -34,7 +33,7 @@ _ORDER = (
 RANK = {code: rank for rank, code in enumerate(_ORDER.split())}
 
 
-class SafetensorsReader(Reader):
+class SafetensorsReader(SpanReader):
     """One `.safetensors` file. Raises CorruptInput for a header that the format forbids."""
 
     container: ClassVar[str] = "safetensors"
@@ -66,12 +65,11 @@ class SafetensorsReader(Reader):
             raise CorruptInput(f"{self.path}: the header is not a JSON object", _AGAIN)
         header = parse_json(raw, f"{self.path}: the header")
         self.metadata = self._parse_metadata(header.pop("__metadata__", {}))
-        self._data = 8 + length
-        self._offset: dict[str, int] = {}
+        data = 8 + length
         spans = []
         for name, item in header.items():
             self.tensors[name], start = self._parse_item(name, item)
-            self._offset[name] = start
+            self._spans[name] = (Span(data + start, self.tensors[name].nbytes),)
             spans.append((start, start + self.tensors[name].nbytes, name))
         end = 0
         for start, stop, name in sorted(spans):
@@ -80,9 +78,9 @@ class SafetensorsReader(Reader):
                     f"{self.path}: {name} starts at byte {start}, where {end} is expected", _AGAIN
                 )
             end = stop
-        if self._data + end != size:
+        if data + end != size:
             raise CorruptInput(
-                f"{self.path}: the tensors need {self._data + end} bytes, the file has {size}",
+                f"{self.path}: the tensors need {data + end} bytes, the file has {size}",
                 "it is truncated or has something appended: copy or download it again",
             )
 
@@ -114,18 +112,8 @@ class SafetensorsReader(Reader):
             )
         return info, start
 
-    def read(self, name: str) -> np.ndarray:
-        info = self.tensors[name]
-        offset = self._data + self._offset[name]
-        return as_array(pread(self._fd, info.nbytes, offset, f"{self.path}: {name}"), info)
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-class SafetensorsWriter(Writer):
+class SafetensorsWriter(SpanWriter):
     """One `.safetensors` file, the same bytes for the same tensors in whatever order written.
 
     They are the library's own bytes too, where metadata has at most one key: of several, the
@@ -139,27 +127,16 @@ class SafetensorsWriter(Writer):
     ) -> None:
         super().__init__(path, tensors, metadata)
         check_tensors(self.tensors)
-        header, self._offset = _layout(self.tensors, self.metadata)
-        self._data = len(header)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        total = self._data + sum(t.nbytes for t in self.tensors.values())
+        header, offsets = _layout(self.tensors, self.metadata)
+        self._spans = {
+            n: (Span(len(header) + offsets[n], t.nbytes),) for n, t in self.tensors.items()
+        }
         try:
-            os.truncate(self._fd, total)
-            pwrite(self._fd, np.frombuffer(header, np.uint8), 0)
+            self._create(len(header) + sum(t.nbytes for t in self.tensors.values()))
+            put(self._fd, header, 0)
         except BaseException:
             self.close()
             raise
-
-    def _write(self, name: str, array: np.ndarray) -> None:
-        pwrite(self._fd, array, self._data + self._offset[name])
-
-    def _finish(self) -> None:
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _layout(
@@ -171,7 +148,7 @@ def _layout(
         header["__metadata__"] = dict(sorted(metadata.items()))
     offsets: dict[str, int] = {}
     end = 0
-    for name in sorted(tensors, key=lambda n: (RANK[tensors[n].dtype], n)):
+    for name in sorted(tensors, key=lambda n: in_file(n, tensors[n])):
         info = tensors[name]
         offsets[name] = end
         end += info.nbytes
@@ -183,6 +160,11 @@ def _layout(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, offsets
+
+
+def in_file(name: str, info: TensorInfo) -> tuple[int, str]:
+    """By which tensors are sorted in a file."""
+    return RANK[info.dtype], name
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo]) -> None:

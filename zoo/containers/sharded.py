@@ -15,15 +15,22 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from zoo.containers import filenames
-from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory
+from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory, sync_file
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
-from zoo.containers.safetensors_file import SafetensorsWriter, check_tensors, parse_json
+from zoo.containers.regions import Region
+from zoo.containers.safetensors_file import (
+    SafetensorsWriter,
+    check_tensors,
+    in_file,
+    parse_json,
+)
+from zoo.containers.spans import Span, SpanReader, Spans
 
 _MAX_INDEX = 100_000_000
 _T = TypeVar("_T")
 
 
-class ShardedReader(Reader):
+class ShardedReader(SpanReader):
     """All shards of a `*.index.json`, as one checkpoint in the order of the index.
 
     `open_shard` opens one of them. `container` is that of the shards. Of their metadata and
@@ -95,8 +102,34 @@ class ShardedReader(Reader):
         self.metadata = _agreed(reader.metadata for reader in shards)
         self.extras = _agreed(reader.extras for reader in shards)
 
-    def read(self, name: str) -> np.ndarray:
-        return self._shards[self._where[name]].read(name)
+    def spans(self, name: str) -> Spans | None:
+        """Where the tensor lies; the files are beside the index."""
+        shard = self._where[name]
+        reader = self._shards[shard]
+        found = reader.spans(name) if isinstance(reader, SpanReader) else None
+        return None if found is None else [Span(s.offset, s.nbytes, shard) for s in found]
+
+    def file_of(self, file: str) -> Path:
+        """The shard's path."""
+        return self.path.parent / file
+
+    def descriptor(self, file: str) -> int | None:
+        """The shard's."""
+        shard = self._shards[file]
+        return shard.descriptor("") if isinstance(shard, SpanReader) else None
+
+    def vouch(self, name: str) -> None:
+        shard = self._shards[self._where[name]]
+        if isinstance(shard, SpanReader):
+            shard.vouch(name)
+
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        return self._shards[self._where[name]].read(name, region, out)
+
+    def state(self) -> object:
+        return [reader.state() for reader in self._shards.values()]
 
     def close(self) -> None:
         for reader in self._shards.values():
@@ -176,31 +209,52 @@ class ShardedSafetensorsWriter(Writer):
                 filenames.shard(i, len(shards)): shard for i, shard in enumerate(shards, 1)
             }
         self._where = {n: file for file, shard in self._shards.items() for n in shard}
-        self._missing = {file: set(shard) for file, shard in self._shards.items()}
+        self._missing = {
+            file: sum(max(1, info.size) for info in shard.values())
+            for file, shard in self._shards.items()
+        }
+        order = [
+            sorted(shard, key=lambda n: in_file(n, self.tensors[n]))
+            for shard in self._shards.values()
+        ]
+        self._place = {name: i for names in order for i, name in enumerate(names)}
         self._open: dict[str, SafetensorsWriter] = {}
         path.mkdir()
 
-    def _write(self, name: str, array: np.ndarray) -> None:
+    def place(self, name: str) -> tuple[str, int]:
+        return self._where[name], self._place[name]
+
+    def _write(self, name: str, array: np.ndarray, region: Region) -> None:
+        self._writer(self._where[name]).write(name, array, region)
+
+    def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
+        return self._writer(self._where[name]).copy(name, reader, source, region)
+
+    def _wrote(self, name: str, elements: int) -> None:
         file = self._where[name]
-        self._writer(file).write(name, array)
-        self._missing[file].remove(name)
-        if not self._missing[file]:
-            self._complete(file)
+        with self._lock:
+            self._missing[file] -= max(1, elements)
+            last = not self._missing[file]
+        if last:
+            self._close(file)
 
     def _writer(self, file: str) -> SafetensorsWriter:
-        if file not in self._open:
-            path = self.path / file
-            self._open[file] = SafetensorsWriter(path, self._shards[file], self.metadata)
-        return self._open[file]
+        with self._lock:
+            if file not in self._open:
+                path = self.path / file
+                self._open[file] = SafetensorsWriter(path, self._shards[file], self.metadata)
+            return self._open[file]
 
-    def _complete(self, file: str) -> None:
+    def _close(self, file: str) -> None:
+        """A shard that has all of its tensors; it is synced with the others."""
         with self._writer(file) as writer:
-            writer.finish()
-        del self._open[file]
+            writer.complete()
+        with self._lock:
+            del self._open[file]
 
-    def _finish(self) -> None:
+    def _complete(self) -> None:
         if not self.tensors:
-            self._complete(filenames.SAFETENSORS)
+            self._close(filenames.SAFETENSORS)
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(t.nbytes for t in self.tensors.values())},
@@ -208,8 +262,10 @@ class ShardedSafetensorsWriter(Writer):
             }
             with (self.path / filenames.SAFETENSORS_INDEX).open("x") as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        for file in self.path.iterdir():
+            sync_file(file)
         fsync_directory(self.path)
 
     def close(self) -> None:

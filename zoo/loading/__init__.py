@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from zoo import hub, registry
-from zoo.checkpoint.apply import apply
+from zoo.checkpoint.ahead import prefetch
+from zoo.checkpoint.apply import apply, cast
 from zoo.checkpoint.intact import check
 from zoo.checkpoint.label import read_label
-from zoo.checkpoint.plan import Plan, make_plan, read_step, refuse_broken_ties
+from zoo.checkpoint.plan import Plan, Step, make_plan, refuse_broken_ties
+from zoo.checkpoint.reading import Buffers
 from zoo.checkpoint.request import make_request
+from zoo.checkpoint.slabs import default_workers, is_cast
 from zoo.checkpoint.transfer import transfer
 from zoo.containers import dtypes, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import MissingExtra, UsageError
-from zoo.layout import Tree
+from zoo.containers.regions import whole
+from zoo.containers.strided import copy
+from zoo.layout import Shape, Tree
+from zoo.layout.ops import run
 from zoo.loading.fresh import initial
 from zoo.model import Config, Model, override
 
 FRAMEWORKS = ("torch", "flax")
+_LINE = 64  # bytes to which JAX wants its memory aligned
+Empty = Callable[[Shape, np.dtype], np.ndarray]  # memory for a tensor
 
 
 class LoadNotice(UserWarning):
@@ -102,7 +112,9 @@ def load(
         for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
         refuse_broken_ties(reader, plan)
-        values = itertools.chain(read_tree(plan, reader), _fresh(plan, seed, code))
+        values = itertools.chain(
+            read_tree(plan, reader, memory_of(framework)), _fresh(plan, seed, code)
+        )
         return build_from_tree(family, plan.config, framework, values, dtype, seed)
 
 
@@ -122,8 +134,11 @@ def build(
     for view in model.layout_of(config).view("torch" if framework == "torch" else "nnx"):
         e = view.entry
         if e.constant is None and e.tied_to is None:
-            made = apply(view.ops, [canonical[t.name] for t in e.torch], code)
-            values |= {t.name: a for t, a in zip(view.tensors, made, strict=True)}
+            given = [canonical[t.name] for t in e.torch]
+            made = apply(view.ops, given, code)
+            for t, array in zip(view.tensors, made, strict=True):
+                shared = any(np.may_share_memory(array, g) for g in given)
+                values[t.name] = array.copy() if shared else array  # the caller's stays so
     return build_from_tree(model, config, framework, values.items(), dtype, seed)
 
 
@@ -165,12 +180,49 @@ def build_from_tree(
         raise
 
 
-def read_tree(plan: Plan, reader: Reader) -> Iterator[tuple[str, np.ndarray]]:
-    """The target's tensors, each read when it is asked for."""
-    for step in plan.steps:
-        yield from zip(step.targets, read_step(reader, step), strict=True)
+def memory_of(framework: str) -> Empty:
+    """What gives the memory in which a framework keeps its tensors. MissingExtra without it."""
+    if framework == "flax":
+        return aligned
+    try:
+        from zoo.loading.into_torch import empty
+    except ModuleNotFoundError:
+        raise MissingExtra("loading into torch", "torch") from None
+    return empty
+
+
+def read_tree(
+    plan: Plan, reader: Reader, empty: Empty | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The target's tensors, read by several threads ahead of whoever takes them, in memory that
+    `empty` gives (None: NumPy's, aligned as JAX wants it)."""
+    own = Buffers()
+    jobs = [functools.partial(_read, reader, own, step, empty or aligned) for step in plan.steps]
+    for step, arrays in zip(plan.steps, prefetch(jobs, default_workers()), strict=True):
+        yield from zip(step.targets, arrays, strict=True)
     for made in plan.made:
         yield made.name, made.value()
+
+
+def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array in memory that JAX takes over without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _LINE, np.uint8)
+    start = -raw.ctypes.data % _LINE
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _read(reader: Reader, own: Buffers, step: Step, empty: Empty) -> list[np.ndarray]:
+    """A step's tensors, as they are to be."""
+    made = [empty(info.shape, dtypes.NUMPY[info.dtype]) for info in step.target_infos]
+    if not step.ops and not is_cast(step):
+        return [reader.read(n, None, out) for n, out in zip(step.sources, made, strict=True)]
+    infos = zip(step.sources, step.source_infos, strict=True)
+    read = own.read(reader, [(n, (i, whole(t.shape))) for i, (n, t) in enumerate(infos)])
+    found = run(step.ops, [array for _, array in read])
+    for array, out in zip(found, made, strict=True):
+        copy(cast(array, dtypes.code_of(out.dtype)), out)
+    return made
 
 
 def _fresh(plan: Plan, seed: int, code: str | None) -> Iterator[tuple[str, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -30,14 +31,12 @@ def build(
     floats = {a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
     param_dtype = jnp.result_type(*floats) if floats else jnp.float32
     compute = None if dtype is None else jnp.dtype(dtype)
-    module = nnx.eval_shape(
-        lambda: with_config(
-            model.definition("flax")(
-                config, dtype=compute, param_dtype=param_dtype, rngs=nnx.Rngs(seed)
-            ),
-            config,
-        )
+    definition = functools.partial(
+        model.definition("flax"), config, dtype=compute, param_dtype=param_dtype
     )
+    module = nnx.eval_shape(lambda: with_config(definition(rngs=_still(seed)), config))
+    if any(isinstance(node, _Still) for _, node in nnx.iter_graph(module)):  # it keeps them
+        module = nnx.eval_shape(lambda: with_config(definition(rngs=nnx.Rngs(seed)), config))
     graph, abstract = nnx.split(module)
 
     def fill(path: tuple[Any, ...], variable: Any) -> Any:
@@ -62,4 +61,33 @@ def place(name: str, array: np.ndarray) -> jax.Array:
             f"{name} is {array.dtype.name}: JAX would cut its 64 bits to 32",
             "set jax_enable_x64 to keep them, or give param_dtype='float32'",
         )
-    return jnp.asarray(array)
+    # Aligned memory becomes JAX's without a copy.
+    made: jax.Array = jax.device_put(array)
+    return made
+
+
+class _Still(nnx.RngStream):
+    """A stream that gives one key and counts nothing. Only shapes are wanted of what is drawn, and
+    the counter of a real stream is most of the time that tracing a large module takes."""
+
+    def __call__(self) -> jax.Array:
+        return _key()
+
+    def fork(self, *, split: int | tuple[int, ...] | None = None) -> nnx.RngStream:
+        key = _key() if split is None else jax.random.split(_key(), split)
+        return nnx.RngStream(key, tag=self.tag)
+
+    def split(self, k: int | tuple[int, ...]) -> nnx.RngStream:
+        return self.fork(split=k)
+
+
+def _still(seed: int) -> nnx.Rngs:
+    rngs = nnx.Rngs(seed)
+    setattr(rngs, "default", _Still(_key(), tag="default"))  # noqa: B010 - unknown to the types
+    return rngs
+
+
+@functools.cache
+def _key() -> jax.Array:
+    with jax.ensure_compile_time_eval():
+        return jax.random.key(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ import torch
 from zoo.checkpoint.plan import constant_value
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo
-from zoo.layout import Layout
+from zoo.layout import Layout, Shape
 from zoo.model import Config, Model, with_config
 
 
@@ -33,7 +35,7 @@ def fill(
 ) -> torch.nn.Module:
     """The module, which is on "meta" and holds no values, with these, each as it is stored."""
     names = layout.shapes("torch")
-    state = {name: tensor(array).clone() for name, array in values if name in names}
+    state = {name: owned(array) for name, array in values if name in names}
     for entry in layout.entries:
         name = entry.torch[0].name
         if entry.tied_to is not None:
@@ -49,6 +51,24 @@ def fill(
             state[entry.torch[0].name] = state[entry.tied_to]
     module.load_state_dict(state, strict=True, assign=True)
     return module
+
+
+def empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """An array in torch's memory, to be filled and given to `owned`."""
+    flat = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    array: np.ndarray = flat.numpy()
+    return array.view(dtype).reshape(shape)
+
+
+def owned(array: np.ndarray) -> torch.Tensor:
+    """The array as a torch tensor in torch's memory: as it is, if `empty` gave it, or copied."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if not isinstance(base, torch.Tensor) or not array.flags.c_contiguous:
+        return tensor(array).clone()
+    name = dtypes.NAME[dtypes.code_of(array.dtype)]
+    return base.view(getattr(torch, name)).reshape(array.shape)
 
 
 def tensor(array: np.ndarray) -> torch.Tensor:

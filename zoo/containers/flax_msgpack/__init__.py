@@ -19,12 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pread, pwrite
+from zoo.containers.base import TensorInfo, put
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.flax_msgpack.scan import CHUNKED, MAX_DEPTH, NDARRAY, Array, Scanner
+from zoo.containers.spans import Span, SpanReader, SpanWriter
 
 MAX_CHUNK_SIZE = 2**30  # bytes; flax's own
 
@@ -49,7 +48,7 @@ def looks_like(first_bytes: bytes) -> bool:
     return b"\xa0" <= key <= b"\xbf" or key in (b"\xd9", b"\xda", b"\xdb")
 
 
-class MsgpackReader(Reader):
+class MsgpackReader(SpanReader):
     """One file of `flax.serialization.to_bytes` or `msgpack_serialize`.
 
     Keys are joined with dots, integer keys and the places in a list written as decimals. What
@@ -60,7 +59,6 @@ class MsgpackReader(Reader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._spans: dict[str, tuple[tuple[int, int], ...]] = {}
         self._fd = os.open(path, os.O_RDONLY)
         try:
             self._collect(Scanner(self._fd, path).root())
@@ -77,26 +75,9 @@ class MsgpackReader(Reader):
                 )
             if isinstance(value, Array):
                 self.tensors[name] = value.info
-                self._spans[name] = value.spans
+                self._spans[name] = tuple(Span(*span) for span in value.spans)
             else:
                 self.extras[name] = value
-
-    def read(self, name: str) -> np.ndarray:
-        info, what = self.tensors[name], f"{self.path}: {name}"
-        if len(self._spans[name]) == 1:
-            ((offset, nbytes),) = self._spans[name]
-            return as_array(pread(self._fd, nbytes, offset, what), info)
-        raw = np.empty(info.nbytes, np.uint8)
-        done = 0
-        for offset, nbytes in self._spans[name]:
-            raw[done : done + nbytes] = pread(self._fd, nbytes, offset, what)
-            done += nbytes
-        return as_array(raw, info)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _leaves(tree: Any, name: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -120,7 +101,7 @@ def _has_branches(items: list[Any]) -> bool:
     )
 
 
-class MsgpackWriter(Writer):
+class MsgpackWriter(SpanWriter):
     """The bytes of `flax.serialization.msgpack_serialize`, laid out before the first tensor.
 
     Names are split at their dots into nested dicts of string keys, sorted as that function
@@ -136,30 +117,14 @@ class MsgpackWriter(Writer):
         super().__init__(path, tensors, metadata)
         layout = _Layout()
         layout.tree(_nest(self.tensors))
-        self._spans = layout.spans
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._spans = {n: [Span(*s) for s in spans] for n, spans in layout.spans.items()}
         try:
-            os.truncate(self._fd, layout.end)
+            self._create(layout.end)
             for offset, raw in layout.between:
-                pwrite(self._fd, np.frombuffer(raw, np.uint8), offset)
+                put(self._fd, raw, offset)
         except BaseException:
             self.close()
             raise
-
-    def _write(self, name: str, array: np.ndarray) -> None:
-        raw = array.reshape(-1).view(np.uint8)
-        done = 0
-        for offset, nbytes in self._spans[name]:
-            pwrite(self._fd, raw[done : done + nbytes], offset)
-            done += nbytes
-
-    def _finish(self) -> None:
-        os.fsync(self._fd)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
 
 def _nest(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:

@@ -7,18 +7,20 @@ a CheckpointManager's root with numbered steps. Neither JAX nor Orbax is importe
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
 from zoo.containers import dtypes
-from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UnsafeInput
 from zoo.containers.filenames import (
     ORBAX_CHECKPOINT,
@@ -32,12 +34,15 @@ from zoo.containers.orbax_dir.zarr import (
     AGAIN,
     CONTEXT,
     ZarrArray,
+    chunk_files,
     guarded,
     load_json,
     parse,
     tensorstore,
     wrong_name,
 )
+from zoo.containers.regions import Region, extent, whole
+from zoo.containers.spans import Span, SpanReader
 
 __all__ = ["OrbaxReader", "OrbaxWriter", "is_orbax"]
 
@@ -57,7 +62,7 @@ def is_orbax(path: Path) -> bool:
         return False
 
 
-class OrbaxReader(Reader):
+class OrbaxReader(SpanReader):
     """An Orbax checkpoint; of a CheckpointManager's root its latest complete step.
 
     A tensor's name is its tree path joined with dots. Where several items hold tensors
@@ -121,13 +126,24 @@ class OrbaxReader(Reader):
         self.metadata |= item.metadata
         for name, array in item.arrays.items():
             self.tensors[prefix + name] = array.info
+            if spans := item.spans(name, self.path):
+                self._spans[prefix + name] = spans
             self._source[prefix + name] = item, name
         for name, value in item.extras.items():
             self.extras[prefix + name] = value
 
-    def read(self, name: str) -> np.ndarray:
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        if name in self._spans:
+            return super().read(name, region, out)
         item, stored = self._source[name]
-        return item.read(stored)
+        return item.read(stored, region, out)
+
+    def state(self) -> object:
+        files = sorted(Path(top, f) for top, _, names in os.walk(self.path) for f in names)
+        found = [(str(f), f.stat()) for f in files]
+        return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
 
 
 class _Tree:
@@ -146,9 +162,7 @@ class _Tree:
         manifest = (path / ORBAX_MANIFEST).exists()
         self._ocdbt = manifest if meta.get("use_ocdbt") is None else meta["use_ocdbt"] is True
         self.metadata = _strings(meta.get("custom_metadata"))
-        self._ts = tensorstore()
         self._strings: dict[str, Any] | None = None
-        self._context = self._ts.Context(CONTEXT)
         stored, scalars = [], []
         for name, kind in self._leaves(meta):
             if kind in _EMPTY:
@@ -166,6 +180,14 @@ class _Tree:
                 raise CorruptInput(f"{path}: {name} is no single number, as it should be", AGAIN)
             self.extras[name] = self.read(name).item()
             del self.arrays[name]
+
+    @functools.cached_property
+    def _ts(self) -> ModuleType:
+        return tensorstore()
+
+    @functools.cached_property
+    def _context(self) -> Any:
+        return self._ts.Context(CONTEXT)
 
     def _leaves(self, meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """Name and kind of each leaf; refuses names that cannot be, and two of one name."""
@@ -231,12 +253,31 @@ class _Tree:
             arrays[name] = parse(raw, self._zarr3, size, f"{self.path}: {name}")
         return arrays
 
-    def read(self, name: str) -> np.ndarray:
+    def spans(self, name: str, root: Path) -> list[Span]:
+        """Where the array lies in files below `root`, if it lies there as it is; else nothing."""
+        array = self.arrays[name]
+        if self._ocdbt or array.plain is None or not array.info.size:
+            return []
+        whole_chunk = math.prod(array.chunks) * dtypes.itemsize(array.info.dtype)
+        found = []
+        for file, nbytes in chunk_files(array):
+            path = self.path / name / file
+            if not path.is_file() or path.stat().st_size != whole_chunk:
+                return []  # TensorStore knows what that means, or says what is wrong
+            found.append(Span(0, nbytes, os.path.relpath(path, root)))
+        return found
+
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """The array `name`. Our own memory first: TensorStore aborts where it gets none."""
         info, what = self.arrays[name].info, f"{self.path}: {name}"
-        out = guarded(lambda: np.empty(info.shape, dtypes.NUMPY[info.dtype]), what)
-        if info.size == 0:
-            return out
+        region = whole(info.shape) if region is None else region
+        into = out
+        if into is None:
+            into = guarded(lambda: np.empty(extent(region), dtypes.NUMPY[info.dtype]), what)
+        if into.size == 0:
+            return into
         spec = {
             "driver": "zarr3" if self._zarr3 else "zarr",
             "kvstore": self._kvstore(name),
@@ -247,11 +288,11 @@ class _Tree:
 
         def fill() -> None:
             stored = self._ts.open(spec, open=True, read=True, context=self._context).result()
-            target = self._ts.array(out, copy=False, write=True)
-            target.write(stored).result()
+            target = self._ts.array(into, copy=False, write=True)
+            target.write(stored[region].translate_to[(0,) * into.ndim]).result()
 
         guarded(fill, what)
-        return out
+        return into
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -12,13 +12,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import CorruptInput, MissingExtra, NoSpace, ZooError
+from zoo.containers.regions import blocks, size, tiles
 
 # Orbax's own settings: the nodes of OCDBT's tree are cached, the data are not.
 CONTEXT = {
@@ -34,6 +36,8 @@ AGAIN = "it is damaged or was not completely written: copy, download or save it 
 _FREE = 64 << 20
 _MOST = 40_000
 _MOST_CHUNKS = 1 << 20
+
+_CHUNK_NAME = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 
 T = TypeVar("T")
 
@@ -61,6 +65,9 @@ class ZarrArray:
 
     info: TensorInfo
     chunks: tuple[int, ...]
+    # What stands between the numbers in the chunks' names, where they hold the elements row-major
+    # and as they are, and each chunk lies contiguously in the array; else None.
+    plain: str | None = None
 
 
 def tensorstore() -> ModuleType:
@@ -91,7 +98,39 @@ def parse(raw: bytes, zarr3: bool, disk: int, what: str) -> ZarrArray:
         raise CorruptInput(f"{what}: has the shape {shape!r} in chunks of {chunks!r}", AGAIN)
     array = ZarrArray(TensorInfo(dtype, sizes[0]), sizes[1])
     _check_claims(array, disk, what)
-    return array
+    return replace(array, plain=_plain(meta, array, disk)) if zarr3 else array
+
+
+def _plain(meta: dict[str, Any], array: ZarrArray, disk: int) -> str | None:
+    pairs = zip(array.info.shape, array.chunks, strict=True)
+    stored = math.prod(-(-size // chunk) * chunk for size, chunk in pairs)
+    if stored * dtypes.itemsize(array.info.dtype) > disk:  # before anything is listed
+        return None
+    match meta.get("codecs"):
+        case [{"name": "bytes", "configuration": {"endian": "little"}}]:
+            pass
+        case [{"name": "bytes"}] if dtypes.itemsize(array.info.dtype) == 1:
+            pass
+        case _:
+            return None
+    contiguous = blocks(array.info.shape, math.prod(array.chunks)) == array.chunks
+    match meta.get("chunk_key_encoding"):
+        case {"name": "default", "configuration": {"separator": ("." | "/") as separator}}:
+            return separator if contiguous else None
+        case {"name": "default", **rest} if not rest.get("configuration"):
+            return "/" if contiguous else None
+    return None
+
+
+def chunk_files(array: ZarrArray) -> list[tuple[str, int]]:
+    """Of a plain array: the name of each chunk's file below the array's directory, and how many of
+    its bytes are elements of the array. At the edge a chunk is filled up with others."""
+    itemsize = dtypes.itemsize(array.info.dtype)
+    found = []
+    for tile in tiles(array.info.shape, array.chunks):
+        at = (str(s.start // n) for s, n in zip(tile, array.chunks, strict=True))
+        found.append(((array.plain or "").join(["c", *at]), size(tile) * itemsize))
+    return found
 
 
 def _fields2(meta: dict[str, Any]) -> tuple[str | None, Any, Any]:
@@ -129,6 +168,13 @@ def _check_claims(array: ZarrArray, disk: int, what: str) -> None:
     count = math.prod(-(-size // chunk) for size, chunk in pairs)
     if count > _MOST_CHUNKS:
         raise CorruptInput(f"{what}: claims {count} chunks", AGAIN)
+
+
+def is_array(folder: Path) -> bool:
+    """Whether a folder of a checkpoint holds arrays and nothing else."""
+    files = [p for p in folder.rglob("*") if not p.is_dir()] if folder.is_dir() else []
+    heads = [p for p in files if p.name in ("zarr.json", ".zarray")]
+    return bool(heads) and all(p in heads or _CHUNK_NAME.fullmatch(p.name) for p in files)
 
 
 def load_json(raw: bytes, what: str) -> dict[str, Any]:

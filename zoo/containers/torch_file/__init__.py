@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import tempfile
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo, Writer, as_array, pwrite
+from zoo.containers.base import TensorInfo, sync_file
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
+from zoo.containers.regions import Region, extent, whole
+from zoo.containers.spans import Span, SpanReader, Spans, SpanWriter
+from zoo.containers.strided import copy
 from zoo.containers.torch_file.archive import POLICY, Record, open_zip, read_span
 from zoo.containers.torch_file.builders import TensorRef
 from zoo.containers.torch_file.legacy import open_legacy
@@ -31,10 +35,11 @@ from zoo.containers.torch_file.tree import Tree
 
 _MAX_EXPANDED = 64 << 20  # bytes of a tensor that has more elements than its storage
 _ALIGNMENT = 64  # of a tensor in the spool
+_NEAR = 1 << 16  # bytes that are read for few of them
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 
 
-class TorchReader(Reader):
+class TorchReader(SpanReader):
     """One `.pt`, `.pth` or `.bin` file, in the zip format or in that of before torch 1.6.
 
     Dicts and lists are flattened with dots; keys that are not strings are written as str() does.
@@ -50,6 +55,7 @@ class TorchReader(Reader):
         super().__init__(path)
         self._what = shown(str(path))
         self._checked: set[str] = set()  # storages whose checksum was found right
+        self._checking = threading.Lock()
         self._fd = os.open(path, os.O_RDONLY)
         try:
             root, self._records, self.beside = _open(self._fd, self._what, member)
@@ -74,28 +80,67 @@ class TorchReader(Reader):
             if first.setdefault(same, name) != name:
                 self.ties[name] = first[same]
 
-    def read(self, name: str) -> np.ndarray:
+    def spans(self, name: str) -> Spans | None:
+        """Where the tensor lies; None for a strided view."""
         info, view = self.tensors[name], self._views[name]
-        dtype = dtypes.NUMPY[info.dtype]
         if not info.size:
-            return np.empty(info.shape, dtype)
-        block, record = view.storage, self._records[view.storage.key]
-        start = block.start + view.offset * dtype.itemsize
-        stop = start + (_last(view) + 1) * dtype.itemsize
-        raw = read_span(
-            *(self._fd, record, start, stop, f"{self._what}: {shown(name)}"),
-            check=block.key not in self._checked,
-        )
-        self._checked.add(block.key)
-        if _is_contiguous(view):
-            return as_array(raw, info)
-        strides = [step * dtype.itemsize for step in view.stride]
-        return np.ndarray(info.shape, dtype, raw.data, strides=strides).copy(order="C")
+            return ()
+        if not _is_contiguous(view):
+            return None
+        return (Span(self._start(view), info.nbytes),)
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def vouch(self, name: str) -> None:
+        key = self._views[name].storage.key
+        with self._checking:  # a second worker waits, and does not check it too
+            if key not in self._checked and (record := self._records.get(key)) is not None:
+                read_span(self._fd, record, 0, 0, f"{self._what}: {shown(name)}")
+                self._checked.add(key)
+
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        info, view = self.tensors[name], self._views[name]
+        region = whole(info.shape) if region is None else region
+        dtype, what = dtypes.NUMPY[info.dtype], f"{self._what}: {shown(name)}"
+        out = np.empty(extent(region), dtype) if out is None else out
+        if not out.size:
+            return out
+        block, record = view.storage, self._records[view.storage.key]
+        if out.size == info.size and _is_contiguous(view):  # all at once: read and checked in one
+            start = block.start + view.offset * dtype.itemsize
+            raw = out.reshape(-1).view(np.uint8).data
+            check = block.key not in self._checked
+            read_span(self._fd, record, start, start + info.nbytes, what, check=check, into=raw)
+            self._checked.add(block.key)
+            return out
+        self.vouch(name)
+        strides = [step * dtype.itemsize for step in view.stride]
+        start = block.start + view.offset * dtype.itemsize
+        start += sum(s.start * step for s, step in zip(region, strides, strict=True))
+        self._gather(record, start, strides, out, what)
+        return out
+
+    def _gather(
+        self, record: Record, start: int, strides: list[int], out: np.ndarray, what: str
+    ) -> None:
+        """Read a strided view into `out`: at once what lies close, else piece by piece."""
+        reach = sum((n - 1) * step for n, step in zip(out.shape, strides, strict=True))
+        span = reach + out.itemsize
+        if span <= max(2 * out.nbytes, _NEAR) or out.ndim == 0:
+            raw = read_span(self._fd, record, start, start + span, what, check=False)
+            copy(np.ndarray(out.shape, out.dtype, raw.data, strides=strides), out)
+            return
+        axis = max(range(out.ndim), key=lambda a: strides[a] * (out.shape[a] > 1))
+        for i in range(out.shape[axis]):
+            part = out[(slice(None),) * axis + (slice(i, i + 1),)]
+            self._gather(record, start + i * strides[axis], strides, part, what)
+
+    def _start(self, view: TensorRef) -> int:
+        """Where in the file the view's first element lies."""
+        block = view.storage
+        record = self._records[block.key]
+        itemsize = dtypes.itemsize(dtypes.FROM_NAME[view.dtype])
+        return record.offset + block.start + view.offset * itemsize
 
 
 def _open(fd: int, what: str, member: str) -> tuple[Any, dict[str, Record], list[str]]:
@@ -170,7 +215,7 @@ def _info(view: TensorRef, record: Record | None, what: str) -> TensorInfo:
     return info
 
 
-class TorchWriter(Writer):
+class TorchWriter(SpanWriter):
     """One zip file with an OrderedDict of plain tensors, in the order of the header.
 
     `ties` are further names, each for a tensor of the header that is saved as the same storage;
@@ -201,31 +246,28 @@ class TorchWriter(Writer):
             ):
                 raise ValueError(f"{name} cannot be tied to {first}")
             self.tensors[name] = self.tensors[first]
-            self._unwritten.discard(name)
-        self._offset: dict[str, int] = {}
+            self._lacking[name] = 0
         self._size = 0
         for name, info in self.tensors.items():
             if name not in self.ties:
-                self._offset[name] = self._size
+                self._spans[name] = (Span(self._size, info.nbytes),)
                 self._size += info.nbytes + -info.nbytes % _ALIGNMENT
         self._spool = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed in close()
+        self._fd = self._spool.fileno()
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def write(self, name: str, array: np.ndarray, region: Region | None = None) -> None:
         if name in self.ties:
             raise ValueError(f"{name} is tied to {self.ties[name]}: write that")
-        super().write(name, array)
+        super().write(name, array, region)
 
-    def _write(self, name: str, array: np.ndarray) -> None:
-        pwrite(self._spool.fileno(), array, self._offset[name])
-
-    def _finish(self) -> None:
+    def _complete(self) -> None:
         import torch
 
         self._spool.truncate(max(self._size, 1))  # no mapping is empty
         spool = mmap.mmap(self._spool.fileno(), 0)
         by_name: dict[str, torch.Tensor] = {}
-        for name, offset in self._offset.items():
-            info = self.tensors[name]
+        for name, (span,) in self._spans.items():
+            info, offset = self.tensors[name], span.offset
             dtype = getattr(torch, dtypes.NAME[info.dtype])
             if info.size:
                 flat = torch.frombuffer(spool, dtype=dtype, count=info.size, offset=offset)
@@ -235,8 +277,9 @@ class TorchWriter(Writer):
         state = OrderedDict((name, by_name[self.ties.get(name, name)]) for name in self.tensors)
         with open(self.path, "xb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+
+    def sync(self) -> None:
+        sync_file(self.path)
 
     def close(self) -> None:
         self._spool.close()

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.containers.base import pread
+from zoo.containers.base import fill, pread
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
 from zoo.containers.torch_file.builders import Placeholder, TensorRef
 from zoo.containers.torch_file.machine import MAX_PICKLE, load
@@ -209,18 +209,25 @@ def _record(fd: int, info: zipfile.ZipInfo, base: int, what: str) -> Record:
 
 
 def read_span(
-    fd: int, record: Record, start: int, stop: int, what: str, check: bool = True
+    fd: int,
+    record: Record,
+    start: int,
+    stop: int,
+    what: str,
+    check: bool = True,
+    into: memoryview | None = None,
 ) -> np.ndarray:
-    """Bytes `start` to `stop` of `record`, as uint8; what lies around them is read if `check`.
+    """Bytes `start` to `stop` of `record`, as uint8, and in `into`, where that is given; what lies
+    around them is read if `check`.
 
     Checking reads the whole record, but never holds more of it than the span and a small piece.
     """
-    span = np.empty(stop - start, np.uint8)
-    view = span.data
+    span = np.empty(stop - start, np.uint8) if into is None else np.frombuffer(into, np.uint8)
+    view = span.data if into is None else into
     if record.crc is None or not check:
-        _fill(fd, view, record.offset + start, what)
+        fill(fd, view, record.offset + start, what)
         return span
-    scratch = memoryview(bytearray(min(_PIECE, record.size)))
+    scratch = memoryview(bytearray(min(_PIECE, record.size - len(view))))
     crc = done = 0
     while done < record.size:
         if start <= done < stop:
@@ -228,21 +235,9 @@ def read_span(
         else:
             until = start if done < start < stop else record.size
             piece = scratch[: until - done]
-        _fill(fd, piece, record.offset + done, what)
+        fill(fd, piece, record.offset + done, what)
         crc = zlib.crc32(piece, crc)
         done += len(piece)
     if crc != record.crc:
         raise CorruptInput(f"{what}: the bytes in the file are not those written (CRC-32)", _AGAIN)
     return span
-
-
-def _fill(fd: int, view: memoryview, offset: int, what: str) -> None:
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
-        if got == 0:
-            raise CorruptInput(
-                f"{what}: the file ends {len(view) - done} bytes too early",
-                "it is truncated: copy or download it again",
-            )
-        done += got

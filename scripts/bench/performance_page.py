@@ -1,0 +1,64 @@
+"""docs/performance.md and its plot, from the docs/performance.json of scripts/bench/engine.py."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[2] / "docs"
+_HEAD = """\
+# Performance
+
+Written by `scripts/bench/performance_page.py` from what `scripts/bench/engine.py` measured. Each
+job is a process of its own, run in turn with what it is held against, and only their ratio in one
+round counts: for a conversion `cp` and `sync` of the same bytes, start-up of ours included; for the
+others what the line says. Peaks are above an idle interpreter; for what is measured inside a
+process, above what it held before. {rounds} rounds{where}.
+
+![The ratios, with what is asked for](performance.png)
+
+| job | lowest | median | highest | asked for | peak, MB | asked for |
+|---|---:|---:|---:|---:|---:|---:|
+"""
+
+
+def main() -> None:
+    told = json.loads((DOCS / "performance.json").read_text())
+    jobs: dict[str, dict[str, Any]] = told["jobs"]
+    rows = []
+    for label, job in jobs.items():
+        ratios, asked, memory = job["ratios"], job["target"], job["memory"]
+        cells = [ratios[0], statistics.median(ratios), ratios[-1]]
+        shown = " | ".join(f"{c:.2f}" for c in cells)
+        limits = [f"{v:g}" if v is not None else "" for v in (asked, memory)]
+        rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {limits[1]} |")
+    where = f", {told['machine']}" if told.get("machine") else ""
+    text = _HEAD.format(rounds=told["rounds"], where=where) + "\n".join(rows) + "\n"
+    (DOCS / "performance.md").write_text(text)
+    plot(jobs)
+
+
+def plot(jobs: dict[str, dict[str, Any]]) -> None:
+    """A bar from the lowest ratio to the highest for every job, and what is asked for."""
+    import matplotlib.pyplot as plt
+
+    labels = list(jobs)[::-1]
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.28 * len(labels)))
+    for y, label in enumerate(labels):
+        ratios, asked = jobs[label]["ratios"], jobs[label]["target"]
+        axes.plot([ratios[0], ratios[-1]], [y, y], color="tab:blue", linewidth=4)
+        axes.plot(statistics.median(ratios), y, "o", color="black", markersize=4)
+        if asked is not None:
+            axes.plot(asked, y, "|", color="tab:red", markersize=12)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("times what it is held against (red: at most)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(DOCS / "performance.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
