@@ -33,15 +33,8 @@ from convert.runtime.inputs import as_call
 from convert.runtime.torch_layout import derive_layout, saved_tensors
 from convert.tensors import bits_of
 from zoo import hub
-from zoo.checkpoint.certificate import (
-    Certificate,
-    TensorRecord,
-    file_sha256,
-    files_of,
-    now,
-    sha256,
-    versions,
-)
+from zoo.checkpoint import hashes
+from zoo.checkpoint.certificate import Certificate, TensorRecord, now, rests, versions
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Aside, Step, carry, make_plan, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
@@ -50,6 +43,7 @@ from zoo.containers import dtypes, filenames, open_checkpoint
 from zoo.containers.base import TensorInfo, fsync_directory
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import NotEquivalent, UsageError
+from zoo.containers.onnx_graph import OnnxReader
 from zoo.layout import Layout
 from zoo.loading import LoadNotice, build_from_tree, read_tree
 
@@ -270,7 +264,7 @@ def _written(
             made.notices += told
             refuse(made.held)
             certificate.verified = _verified(made, len(wanted))
-        certificate.files = {n: file_sha256(p) for n, p in files_of(files[-1]).items()}
+            certificate.files = _rests(files[-1], list(wanted))
         certificate.notices = list(made.notices)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / f"{target.name}.{filenames.CERTIFICATE}", certificate.to_json())
@@ -285,7 +279,7 @@ def _written(
 
 def _data_name(target: Path, tensors: Mapping[str, np.ndarray]) -> str:
     """What the file with the tensors is called: another name for other tensors."""
-    digests = "".join(n + sha256(x) for n, x in tensors.items())
+    digests = "".join(n + hashes.of("sha256", x) for n, x in tensors.items())
     return filenames.onnx_data(target.name, hashlib.sha256(digests.encode()).hexdigest())
 
 
@@ -345,10 +339,11 @@ def _check_onnx(path: Path) -> None:
 
 def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Certificate) -> None:
     """Read the file as anybody would who converts it back; NotEquivalent where a bit differs."""
-    meant = {n: sha256(x) for n, x in wanted.items()}
+    kind = certificate.hash = hashes.best()
+    meant = {n: hashes.of(kind, x) for n, x in wanted.items()}
     with open_checkpoint(path) as reader:
         plan = make_plan(reader, read_label(reader), "torch")
-        found = {t: sha256(reader.read(n)) for s in plan.steps for n, t in _pairs(s)}
+        found = {t: hashes.of(kind, reader.read(n)) for s in plan.steps for n, t in _pairs(s)}
     if wrong := [n for n in meant if found.get(n) != meant[n]]:
         raise NotEquivalent(
             f"{len(wrong)} weights do not come back from the file: {', '.join(wrong[:5])}",
@@ -359,6 +354,13 @@ def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Cer
         certificate.tensors.append(
             TensorRecord([name], [name], [name], "copy", code, code, [digest], [digest])
         )
+
+
+def _rests(path: Path, names: list[str]) -> dict[str, str]:
+    """The hashes of what of the files is no weight."""
+    with OnnxReader(path) as reader:
+        reader.present_stored(names)
+        return rests(path, hashes.best(), [reader])
 
 
 def _pairs(step: Step) -> list[tuple[str, str]]:

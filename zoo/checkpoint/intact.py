@@ -18,6 +18,7 @@ from zoo.checkpoint.slabs import COPIED, contiguous, default_workers
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
+from zoo.containers.onnx_graph import OnnxReader
 from zoo.containers.safetensors_file import SafetensorsReader
 
 _LARGEST = 1 << 30  # bytes of a certificate
@@ -94,6 +95,8 @@ def _by_tensors(path: Path, certificate: Certificate, progress: Callable[[int], 
             except ZooError as e:
                 wrong.append(e.problem)
                 continue
+            if isinstance(reader, OnnxReader):  # a graph's other tensors are no weights
+                reader.present_stored(hashes)
             readers.append(reader)
             wrong += [prefix + told for told in _tensors(reader, hashes, certificate, progress)]
         rest = rests(path, certificate.hash, readers)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,12 +21,14 @@ from typing import ClassVar
 import numpy as np
 
 from zoo.containers import dtypes
-from zoo.containers.base import Reader, TensorInfo, as_array, pread
+from zoo.containers.base import TensorInfo, as_array, pread
 from zoo.containers.errors import CorruptInput, printable
 from zoo.containers.onnx_graph.external import open_beside
 from zoo.containers.onnx_graph.messages import Graph, OnnxModel, Parser, Stored
 from zoo.containers.onnx_graph.uses import Axes, Use, uses_of
 from zoo.containers.onnx_graph.wire import Wire
+from zoo.containers.regions import Region, extent, whole
+from zoo.containers.spans import Span, SpanReader, Spans
 
 # First bytes: ir_version as a varint, then another field of a ModelProto.
 _NEXT = frozenset((0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42, 0x72, 0xA2, 0xCA))
@@ -65,7 +67,7 @@ class Source:
         return np.asarray(x.transpose(self.axes) if self.axes else x, order="C")
 
 
-class OnnxReader(Reader):
+class OnnxReader(SpanReader):
     """One ONNX file. `tensors` are all that it stores, until `present` says which are wanted.
 
     Text has no place among tensors, nor have elements that share a byte: they are named in a
@@ -79,6 +81,7 @@ class OnnxReader(Reader):
         super().__init__(path)
         self.settled = False  # whether `tensors` are those of a model, and not all
         self._fd = os.open(path, os.O_RDONLY)
+        self._beside: dict[str, int] = {}  # files with external data, by the name that is given
         try:
             model = Parser(Wire(self._fd, path)).model()
             if model.graph is None:
@@ -113,16 +116,15 @@ class OnnxReader(Reader):
             self.notices.append(f"of dtypes that are not carried, not read: {some}")
 
     def _check_external(self) -> None:
-        """Every file that is named, opened and closed again, and every place in it."""
+        """Every file that is named, opened, and every place in it."""
         ends: dict[str, int] = {}
         for t in self._where.values():
             if t.external is not None and t.info is not None:
                 end = t.external.offset + t.info.nbytes
                 ends[t.external.location] = max(end, ends.get(t.external.location, 0))
         for location, end in ends.items():
-            fd = open_beside(self.path, location)
-            size = os.fstat(fd).st_size
-            os.close(fd)
+            self._beside[location] = open_beside(self.path, location)
+            size = os.fstat(self._beside[location]).st_size
             if size < end:
                 raise CorruptInput(
                     f"{self.path}: {printable(location)} has {size} bytes, and {end} are needed",
@@ -137,35 +139,69 @@ class OnnxReader(Reader):
             info = self.stored[source.stored]
             self.tensors[name] = TensorInfo(info.dtype, source.shape(info.shape))
 
+    def present_stored(self, names: Iterable[str]) -> None:
+        """From here on the tensors are those of these names that it stores, as they are stored."""
+        self.present({n: Source(n) for n in names if n in self.stored})
+
     def made_of(self, name: str) -> Source:
         """What one of the tensors is made of."""
         return self._sources[name]
 
-    def read(self, name: str) -> np.ndarray:
+    def descriptor(self, file: str) -> int | None:
+        return self._beside.get(file, self._fd)
+
+    def file_of(self, file: str) -> Path:
+        return self.path.parent / file if file else self.path
+
+    def spans(self, name: str) -> Spans | None:
         source = self._sources[name]
         stored = self._where[source.stored]
-        return source.make(self._read(stored))
+        plain = source == Source(source.stored) and not stored.varints
+        return _spans(stored) if plain else None
 
-    def _read(self, stored: Stored) -> np.ndarray:
+    def read(
+        self, name: str, region: Region | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        info, source = self.tensors[name], self._sources[name]
+        region = whole(info.shape) if region is None else region
+        if (spans := self.spans(name)) is not None:
+            self._spans[name] = spans
+            return super().read(name, region, out)
+        made = source.make(self._whole(self._where[source.stored]))[region]
+        if out is None:
+            out = np.empty(extent(region), made.dtype)
+        out[...] = made
+        return out
+
+    def _whole(self, stored: Stored) -> np.ndarray:
         assert stored.info is not None
         info, what = stored.info, f"{self.path}: {printable(stored.name)}"
-        if stored.external is not None:
-            fd = open_beside(self.path, stored.external.location)
-            try:
-                return as_array(pread(fd, info.nbytes, stored.external.offset, what), info)
-            finally:
-                os.close(fd)
-        raw = np.empty(sum(end - start for start, end in stored.spans), np.uint8)
+        spans = _spans(stored)
+        raw = np.empty(sum(s.nbytes for s in spans), np.uint8)
         done = 0
-        for start, end in stored.spans:
-            raw[done : done + end - start] = pread(self._fd, end - start, start, what)
-            done += end - start
+        for s in spans:
+            fd = self._beside[s.file] if s.file else self._fd
+            raw[done : done + s.nbytes] = pread(fd, s.nbytes, s.offset, what)
+            done += s.nbytes
         return as_array(_numbers(raw, info, what) if stored.varints else raw, info)
 
+    def state(self) -> object:
+        found = [os.fstat(fd) for fd in (self._fd, *self._beside.values())]
+        return [(status.st_size, status.st_mtime_ns) for status in found]
+
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._beside:
+            os.close(self._beside.popitem()[1])
+        super().close()
+
+
+def _spans(stored: Stored) -> Spans:
+    """Where a stored tensor's bytes lie, one after the other."""
+    assert stored.info is not None
+    if stored.external is not None:
+        place = stored.external
+        return [Span(place.offset, stored.info.nbytes, place.location)]
+    return [Span(start, end - start) for start, end in stored.spans]
 
 
 def _stored(graph: Graph) -> Iterator[tuple[str, Stored]]:
