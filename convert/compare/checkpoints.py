@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from convert.matching.pair import Pair
 from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
+from zoo.checkpoint.certificate import Certificate
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
@@ -295,9 +295,7 @@ def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
         try:
             if file.stat().st_size > _CERTIFICATE_MAX:
                 continue
-            data = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):
+            return dataclasses.asdict(Certificate.read(file))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
-        if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
-            return data
     return None
