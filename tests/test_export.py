@@ -62,6 +62,8 @@ def test_a_model_of_the_zoo_there_and_back(tmp_path: Path) -> None:
     convert.convert(target, tmp_path / "b.msgpack")
     convert.convert(tmp_path / "b.msgpack", tmp_path / "b.safetensors")
     assert held(tmp_path / "b.safetensors") == held(source)
+    convert.convert(target, tmp_path / "c.safetensors", framework="torch")
+    assert held(tmp_path / "c.safetensors") == held(source)
     report = convert.verify(target, tmp_path / "b.msgpack", level="outputs")
     assert report.verdict == "same"
     assert "onnxruntime:output" in {r.name for r in report.outputs if r.judged}

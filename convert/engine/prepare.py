@@ -149,10 +149,11 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         label,
         None if wanted is None else _tree(order, wanted, label),
         request=make_request(order.model, order.config, order.layout, order.prefix),
-        sources=_sources(order, wanted),
+        sources=_sources(order, wanted, reader.container),
         dtype=None if order.dtype is None else dtype_code(order.dtype),
     )
-    _refuse_same(plan)
+    if reader.container != _GRAPHS:
+        _refuse_same(plan)
     target = chosen or _target(order, plan.target_side)
     told: list[str] = []
     if order.level != "bits":
@@ -188,11 +189,15 @@ def _tree(order: Order, wanted: str, label: Label) -> Tree:
     return order.tree if wanted == "flax" else label.dialect or "torch"
 
 
-def _sources(order: Order, wanted: str | None) -> tuple[Tree, ...]:
-    """The trees that the source may be: with a dialect alone, of the same framework too."""
+def _sources(order: Order, wanted: str | None, container: str) -> tuple[Tree, ...]:
+    """The trees that the source may be: with a dialect alone, of the same framework too. A graph
+    has torch's names and is no file of torch's: it is converted either way."""
     if wanted is None or (order.dialect is not None and order.framework is None):
         return TREES
-    return FLAX_TREES if wanted == "torch" else ("torch",)
+    return FLAX_TREES if wanted == "torch" and container != _GRAPHS else ("torch",)
+
+
+_GRAPHS = "onnx"  # the container
 
 
 def _refuse_same(plan: Plan) -> None:
