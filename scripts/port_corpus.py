@@ -138,7 +138,7 @@ def to_train(done: dict[str, Any]) -> list[str]:
 
 def forked(job: str, name: str, limit: int, answer: Connection) -> None:
     """A job in this process, which dies once it has used `limit` seconds of both cores."""
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # SIGXCPU, then SIGKILL
     try:
         result = JOBS[job](name)
     except Exception:

@@ -159,12 +159,16 @@ def called(module: Any, inputs: Inputs) -> Any:
 
 
 def arrays(tree: Any) -> list[np.ndarray]:
-    """Every number that torch gives, as float64."""
+    """Every number that torch gives, as float64: tensors, and sizes among them."""
     import torch
 
+    def one(x: Any) -> np.ndarray:
+        if not isinstance(x, torch.Tensor):
+            return np.asarray(x)
+        return x.detach().to_dense().numpy() if x.is_sparse else x.detach().numpy()
+
     flat, _ = torch.utils._pytree.tree_flatten(tree)
-    tensors = [x.detach() for x in flat if isinstance(x, torch.Tensor)]
-    return [_wide(x.to_dense().numpy() if x.is_sparse else x.numpy()) for x in tensors]
+    return [_wide(one(x)) for x in flat if isinstance(x, torch.Tensor | int | float)]
 
 
 def run(net: Any, inputs: Inputs) -> list[np.ndarray]:
