@@ -58,7 +58,9 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_sta
 def _shrink(config: Any, sizes: dict[str, int], depth: int = 0) -> None:
     """Set what sizes a configuration has to small ones, in its parts too."""
     for key, value in list(vars(config).items()):
-        if key in _TOKENS and isinstance(value, int):
+        if key == "use_cache":
+            _set(config, key, False)
+        elif key in _TOKENS and isinstance(value, int):
             _set(config, key, _TOKENS[key])
         elif key in sizes and isinstance(value, int) and not isinstance(value, bool):
             _set(config, key, min(value, sizes[key]))

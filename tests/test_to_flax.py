@@ -495,6 +495,21 @@ class Noisy(nn.Module):
         return x + torch.randn_like(x)
 
 
+def test_an_argument_that_is_written_to_stays_as_it_is() -> None:
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x += 1
+            return x * 2
+
+    x = draw(2, 3)
+    with pytest.warns(LoadNotice, match="writes into its argument x"):
+        net = convert.to_flax(Adds(), x, verify="gradients")
+    assert torch.equal(x, draw(2, 3))
+    given = jnp.asarray(x.numpy())
+    np.testing.assert_allclose(net(given), (x + 1) * 2, 1e-6)
+    assert np.array_equal(given, x)
+
+
 def test_what_is_random_in_eval_mode_is_told() -> None:
     net = convert.to_flax(Noisy(), draw(3))
     assert net.report.verdict == "not proved"

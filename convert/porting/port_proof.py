@@ -17,7 +17,7 @@ import numpy as np
 from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
-from convert.program.calls import buffers_kept, in_precision, resized, runs
+from convert.program.calls import buffers_kept, fresh, in_precision, resized, runs
 from convert.program.export import traced_graph
 from convert.program.graph import Graph, Guard, evaluate, states_precision
 from convert.program.nesting import taken_apart
@@ -209,7 +209,8 @@ def _torch_gradients(module: Any, call: BoundArguments, paths: Sequence[str]) ->
 
     held = {n: p for n, p in module.named_parameters() if p.requires_grad}
     with torch.enable_grad(), buffers_kept(module):
-        outputs = _named(module(*call.args, **call.kwargs), paths)
+        own = fresh(call)
+        outputs = _named(module(*own.args, **own.kwargs), paths)
         weights = _cotangents(outputs)
         loss = sum(
             (x * torch.as_tensor(weights[n]).to(x)).sum().real

@@ -47,6 +47,11 @@ def with_tensors(call: BoundArguments, place: Callable[[Any], Any]) -> BoundArgu
     return BoundArguments(call.signature, made)
 
 
+def fresh(call: BoundArguments) -> BoundArguments:
+    """The call with tensors of its own: what a module writes into them is seen by nobody else."""
+    return with_tensors(call, lambda x: x.clone())
+
+
 def in_precision(call: BoundArguments, precision: str) -> BoundArguments:
     """The call with its inexact arrays in this precision."""
     import torch
@@ -65,7 +70,8 @@ def runs(module: Any, call: BoundArguments) -> Any:
 
     try:
         with torch.no_grad(), buffers_kept(module):
-            return module(*call.args, **call.kwargs)
+            given = fresh(call)
+            return module(*given.args, **given.kwargs)
     except Exception as e:
         raise refused.call_error(e, module) from e
 

@@ -46,6 +46,7 @@ class Reading:
         self.placeholders: list[Placeholder] = []
         self.constants: dict[str, Any] = {}
         self.schemas: dict[str, str] = {}
+        self.inputs: dict[str, str] = {}  # torch's name of an input -> its path
 
     def graph(self, outputs: Nesting) -> Graph:
         """The program as data, without what nothing depends on."""
@@ -62,10 +63,12 @@ class Reading:
             elif node.op == "output":
                 results = [self._argument(x) for x in node.args[0]]
         mutations: dict[str, ValueRef] = {}
-        given = []
+        given, written = [], []
         for spec, made in zip(signature.output_specs, results, strict=True):
             if spec.kind.name == "USER_OUTPUT":
                 given.append(made)
+            elif spec.kind.name == "USER_INPUT_MUTATION":
+                written.append(self.inputs.get(spec.target, spec.target))
             elif spec.target and isinstance(made, ValueRef):
                 mutations[_own(spec.target)] = made
         wanted = set(refs((given, mutations)))
@@ -82,6 +85,9 @@ class Reading:
             symbols=known,
             guards=list(self._guards(known)),
             schemas=self.schemas,
+            notices=[
+                f"it writes into its argument {n}, which stays as it is here" for n in written
+            ],
         )
 
     def _placeholder(self, node: Any, spec: Any) -> None:
@@ -93,6 +99,8 @@ class Reading:
         name = next(self.paths) if kind == "input" else _own(spec.target)
         if kind == "constant" or (kind == "buffer" and spec.persistent is False):
             self.constants[name] = bits_of(self.exported.constants[spec.target])
+        if kind == "input":
+            self.inputs[node.name] = name
         shape = tuple(_size(s) for s in value.shape)
         dtype = str(value.dtype).removeprefix("torch.")
         self.placeholders.append(
