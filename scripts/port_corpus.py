@@ -104,7 +104,17 @@ def train(name: str) -> dict[str, Any]:
     return trained(module, inputs) | {"shrunk": shrunk, "class": type(module).__name__}
 
 
-JOBS = {"operations": operations, "judge": judge, "train": train}
+def glance(name: str) -> dict[str, Any]:
+    """`judge`, at one size."""
+    import torch
+    from port_judge import judged, other_sizes
+
+    torch.manual_seed(0)
+    module, inputs, _ = corpus.build(name)
+    return judged(module, inputs, list(other_sizes(module, inputs)), once=True)
+
+
+JOBS = {"operations": operations, "judge": judge, "glance": glance, "train": train}
 
 
 @cache
@@ -187,7 +197,7 @@ def main() -> None:
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
     parser.add_argument("--again", metavar="OUTCOME", help="those that this became of, once more")
     parser.add_argument("--limit", type=int, default=LIMIT_S, help="seconds of CPU time a model")
-    parser.add_argument("--scratch", action="store_true", help="neither read nor write results")
+    parser.add_argument("--scratch", action="store_true", help="at one size, no results kept")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=int, default=1, help="one model of so many")
     parser.add_argument("names", nargs="*")
@@ -202,6 +212,7 @@ def main() -> None:
         print("\n".join(wanted))
         return
     job = "operations" if options.operations else "train" if options.train else "judge"
+    job = "glance" if options.scratch else job
     preload()
 
     def needed(name: str) -> bool:

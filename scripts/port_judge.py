@@ -19,9 +19,11 @@ CLOSE = 1e-10
 Inputs = tuple[Any, ...] | dict[str, Any]
 
 
-def judged(module: Any, given: Inputs, others: Sequence[Inputs]) -> dict[str, Any]:
+def judged(
+    module: Any, given: Inputs, others: Sequence[Inputs], once: bool = False
+) -> dict[str, Any]:
     """What becomes of a torch module in eval mode, in float32. `others` are inputs of other sizes;
-    those that torch itself does not run are left out."""
+    those that torch itself does not run are left out. `once`: the first of them is enough."""
     import torch
 
     import convert
@@ -39,7 +41,8 @@ def judged(module: Any, given: Inputs, others: Sequence[Inputs]) -> dict[str, An
         return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
     gaps: list[float] = []
     sizes = 0
-    for plain in others if len(others) > 1 else (given, *others):
+    enough = 1 if once else 2
+    for plain in others[:enough] if len(others) >= enough else (given, *others):
         some = wide(plain)
         try:
             with torch.no_grad():
@@ -154,8 +157,14 @@ def doubled(inputs: Inputs) -> Inputs:
 
 
 def called(module: Any, inputs: Inputs) -> Any:
-    """The module of the inputs."""
-    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+    """The module of the inputs, of which it gets copies: some write into them."""
+
+    def one(x: Any) -> Any:
+        return x.clone() if hasattr(x, "clone") else x
+
+    if isinstance(inputs, dict):
+        return module(**{n: one(x) for n, x in inputs.items()})
+    return module(*map(one, inputs))
 
 
 def arrays(tree: Any) -> list[np.ndarray]:

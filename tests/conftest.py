@@ -24,6 +24,7 @@ DATA = Path(__file__).parent / "data"
 # Files that `scripts/test --fast` leaves out. What is slow in other files is marked there.
 SLOW = frozenset(
     {
+        "test_corpus.py",
         "test_diagnosis.py",
         "test_divergence.py",
         "test_generation.py",
