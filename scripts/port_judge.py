@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,38 +133,31 @@ def same(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def nudge(inputs: Inputs) -> Inputs:
-    """The inputs moved by a rounding."""
+def each(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    """The inputs with every tensor changed."""
 
     def one(x: Any) -> Any:
-        floating = hasattr(x, "is_floating_point") and x.is_floating_point()
-        return x * (1 + 2.0**-23) if floating else x
+        return change(x) if hasattr(x, "is_floating_point") else x
 
     if isinstance(inputs, dict):
         return {name: one(x) for name, x in inputs.items()}
     return tuple(map(one, inputs))
+
+
+def nudge(inputs: Inputs, by: float = 2.0**-23) -> Inputs:
+    """The inputs moved by a rounding, of float32 unless told otherwise."""
+    return each(inputs, lambda x: x * (1 + by) if x.is_floating_point() else x)
 
 
 def doubled(inputs: Inputs) -> Inputs:
     """The inputs in float64."""
-
-    def one(x: Any) -> Any:
-        return x.double() if hasattr(x, "is_floating_point") and x.is_floating_point() else x
-
-    if isinstance(inputs, dict):
-        return {name: one(x) for name, x in inputs.items()}
-    return tuple(map(one, inputs))
+    return each(inputs, lambda x: x.double() if x.is_floating_point() else x)
 
 
 def called(module: Any, inputs: Inputs) -> Any:
     """The module of the inputs, of which it gets copies: some write into them."""
-
-    def one(x: Any) -> Any:
-        return x.clone() if hasattr(x, "clone") else x
-
-    if isinstance(inputs, dict):
-        return module(**{n: one(x) for n, x in inputs.items()})
-    return module(*map(one, inputs))
+    own = each(inputs, lambda x: x.clone())
+    return module(**own) if isinstance(own, dict) else module(*own)
 
 
 def arrays(tree: Any) -> list[np.ndarray]:

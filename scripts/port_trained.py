@@ -2,8 +2,8 @@
 
 In float64 and in train mode, with every dropout at 0: the gradients of a loss, then five steps of
 SGD with momentum, and what they leave in the parameters and in the running statistics. Within 1e-10
-of a tensor's scale, or 8 times what torch itself does when its inputs move by a rounding. Then with
-dropout as it was: the outputs of two keys differ, those of one key do not.
+of the scale of all of them, or 8 times what torch itself does when its inputs move by a rounding.
+Then with dropout as it was: the outputs of two keys differ, those of one key do not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import copy
 from typing import Any
 
 import numpy as np
-from port_judge import CLOSE, Inputs, called, doubled
+from port_judge import CLOSE, Inputs, called, doubled, nudge
 
 STEPS, RATE, MOMENTUM = 5, 1e-2, 0.9
 _RATES = (
@@ -36,7 +36,9 @@ def trained(module: Any, inputs: Inputs) -> dict[str, Any]:
     except ZooError as e:
         return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
     gradients, after = torch_steps(copy.deepcopy(module), inputs)
-    noise = [torch_steps(copy.deepcopy(module), moved(inputs, s)) for s in (1, -1, 2)]
+    noise = [
+        torch_steps(copy.deepcopy(module), nudge(inputs, ulps * 2.0**-52)) for ulps in (1, -1, 2)
+    ]
     try:
         ours, final = flax_steps(net, inputs)
     except ZooError as e:
@@ -73,18 +75,6 @@ def without_dropout(module: Any) -> int:
                 setattr(part, name, 0.0)
                 count += 1
     return count
-
-
-def moved(inputs: Inputs, ulps: int) -> Inputs:
-    """The inputs moved by a rounding of float64."""
-
-    def one(x: Any) -> Any:
-        floating = hasattr(x, "is_floating_point") and x.is_floating_point()
-        return x * (1 + ulps * 2.0**-52) if floating else x
-
-    if isinstance(inputs, dict):
-        return {name: one(x) for name, x in inputs.items()}
-    return tuple(map(one, inputs))
 
 
 def weights(outputs: list[Any]) -> list[np.ndarray]:

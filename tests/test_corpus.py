@@ -11,7 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "port_corpus.py"
 
-# Of the smallest that docs/ported.md had when they were drawn by a seed. A process for every five.
+# Drawn by a seed from the smallest that docs/ported.md had; timm's are the five smallest of the few
+# that had been run. A process for every five.
 DRAWN = (
     "torchvision/ densenet161 densenet169 resnet18 squeezenet1_1 vit_l_32",
     "timm/ beit byobnet convit convnext sknet",

@@ -15,9 +15,13 @@ from torch import nn
 
 import convert
 from convert.cli.main import cli
+from convert.compare.onnx_side import onnx_rows
+from convert.compare.torch_side import TorchSide
 from convert.exporting import onnx_export as exporting
 from convert.exporting.onnx_proof import Held
 from convert.judge.rows import Row
+from convert.runtime.call import Call
+from convert.runtime.onnx_session import OnnxSession
 from zoo import probe
 from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
@@ -139,3 +143,36 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path, mine: Path) -> None:
         convert.export(mine, tmp_path / "a.bin", torch=Mine, inputs=np.ones((2, 4)))
     with pytest.raises(UsageError, match="traced of one call"):
         convert.export(mine, tmp_path / "a.onnx", torch=Mine)
+
+
+def test_float16_is_judged_by_the_noise_of_float16(tmp_path: Path) -> None:
+    """And what is beyond that noise is still different."""
+    layer = nn.Linear(64, 8, bias=False)
+    x = np.random.default_rng(0).standard_normal((4, 64)).astype("float32")
+    side = TorchSide(layer.half(), Call(kwargs={"input": x}))
+    weight = layer.weight.detach().numpy()
+    for factor, same in ((1.0, True), (1.05, False)):
+        held = onnx.helper.make_tensor_value_info
+        half = onnx.TensorProto.FLOAT16
+        graph = onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["input", "w"], ["output"])],
+            "g",
+            [held("input", half, ["n", 64])],
+            [held("output", half, ["n", 8])],
+            [onnx.numpy_helper.from_array((weight * factor).T.astype("float16"), "w")],
+        )
+        opset = [onnx.helper.make_opsetid("", 20)]
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "a")
+        ((_, row),) = onnx_rows(OnnxSession(tmp_path / "a"), {"input": x}, side, None)
+        assert row.same == same, row
+
+
+def test_a_dtype_is_not_for_a_module_of_ones_own(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(UsageError, match="dtype casts models of the zoo"):
+        convert.export(
+            *(tmp_path / "a.pt", tmp_path / "a.onnx"),
+            torch=lambda: nn.Linear(2, 2),
+            inputs=np.ones((2, 2)),
+            dtype="float16",
+        )

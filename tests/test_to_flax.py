@@ -409,6 +409,33 @@ def test_an_optimizer_that_is_not_known_is_refused() -> None:
         convert.to_flax(step, draw(2, 2))
 
 
+def test_a_scheduler_in_a_step_is_refused_and_not_stepped() -> None:
+    step = nn.Linear(2, 2)  # a part may have any name
+    optimizer = torch.optim.SGD(step.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+    def train(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = step(x).sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def scheduled(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = step(x).sum()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        return loss
+
+    with pytest.raises(UsageError, match="uses a scheduler"):
+        convert.to_flax(scheduled, draw(2, 2))
+    assert scheduler.last_epoch == 0
+    live = convert.to_flax(train, draw(2, 2))
+    assert set(convert.to_state_dict(live)) == {"step.weight", "step.bias"}
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

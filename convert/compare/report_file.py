@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.compare.report import Report
-from zoo.containers.base import fsync_directory
+from zoo.containers.base import fsync
 from zoo.containers.errors import MissingExtra, UsageError
 
 SUFFIXES = (".html", ".json")
@@ -70,4 +70,4 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from convert.training_state.storage import of_directory
 from zoo.containers import filenames, open_checkpoint
-from zoo.containers.base import fsync_directory
+from zoo.containers.base import fsync
 from zoo.containers.errors import NoSpace, UsageError, ZooError
 from zoo.containers.orbax_dir.zarr import is_array
 
@@ -146,10 +146,10 @@ def commit(place: Path, target: Path, force: bool) -> None:
         old = target.with_name(f"{target.name}.{filenames.OPTIMIZER}")
         if old.exists():
             old.unlink()
-            fsync_directory(target.parent)
+            fsync(target.parent)
         for name in names:
             _replace(place / name, target.with_name(name))
-        fsync_directory(target.parent)
+        fsync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:

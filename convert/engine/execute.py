@@ -23,7 +23,7 @@ from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Plan, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
 from zoo.containers import filenames, open_checkpoint
-from zoo.containers.base import Reader, Writer, fsync_directory
+from zoo.containers.base import Reader, Writer, fsync
 from zoo.containers.errors import CorruptInput, NotEquivalent
 from zoo.containers.safetensors_file import SafetensorsReader
 from zoo.layout.ops import describe
@@ -67,7 +67,7 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
         write_text(place / target.beside(filenames.CERTIFICATE), certificate.to_json())
         for directory in (place, written):
             if directory.is_dir():
-                fsync_directory(directory)
+                fsync(directory)
         commit(place, target.path, prepared.force)
     return certificate
 

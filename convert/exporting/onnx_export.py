@@ -40,7 +40,7 @@ from zoo.checkpoint.plan import Aside, Step, carry, make_plan, refuse_broken_tie
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, filenames, open_checkpoint
-from zoo.containers.base import TensorInfo, fsync_directory
+from zoo.containers.base import TensorInfo, fsync
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.containers.onnx_graph import OnnxReader
@@ -104,8 +104,9 @@ def export(
     zoo's is given by `torch`, its torch module (or a class or function that makes one), into which
     `src` is loaded, and `inputs`, one call of it as `verify` takes them. torch's exporter makes
     the graph, of opset `opset`; sizes are free where the model allows that, and `dynamic`. `dtype`
-    casts floating-point tensors. Tensors lie in a file beside with `external_data`, and where they
-    have more than 1.8 GB. The file says which model it is, so that it comes back without a flag.
+    casts floating-point tensors of a model of the zoo. Tensors lie in a file beside with
+    `external_data`, and where they have more than 1.8 GB. The file says which model it is, so that
+    it comes back without a flag.
 
     With `verify` it is checked by onnx, its weights are read again and compared bit by bit, and
     onnxruntime runs it at two sizes beside torch and beside the Flax twin; every output is judged
@@ -124,6 +125,11 @@ def export(
         if model is not None or config is not None:
             raise UsageError(
                 "torch= is the module, and model and config say what it is", "give one of the two"
+            )
+        if dtype is not None:
+            raise UsageError(
+                "dtype casts models of the zoo, and torch= is a module of one's own",
+                "make it of that dtype: a function that gives Net().half()",
             )
         subject = _of_user(path, torch, inputs)
     else:
@@ -251,13 +257,15 @@ def _written(
     made = Exported(target, subject.title, opset, traced.sizes, certificate, [], told)
     wanted = _canonical(subject)
     with workplace(target) as place:
-        data = _data_name(target, wanted) if apart else None
+        digests = _digests(wanted) if apart or verify else {}
+        data = _data_name(target, digests) if apart else None
         files = write(traced.model, place, target.name, data)
         for name, text in subject.label.files().items():
             write_text(place / name, text)
         _check_onnx(files[-1])
         if verify:
-            _same_weights(files[-1], wanted, certificate)
+            certificate.hash = hashes.best()
+            certificate.tensors += _same_weights(files[-1], wanted, digests)
             made.held, told = hold(
                 files[-1], subject.inputs, traced.sizes, lambda arrays: _sides(subject, arrays)
             )
@@ -268,7 +276,7 @@ def _written(
         certificate.notices = list(made.notices)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / f"{target.name}.{filenames.CERTIFICATE}", certificate.to_json())
-        fsync_directory(place)
+        fsync(place)
         check_replaceable(target, force)
         for file in files[:-1]:
             os.replace(file, target.parent / file.name)
@@ -277,10 +285,15 @@ def _written(
     return made
 
 
-def _data_name(target: Path, tensors: Mapping[str, np.ndarray]) -> str:
+def _digests(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    kind = hashes.best()
+    return {n: hashes.of(kind, x) for n, x in tensors.items()}
+
+
+def _data_name(target: Path, digests: Mapping[str, str]) -> str:
     """What the file with the tensors is called: another name for other tensors."""
-    digests = "".join(n + hashes.of("sha256", x) for n, x in tensors.items())
-    return filenames.onnx_data(target.name, hashlib.sha256(digests.encode()).hexdigest())
+    told = "".join(n + digest for n, digest in digests.items())
+    return filenames.onnx_data(target.name, hashlib.sha256(told.encode()).hexdigest())
 
 
 def _canonical(subject: _Subject) -> dict[str, np.ndarray]:
@@ -337,10 +350,12 @@ def _check_onnx(path: Path) -> None:
         ) from None
 
 
-def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Certificate) -> None:
-    """Read the file as anybody would who converts it back; NotEquivalent where a bit differs."""
-    kind = certificate.hash = hashes.best()
-    meant = {n: hashes.of(kind, x) for n, x in wanted.items()}
+def _same_weights(
+    path: Path, wanted: Mapping[str, np.ndarray], meant: Mapping[str, str]
+) -> list[TensorRecord]:
+    """Read the file as anybody would who converts it back, and hold it against these hashes;
+    NotEquivalent where a bit differs."""
+    kind = hashes.best()
     with open_checkpoint(path) as reader:
         plan = make_plan(reader, read_label(reader), "torch")
         found = {t: hashes.of(kind, reader.read(n)) for s in plan.steps for n, t in _pairs(s)}
@@ -349,11 +364,11 @@ def _same_weights(path: Path, wanted: Mapping[str, np.ndarray], certificate: Cer
             f"{len(wrong)} weights do not come back from the file: {', '.join(wrong[:5])}",
             "nothing was kept; please report it",
         )
-    for name, digest in meant.items():
-        code = dtypes.code_of(wanted[name].dtype)
-        certificate.tensors.append(
-            TensorRecord([name], [name], [name], "copy", code, code, [digest], [digest])
-        )
+    codes = {n: dtypes.code_of(x.dtype) for n, x in wanted.items()}
+    return [
+        TensorRecord([n], [n], [n], "copy", codes[n], codes[n], [digest], [digest])
+        for n, digest in meant.items()
+    ]
 
 
 def _rests(path: Path, names: list[str]) -> dict[str, str]:

@@ -7,11 +7,11 @@ rename.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from zoo.containers import filenames
+from zoo.containers.base import fsync
 
 INLINE_MAX = 1_800_000_000  # bytes of tensors; what the graph itself takes comes on top
 
@@ -25,8 +25,7 @@ def write(model: Any, place: Path, name: str, apart: str | None) -> list[Path]:
     onnx_ir.save(model, path, external_data=apart)
     files = [path] if apart is None else [place / apart, path]
     for file in files:
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
+        fsync(file)
     return files
 
 

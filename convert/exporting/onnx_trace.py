@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from convert.runtime.arrays import is_array, named_outputs
 from convert.runtime.call import Call
+from convert.runtime.quiet import quietly
 from zoo.containers.errors import MissingExtra, UsageError, ZooError, printable
 
 OPSET = 20
@@ -76,7 +75,7 @@ def trace(
         try:
             # torch's fast attention gives other strides than what stands for it in a graph, where a
             # view of them is then none.
-            with _quietly(), sdpa_kernel(SDPBackend.MATH):
+            with quietly(), _no_progress(), sdpa_kernel(SDPBackend.MATH):
                 program = torch.onnx.export(
                     module,
                     (),
@@ -100,6 +99,11 @@ def trace(
         "change the code that it names, or export another model",
         failed[:-1],
     )
+
+
+def _no_progress() -> contextlib.AbstractContextManager[Any]:
+    """Without the steps that the exporter prints."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _by_name(module: Any, call: Call) -> dict[str, Any]:
@@ -230,20 +234,3 @@ def _why(e: BaseException) -> str:
     lines = [line.strip() for line in _WORD.sub("", str(e)).splitlines()]
     told = next((line for line in lines if line), type(e).__name__)
     return printable(f"{type(e).__name__}: {told}"[:300])
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks on its progress, which it prints, logs and warns."""
-    before = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)

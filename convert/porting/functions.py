@@ -16,8 +16,8 @@ def of_function(function: Any) -> Any:
     """A torch module whose forward is the function. Its parts are the modules among the function's
     own variables, by the names that the function has for them; torch's own functions have none.
 
-    Of a function that steps an optimizer, forward gives the loss beside what it returns; `step` is
-    what was recorded of the rest.
+    Of a function that steps an optimizer, forward gives the loss beside what it returns;
+    `_training_step` is what was recorded of the rest.
     """
     import torch
 
@@ -27,6 +27,11 @@ def of_function(function: Any) -> Any:
         raise UsageError(
             f"{_name(function)} uses the parameter {tensors[0]}, which no module holds",
             "put it into a torch.nn.Module",
+        )
+    if any(isinstance(x, torch.optim.lr_scheduler.LRScheduler) for x in held.values()):
+        raise UsageError(
+            f"{_name(function)} uses a scheduler, whose steps no graph has",
+            "give the loss alone, and a schedule as the rate of a rule of convert.optim",
         )
     parts = {n: x for n, x in held.items() if isinstance(x, torch.nn.Module)}
     optimizers = [x for x in held.values() if isinstance(x, torch.optim.Optimizer)]
@@ -39,7 +44,7 @@ def of_function(function: Any) -> Any:
             super().__init__()
             for name, part in parts.items():
                 self.add_module(name, part)
-            self.step = step
+            self._training_step = step
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as stack:

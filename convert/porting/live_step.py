@@ -51,10 +51,9 @@ class LiveStep(nnx.Module):
         return result
 
 
-def live_step(net: LiveModule, module: Any) -> LiveStep:
+def live_step(net: LiveModule, module: Any, step: Step) -> LiveStep:
     """The step of a live function that was recorded as one, with torch's optimizer as it stands."""
-    step: Step = module.step
-    tx = transformation(step.optimizer, _groups(net, module))
+    tx = transformation(step.optimizer, _groups(net, module, step))
     made = LiveStep(net, nnx.Optimizer(net, tx, wrt=nnx.Param), step)
     if step.optimizer.state:
         state = from_torch(step.optimizer, model=module)
@@ -62,9 +61,9 @@ def live_step(net: LiveModule, module: Any) -> LiveStep:
     return made
 
 
-def _groups(net: LiveModule, module: Any) -> dict[str, int | None]:
+def _groups(net: LiveModule, module: Any, step: Step) -> dict[str, int | None]:
     """Which of the optimizer's groups trains each Flax parameter."""
-    of = {id(p): i for i, g in enumerate(module.step.optimizer.param_groups) for p in g["params"]}
+    of = {id(p): i for i, g in enumerate(step.optimizer.param_groups) for p in g["params"]}
     own = {n: of.get(id(p)) for n, p in module.named_parameters(remove_duplicate=False)}
     params = nnx.to_flat_state(nnx.state(net, nnx.Param))
     found: dict[str, int | None] = {}
@@ -80,47 +79,43 @@ def _groups(net: LiveModule, module: Any) -> dict[str, int | None]:
         found[name] = groups.pop()
     if missing := set(of) - {id(p) for p in module.parameters()}:
         raise UsageError(
-            f"the optimizer trains {len(missing)} parameters of modules that {module.step.name} "
+            f"the optimizer trains {len(missing)} parameters of modules that {step.name} "
             "does not mention",
             "give a step and an optimizer of the same modules",
         )
     return found
 
 
-def trains(module: Any) -> bool:
-    """Whether the step is in train mode: by itself, or as its modules are."""
-    own: bool | None = module.step.training
-    return any(part.training for part in module.step.modules) if own is None else own
-
-
-def prove_step(made: LiveStep, module: Any, call: BoundArguments) -> None:
+def prove_step(made: LiveStep, module: Any, step: Step, call: BoundArguments) -> None:
     """Hold a few steps against torch's own: what they return, and the state that they leave. What
     draws random numbers is stepped in eval mode.
 
     Raises NotEquivalent. Neither side is changed.
     """
-    training = trains(module) and not made.net._program.evaluation(True).random
-    rough = _torch_steps(module, call, "float32", training)
-    exact = _torch_steps(module, call, "float64", training)
+    training = step.trains and not made.net._program.evaluation(True).random
+    rough = _torch_steps(module, step, call, "float32", training)
+    exact = _torch_steps(module, step, call, "float64", training)
     ours = _live_steps(made, call, training)
     rows = [judge(n, (rough[n], exact[n]), (ours[n], None)) for n in rough if is_inexact(rough[n])]
     made.report.rows[f"{PROVED} training steps"] = rows
     if wrong := [row for row in rows if not row.same]:
         raise NotEquivalent(
-            f"{module.step.name} trains differently: {len(wrong)} of {len(rows)} values",
+            f"{step.name} trains differently: {len(wrong)} of {len(rows)} values",
             "give the loss alone, and take the step with nnx.Optimizer; please report it",
             [f"{r.name}: {r.error:.2g}, torch's rounding {r.noise:.2g}" for r in wrong[:8]],
         )
 
 
-def _torch_steps(module: Any, call: BoundArguments, precision: str, training: bool) -> Any:
+def _torch_steps(
+    module: Any, step: Step, call: BoundArguments, precision: str, training: bool
+) -> Any:
     import torch
 
-    with _borrowed(module, precision, training), torch.enable_grad():
+    with _borrowed(module, step.optimizer, precision, training), torch.enable_grad():
         some = in_precision(call, precision)
-        with module.step.mode_kept():
+        with step.mode_kept():
             for _ in range(PROVED):
-                result = module.step.function(*some.args, **some.kwargs)
+                result = step.function(*some.args, **some.kwargs)
         found = _flat(result)
         found |= {n: to_numpy(t.detach().clone()) for n, t in module.state_dict().items()}
     return found
@@ -136,11 +131,10 @@ def _flat(result: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _borrowed(module: Any, precision: str, training: bool) -> Iterator[None]:
+def _borrowed(module: Any, optimizer: Any, precision: str, training: bool) -> Iterator[None]:
     """The module and its optimizer in this precision and mode, to be trained; then as they were."""
     import torch
 
-    optimizer = module.step.optimizer
     tensors = [*module.parameters(), *module.buffers()]
     kept = [(t, t.data, t.grad if t.is_leaf else None) for t in tensors]
     modes = [(part, part.training) for part in module.modules()]

@@ -12,6 +12,7 @@ import numpy as np
 
 from convert.porting.port_proof import LivePair, prove
 from convert.porting.program_of import ImageAxes, Shapes, TorchProgram
+from convert.porting.training_step import Step
 from convert.program.calls import (
     bound,
     in_mode,
@@ -65,21 +66,19 @@ def live_module(
         for one in calls:
             own = one if image_axes == "first" else with_tensors(one, _channels_last)
             program.fitting(False, own.args, own.kwargs)
-    return net if getattr(module, "step", None) is None else _step(net, module, first, verify)
+    step = getattr(module, "_training_step", None)
+    return net if step is None else _step(net, module, step, first, bool(verify))
 
 
-def _step(net: Any, module: Any, call: BoundArguments, verify: Any) -> Any:
+def _step(net: Any, module: Any, step: Step, call: BoundArguments, verify: bool) -> Any:
     """The training step around a live function that was recorded as one."""
-    from convert.porting.live_step import live_step, prove_step, trains
-    from convert.porting.training_step import Step
+    from convert.porting.live_step import live_step, prove_step
 
-    if not isinstance(module.step, Step):  # a user's module may have a part of this name
-        return net
-    if trains(module):
+    if step.trains:
         net.train()
-    made = live_step(net, module)
+    made = live_step(net, module, step)
     if verify:
-        prove_step(made, module, call)
+        prove_step(made, module, step, call)
     return made
 
 
@@ -178,7 +177,9 @@ def to_state_dict(net: Any) -> dict[str, Any]:
     Raises UsageError for another module.
     """
     from convert.porting.live import LiveModule, torch_state
+    from convert.porting.live_step import LiveStep
 
+    net = net.net if isinstance(net, LiveStep) else net
     if not isinstance(net, LiveModule):
         raise UsageError(
             f"{type(net).__name__} is not a module that convert.to_flax made",

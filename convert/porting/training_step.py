@@ -48,6 +48,12 @@ class Step:
     clips: list[Clip] = field(default_factory=list)
     training: bool | None = None  # the mode that it sets; None if it leaves the modules' own
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is in train mode: by itself, or as its modules are."""
+        own = self.training
+        return any(part.training for part in self.modules) if own is None else own
+
     @contextlib.contextmanager
     def mode_kept(self) -> Iterator[None]:
         """The function's own `model.train()` is noted, and changes nothing."""

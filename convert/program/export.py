@@ -7,11 +7,8 @@ and what ran under no_grad passes no gradient. Whatever stops it is one error wi
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from inspect import BoundArguments
 from typing import Any
@@ -23,6 +20,7 @@ from convert.program.nesting import Nesting, taken_apart
 from convert.program.opaque import Opaque, sealed
 from convert.program.whole_recurrent import whole
 from convert.runtime.arrays import is_array, leaves, replaced
+from convert.runtime.quiet import quietly
 from zoo.containers.errors import UsageError
 
 TESTED = ((2, 11), (2, 13))  # versions of torch, first and last
@@ -62,7 +60,7 @@ def export(
     auto = torch.export.Dim.AUTO
     sizes = tuple({a: auto if axes(a) else None for a in range(t.ndim)} for t in tensors)
     seen: list[type] = []
-    with _quietly(), whole(), sealed(flat, opaque), _custom_gradients(seen):
+    with _as_run(), whole(), sealed(flat, opaque), _custom_gradients(seen):
         try:
             exported = torch.export.export(
                 flat, tuple(tensors), dynamic_shapes=(sizes,) if sizes else None, strict=False
@@ -192,22 +190,12 @@ def _detach_no_grad(root: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without torch's remarks on how it traces; as it is run, with gradients."""
+def _as_run() -> Iterator[None]:
+    """As a module is run, with gradients; and without torch's remarks on how it traces."""
     import torch
 
-    before = logging.root.manager.disable
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # it prints whole graphs
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
+    with quietly(), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from training.description import Job
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.label import Label
 from zoo.containers import open_checkpoint
-from zoo.containers.base import TensorInfo, fsync_directory
+from zoo.containers.base import TensorInfo, fsync
 from zoo.containers.dtypes import code_of
 from zoo.containers.errors import UsageError
 from zoo.containers.safetensors_file import SafetensorsWriter
@@ -135,7 +135,7 @@ def _replace(path: Path, save: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -174,4 +174,4 @@ def write_weights(path: Path, job: Job, tensors: Mapping[str, np.ndarray]) -> No
         os.replace(place, path)
     finally:
         place.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    fsync(path.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,6 @@ from zoo.checkpoint.slabs import COPIED, contiguous, default_workers
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
-from zoo.containers.onnx_graph import OnnxReader
 from zoo.containers.safetensors_file import SafetensorsReader
 
 _LARGEST = 1 << 30  # bytes of a certificate
@@ -95,14 +94,22 @@ def _by_tensors(path: Path, certificate: Certificate, progress: Callable[[int], 
             except ZooError as e:
                 wrong.append(e.problem)
                 continue
-            if isinstance(reader, OnnxReader):  # a graph's other tensors are no weights
-                reader.present_stored(hashes)
+            if reader.container == "onnx":
+                _weights_only(reader, hashes)
             readers.append(reader)
             wrong += [prefix + told for told in _tensors(reader, hashes, certificate, progress)]
         rest = rests(path, certificate.hash, readers)
     meant = certificate.files
     changed = [n for n in meant if n in rest and rest[n] != meant[n]]
     return [f"{n or path.name}: it was changed since it was written" for n in changed] + wrong
+
+
+def _weights_only(reader: Reader, names: Iterable[str]) -> None:
+    """Leave aside the tensors of a graph that are no weights."""
+    from zoo.containers.onnx_graph import OnnxReader
+
+    assert isinstance(reader, OnnxReader)
+    reader.present_stored(names)
 
 
 def _by_files(path: Path, certificate: Certificate, progress: Callable[[int], None]) -> list[str]:

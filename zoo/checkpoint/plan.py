@@ -16,7 +16,6 @@ import numpy as np
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Carried, Label
-from zoo.checkpoint.onnx_names import reasons, settle
 from zoo.checkpoint.peel import Left
 from zoo.checkpoint.readings import Candidate, title
 from zoo.checkpoint.request import UNSTATED, Request
@@ -191,11 +190,14 @@ def make_plan(
     """
     if label.problem is not None and request.config is None and request.layout is None:
         raise label.problem
-    settle(reader, label, request)
+    if graph := reader.container == "onnx":
+        from zoo.checkpoint.onnx_names import reasons, settle
+
+        settle(reader, label, request)
     try:
         found = identify_header(reader.tensors, label, request, sources)
     except ZooError as e:
-        details = [*e.details, *reasons(reader)]
+        details = [*e.details, *(reasons(reader) if graph else ())]
         raise type(e)(f"{reader.path}: {e.problem}", e.advice, details) from None
     from_torch = found[0].layout.side(found[0].tree) == "torch"
     target = target or ("nnx" if from_torch else label.dialect or "torch")

@@ -225,8 +225,8 @@ def as_array(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     return raw.view(dtypes.NUMPY[info.dtype]).reshape(info.shape)
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names in directory `path` durable."""
+def fsync(path: Path) -> None:
+    """Make what was written to a file durable, or the names in a directory."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -241,12 +241,3 @@ def same_bits(reader: Reader, a: str, b: str) -> bool:
         return False
     pieces = tiles(info.shape, blocks(info.shape, _PIECE // dtypes.itemsize(info.dtype)))
     return all(reader.read(a, r).tobytes() == reader.read(b, r).tobytes() for r in pieces)
-
-
-def sync_file(path: Path) -> None:
-    """Make what was written to the file durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

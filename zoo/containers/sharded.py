@@ -15,7 +15,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 
 from zoo.containers import filenames
-from zoo.containers.base import Reader, TensorInfo, Writer, fsync_directory, sync_file
+from zoo.containers.base import Reader, TensorInfo, Writer, fsync
 from zoo.containers.errors import CorruptInput, UnsafeInput, UsageError
 from zoo.containers.regions import Region
 from zoo.containers.safetensors_file import (
@@ -265,8 +265,8 @@ class ShardedSafetensorsWriter(Writer):
 
     def sync(self) -> None:
         for file in self.path.iterdir():
-            sync_file(file)
-        fsync_directory(self.path)
+            fsync(file)
+        fsync(self.path)
 
     def close(self) -> None:
         for writer in self._open.values():

@@ -10,10 +10,9 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -65,24 +64,14 @@ class Opened:
             return held
         if file not in self._mine:
             if len(self._mine) >= _OPEN:
-                self._close()
+                self.close()
             self._mine[file] = os.open(self._owner.path / file, self._flags)
         return self._mine[file]
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close what was opened here."""
         while self._mine:
             os.close(self._mine.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._close()
 
 
 class SpanReader(Reader):
@@ -119,14 +108,14 @@ class SpanReader(Reader):
     def read(
         self, name: str, region: Region | None = None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        info, spans = self.tensors[name], self._spans[name]
+        info, spans = self.tensors[name], self.spans(name) or ()
         region = whole(info.shape) if region is None else region
         dtype = dtypes.NUMPY[info.dtype]
         out = np.empty(extent(region), dtype) if out is None else out
         view = out.reshape(-1).view(np.uint8).data if out.size else memoryview(b"")
         length, starts = runs(info.shape, region)
         done, nbytes, what = 0, length * dtype.itemsize, f"{self.path}: {name}"
-        with Opened(self, os.O_RDONLY) as opened:
+        with closing(Opened(self, os.O_RDONLY)) as opened:
             for start in starts:
                 for file, offset, n in pieces(spans, start * dtype.itemsize, nbytes):
                     fill(opened[file], view[done : done + n], offset, what)
@@ -178,7 +167,7 @@ class SpanWriter(Writer):
     def _put(self, name: str, block: np.ndarray, nbytes: int, starts: Iterator[int]) -> None:
         view = block.reshape(-1).view(np.uint8).data
         done, spans, itemsize = 0, self._spans[name], block.itemsize
-        with Opened(self, os.O_WRONLY) as opened:
+        with closing(Opened(self, os.O_WRONLY)) as opened:
             for start in starts:
                 for file, offset, n in pieces(spans, start * itemsize, nbytes):
                     with self._writing:
@@ -195,7 +184,10 @@ class SpanWriter(Writer):
         info = self.tensors[name]
         itemsize = dtypes.itemsize(info.dtype)
         length, starts = runs(info.shape, region)
-        with Opened(reader, os.O_RDONLY) as sources, Opened(self, os.O_WRONLY) as targets:
+        with (
+            closing(Opened(reader, os.O_RDONLY)) as sources,
+            closing(Opened(self, os.O_WRONLY)) as targets,
+        ):
             for start in starts:
                 done = start * itemsize
                 for file, offset, n in pieces(theirs, done, length * itemsize):

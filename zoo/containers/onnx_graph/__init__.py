@@ -164,8 +164,7 @@ class OnnxReader(SpanReader):
     ) -> np.ndarray:
         info, source = self.tensors[name], self._sources[name]
         region = whole(info.shape) if region is None else region
-        if (spans := self.spans(name)) is not None:
-            self._spans[name] = spans
+        if self.spans(name) is not None:
             return super().read(name, region, out)
         made = source.make(self._whole(self._where[source.stored]))[region]
         if out is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.containers import dtypes
-from zoo.containers.base import TensorInfo, fsync_directory, sync_file
+from zoo.containers.base import TensorInfo, fsync
 from zoo.containers.errors import UsageError
 from zoo.containers.filenames import ORBAX_CHECKPOINT, ORBAX_COMMITTED, ORBAX_TREE
 from zoo.containers.orbax_dir.zarr import ZarrArray, chunk_files, wrong_name
@@ -85,8 +85,8 @@ class OrbaxWriter(SpanWriter):
     def sync(self) -> None:
         _sync(self.path)
         (self.path / ORBAX_COMMITTED).write_text("Checkpoint commit was successful")
-        sync_file(self.path / ORBAX_COMMITTED)
-        fsync_directory(self.path)
+        fsync(self.path / ORBAX_COMMITTED)
+        fsync(self.path)
 
 
 def _zarr(array: ZarrArray) -> dict[str, Any]:
@@ -137,6 +137,6 @@ def _leaf(path: tuple[str, ...]) -> dict[str, Any]:
 def _sync(path: Path) -> None:
     for folder, _, files in os.walk(path):
         for file in files:
-            sync_file(Path(folder, file))
-        fsync_directory(Path(folder))
-    fsync_directory(path.absolute().parent)
+            fsync(Path(folder, file))
+        fsync(Path(folder))
+    fsync(path.absolute().parent)

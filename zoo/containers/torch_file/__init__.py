@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.containers import dtypes
-from zoo.containers.base import TensorInfo, sync_file
+from zoo.containers.base import TensorInfo, fsync
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
 from zoo.containers.regions import Region, extent, whole
 from zoo.containers.spans import Span, SpanReader, Spans, SpanWriter
@@ -279,7 +279,7 @@ class TorchWriter(SpanWriter):
             torch.save(state, file)
 
     def sync(self) -> None:
-        sync_file(self.path)
+        fsync(self.path)
 
     def close(self) -> None:
         self._spool.close()
