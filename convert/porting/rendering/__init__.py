@@ -1,0 +1,1 @@
+"""A `Graph` with its module calls, written as the source of NNX modules."""
