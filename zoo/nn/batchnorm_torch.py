@@ -16,38 +16,38 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         num_features: int,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(num_features, eps, momentum, dtype=param_dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, dtype=param_dtype
+        )
         self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        given = self.dtype or torch.promote_types(input.dtype, self.weight.dtype)
+        given = self.dtype or input.dtype
+        if self.dtype is None and self.affine:
+            given = torch.promote_types(input.dtype, self.weight.dtype)
         wide = torch.promote_types(given, torch.float32)
-        mean, var = self.running_mean, self.running_var
-        assert mean is not None
-        assert var is not None
-        # If the dtype is the same, these are the buffers themselves, updated in place below.
-        wide_mean, wide_var = mean.to(wide), var.to(wide)
-        y = F.batch_norm(
-            input.to(wide),
-            wide_mean,
-            wide_var,
-            self.weight.to(wide),
-            self.bias.to(wide),
-            self.training,
-            self.momentum or 0.0,
-            self.eps,
+        # Of the same dtype, these are the tensors themselves: the statistics change in place below.
+        kept = (self.running_mean, self.running_var)
+        mean, var, weight, bias = (
+            t if t is None else t.to(wide) for t in (*kept, self.weight, self.bias)
         )
-        if self.training:
+        batch = self.training or mean is None
+        y = F.batch_norm(
+            input.to(wide), mean, var, weight, bias, batch, self.momentum or 0.0, self.eps
+        )
+        if self.training and mean is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            if mean.dtype != wide:
-                mean.copy_(wide_mean)
-                var.copy_(wide_var)
+            for statistic, moved in zip(kept, (mean, var), strict=True):
+                if statistic is not None and moved is not None and statistic is not moved:
+                    statistic.copy_(moved)
         return y.to(given)
 
 

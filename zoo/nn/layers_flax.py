@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from zoo.nn.options_flax import Options
 
@@ -51,6 +52,59 @@ class LayerNorm(nnx.LayerNorm):
 
     def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:
         super().__init__(dim, epsilon=eps, use_fast_variance=False, **kw)
+
+
+class Bilinear(nnx.Module):
+    """torch's Bilinear: y_o = x1 W_o x2 + b_o, with `weight` (out, in1, in2) and `bias` (out,)."""
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        bound = in1_features**-0.5
+        shape = (out_features, in1_features, in2_features)
+        draw = partial(jax.random.uniform, dtype=param_dtype, minval=-bound, maxval=bound)
+        self.weight = nnx.Param(draw(rngs.params(), shape))
+        self.bias = nnx.Param(draw(rngs.params(), (out_features,))) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, input1: Array, input2: Array) -> Array:
+        """(..., in1), (..., in2) -> (..., out)."""
+        bias = None if self.bias is None else self.bias[...]
+        given = (input1, input2, self.weight[...], bias)
+        x1, x2, weight, bias = nnx.nn.dtypes.promote_dtype(given, dtype=self.dtype)
+        y = jnp.einsum("...i,oij,...j->...o", x1, weight, x2)
+        return y if bias is None else y + bias
+
+
+class PReLU(nnx.Module):
+    """torch's PReLU: x, or `weight` x where x is not positive; one weight, or one a channel.
+
+    Channels are last. `weight` is (num_parameters,), as in torch; nnx.PReLU has a single one.
+    """
+
+    def __init__(
+        self, num_parameters: int = 1, init: float = 0.25, **kw: Unpack[Options]
+    ) -> None:
+        dtype = kw.get("param_dtype", jnp.float32)
+        self.weight = nnx.Param(jnp.full(num_parameters, init, dtype))
+        self.dtype = kw.get("dtype")
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.where(x > 0, x, self.weight[...] * x)
+
+
+def softplus(x: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
+    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold, as in torch."""
+    above = x * beta > threshold
+    return jnp.where(above, x, jax.nn.softplus(jnp.where(above, 0, x) * beta) / beta)
 
 
 class ReLU(nnx.Module):

@@ -1,52 +1,81 @@
-"""torch's pooling and flattening for arrays with channels last: (B, H, W, C).
+"""torch's pooling and flattening for arrays with channels last: (B, *D, C), any number of axes.
 
-Functions under the names of torch.nn.functional, modules under those of torch.nn.
+Functions under the names of torch.nn.functional, modules under those of torch.nn. Sizes are
+torch's: one number for every axis, or one for each.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from zoo.nn.conv_flax import pair
+from zoo.nn.conv_flax import Sizes, each
+from zoo.nn.resize_flax import resized_over
+from zoo.nn.windows_flax import adaptive_mean_over, max_over, mean_over
 
 
-def max_pool2d(
+def max_pool(
     x: Array,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
 ) -> Array:
     """The largest value of every window; padding is -inf."""
-    window, edges = pair(kernel_size), _edges(padding)
-    return nnx.max_pool(x, window, window if stride is None else pair(stride), edges)
+    return max_over(x, _space(x), kernel_size, stride, padding, ceil_mode)
 
 
-def avg_pool2d(
+def avg_pool(
     x: Array,
-    kernel_size: int | tuple[int, int],
-    stride: int | tuple[int, int] | None = None,
-    padding: int | tuple[int, int] = 0,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
 ) -> Array:
-    """The mean of every window; padding is zeros, which count."""
-    window, edges = pair(kernel_size), _edges(padding)
-    return nnx.avg_pool(x, window, window if stride is None else pair(stride), edges)
+    """The mean of every window; padding is zeros, which count if `count_include_pad`."""
+    return mean_over(x, _space(x), kernel_size, stride, padding, ceil_mode, count_include_pad)
 
 
-def adaptive_avg_pool2d(x: Array, output_size: int | tuple[int, int]) -> Array:
-    """(B, H, W, C) -> (B, *output_size, C): the mean of the windows that torch chooses.
+def adaptive_avg_pool(x: Array, output_size: int | tuple[int | None, ...]) -> Array:
+    """(B, *D, C) -> (B, *output_size, C): the mean of the windows that torch chooses."""
+    axes = _space(x)
+    sizes = each(output_size, len(axes)) if isinstance(output_size, int) else output_size
+    return adaptive_mean_over(x, axes, sizes)
 
-    Window i of n over an axis of size s goes from floor(i*s/n) to ceil((i+1)*s/n): windows differ
-    in length, overlap where s is not a multiple of n, and repeat where s is less than n.
+
+def interpolate(
+    x: Array,
+    size: Sizes | None = None,
+    scale_factor: Sizes | None = None,
+    mode: str = "nearest",
+    align_corners: bool = False,
+) -> Array:
+    """(B, *D, C) -> (B, *D', C), of `size` or `scale_factor` times as large.
+
+    `mode` is "nearest", "nearest-exact" or "linear", which is torch's bilinear and trilinear too.
     """
-    for axis, n in zip((1, 2), pair(output_size), strict=True):
-        size = x.shape[axis]
-        windows = [(i * size // n, -(-(i + 1) * size // n)) for i in range(n)]
-        means = [jax.lax.slice_in_dim(x, a, b, axis=axis).mean(axis) for a, b in windows]
-        x = jnp.stack(means, axis)
-    return x
+    return resized_over(x, _space(x), size, scale_factor, mode, align_corners)
+
+
+def pixel_shuffle(x: Array, upscale_factor: int) -> Array:
+    """(B, H, W, C*r*r) -> (B, H*r, W*r, C); the channels are in torch's order."""
+    r = upscale_factor
+    B, H, W, C = x.shape
+    x = x.reshape(B, H, W, C // (r * r), r, r).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(B, H * r, W * r, C // (r * r))
+
+
+def pixel_unshuffle(x: Array, downscale_factor: int) -> Array:
+    """(B, H*r, W*r, C) -> (B, H, W, C*r*r); the channels are in torch's order."""
+    r = downscale_factor
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // r, r, W // r, r, C).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(B, H // r, W // r, C * r * r)
+
+
+max_pool2d, avg_pool2d, adaptive_avg_pool2d = max_pool, avg_pool, adaptive_avg_pool  # (B, H, W, C)
 
 
 def flatten(x: Array) -> Array:
@@ -59,9 +88,9 @@ class MaxPool2d(nnx.Module):
 
     def __init__(
         self,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
+        kernel_size: Sizes,
+        stride: Sizes | None = None,
+        padding: Sizes = 0,
     ) -> None:
         self.kernel_size = kernel_size
         self.stride = stride
@@ -74,7 +103,7 @@ class MaxPool2d(nnx.Module):
 class AdaptiveAvgPool2d(nnx.Module):
     """(B, H, W, C) -> (B, *output_size, C): `adaptive_avg_pool2d` as a module."""
 
-    def __init__(self, output_size: int | tuple[int, int]) -> None:
+    def __init__(self, output_size: Sizes) -> None:
         self.output_size = output_size
 
     def __call__(self, x: Array) -> Array:
@@ -88,7 +117,5 @@ class Flatten(nnx.Module):
         return flatten(x)
 
 
-def _edges(padding: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What nnx's pools take for torch's padding: (before, after) for each axis."""
-    h, w = pair(padding)
-    return (h, h), (w, w)
+def _space(x: Array) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim - 1))
