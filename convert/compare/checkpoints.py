@@ -22,6 +22,8 @@ from convert.matching.pair import Pair
 from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
+from zoo.checkpoint.certificate import FORMAT
+from zoo.checkpoint.generation import check_weights
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
@@ -30,6 +32,7 @@ from zoo.checkpoint.readings import title
 from zoo.checkpoint.request import Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.committed import beside
 from zoo.containers.errors import UsageError, ZooError
 from zoo.model import Config, Model
 
@@ -291,13 +294,14 @@ def _contradictions(a: Plan, b: Plan) -> list[str]:
 def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
     """The first certificate that lies beside one of these checkpoints and is one of ours."""
     for path in paths:
-        file = filenames.beside(path, filenames.CERTIFICATE)
+        file = beside(path, filenames.CERTIFICATE)
         try:
             if file.stat().st_size > _CERTIFICATE_MAX:
                 continue
-            data = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):
+            data: dict[str, Any] = json.loads(file.read_text())
+            check_weights(data.get("weights"), file, path)
+        except (OSError, ValueError, AttributeError, RecursionError, ZooError):
             continue
-        if isinstance(data, dict) and data.get("format") == 1 and "tensors" in data:
+        if data.get("format") in (1, FORMAT) and "tensors" in data:
             return data
     return None

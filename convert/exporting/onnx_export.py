@@ -22,9 +22,9 @@ from convert.engine.commit import (
     check_replaceable,
     check_space,
     commit,
-    workplace,
     write_text,
 )
+from convert.engine.workplace import workplace
 from convert.exporting.onnx_file import INLINE_MAX, remove_old_data, write
 from convert.exporting.onnx_proof import Held, Inputs, OtherSizes, call_of, hold, refuse
 from convert.exporting.onnx_trace import OPSET, Traced, cleaned, pin, trace, weights
