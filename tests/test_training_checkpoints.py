@@ -1095,8 +1095,8 @@ def test_a_file_that_comes_back_different_leaves_nothing(
 ) -> None:
     write_it = storage.write
 
-    def broken(path: Path, state: TrainingState, kind: str) -> dict[str, str]:
-        hashes = write_it(path, state, kind)
+    def broken(path: Path, state: TrainingState, kind: str, weights: str) -> dict[str, str]:
+        hashes = write_it(path, state, kind, weights)
         with path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
