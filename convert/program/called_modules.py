@@ -2,7 +2,8 @@
 
 Hooks see every call. What they see are tensors without values, of which the graph keeps what is
 returned: so each call leaves a number and copies of its tensors among the results, and `read` finds
-the values in the finished graph that were copied there.
+the values in the finished graph that were copied there. A module that hands its argument on gives a
+copy, so that it is seen.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ModuleCall:
     nesting: Nesting | None = None  # of the result
     signature: tuple[str, ...] = ()  # the parameters of forward
     results: list[Any] = field(default_factory=list)
+    given: list[Any] = field(default_factory=list)  # the tensors, while they are traced
 
 
 class CalledModules:
@@ -55,6 +57,7 @@ class CalledModules:
         def before(path: str) -> Any:
             def hook(module: Any, args: Any, kwargs: Any) -> None:
                 call = ModuleCall(path, self._bound(module, args, kwargs))
+                call.given = [x for x in (*args, *kwargs.values()) if is_array(x)]
                 call.signature = tuple(inspect.signature(module.forward).parameters)
                 self.calls.append(call)
                 running.append(call)
@@ -63,11 +66,15 @@ class CalledModules:
 
             return hook
 
-        def after(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             call = running.pop()
             call.nesting, leaves = taken_apart(output, "", lambda _, x: x)
+            if passed_on := is_array(output) and any(output is x for x in call.given):
+                output = output.clone()
+                leaves = [output]
             call.results = [self._copied(x) for x in leaves]
             call.end = self._mark()
+            return output if passed_on else None
 
         handles = []
         for path, part in self.root.named_modules():

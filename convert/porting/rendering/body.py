@@ -13,7 +13,7 @@ from convert.porting.rendering.names import Frames, Names
 from convert.porting.rendering.operands import Operand, Size
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import composed, named, unpackings
-from convert.porting.rendering.source_lines import forward_lines
+from convert.porting.rendering.source_lines import copies, forward_lines
 from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef
 
 _GETITEM = "operator.getitem"
@@ -25,11 +25,13 @@ _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "ate
 
 @dataclass
 class Line:
-    """One statement: `targets = text`, or `return text` where there are none."""
+    """One statement: `targets = text`, or `return text` where there are none. `guard` is the
+    condition that it is under: not every instance of the class has it."""
 
     targets: list[str]
     text: str
     site: CodeLine | None = None
+    guard: str = ""
 
     def __str__(self) -> str:
         return f"{', '.join(self.targets)} = {self.text}" if self.targets else f"return {self.text}"
@@ -65,6 +67,10 @@ class _Writing:
         self._find_uses()
         file, first, last = forward_lines(scope.module)
         self.unpackings = unpackings(file, first, last) if file else []
+        self.every_copy = copies(file, first, last) if file else []
+        self.copied = list(self.every_copy)
+        self.at_line = 0
+        self.read: set[str] = set()  # the names that the statement of the source mentions
         self.local: dict[str, int | str] = {}
         self.unpacked: dict[str, tuple[Line, int]] = {}
 
@@ -145,6 +151,8 @@ class _Writing:
             return
         statement = self.frames.statement(item)
         self._read_sizes(item)
+        self._read_copies(item)
+        self.read = self.frames.mentioned(item)
         text = self._text(i)
         values = self._targets(item)
         wanted = self.frames.targets(item, i, [
@@ -194,7 +202,8 @@ class _Writing:
     def _value_text(self, value: int) -> str:
         value = self.source(value)
         if value in self.texts:
-            return self.texts[value]
+            names = [n for n in self.names.names(value) if n in self.read]
+            return names[0] if len(names) == 1 else self.names.newest(value, self.texts[value])
         if value in self.maker:
             return self._text(self.maker[value])
         return self.context.held_text(self.scope, value)
@@ -261,6 +270,20 @@ class _Writing:
                 continue
             self._unpack(found, kind.shape)
 
+    def _read_copies(self, item: GraphNode | Scope) -> None:
+        """Give values their second names, where the source does before this line."""
+        line = self.frames.line(item)
+        if line < self.at_line:  # another round of a loop
+            self.copied = list(self.every_copy)
+        self.at_line = line or self.at_line
+        while line and self.copied and self.copied[0][0] < line:
+            _, name, other = self.copied.pop(0)
+            value = self.names.bound.get(other)
+            if value is None or not self.names.is_free(name, -1):
+                continue
+            self.names.bind(name, value, self.last.get(value, -1))
+            self.made.lines.append(Line([name], other))
+
     def _unpack(self, found: Any, shape: tuple[int | str, ...]) -> None:
         text = f"{found.array}.shape"
         if found.axis is not None:
@@ -292,8 +315,30 @@ class _Writing:
         self.made.lines = [x for x in lines if not x.targets or set(x.targets) != {"_"}]
 
     def _returned(self) -> str:
+        self.read = set()
         texts = {v: self._value_text(v) for v in self.results}
         return self.context.returned(self.scope, lambda v: texts[self.source(v)])
+
+
+def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
+    """The statements without those `name = other` whose name nothing mentions before it is given
+    anew."""
+    kept = []
+    for i, line in enumerate(lines):
+        if line.site is None and line.text.isidentifier() and line.targets:
+            if not _is_read(line.targets[0], lines[i + 1 :]):
+                continue
+        kept.append(line)
+    return kept
+
+
+def _is_read(name: str, after: Sequence[Line]) -> bool:
+    for line in after:
+        if name in _words(line.text):
+            return True
+        if name in line.targets and not line.guard:
+            return False
+    return False
 
 
 def _is_getitem(item: GraphNode | Scope) -> TypeGuard[GraphNode]:

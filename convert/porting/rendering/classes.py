@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,12 @@ from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context, NotRendered
 from convert.porting.rendering.inits import MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.scopes import Scope
+from convert.porting.rendering.variants import Instance, Union
 
 _SMALL = 8  # a number up to this is no size that other numbers could follow from
+
+
+ABSENT = object()  # the number of a part that an instance has not
 
 
 @dataclass(eq=False)
@@ -24,6 +29,7 @@ class WrittenClass:
     name: str
     of: type
     body: Body | None
+    union: Union | None
     items: bool  # whether its parts are numbered: it is a list
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> by path
@@ -33,11 +39,52 @@ class WrittenClass:
         """What the constructor gets for an instance."""
         return {name: values[path] for name, values in self.parameters.items()}
 
+    def defaults(self) -> dict[str, Any]:
+        """The values of arguments that are left out: what most instances have, but for sizes."""
+        found = {}
+        for name, column in self.parameters.items():
+            often = Counter(map(repr, column.values())).most_common(1)[0][0]
+            value = next(v for v in column.values() if repr(v) == often)
+            if len(column) > 1 and not any(map(_is_size, column.values())):
+                found[name] = value
+        return found
+
+    def whole(self) -> dict[str, Any]:
+        """Every attribute that an instance may have, in order."""
+        found: dict[str, Any] = {}
+        for made in self.made.values():
+            order = list(made)
+            for k, name in enumerate(order):
+                if name in found:
+                    continue
+                after = next((n for n in reversed(order[:k]) if n in found), None)
+                names = list(found)
+                at = names.index(after) + 1 if after is not None else (0 if k == 0 else len(names))
+                names.insert(at, name)
+                found = {n: found.get(n, made.get(n)) for n in names}
+        return found
+
+    def is_optional(self, name: str) -> bool:
+        """Whether some instances have no such attribute."""
+        return any(name not in made for made in self.made.values())
+
+    def numbers(self, path: str) -> Iterator[tuple[str, Any]]:
+        """The numbers of an instance in the order in which they are written; ABSENT in parts that
+        it has not, before which stands whether it has them."""
+        for name, made in self.whole().items():
+            if self.is_optional(name):
+                yield name, name in self.made[path]
+            held = self.made[path].get(name)
+            for hint, value in inits.values(made if held is None else held, name):
+                yield hint or name, ABSENT if held is None else value
+
     def init(self) -> Iterator[tuple[str, str]]:
         """The attributes that `__init__` sets, and to what."""
         names = iter(self.expressions)
-        for name, made in next(iter(self.made.values())).items():
-            yield name, inits.text(made, names)
+        for name, made in self.whole().items():
+            there = next(names) if self.is_optional(name) else None
+            text = inits.text(made, names)
+            yield name, text if there is None else f"({text}) if {there} else None"
 
 
 class Classes:
@@ -109,23 +156,53 @@ class Classes:
     def _enter(self, path: str) -> None:
         module = self.tree.modules[path]
         bodies = [body_of(s, self.context) for s in self.scopes.get(path, [])]
-        texts = {"\n".join(map(str, b.lines)) for b in bodies}
-        if len(texts) > 1:
+        if len({tuple(map(str, b.lines)) for b in bodies}) > 1:
             raise NotRendered(f"{path or 'the model'} does other things at each of its calls")
         body = bodies[0] if bodies else None
         made = dict(self._parts(path, body))
-        items = any(name.isdigit() for name in made)
-        key = tuple((n, inits.skeleton(x)) for n, x in made.items())
         for written in self.every:
-            same = written.of is type(module) and _text(written.body) == _text(body)
-            first = next(iter(written.made.values()))
-            if same and tuple((n, inits.skeleton(x)) for n, x in first.items()) == key:
+            if written.of is type(module) and self._joins(written, path, body, made):
                 break
         else:
-            written = WrittenClass(self._name(type(module)), type(module), body, items)
+            items = any(name.isdigit() for name in made)
+            union = None if body is None else Union(body.lines, _instance(module, made, body))
+            written = WrittenClass(self._name(type(module)), type(module), body, union, items)
             self.every.append(written)
         written.made[path] = made
         self.by_path[path] = written
+
+    def _joins(
+        self, written: WrittenClass, path: str, body: Body | None, made: dict[str, Any]
+    ) -> bool:
+        """Whether an instance is of a class that is there, which then has its statements too."""
+        whole = written.whole()
+        common = whole.keys() & made.keys()
+        if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
+            return False
+        if body is None or written.body is None or written.union is None:
+            return body is None and written.body is None and whole.keys() == made.keys()
+        if body.parameters != written.body.parameters:
+            return False
+        module = self.tree.modules[path]
+        one = _instance(module, made, body)
+        joined = written.union.joined(body.lines, one)
+        if joined is None or (whole.keys() != made.keys() and written.items):
+            return False
+        for condition in joined.conditions.values():
+            for name in condition.values:
+                self._keep(written, name, path, made)
+        written.union = joined
+        written.body.lines = joined.lines
+        return True
+
+    def _keep(self, written: WrittenClass, name: str, path: str, made: dict[str, Any]) -> None:
+        """An attribute that a condition mentions, where it is no part."""
+        if name in made or any(name in m for m in written.made.values()):
+            return
+        for p, own in ((path, made), *written.made.items()):
+            value = plain_attribute(self.tree.modules[p], name)
+            if value is not ABSENT:
+                own[name] = value
 
     def _name(self, of: type) -> str:
         name = of.__name__ if of.__name__.isidentifier() else "Module"
@@ -215,23 +292,24 @@ class Classes:
     def _find_parameters(self, written: WrittenClass) -> None:
         """Which numbers of a class are arguments, and what follows from them."""
         paths = list(written.made)
-        columns: list[tuple[str, dict[str, Any]]] = []
-        for path in paths:
-            slots = [
-                (hint or name, value)
-                for name, made in written.made[path].items()
-                for hint, value in inits.values(made, name)
-            ]
-            if not columns:
-                columns = [(hint, {}) for hint, _ in slots]
-            for (_, column), (_, value) in zip(columns, slots, strict=True):
-                column[path] = value
+        rows = {path: list(written.numbers(path)) for path in paths}
+        columns = [
+            (hint, {path: rows[path][k][1] for path in paths})
+            for k, (hint, _) in enumerate(rows[paths[0]])
+        ]
         attributes = set(written.body.attributes) if written.body else set()
         given = self._given(paths)
         for name, column in self._wanted(columns, attributes, given):
-            if column not in written.parameters.values():
-                written.parameters[_free(name, written.parameters)] = column
+            if name in attributes or _expression(column, written.parameters) is None:
+                some = next(v for v in column.values() if v is not ABSENT)
+                whole = {p: some if v is ABSENT else v for p, v in column.items()}
+                written.parameters[_free(name, written.parameters)] = whole
         named = {n: c for n, c in written.parameters.items() if n in attributes}
+        defaults = written.defaults()
+        written.parameters = {
+            n: c for last in (False, True) for n, c in written.parameters.items()
+            if (n in defaults) == last
+        }  # fmt: skip
         written.expressions = [
             hint
             if hint in named and named[hint] == column
@@ -257,7 +335,7 @@ class Classes:
         used = {n: c for n, c in given.items() if any(_follows(x, c) for x in held)}
         yield from used.items()
         for hint, column in columns:
-            differs = len(set(map(repr, column.values()))) > 1
+            differs = _varies(column)
             if hint in attributes and not any(_follows(column, c) for c in used.values()):
                 yield hint, column
             elif differs and _expression(column, used) is None:
@@ -270,13 +348,14 @@ def _follows(column: dict[str, Any], argument: dict[str, Any]) -> bool:
 
 def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]) -> str | None:
     """How numbers follow from arguments, in every instance; None where they do not."""
-    varies = len(set(map(repr, column.values()))) > 1
+    varies = _varies(column)
+    column = {p: v for p, v in column.items() if v is not ABSENT}
     for name, argument in parameters.items():
         if all(type(column[p]) is type(argument[p]) and column[p] == argument[p] for p in column):
             if varies or _is_size(next(iter(column.values()))):
                 return name
     if not all(type(v) is int and v > _SMALL for v in column.values()):
-        return next((n for n, c in parameters.items() if varies and c == column), None)
+        return None
     for name, argument in parameters.items():
         pairs = [(column[p], argument[p]) for p in column]
         if not all(type(a) is int and a > _SMALL for _, a in pairs):
@@ -288,6 +367,23 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
         if len(factors) == 1 and 1 < (factor := factors.pop()) <= 8:
             return f"{name} // {factor}"
     return None
+
+
+def _varies(column: Mapping[str, Any]) -> bool:
+    return len({repr(v) for v in column.values() if v is not ABSENT}) > 1
+
+
+def plain_attribute(module: Any, name: str) -> Any:
+    """A number, text or None that a module or its config has; ABSENT if neither has."""
+    for held in (module, *vars(module).values()):
+        found = getattr(held, name, ABSENT)
+        if found is None or isinstance(found, bool | int | float | str):
+            return found
+    return ABSENT
+
+
+def _instance(module: Any, made: Mapping[str, Any], body: Body) -> Instance:
+    return Instance(module, frozenset(made), tuple(map(str, body.lines)))
 
 
 def _is_size(value: Any) -> bool:
@@ -304,9 +400,3 @@ def _is_container(module: Any) -> bool:
     return type(module).__name__ in (
         "ModuleList", "ModuleDict", "ParameterList", "ParameterDict",
     ) and type(module).__module__.startswith("torch.")  # fmt: skip
-
-
-def _text(body: Body | None) -> Any:
-    if body is None:
-        return None
-    return body.parameters, [str(line) for line in body.lines], list(body.attributes)

@@ -132,7 +132,15 @@ class Context:
             extra = max(extra, len(self._extra(one)))
         order = list(scope.call.signature)
         names = sorted(found, key=lambda n: order.index(n) if n in order else len(order))
-        return names + [f"extra{k or ''}" for k in range(extra)]
+        names += [f"extra{k or ''}" for k in range(extra)]
+        return sorted(names, key=lambda n: self.is_optional(n, scope))
+
+    def is_optional(self, name: str, scope: Scope) -> bool:
+        """Whether some calls of a class do not give this argument."""
+        return not name.startswith("extra") and any(
+            not set(refs(one.call.arguments.get(name))) & set(one.takes)
+            for one in self.classes[type(scope.module)]
+        )
 
     def _extra(self, scope: Scope) -> list[int]:
         """The arrays that a call takes by other ways than its arguments."""

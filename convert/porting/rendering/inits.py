@@ -114,7 +114,14 @@ def text(x: Any, names: Iterator[str | None]) -> str:
     if isinstance(x, MadeVariable):
         return f"{x.callee}({text(x.inner, names)})"
     if isinstance(x, MadeModule):
-        args = [next(names) or written(v) for v in x.written.arguments_of(x.path).values()]
+        defaults = x.written.defaults()
+        args = []
+        for name, value in x.written.arguments_of(x.path).items():
+            given = next(names)
+            if name not in defaults:
+                args.append(given or written(value))
+            elif given or repr(defaults[name]) != repr(value):
+                args.append(f"{name}={given or written(value)}")
         return f"{x.written.name}({', '.join([*args, 'rngs=rngs'])})"
     if isinstance(x, Name):
         return x.text

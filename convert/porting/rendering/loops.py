@@ -65,6 +65,8 @@ def _pattern(lines: Sequence[Line]) -> _Pattern:
                 return _Pattern((), (), ())
         plain = _INDEXED.sub(lambda m: f"{m[1]}[]", line.text)
         texts.append(f"{','.join(line.targets)}={plain}" if line.targets else "")
+        if line.guard:
+            return _Pattern((), (), ())
     if not lists or "" in texts:
         return _Pattern((), (), ())
     return _Pattern(tuple(texts), tuple(lists), tuple(lists.values()))

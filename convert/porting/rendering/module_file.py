@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.porting.rendering.body import Body
+from convert.porting.rendering.body import Body, Line, without_dead_copies
 from convert.porting.rendering.classes import Classes, WrittenClass
+from convert.porting.rendering.constructor import written as plainly
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Tree
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.written_rules import written
+from convert.porting.rendering.variants import negation
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import Graph, ValueRef, refs
 from zoo.layout import Layout
@@ -139,7 +141,12 @@ class _File:
     def _init(self, written: WrittenClass) -> Iterator[str]:
         first = next(iter(written.made))
         given = written.arguments_of(first)
-        types = [f"{n}: {_type(written.parameters[n].values())}" for n in given]
+        defaults = written.defaults()
+        types = [
+            f"{n}: {_type(written.parameters[n].values())}"
+            + (f" = {plainly(defaults[n])}" if n in defaults else "")
+            for n in given
+        ]
         yield f"{INDENT}def __init__({', '.join(['self', *types, '*', 'rngs: nnx.Rngs'])}) -> None:"
         made = list(written.init())
         if written.items:
@@ -163,21 +170,28 @@ class _File:
             for p, n in self.lengths.items()
             if p.startswith(prefix) and p != path
         }
-        for line in rolled(body.lines, lengths):
+        guard = ""
+        for line in rolled(without_dead_copies(body.lines), lengths):
+            own = line.guard if isinstance(line, Line) else ""
+            if own != guard and own:
+                after = guard and own == negation(guard)
+                yield f"{INDENT * 2}{'else' if after else f'if {own}'}:"
+            guard = own
+            margin = INDENT * (3 if own else 2)
             if isinstance(line, Loop):
-                yield f"{INDENT * 2}{line.header()}"
+                yield f"{margin}{line.header()}"
                 for one in line.lines:
-                    yield f"{INDENT * 3}{_plain(str(one))}"
+                    yield f"{margin}{INDENT}{_plain(str(one))}"
             else:
-                yield f"{INDENT * 2}{_plain(str(line))}"
+                yield f"{margin}{_plain(str(line))}"
 
     def _parameter(self, name: str, written: WrittenClass) -> str:
         every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
+        scope = every[0]
         given = [s.call.arguments.get(name) for s in every]
         nested = any(isinstance(x, list | dict) for x in given)
         kind = "Any" if nested else "Array"
-        missing = any(not set(refs(x)) & set(s.takes) for x, s in zip(given, every, strict=True))
-        return f"{kind} | None = None" if missing and not name.startswith("extra") else kind
+        return f"{kind} | None = None" if self.context.is_optional(name, scope) else kind
 
     def _result(self, scope: Any) -> str:
         if not scope.path:

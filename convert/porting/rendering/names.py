@@ -11,7 +11,7 @@ from typing import Any
 from convert.porting.rendering.operands import Size
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import named
-from convert.porting.rendering.source_lines import own_name, source_file, targets
+from convert.porting.rendering.source_lines import mentioned, own_name, source_file, targets
 from convert.program.exported_nodes import is_torchs
 from convert.program.graph import CodeLine, GraphNode
 
@@ -65,6 +65,11 @@ class Frames:
     def line(self, item: Item) -> int:
         """The line of an item in forward itself; 0 if that is unknown."""
         return next((f.line for f in self.place(item)), 0)
+
+    def mentioned(self, item: Item) -> set[str]:
+        """The names that the statement of an item reads, if it is forward's own."""
+        found = self.place(item)
+        return mentioned(_statement(found[0])) if len(found) == 1 else set()
 
     def returns(self, item: Item) -> bool:
         """Whether an item is of what forward returns."""
@@ -122,6 +127,7 @@ class Names:
 
     def bind(self, name: str, value: int, until: int) -> None:
         """The name holds this value from now on."""
+        self.bound.pop(name, None)
         self.bound[name] = value
         self.until[name] = until
 
@@ -132,7 +138,21 @@ class Names:
 
     def is_free(self, name: str, now: int) -> bool:
         """Whether what the name holds is not used after this statement."""
-        return name not in RESERVED and self.until.get(name, -1) <= now
+        if name in RESERVED:
+            return False
+        value = self.bound.get(name)
+        return self.until.get(name, -1) <= now or (
+            value is not None and any(n != name for n in self.names(value))
+        )
+
+    def names(self, value: int) -> list[str]:
+        """Every name that holds a value, the newest last."""
+        return [n for n, v in self.bound.items() if v == value]
+
+    def newest(self, value: int, otherwise: str) -> str:
+        """A name that holds a value, the one that it had first if that still does."""
+        held = self.names(value)
+        return otherwise if otherwise in held or not held else held[-1]
 
     def free(self, wanted: str, now: int) -> str:
         """The name, or one like it."""

@@ -23,7 +23,10 @@ class SourceFile:
             tree = ast.Module([], [])
         self.by_line: dict[int, ast.stmt] = {}
         self.loops: list[ast.For] = []
+        self.choices: list[ast.If] = []
         for found in ast.walk(tree):
+            if isinstance(found, ast.If):
+                self.choices.append(found)
             if isinstance(found, ast.For):
                 self.loops.append(found)
             if isinstance(found, _Simple):
@@ -38,6 +41,16 @@ class SourceFile:
         """The innermost for-loop that a line is in."""
         around = [x for x in self.loops if x.lineno <= line <= (x.end_lineno or x.lineno)]
         return max(around, key=lambda x: x.lineno, default=None)
+
+    def choices_around(self, line: int) -> list[tuple[ast.expr, bool]]:
+        """The conditions that a line is under, innermost first, and whether they hold there."""
+        found = []
+        for choice in self.choices:
+            for block, holds in ((choice.body, True), (choice.orelse, False)):
+                last = block[-1].end_lineno if block else None
+                if block and block[0].lineno <= line <= (last or block[-1].lineno):
+                    found.append((choice.lineno, choice.test, holds))
+        return [(test, holds) for _, test, holds in sorted(found, key=lambda c: -c[0])]
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,6 +88,30 @@ def forward_lines(module: Any) -> tuple[str, int, int]:
         return "", 0, 0
     lines = [line for _, _, line in code.co_lines() if line]
     return code.co_filename, code.co_firstlineno, max(lines, default=code.co_firstlineno)
+
+
+def copies(file: str, first: int, last: int) -> list[tuple[int, str, str]]:
+    """The statements `name = other` of these lines: line, name, other."""
+    found = []
+    for line in range(first, last + 1):
+        s = source_file(file).statement(line)
+        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Name) and s.lineno == line:
+            if len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
+                found.append((line, s.targets[0].id, s.value.id))
+    return found
+
+
+def mentioned(statement: ast.stmt | None) -> set[str]:
+    """The names that a statement reads."""
+    if statement is None:
+        return set()
+    found = {x.id for x in ast.walk(statement) if isinstance(x, ast.Name)}
+    plain = isinstance(statement, ast.Assign)
+    written = {x.id for x in ast.walk(statement)
+               if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)}  # fmt: skip
+    read = {x.id for x in ast.walk(statement)
+            if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)}  # fmt: skip
+    return read if plain else found | written
 
 
 def own_name(module: Any) -> str:
