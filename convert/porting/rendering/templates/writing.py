@@ -66,9 +66,8 @@ def number(value: Any, dtype: str = "") -> str | None:
 
 def _extreme(value: Any, dtype: str) -> str:
     """The lowest or highest value of a float's dtype, by name."""
-    if dtype in ("float16", "float32"):
-        if abs(value) == float(np.finfo(np.dtype(dtype)).max):
-            return f"jnp.finfo({dtype_text(dtype)}).{'max' if value > 0 else 'min'}"
+    if dtype in ("float16", "float32") and abs(value) == float(np.finfo(np.dtype(dtype)).max):
+        return f"jnp.finfo({dtype_text(dtype)}).{'max' if value > 0 else 'min'}"
     return ""
 
 
