@@ -247,3 +247,14 @@ def argsort_stable(
     x: Operand, *, stable: bool, dim: int = -1, descending: bool = False
 ) -> str | None:
     return argsort(x, dim, descending)
+
+
+@template("aten.topk.default")
+def topk(
+    x: Operand, k: Any, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> str | None:
+    """JAX's indices are of 32 bits, with x64 too: the one dtype here that is not torch's."""
+    if not x.shape or not largest or kind(x) not in (1, 2):
+        return None
+    axis = "" if dim % len(x.shape) == len(x.shape) - 1 else f", axis={dim}"
+    return f"lax.top_k({x}, {k}{axis})"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import ArrayType, Operand, Size
+from convert.porting.rendering.operands import Operand, Size
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     at,
@@ -19,19 +20,20 @@ from convert.porting.rendering.templates.writing import (
 # -- shapes -------------------------------------------------------------------------------------
 
 
+# A size that reads well: a number, a name, one axis of something.
+_NAMED = re.compile(r"[\w.]+(\.shape\[-?\d+\])?")
+
+
 def _reshaped(x: Operand, sizes: Sequence[Any]) -> str:
-    """One size that is an expression, and not a name, may be left to JAX."""
-    unknown = [i for i, s in enumerate(sizes) if isinstance(s, Size) and not s.text.isidentifier()]
-    plain = all(value_of(s) not in (0, -1) for s in sizes)
-    if len(unknown) == 1 and plain and unknown[0] == 0 < len(sizes) - 1:
-        sizes = [-1, *sizes[1:]] if _computed(sizes[0]) else sizes
-    inner = ", ".join(map(str, sizes))
-    return f"{x}.reshape({inner or '()'})"
+    """One size that would have to be computed is left to JAX."""
+    computed = [i for i, s in enumerate(sizes) if not _NAMED.fullmatch(_bare_text(s))]
+    if len(computed) == 1 and not {0, -1} & {value_of(s) for s in sizes}:
+        sizes = [-1 if i == computed[0] else s for i, s in enumerate(sizes)]
+    return f"{x}.reshape({', '.join(map(str, sizes)) or '()'})"
 
 
-def _computed(size: Size) -> bool:
-    """Whether a size is more than one axis of something."""
-    return not size.text.rstrip("]").replace(".shape[", "").replace(".", "").isalnum()
+def _bare_text(size: Any) -> str:
+    return size.text if isinstance(size, Size) else str(abs(size))
 
 
 @template(
@@ -56,13 +58,11 @@ def view_as(x: Operand, other: Operand) -> str:
 def flatten(x: Operand, start_dim: int = 0, end_dim: int = -1) -> str | None:
     n = len(x.shape)
     if not n or 0 in x.shape:
-        return "(" + f"{x}.reshape(1))" if not n else None
+        return None if n else f"{x}.reshape(1)"
     start, end = start_dim % n, end_dim % n
     if start == end:
         return x.text
-    lead = {0: [], 1: [f"{x}.shape[0]"]}.get(start, [f"*{x}.shape[:{start}]"])
-    rest = [f"{x}.shape[-1]"] if end == n - 2 else [f"*{x}.shape[{end + 1}:]"]
-    return f"{x}.reshape({', '.join([*lead, '-1', *(rest if end < n - 1 else [])])})"
+    return f"{x}.reshape({', '.join([*_lead(x, start), '-1', *_rest(x, end + 1)])})"
 
 
 @template("aten.unflatten.int")
@@ -71,9 +71,18 @@ def unflatten(x: Operand, dim: int, sizes: Sequence[Any]) -> str | None:
     dim %= n
     if 0 in x.shape:
         return None
-    lead = [f"*{x}.shape[:{dim}]"] if dim else []
-    rest = [f"*{x}.shape[{dim + 1}:]"] if dim < n - 1 else []
-    return f"{x}.reshape({', '.join([*lead, *map(str, sizes), *rest])})"
+    return f"{x}.reshape({', '.join([*_lead(x, dim), *map(str, sizes), *_rest(x, dim + 1)])})"
+
+
+def _lead(x: Operand, end: int) -> list[str]:
+    """The sizes of the axes before this one."""
+    return [f"{x}.shape[0]"] if end == 1 else [f"*{x}.shape[:{end}]"] if end else []
+
+
+def _rest(x: Operand, start: int) -> list[str]:
+    """The sizes of the axes from this one on."""
+    left = len(x.shape) - start
+    return [f"{x}.shape[-1]"] if left == 1 else [f"*{x}.shape[{start}:]"] if left else []
 
 
 def _squeezed(x: Operand, dims: Sequence[int]) -> str:
@@ -83,9 +92,9 @@ def _squeezed(x: Operand, dims: Sequence[int]) -> str:
 
 @template("aten.squeeze.default", "aten.squeeze_copy.default")
 def squeeze(x: Operand) -> str:
-    return (
-        f"{x}.squeeze()" if 1 in x.shape and known(x.shape) else _squeezed(x, range(len(x.shape)))
-    )
+    if 1 in x.shape and known(x.shape):
+        return f"{x}.squeeze()"
+    return _squeezed(x, range(len(x.shape)))
 
 
 @template("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze_copy.dims")
@@ -213,25 +222,3 @@ def _triangle(name: str) -> Any:
 
 for _name in ("tril", "triu", "diag"):
     template(f"aten.{_name}.default")(_triangle(_name))
-
-
-# -- sizes of images ----------------------------------------------------------------------------
-
-
-def _enlarged(x: Operand, out: ArrayType | None) -> str | None:
-    """Nearest neighbours at whole factors."""
-    if out is None or not known(x.shape) or not known(out.shape):
-        return None
-    text = str(x)
-    for axis in range(2, len(x.shape)):
-        before, after = int(x.shape[axis]), int(out.shape[axis])
-        if after % before:
-            return None
-        if after != before:
-            text = f"{text}.repeat({after // before}, axis={axis})"
-    return text
-
-
-@template(*(f"aten.upsample_nearest{n}d.{o}" for n in (1, 2, 3) for o in ("vec", "default")))
-def upsample_nearest(x: Operand, *_: Any, out: ArrayType | None = None) -> str | None:
-    return _enlarged(x, out)
