@@ -20,7 +20,6 @@ from jax import Array
 
 from zoo.nn.options_flax import Options
 
-
 Sizes = int | tuple[int, ...]  # one number for every axis, or one for each
 
 
@@ -96,12 +95,16 @@ def pads(
     if not isinstance(padding, str):
         return tuple((p, p) for p in padding)
     if padding != "same" or any(s != 1 for s in stride):
-        raise ValueError(f"padding {padding!r} with stride {stride}; torch has 'same' with stride 1")
+        raise ValueError(
+            f"padding {padding!r} with stride {stride}; torch has 'same' with stride 1"
+        )
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return tuple((t // 2, t - t // 2) for t in totals)
 
 
-def _convolution(mode: str, x: Array, kernel: Array, strides: Any, padding: Any, **kw: Any) -> Array:
+def _convolution(
+    mode: str, x: Array, kernel: Array, strides: Any, padding: Any, **kw: Any
+) -> Array:
     """lax.conv_general_dilated whose padding is more of the input; `mode` is jnp.pad's."""
     space = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, kw["dimension_numbers"])
     around = [(0, 0)] * x.ndim
