@@ -13,17 +13,13 @@ import torch
 from flax import nnx
 from torch import nn
 
-from convert.porting.rendering.constructor import LayerText
+from convert.porting.rendering.constructor import LayerText, Place
 from convert.porting.rendering.layer_text import layer_text
 from convert.porting.tensors_by_name import ByName
 from convert.runtime.torch_layout import derive_layout
 from zoo import probe
 
 Make = Callable[[], nn.Module]
-
-
-def plain(*shape: int) -> dict[str, Any]:
-    return {"x": probe.normal("x", shape)}
 
 
 # What is built, and the shape of its input in torch's axes.
@@ -184,7 +180,7 @@ def port(text: LayerText, *args: str, **kwargs: str) -> nnx.Module:
 
 
 def fill(net: Any, module: nn.Module) -> None:
-    """torch's weights through the layout; every variable of the port is the layout's, and no more."""
+    """torch's weights through the layout: the port has its variables, and no others."""
     layout, _ = derive_layout(module)
     state = {n: t.detach().numpy() for n, t in module.state_dict().items()}
     wanted = ByName(layout).flax(state)
@@ -205,7 +201,7 @@ def fill(net: Any, module: nn.Module) -> None:
     nnx.update(net, nnx.from_flat_state(flat))
 
 
-def close(got: Any, expected: torch.Tensor, dtype: str) -> None:
+def close(got: Any, expected: Any, dtype: str) -> None:
     wanted = expected.detach().numpy()
     assert got.dtype == wanted.dtype
     assert got.shape == wanted.shape
@@ -225,9 +221,7 @@ def precise() -> Iterator[None]:
         yield
 
 
-def held_alike(
-    make: Make, shape: tuple[int, ...], axes: Any = "first", flat: bool = False, train: bool = True
-) -> None:
+def held_alike(make: Make, shape: tuple[int, ...], axes: Any = "first", flat: bool = False) -> None:
     for dtype in ("float64", "float32"):
         module = filled(make, dtype)
         text = layer_text(module, axes)
@@ -263,18 +257,18 @@ def test_layers_of_features_are_torchs(name: str) -> None:
 # -- layers of their own inputs -----------------------------------------------------------------
 
 
-def test_embeddings_look_up_what_torchs_do() -> None:
-    for make in (lambda: nn.Embedding(7, 4), lambda: nn.Embedding(7, 4, padding_idx=2)):
-        module = filled(make, "float64")
-        text = layer_text(module)
-        assert text is not None
-        net: Any = port(text, "input")
-        fill(net, module)
-        tokens = np.array([[1, 2, 6], [2, 0, 3]])
-        close(net(tokens), module(torch.from_numpy(tokens)), "float64")
-        given = nnx.grad(lambda net: (net(tokens) ** 3).sum())(net)["layer"]["embedding"]
-        (module(torch.from_numpy(tokens)) ** 3).sum().backward()
-        close(given[...], module.weight.grad, "float64")
+@pytest.mark.parametrize("padding", [None, 2])
+def test_embeddings_look_up_what_torchs_do(padding: int | None) -> None:
+    module = filled(lambda: nn.Embedding(7, 4, padding_idx=padding), "float64")
+    text = layer_text(module)
+    assert text is not None
+    net: Any = port(text, "input")
+    fill(net, module)
+    tokens = np.array([[1, 2, 6], [2, 0, 3]])
+    close(net(tokens), module(torch.from_numpy(tokens)), "float64")
+    given = nnx.grad(lambda net: (net(tokens) ** 3).sum())(net)["layer"]["embedding"]
+    (module(torch.from_numpy(tokens)) ** 3).sum().backward()
+    close(given[...], module.weight.grad, "float64")
 
 
 RECURRENT: dict[str, tuple[Make, tuple[int, ...]]] = {
@@ -347,3 +341,217 @@ def test_whole_channels_are_dropped(axes: Any) -> None:
     channels = y if axes == "first" else np.moveaxis(y, -1, 1)
     assert (channels == channels[..., :1, :1]).all()
     assert set(np.unique(channels)) == {0.0, 2.0}
+
+
+def attention_masks() -> dict[str, dict[str, Any]]:
+    causal = np.triu(np.ones((4, 4), bool), 1)
+    padded = np.array([[False] * 4, [False, False, False, True]])
+    added = probe.normal("mask", (4, 4, 4))
+    return {
+        "none": {},
+        "causal": {"attn_mask": causal, "need_weights": False},
+        "padded": {"key_padding_mask": padded, "average_attn_weights": False},
+        "added": {"attn_mask": added, "key_padding_mask": np.where(padded, -5.0, 0.0)},
+    }
+
+
+@pytest.mark.parametrize("case", list(attention_masks()))
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_is_torchs(case: str, batch_first: bool) -> None:
+    kdim, vdim = (5, 3) if case == "none" else (6, 6)
+    module = filled(
+        lambda: nn.MultiheadAttention(6, 2, batch_first=batch_first, kdim=kdim, vdim=vdim),
+        "float64",
+    )
+    text, given = layer_text(module), attention_masks()[case]
+    assert text is not None
+    net: Any = port(text, "q", "k", "v", **{n: n for n in given})
+    fill(net, module)
+    sizes = {"q": 6, "k": kdim, "v": vdim}
+    parts = [probe.normal(n, (2, 4, width)) for n, width in sizes.items()]
+    parts = parts if batch_first else [x.swapaxes(0, 1) for x in parts]
+    tensors = {n: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for n, x in given.items()}
+    net.eval()
+    got = net(*parts, **given)
+    expected = module(*map(torch.from_numpy, parts), **tensors)
+    close(got[0], expected[0], "float64")
+    assert (got[1] is None) == (expected[1] is None)
+    if expected[1] is not None:
+        close(got[1], expected[1], "float64")
+
+
+# -- what is not such a layer -------------------------------------------------------------------
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Renamed(nn.Linear):
+    """An exact subclass: only its arguments are others."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class Gated(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.gate = nn.Parameter(torch.ones(3))
+
+
+class Frozen(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+def patched() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    layer.forward = lambda input: input  # type: ignore[method-assign]
+    return layer
+
+
+NOT: dict[str, Make] = {
+    "own_forward": lambda: Doubled(3, 3),
+    "own_parameter": Gated,
+    "own_train": lambda: Frozen(3),
+    "hook": hooked,
+    "patched": patched,
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
+    "lazy": lambda: nn.LazyLinear(3),
+    "container": lambda: nn.Sequential(nn.Linear(3, 3)),
+    "encoder": lambda: nn.TransformerEncoderLayer(4, 2),
+    "transposed_groups": lambda: nn.ConvTranspose2d(4, 4, 3, groups=2),
+    "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
+    "scaled_gradient": lambda: nn.Embedding(3, 4, scale_grad_by_freq=True),
+    "bag": lambda: nn.EmbeddingBag(3, 4),
+    "layernorm_of_two": lambda: nn.LayerNorm((3, 4)),
+    "rmsnorm_of_dtype": lambda: nn.RMSNorm(4),
+    "cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
+    "instance_statistics": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
+    "alpha_dropout": nn.AlphaDropout,
+    "random_slope": nn.RReLU,
+    "softmax_of_what": nn.Softmax,
+    "indices": lambda: nn.MaxPool2d(2, return_indices=True),
+    "dilated_pool": lambda: nn.MaxPool2d(2, dilation=2),
+    "divisor": lambda: nn.AvgPool2d(2, divisor_override=3),
+    "cut": lambda: nn.ZeroPad2d(-1),
+    "bicubic": lambda: nn.Upsample(scale_factor=2, mode="bicubic"),
+    "half_size": lambda: nn.Upsample(scale_factor=0.5),
+    "one_bias": lambda: nn.GRU(3, 4, bias=False),
+    "projected": lambda: nn.LSTM(3, 4, proj_size=2),
+    "zero_attention": lambda: nn.MultiheadAttention(4, 2, add_zero_attn=True),
+}
+
+
+@pytest.mark.parametrize("name", list(NOT))
+def test_what_is_something_else_has_no_text(name: str) -> None:
+    assert layer_text(NOT[name]()) is None
+
+
+@pytest.mark.parametrize("name", ["cumulative", "alpha_dropout", "random_slope"])
+def test_what_only_trains_otherwise_will_do_where_it_need_not(name: str) -> None:
+    assert layer_text(NOT[name](), training=False) is not None
+
+
+def test_a_subclass_that_adds_nothing_is_its_base() -> None:
+    text = layer_text(Renamed(3))
+    assert text is not None
+    assert text.constructor is not None
+    assert text.constructor.text() == "nnx.Linear(3, 3, rngs=rngs)"
+
+
+# -- how it reads -------------------------------------------------------------------------------
+
+READS: dict[str, tuple[Make, str, str]] = {
+    "conv": (
+        lambda: nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+        "Conv2d(3, 64, 7, stride=2, padding=3, bias=False, rngs=rngs)",
+        "nnx.Conv(3, 64, (7, 7), strides=2, padding=3, use_bias=False, rngs=rngs)",
+    ),
+    "conv1d": (
+        lambda: nn.Conv1d(3, 8, 3),
+        "Conv1d(3, 8, 3, rngs=rngs)",
+        'nnx.Conv(3, 8, (3,), padding="VALID", rngs=rngs)',
+    ),
+    "batchnorm": (
+        lambda: nn.BatchNorm2d(64),
+        "BatchNorm(64, eps=1e-5, momentum=0.1, rngs=rngs)",
+        "BatchNorm(64, eps=1e-5, momentum=0.1, rngs=rngs)",
+    ),
+    "bfloat16": (
+        lambda: nn.Linear(4, 8, dtype=torch.bfloat16),
+        "nnx.Linear(4, 8, param_dtype=jnp.bfloat16, rngs=rngs)",
+        "nnx.Linear(4, 8, param_dtype=jnp.bfloat16, rngs=rngs)",
+    ),
+    "layernorm": (
+        lambda: nn.LayerNorm(8, eps=1e-12),
+        "nnx.LayerNorm(8, epsilon=1e-12, use_fast_variance=False, rngs=rngs)",
+        "nnx.LayerNorm(8, epsilon=1e-12, use_fast_variance=False, rngs=rngs)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(READS))
+def test_a_layer_reads_as_a_person_writes_it(name: str) -> None:
+    make, first, last = READS[name]
+    for axes, expected in (("first", first), ("last", last)):
+        text = layer_text(make(), axes)  # type: ignore[arg-type]
+        assert text is not None
+        assert text.constructor is not None
+        assert text.constructor.text() == expected
+
+
+def test_expressions_may_stand_for_values_also_for_what_is_not_written() -> None:
+    text = layer_text(nn.Conv2d(16, 64, 3, padding=1), "last")
+    assert text is not None
+    assert text.constructor is not None
+    values = text.constructor.values()
+    assert values[(0,)] == 16
+    assert values[(2, 1)] == 3
+    assert values["strides",] == 1
+    names: dict[Place, str] = {(0,): "dim", (1,): "4 * dim", ("strides",): "stride"}
+    assert text.constructor.text(names) == (
+        "nnx.Conv(dim, 4 * dim, (3, 3), strides=stride, padding=1, rngs=rngs)"
+    )
+
+
+def test_calls_are_bound_to_torchs_arguments() -> None:
+    def call(module: nn.Module, *args: str, **kwargs: str) -> str | None:
+        text = layer_text(module)
+        assert text is not None
+        return text.call("self.layer", args, kwargs)
+
+    assert call(nn.Linear(2, 2), input="x + 1") == "self.layer(x + 1)"
+    assert call(nn.GRU(2, 2), "x", hx="h") == "self.layer(x, h)"
+    assert call(nn.Linear(2, 2), "x", other="y") is None
+    assert call(nn.ConvTranspose1d(2, 2, 2), "x", output_size="n") is None
+    assert call(nn.GELU(), "self.fc(x)") == "jax.nn.gelu(self.fc(x), approximate=False)"
+    assert call(nn.Flatten(), "x") == "x.reshape(x.shape[0], -1)"
+    assert call(nn.Flatten(), "self.pool(x)") == "jax.lax.collapse(self.pool(x), 1)"
+    assert call(nn.Identity(), "x") == "x"
+    attention = nn.MultiheadAttention(4, 2)
+    given = {"need_weights": "False", "is_causal": "True", "attn_mask": "m"}
+    assert call(attention, "q", "k", "v", **given) == (
+        "self.layer(q, k, v, need_weights=False, attn_mask=m)"
+    )
+
+
+def test_what_has_nothing_to_make_is_a_function() -> None:
+    texts = [layer_text(m) for m in (nn.ReLU(), nn.GELU(), nn.Linear(2, 2))]
+    assert [t and t.function for t in texts] == [
+        "jax.nn.relu",
+        "lambda x: jax.nn.gelu(x, approximate=False)",
+        None,
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText
@@ -134,3 +136,35 @@ def cell(module: Any, view: View) -> LayerText | None:
         kwargs = {"nonlinearity": module.nonlinearity, **kwargs}
     sizes = module.input_size, module.hidden_size
     return made(name, "recurrent_flax", sizes, kwargs, {"nonlinearity": "tanh"}, "input", "hx")
+
+
+_ATTENTION = (
+    *("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"),
+    "average_attn_weights",
+)
+
+
+@renders("MultiheadAttention")
+def attention(module: Any, view: View) -> LayerText | None:
+    if module.bias_k is not None or module.add_zero_attn:
+        return None
+    kwargs = {
+        "dropout": float(module.dropout),
+        "bias": module.in_proj_bias is not None,
+        "kdim": None if module.kdim == module.embed_dim else module.kdim,
+        "vdim": None if module.vdim == module.embed_dim else module.vdim,
+        "batch_first": module.batch_first,
+        **options(module),
+    }
+    defaults = {"dropout": 0.0, "bias": True, "kdim": None, "vdim": None, "batch_first": False}
+    sizes = module.embed_dim, module.num_heads
+    text = made("MultiheadAttention", "multihead_flax", sizes, kwargs, defaults)
+    return dataclasses.replace(text, call=_attended)
+
+
+def _attended(path: str, args: Sequence[str], kwargs: Mapping[str, str]) -> str | None:
+    """torch's call, without `is_causal`: a hint that the mask is what it is."""
+    given = {n: t for n, t in kwargs.items() if n != "is_causal"}
+    if len(args) > len(_ATTENTION) or not set(given) <= set(_ATTENTION[len(args) :]):
+        return None
+    return f"{path}({', '.join([*args, *(f'{n}={t}' for n, t in given.items())])})"
