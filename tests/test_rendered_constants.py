@@ -63,7 +63,7 @@ TEXTS: dict[str, np.ndarray] = {
     "np.arange(40, dtype=np.float32).astype(jnp.bfloat16)": np.arange(40).astype(jnp.bfloat16),
     "(np.arange(40, dtype=np.float32) + 0.5) / 40": (np.arange(40, dtype=F) + 0.5) / 40,
     "np.linspace(-1.0, 1.0, 7, dtype=np.float32)": np.linspace(-1, 1, 7, dtype=F),
-    "(np.arange(40) * 0.05).astype(np.float32)": torch.arange(0, 2, 0.05).numpy(),
+    "(np.arange(40) * 0.05).astype(np.float32)": (np.arange(40) * 0.05).astype(F),
     "np.repeat(np.arange(40)[None], 3, axis=0)": np.repeat(np.arange(40)[None], 3, 0),
     "np.eye(6, dtype=np.float32)": np.eye(6, dtype=F),
     "np.tril(np.ones((64, 64), bool))[None, None]": np.tril(np.ones((64, 64), bool))[None, None],
@@ -81,9 +81,6 @@ TEXTS: dict[str, np.ndarray] = {
     )
     + 8,
     "np.hanning(401)[:-1].astype(np.float32)": np.hanning(401)[:-1].astype(F),
-    "1 / (np.float64(10000.0) ** (np.arange(0, 64, 2, dtype=np.float32) / 64)).astype(np.float32)": (
-        1.0 / 10000 ** (torch.arange(0, 64, 2).float() / 64)
-    ).numpy(),
     "1 / 500000.0 ** (np.arange(0, 64, 2) / 64)": 1 / 500000 ** (np.arange(0, 64, 2) / 64),
 }
 
@@ -100,6 +97,7 @@ TABLES: dict[str, np.ndarray] = {
     "waves": waves(60, 64),
     "waves32": waves(60, 64).astype(F),
     "halves": np.concatenate([waves(60, 64)[:, 0::2], waves(60, 64)[:, 1::2]], -1).astype(F),
+    "rotary": (1.0 / 10000 ** (torch.arange(0, 64, 2).float() / 64)).numpy(),
     "rates": torch.exp(torch.arange(0, 80, 2).float() * (-math.log(10000.0) / 80)).numpy(),
     "timesteps": torch.exp(
         -math.log(10000) * torch.arange(0, 40, dtype=torch.float32) / 40

@@ -11,7 +11,7 @@ from zoo.nn.layers_torch import promote
 class Conv1d(nn.Conv1d):
     """nn.Conv1d with `dtype` and `param_dtype`: (B, in, T) -> (B, out, T').
 
-    `padding` is for both ends, or "same" (stride 1 only).
+    `padding` is for both ends, or "same" (stride 1 only) or "valid".
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class Conv1d(nn.Conv1d):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
@@ -37,6 +38,7 @@ class Conv1d(nn.Conv1d):
             dilation,
             groups,
             bias,
+            padding_mode,
             dtype=param_dtype,
         )
         self.dtype = dtype
@@ -48,7 +50,7 @@ class Conv1d(nn.Conv1d):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with `dtype` and `param_dtype`: (B, in, H, W) -> (B, out, H', W').
 
-    `padding` is for both ends, of both axes or of each, or "same" (stride 1 only).
+    `padding` is for both ends, of both axes or of each, or "same" (stride 1 only) or "valid".
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Conv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
+        padding_mode: str = "zeros",
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
@@ -74,6 +77,7 @@ class Conv2d(nn.Conv2d):
             dilation,
             groups,
             bias,
+            padding_mode,
             dtype=param_dtype,
         )
         self.dtype = dtype
@@ -82,7 +86,45 @@ class Conv2d(nn.Conv2d):
         return _forward(self, self.dtype, input)
 
 
-def _forward(conv: nn.Conv1d | nn.Conv2d, dtype: torch.dtype | None, input: Tensor) -> Tensor:
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d with `dtype` and `param_dtype`: (B, in, D, H, W) -> (B, out, D', H', W')."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: int | tuple[int, int, int] | str = 0,
+        dilation: int | tuple[int, int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        dtype: torch.dtype | None = None,
+        param_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            dtype=param_dtype,
+        )
+        self.dtype = dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _forward(self, self.dtype, input)
+
+
+def _forward(
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, dtype: torch.dtype | None, input: Tensor
+) -> Tensor:
     if conv.bias is None:
         x, weight = promote(dtype, input, conv.weight)
         return conv._conv_forward(x, weight, None)

@@ -168,8 +168,12 @@ def ranges(a: np.ndarray, counts: bool = False) -> Iterator[str]:
     if a.dtype.kind != "f" or not step or counts:
         return
     spaced = dtype if a.dtype != np.float64 else ""
-    for first in dict.fromkeys((number(a[0]), _rounded(a[0]))):
-        yield f"np.linspace({first}, {number(a[-1])}, {n}{spaced})"
+    even = [
+        f"np.linspace({first}, {number(a[-1])}, {n}{spaced})"
+        for first in dict.fromkeys((number(a[0]), f"{a[0]:.6g}"))
+    ]
+    if a[-1] == int(a[-1]):
+        yield from even
     whole = f"np.arange({n}{dtype})"
     for shift in ("", " + 0.5", " + 1"):
         base = f"({whole}{shift})" if shift else whole
@@ -181,6 +185,7 @@ def ranges(a: np.ndarray, counts: bool = False) -> Iterator[str]:
         yield f"{whole} * {number(a[1])}"
         yield f"{whole} / {number(a.dtype.type(1) / a[1])}"
         yield f"(np.arange({n}) * {number(a[1])}).astype({dtype_text(a.dtype)})"
+    yield from even
 
 
 def _arange(start: int, stop: int, step: int, dtype: str) -> str:
@@ -189,10 +194,6 @@ def _arange(start: int, stop: int, step: int, dtype: str) -> str:
     if step == -1 and stop == -1:
         return f"np.arange({start + 1}{dtype})[::-1]"
     return f"np.arange({start}, {stop - step + (1 if step > 0 else -1)}, {step}{dtype})"
-
-
-def _rounded(x: np.floating) -> str:
-    return f"{float(x):.6g}"
 
 
 # -- tables -------------------------------------------------------------------------------------
