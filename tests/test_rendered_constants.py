@@ -63,7 +63,7 @@ TEXTS: dict[str, np.ndarray] = {
     "np.arange(40, dtype=np.float32).astype(jnp.bfloat16)": np.arange(40).astype(jnp.bfloat16),
     "(np.arange(40, dtype=np.float32) + 0.5) / 40": (np.arange(40, dtype=F) + 0.5) / 40,
     "np.linspace(-1.0, 1.0, 7, dtype=np.float32)": np.linspace(-1, 1, 7, dtype=F),
-    "(np.arange(40) * 0.05).astype(np.float32)": (np.arange(40) * 0.05).astype(F),
+    "(np.arange(40) * 0.07).astype(np.float32)": (np.arange(40) * 0.07).astype(F),
     "np.repeat(np.arange(40)[None], 3, axis=0)": np.repeat(np.arange(40)[None], 3, 0),
     "np.eye(6, dtype=np.float32)": np.eye(6, dtype=F),
     "np.tril(np.ones((64, 64), bool))[None, None]": np.tril(np.ones((64, 64), bool))[None, None],

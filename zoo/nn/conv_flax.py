@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax import Array
 
 from zoo.nn.options_flax import Options
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Sizes = int | tuple[int, ...]  # one number for every axis, or one for each
 
 
@@ -36,7 +37,7 @@ class _Conv(nnx.Conv):
         dilation: Sizes = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         **kw: Unpack[Options],
     ) -> None:
         kernel, strides, dilations = (each(x, self.axes) for x in (kernel_size, stride, dilation))
@@ -114,7 +115,7 @@ def _convolution(
     return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", **kw)
 
 
-_CONVOLUTIONS: dict[str, Callable[..., Array]] = {
+_CONVOLUTIONS: dict[PaddingMode, Callable[..., Array]] = {
     "zeros": jax.lax.conv_general_dilated,
     "reflect": partial(_convolution, "reflect"),
     "replicate": partial(_convolution, "edge"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from zoo.nn.layers_torch import promote
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class Conv1d(nn.Conv1d):
@@ -24,7 +28,7 @@ class Conv1d(nn.Conv1d):
         dilation: int = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
@@ -63,7 +67,7 @@ class Conv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
@@ -99,7 +103,7 @@ class Conv3d(nn.Conv3d):
         dilation: int | tuple[int, int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
