@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText
-from convert.porting.rendering.layer_text import (
+from convert.porting.rendering.pointwise import function
+from convert.porting.rendering.renderers import (
     JNP,
     NNX,
     View,
@@ -16,7 +17,6 @@ from convert.porting.rendering.layer_text import (
     options,
     renders,
 )
-from convert.porting.rendering.pointwise import function
 
 _FIRST = "channels_first_flax"
 _CONVS = ("Conv1d", "Conv2d", "Conv3d")

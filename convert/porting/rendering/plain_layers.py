@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText
-from convert.porting.rendering.layer_text import View, computed, is_of, made, options, renders
+from convert.porting.rendering.renderers import View, computed, is_of, made, options, renders
 
 _NO_FAST = {"use_fast_variance": False}
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText, written
-from convert.porting.rendering.layer_text import (
+from convert.porting.rendering.renderers import (
     JAX,
     JNP,
     View,
