@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from convert.porting.rendering import image_layers, plain_layers, pointwise
+# The first three enter what they render.
+from convert.porting.rendering import image_layers, plain_layers, pointwise  # noqa: F401
 from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.renderers import RENDERERS, View
-
-assert (image_layers, plain_layers, pointwise)  # which enter what they render
 
 
 def layer_text(
