@@ -200,7 +200,7 @@ def test_convolutions_are_torchs() -> None:
 
 def test_padding_by_another_word_is_refused() -> None:
     with pytest.raises(ValueError, match="same"):
-        conv_flax.Conv2d(1, 1, 3, padding="valid", rngs=nnx.Rngs(0))
+        conv_flax.Conv2d(1, 1, 3, padding="full", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="stride"):
         conv_flax.Conv2d(1, 1, 3, 2, padding="same", rngs=nnx.Rngs(0))
 

@@ -78,12 +78,13 @@ class _ConvTranspose(nnx.ConvTranspose):
             each(x, self.axes) for x in (kernel_size, stride, padding, output_padding, dilation)
         )
         ends = zip(kernel, dilations, cut, more, strict=True)
+        self.ends = tuple((d * (k - 1) - p, d * (k - 1) - p + m) for k, d, p, m in ends)
         super().__init__(
             in_channels,
             out_channels,
             kernel,
             steps,
-            padding=tuple((d * (k - 1) - p, d * (k - 1) - p + m) for k, d, p, m in ends),
+            padding=self.ends,
             kernel_dilation=dilations,
             use_bias=bias,
             **kw,
@@ -91,13 +92,15 @@ class _ConvTranspose(nnx.ConvTranspose):
 
     def __call__(self, inputs: Array) -> Array:
         n = self.axes
+        assert isinstance(self.strides, tuple)
+        assert isinstance(self.kernel_dilation, tuple)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         y = jax.lax.conv_general_dilated(
             x if x.ndim == n + 2 else x[None],
             kernel,
             (1,) * n,
-            self.padding,
+            self.ends,
             lhs_dilation=self.strides,
             rhs_dilation=self.kernel_dilation,
             dimension_numbers=_AXES[n],

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array
 
 from zoo.nn.options_flax import Options
 
-
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Sizes = int | tuple[int, ...]  # one number for every axis, or one for each
 
 
@@ -37,7 +37,7 @@ class _Conv(nnx.Conv):
         dilation: Sizes = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         **kw: Unpack[Options],
     ) -> None:
         kernel, strides, dilations = (each(x, self.axes) for x in (kernel_size, stride, dilation))
@@ -96,12 +96,16 @@ def pads(
     if not isinstance(padding, str):
         return tuple((p, p) for p in padding)
     if padding != "same" or any(s != 1 for s in stride):
-        raise ValueError(f"padding {padding!r} with stride {stride}; torch has 'same' with stride 1")
+        raise ValueError(
+            f"padding {padding!r} with stride {stride}; torch has 'same' with stride 1"
+        )
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return tuple((t // 2, t - t // 2) for t in totals)
 
 
-def _convolution(mode: str, x: Array, kernel: Array, strides: Any, padding: Any, **kw: Any) -> Array:
+def _convolution(
+    mode: str, x: Array, kernel: Array, strides: Any, padding: Any, **kw: Any
+) -> Array:
     """lax.conv_general_dilated whose padding is more of the input; `mode` is jnp.pad's."""
     space = jax.lax.conv_dimension_numbers(x.shape, kernel.shape, kw["dimension_numbers"])
     around = [(0, 0)] * x.ndim
@@ -111,7 +115,7 @@ def _convolution(mode: str, x: Array, kernel: Array, strides: Any, padding: Any,
     return jax.lax.conv_general_dilated(x, kernel, strides, "VALID", **kw)
 
 
-_CONVOLUTIONS: dict[str, Callable[..., Array]] = {
+_CONVOLUTIONS: dict[PaddingMode, Callable[..., Array]] = {
     "zeros": jax.lax.conv_general_dilated,
     "reflect": partial(_convolution, "reflect"),
     "replicate": partial(_convolution, "edge"),

@@ -90,9 +90,7 @@ class PReLU(nnx.Module):
     Channels are last. `weight` is (num_parameters,), as in torch; nnx.PReLU has a single one.
     """
 
-    def __init__(
-        self, num_parameters: int = 1, init: float = 0.25, **kw: Unpack[Options]
-    ) -> None:
+    def __init__(self, num_parameters: int = 1, init: float = 0.25, **kw: Unpack[Options]) -> None:
         dtype = kw.get("param_dtype", jnp.float32)
         self.weight = nnx.Param(jnp.full(num_parameters, init, dtype))
         self.dtype = kw.get("dtype")
@@ -102,7 +100,7 @@ class PReLU(nnx.Module):
 
 
 def softplus(x: Array, beta: float = 1.0, threshold: float = 20.0) -> Array:
-    """log(1 + exp(beta x)) / beta, and x itself where beta x is above the threshold, as in torch."""
+    """log(1 + exp(beta x)) / beta; x itself where beta x is above the threshold, as in torch."""
     above = x * beta > threshold
     return jnp.where(above, x, jax.nn.softplus(jnp.where(above, 0, x) * beta) / beta)
 

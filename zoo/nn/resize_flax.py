@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -34,20 +33,23 @@ def resized_over(
         for axis, m in zip(axes, sizes, strict=True):
             x = jnp.take(x, _nearest(x.shape[axis], m, mode), axis=axis)
         return x
-    shape = list(x.shape)
-    scales = []
-    for axis, m in zip(axes, sizes, strict=True):
-        n = shape[axis]
-        # A single output is the first input where corners are aligned: as a scale, very large.
-        scales.append(m / n if not align_corners else (m - 1) / max(n - 1, 1) or float(n + 1))
-        shape[axis] = m
-    moved = [0.5 - 0.5 * s if align_corners else 0.0 for s in scales]
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    scale, translation = jnp.asarray(scales, wide), jnp.asarray(moved, wide)
-    y = jax.image.scale_and_translate(
-        x.astype(wide), tuple(shape), axes, scale, translation, "linear", antialias=False
-    )
+    y = x.astype(wide)
+    for axis, m in zip(axes, sizes, strict=True):
+        y = _linear(y, axis, m, align_corners)
     return y.astype(x.dtype)
+
+
+def _linear(x: Array, axis: int, m: int, align_corners: bool) -> Array:
+    """Each of m outputs between the two of x's elements that it lies between."""
+    n = x.shape[axis]
+    i = np.arange(m)
+    places = i * ((n - 1) / max(m - 1, 1)) if align_corners else (i + 0.5) * (n / m) - 0.5
+    places = np.clip(places, 0, n - 1)
+    low = np.minimum(np.floor(places).astype(np.int32), n - 1)
+    part = (places - low).reshape(-1, *(1,) * (x.ndim - 1 - axis)).astype(x.dtype)
+    before, after = jnp.take(x, low, axis), jnp.take(x, np.minimum(low + 1, n - 1), axis)
+    return before * (1 - part) + after * part
 
 
 def _nearest(n: int, m: int, mode: str) -> np.ndarray:
