@@ -52,6 +52,7 @@ class Reading:
         self.constants: dict[str, Any] = {}
         self.schemas: dict[str, str] = {}
         self.types: dict[int, Any] = {}
+        self.numbers: dict[str, frozenset[int | str]] = {}
         self.inputs: dict[str, str] = {}  # torch's name of an input -> its path
 
     def graph(self, outputs: Nesting, calls: CalledModules | None = None) -> Graph:
@@ -95,6 +96,7 @@ class Reading:
             guards=list(self._guards(known)),
             schemas=self.schemas,
             types=self.types,
+            numbers=self.numbers,
             calls=[] if calls is None else calls.read(marked, {n.made: n for n in self.nodes}),
             notices=[
                 f"it writes into its argument {n}, which stays as it is here" for n in written
@@ -143,6 +145,7 @@ class Reading:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and op not in self.schemas:
             self.schemas[op] = _arguments(schema)
+            self.numbers[op] = frozenset(_numbers(schema))
 
     def _number(self, node: Any) -> int:
         number = self.numbers.setdefault(node, len(self.numbers))
@@ -274,6 +277,18 @@ def _printed(expression: Any) -> Any:
     from torch.utils._sympy.printers import PythonPrinter
 
     return str(PythonPrinter().doprint(expression))
+
+
+_NUMBERS = re.compile(r"(?:SymInt|Scalar|float|Tensor)(?:\(\w+!?\))?(?:\[\d*\])?\?? ")
+
+
+def _numbers(schema: Any) -> Iterator[int | str]:
+    """The places and names of arguments that may be sizes or other numbers, not axes."""
+    given = str(schema).partition("(")[2].rpartition(" -> ")[0].removesuffix(")")
+    texts = [t for t in given.split(", ") if t != "*"]
+    for k, (text, a) in enumerate(zip(texts, schema.arguments, strict=True)):
+        if _NUMBERS.match(text):
+            yield from (k, a.name)
 
 
 def _arguments(schema: Any) -> str:

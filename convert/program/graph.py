@@ -109,6 +109,8 @@ class Graph:
     guards: list[Guard]
     schemas: dict[str, str] = field(default_factory=dict)
     types: dict[int, Any] = field(default_factory=dict)
+    # of an operation the arguments that are numbers, not axes: by place and by name
+    numbers: dict[str, frozenset[int | str]] = field(default_factory=dict)
     calls: list[Any] = field(default_factory=list)  # ModuleCalls in order, where they were noted
     notices: list[str] = field(default_factory=list)
     opened: int = 0  # which sizes are open, and if not every one, why: see `export.traced_graph`

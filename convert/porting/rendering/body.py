@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from convert.porting.rendering.context import Context, NotRendered, reached
+from convert.porting.rendering.context import COPIES, Context, NotRendered
 from convert.porting.rendering.names import Frames, Names
 from convert.porting.rendering.operands import Operand, Size
 from convert.porting.rendering.scopes import Scope
@@ -17,9 +17,6 @@ from convert.porting.rendering.source_lines import copies, forward_lines
 from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef
 
 _GETITEM = "operator.getitem"
-# What gives its argument: copies, which JAX's arrays do not need.
-_COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
-           "aten.contiguous.default"}  # fmt: skip
 _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
 
 
@@ -58,8 +55,8 @@ class _Writing:
         self.frames = Frames(scope)
         self.made = Body(context.parameters_of(scope))
         self.items = list(context.spliced(scope))
-        self.copies = {n.made: _copied(n, self.tree) for n in self.items if _is_copy(n, self.tree)}
-        self.items = [i for i in self.items if _made(i) and not _is_copy(i, self.tree)]
+        self.copies = {_made(i)[0]: self._first_taken(i) for i in self.items if self._is_copy(i)}
+        self.items = [i for i in self.items if _made(i) and not self._is_copy(i)]
         self.maker = {v: i for i, item in enumerate(self.items) for v in _made(item)}
         self.results = [self.source(v) for v in context.results_of(scope) if v is not None]
         self.names = Names(self.made.parameters)
@@ -79,6 +76,20 @@ class _Writing:
         while value in self.copies:
             value = self.copies[value]
         return value
+
+    def _is_copy(self, item: GraphNode | Scope) -> bool:
+        """Whether an item gives its argument."""
+        if isinstance(item, Scope):
+            return item.path in self.context.gone and len(item.gives) == 1
+        if item.op in COPIES:
+            return True
+        if item.op not in _CASTS:
+            return False
+        before, after = self.tree.type_of(item.args[0].value), self.tree.type_of(item.made)
+        return bool(before.dtype == after.dtype)
+
+    def _first_taken(self, item: GraphNode | Scope) -> int:
+        return int(item.takes[0] if isinstance(item, Scope) else item.args[0].value)
 
     # Which values get a name.
 
@@ -113,7 +124,7 @@ class _Writing:
         """Whether an item is written where it is used: once, in the same statement."""
         made = _made(item)
         used = [u for v in made for u in self.users.get(v, ())]
-        if len(used) != 1 or (len(made) > 1):
+        if len(used) != 1 or len(self._results(item)) > 1:
             return False
         if isinstance(self.tree.type_of(made[0]), list):
             return isinstance(item, GraphNode)  # its one element that is taken
@@ -173,9 +184,15 @@ class _Writing:
             names.append(name)
         self.made.lines.append(Line(names, text, statement))
 
+    def _results(self, item: GraphNode | Scope) -> list[int]:
+        """What the expression of an item gives: -1 for what only other calls of its class do."""
+        if isinstance(item, GraphNode):
+            return [item.made]
+        return [-1 if v is None else v for v in self.context.given_by(item)]
+
     def _targets(self, item: GraphNode | Scope) -> list[int]:
         """The values that the statement of an item names; -1 for one that nobody takes."""
-        made = _made(item)
+        made = self._results(item)
         if len(made) > 1 or not isinstance(self.tree.type_of(made[0]), list):
             return made
         parts: dict[int, int] = {}
@@ -195,8 +212,9 @@ class _Writing:
             return self.context.call_text(self.scope, item, self._value_text)
         if item.op == _GETITEM:
             return f"{self._value_text(item.args[0].value)}[{item.args[1]}]"
-        args = [self._argument(x, item) for x in item.args]
-        kwargs = {k: self._argument(x, item) for k, x in item.kwargs.items()}
+        numbers = self.tree.graph.numbers.get(item.op, frozenset())
+        args = [self._argument(x, item, k in numbers) for k, x in enumerate(item.args)]
+        kwargs = {k: self._argument(x, item, k in numbers) for k, x in item.kwargs.items()}
         return self.context.operation(item.op, self.tree.type_of(item.made), args, kwargs)
 
     def _value_text(self, value: int) -> str:
@@ -208,7 +226,7 @@ class _Writing:
             return self._text(self.maker[value])
         return self.context.held_text(self.scope, value)
 
-    def _argument(self, x: Any, node: GraphNode) -> Any:
+    def _argument(self, x: Any, node: GraphNode, is_number: bool) -> Any:
         if isinstance(x, ValueRef):
             if not self.tree.is_array(x.value):
                 return self._size(self.tree.type_of(x.value), node)
@@ -216,10 +234,8 @@ class _Writing:
             text = self._value_text(x.value)
             return Operand(text, kind) if isinstance(kind, ArrayType) else text
         if isinstance(x, list):
-            return [self._argument(part, node) for part in x]
-        if isinstance(x, slice):
-            return slice(*(self._argument(p, node) for p in (x.start, x.stop, x.step)))
-        if (type(x) is int and x > 1) or type(x) is float:
+            return [self._argument(part, node, is_number) for part in x]
+        if is_number and ((type(x) is int and x > 1) or type(x) is float):
             return self._size(x, node)
         return x
 
@@ -349,21 +365,6 @@ def _made(item: GraphNode | Scope) -> list[int]:
     return item.gives if isinstance(item, Scope) else [item.made]
 
 
-def _is_copy(item: GraphNode | Scope, tree: Any) -> bool:
-    if isinstance(item, Scope):
-        return False
-    if item.op in _COPIES:
-        return True
-    if item.op not in _CASTS:
-        return False
-    before, after = tree.type_of(item.args[0].value), tree.type_of(item.made)
-    return bool(before.dtype == after.dtype)
-
-
-def _copied(item: Any, tree: Any) -> int:
-    return int(item.args[0].value)
-
-
 def _own(module: Any, attribute: str, text: Size) -> Any:
     """The number that an attribute of a module, or of its config, has."""
     for held in (module, *vars(module).values()):
@@ -387,5 +388,3 @@ def _words(text: str) -> Iterator[str]:
 
     yield from re.findall(r"[A-Za-z_]\w*", text)
 
-
-__all__ = ["Body", "Line", "Mapping", "Sequence", "body_of", "reached"]

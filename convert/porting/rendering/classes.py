@@ -245,6 +245,10 @@ class Classes:
             return None
         if path in self.context.layers:
             layer = self.context.layers[path]
+            if path in self.context.gone:
+                return None
+            if layer.constructor is None and layer.function == "lambda x: x":
+                return Name("nnx.identity")
             self.imports |= dict.fromkeys(layer.imports)
             return layer.constructor
         if _is_container(module) or self.is_sequence(path):

@@ -11,15 +11,33 @@ from convert.porting.rendering.constants import array_text
 from convert.porting.rendering.constructor import Constructor, LayerText, Name
 from convert.porting.rendering.inits import MadeVariable
 from convert.porting.rendering.layer_text import layer_text
-from convert.porting.rendering.operands import ArrayType, inside
+from convert.porting.rendering.operands import ArrayType, Operand, Size, inside
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.rendering.templates import expression
+from convert.porting.rendering.written_rules import written
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import GraphNode, ValueRef, refs
 from convert.program.nesting import LEAF, Nesting
 from convert.tensors import bits_of
 from zoo.containers.errors import UsageError
 from zoo.layout.ops import Concat, Flip, Permute, inverse
+
+
+# What gives its argument: copies, which JAX's arrays do not need.
+COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
+          "aten.contiguous.default"}  # fmt: skip
+
+
+# The operation that a layer of torch's is.
+_OPERATIONS = {
+    "Linear": "aten.linear.default",
+    "LayerNorm": "aten.layer_norm.default",
+    "GroupNorm": "aten.group_norm.default",
+    "Embedding": "aten.embedding.default",
+    "Conv1d": "aten.conv1d.default",
+    "Conv2d": "aten.conv2d.default",
+    "Conv3d": "aten.conv3d.default",
+}
 
 
 class NotRendered(UsageError):
@@ -40,15 +58,43 @@ class Context:
         self.arrays: dict[str, np.ndarray] = {}  # that the source cannot say: kept beside it
         self.kinds: dict[str, None] = {}  # of variables, but for Flax's own
         self.layers: dict[str, LayerText] = {}
-        self.operations: dict[str, None] = {}  # those that are written by their rules
+        self.rules = written(self._without_template())
         self.tuples: dict[str, tuple[str, ...]] = {}  # NamedTuples that the model returns
         self._sequences: dict[str, bool] = {}
         self.classes: dict[type, list[Scope]] = {}
         for scope in tree.root.scopes():
             self.classes.setdefault(type(scope.module), []).append(scope)
+        alone = self._alone()
         for path, module in tree.modules.items():
-            if path and (layer := layer_text(module)) is not None:
+            if path and (layer := layer_text(module, checked=path in alone)) is not None:
                 self.layers[path] = layer
+        self.gone = {p for p in self.layers if self._is_gone(p)}
+
+    def _alone(self) -> set[str]:
+        """The modules of classes derived from a layer of torch's, of which every call is that
+        layer's operation on its own tensors and nothing else."""
+        found: dict[str, bool] = {}
+        for scope in self.tree.root.scopes():
+            nodes = [n for n in scope.nodes() if n.op not in COPIES]
+            wanted = _OPERATIONS.get(_layer_class(scope.module), "")
+            own = {f"{scope.path}.{n}" for n, _ in scope.module.named_parameters(recurse=False)}
+            names = [p.name for v in self.tree.taken(nodes[0]) if (p := self.tree.placeholders.get(v))
+                     is not None and p.kind != "input"] if nodes else []  # fmt: skip
+            good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
+            found[scope.path] = found.get(scope.path, True) and good
+        return {path for path, good in found.items() if good}
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether a layer hands its argument on, and so do all in its place in other instances."""
+        if self.layers[path].call("self", ["x"], {}) != "x" or self.layers[path].constructor:
+            return False
+        owner, _, name = path.rpartition(".")
+        of = type(self.tree.modules[owner])
+        return all(
+            type(getattr(m, name, None)) is type(self.tree.modules[path])
+            for m in self.tree.modules.values()
+            if type(m) is of and hasattr(m, name)
+        )
 
     # What is a call of its own.
 
@@ -158,6 +204,12 @@ class Context:
         held = {place: v for v, place in zip(scope.gives, self._places(scope), strict=True)}
         return [held.get(place) for place in sorted(places)]
 
+    def given_by(self, scope: Scope) -> list[int | None]:
+        """What the expression that calls a part gives."""
+        if self.is_layer(scope) or self.is_sequence(scope.path):
+            return list(scope.gives)
+        return self.results_of(scope)
+
     def _places(self, scope: Scope) -> list[tuple[int, int]]:
         """Where in what it returns each of the values that a call gives stands."""
         passed = [r.value if isinstance(r, ValueRef) else -1 for r in scope.call.results]
@@ -194,6 +246,8 @@ class Context:
         given = scope.call.arguments
         if self.is_layer(scope):
             args = [_tree_text(x, text) for x in given.values() if x is not None]
+            if self.layers[scope.path].call("self", ["x"], {}) == "x":  # others have a layer here
+                return f"{target}({args[0]})"
             return self.layers[scope.path].call(target, args, {}) or ""
         if self.is_sequence(scope.path):
             return f"{target}({text(scope.takes[0])})"
@@ -212,13 +266,30 @@ class Context:
 
     def operation(self, op: str, out: Any, args: list[Any], kwargs: Mapping[str, Any]) -> str:
         """An operation as JAX has it, or a call of its rule, which the file then holds."""
-        found = expression(op, out, args, kwargs)
-        if found is not None:
-            return found
-        from convert.porting.rendering.written_rules import call
+        try:
+            found = expression(op, out, args, kwargs)
+        except (TypeError, ValueError):  # a name where only a number will do
+            args, kwargs = numbers(args), numbers(dict(kwargs))
+            found = expression(op, out, args, kwargs)
+        return self.rules.call(op, out, args, kwargs) if found is None else found
 
-        self.operations[op] = None
-        return call(op, out, args, kwargs)
+    def _without_template(self) -> list[str]:
+        """The operations that no expression can be written for somewhere."""
+
+        def operand(x: Any) -> Any:
+            if isinstance(x, ValueRef):
+                kind = self.tree.type_of(x.value)
+                return Operand("x", kind) if isinstance(kind, ArrayType) else Size("n", kind)
+            return [operand(part) for part in x] if isinstance(x, list) else x
+
+        found: dict[str, None] = {}
+        for node in self.tree.nodes:
+            args = [operand(x) for x in node.args]
+            kwargs = {k: operand(x) for k, x in node.kwargs.items()}
+            own = node.op.startswith("operator.") or node.op in COPIES
+            if not own and expression(node.op, self.tree.type_of(node.made), args, kwargs) is None:
+                found[node.op] = None
+        return list(found)
 
     def held_text(self, scope: Scope, value: int) -> str:
         """A tensor that the module at a path holds, in torch's axes."""
@@ -291,6 +362,19 @@ class Context:
         if nesting.kind == "list":
             return f"[{', '.join(parts)}]"
         return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _layer_class(module: Any) -> str:
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in _OPERATIONS), "")
+
+
+def numbers(tree: Any) -> Any:
+    """Arguments with numbers in place of their names, where they are numbers."""
+    if isinstance(tree, Size) and not isinstance(tree.value, str):
+        return tree.value
+    if isinstance(tree, dict):
+        return {k: numbers(x) for k, x in tree.items()}
+    return [numbers(x) for x in tree] if isinstance(tree, list) else tree
 
 
 def reached(origin: str, path: str, modules: Mapping[str, Any]) -> str:

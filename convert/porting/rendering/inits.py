@@ -107,7 +107,7 @@ def text(x: Any, names: Iterator[str | None]) -> str:
         return x.text({p: t for p, t in given.items() if t is not None})
     if isinstance(x, MadeList):
         parts = [text(part, names) for part in x.items]
-        return f"{x.callee}({', '.join(parts) if x.starred else _list(parts)})"
+        return f"{x.callee}({', '.join(_runs(parts)) if x.starred else _list(parts)})"
     if isinstance(x, MadeDict):
         pairs = [f"{k!r}: {text(part, names)}" for k, part in x.items.items()]
         return f"nnx.Dict({{{', '.join(pairs)}}})"
@@ -132,9 +132,13 @@ def _list(items: list[str]) -> str:
     """Items of a list, those that are alike in a row by a comprehension."""
     if len(items) > 1 and len(set(items)) == 1:
         return f"[{items[0]} for _ in range({len(items)})]"
+    return f"[{', '.join(_runs(items))}]"
+
+
+def _runs(items: list[str]) -> list[str]:
+    """The items with those that are alike in a row as one, where they are more than two."""
     groups = [(x, len(list(run))) for x, run in itertools.groupby(items)]
-    parts = [
+    return [
         f"*({x} for _ in range({count}))" if count > 2 else ", ".join([x] * count)
         for x, count in groups
     ]
-    return f"[{', '.join(parts)}]"

@@ -20,15 +20,19 @@ from convert.porting.rendering.renderers import RENDERERS, View
 
 
 def layer_text(
-    module: Any, image_axes: Literal["first", "last"] = "first", training: bool = True
+    module: Any,
+    image_axes: Literal["first", "last"] = "first",
+    training: bool = True,
+    checked: bool = False,
 ) -> LayerText | None:
     """The text of a torch layer; None: not a layer that both frameworks have.
 
     `image_axes` says where the data that this layer gets has its channels: (B, C, *D) is "first",
     of one axis (B, C, T) too. With `training` False a text will do that is right in eval mode only.
+    `checked`: somebody has seen that it computes what its class of torch's does.
     """
     base = _base(module)
-    if base is None or not _as_its_class(module, base):
+    if base is None or not (checked or _as_its_class(module, base)):
         return None
     return RENDERERS[base.__name__](module, View(image_axes == "last", training))
 

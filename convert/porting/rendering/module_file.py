@@ -21,7 +21,6 @@ from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Tree
 from convert.porting.rendering.subscripts import Subscripts
-from convert.porting.rendering.written_rules import written
 from convert.porting.rendering.variants import negation
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import Graph, ValueRef, refs
@@ -72,7 +71,7 @@ class _File:
 
     def file(self) -> ModuleFile:
         """The whole file."""
-        rules = written(self.context.operations)
+        rules = self.context.rules
         parts = [self._kinds(), self._tuples(), rules.source.strip()]
         parts += ["\n".join(self._class(c)) for c in self.classes.every]
         body = "\n\n\n".join(p for p in parts if p)
