@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
-from convert.engine.commit import leftovers
 from convert.engine.execute import run
 from convert.engine.prepare import Order, Prepared, prepare
+from convert.engine.workplace import Leftover, leftovers, locked
 from convert.matching.evidence import MatchedLayout
 from zoo import hub
 from zoo.checkpoint.certificate import Certificate, now, versions
@@ -48,6 +48,7 @@ def convert(
     level: Level = "bits",
     max_memory: int | None = None,
     workers: int | None = None,
+    resume: bool = False,
     progress: Progress = lambda stage, done, total: None,
     on_plan: Callable[[Prepared], None] = lambda prepared: None,
 ) -> Certificate:
@@ -69,6 +70,10 @@ def convert(
     `verify` re-reads the result and maps it back; `level` is as in `convert.verify`: above "bits"
     both twins are run. `max_memory` is how many bytes of tensors are held at a time (None: 96 MB;
     ops that mix all of a tensor may take more, which `plan` tells), by `workers` threads.
+    An interrupt (KeyboardInterrupt, a kill) leaves a hidden directory beside `dst`, from which the
+    same call with `resume` goes on: what was written is not written again, all of it is verified.
+    It is refused where the source or an argument is another; where nothing was begun, all is done.
+    A .pt file, and what comes from memory, cannot be resumed.
     `on_plan` is called once everything is known and nothing is written.
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.
@@ -96,7 +101,7 @@ def convert(
     with ExitStack() as stack:
         prepared = prepare(order, stack)
         on_plan(prepared)
-        return run(prepared, progress=progress)
+        return run(prepared, resume=resume, progress=progress)
 
 
 def plan(src: Source, dst: Source | None = None, to: str | None = None, **kw: Any) -> Prepared:
@@ -118,16 +123,18 @@ def check(source: Source, *, progress: Progress = lambda stage, done, total: Non
     return run_check(hub.locate(source), progress)
 
 
-def clean(directory: Source, *, dry_run: bool = False) -> list[tuple[Path, int]]:
-    """Remove what conversions that were killed left in a directory: hidden workplaces, each with
-    its size in bytes. Running ones are left alone. With `dry_run` they are only listed.
+def clean(directory: Source, *, dry_run: bool = False) -> list[Leftover]:
+    """Remove what conversions that were killed left in a directory: hidden workplaces, those that
+    could be resumed too. What was whole already is put in its place. Running ones are left alone.
+    With `dry_run` they are only listed.
 
     Raises UsageError for what is not a directory.
     """
     path = Path(directory)
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory", "name the directory of the conversions")
-    return leftovers(path, remove=not dry_run)
+    with locked(path, wait=True):
+        return leftovers(path, remove=not dry_run)
 
 
 def match(

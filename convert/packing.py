@@ -25,6 +25,7 @@ from convert.engine.commit import check_space
 from convert.engine.execute import run
 from convert.engine.prepare import Prepared, disk_needed
 from convert.engine.targets import Target
+from convert.engine.workplace import scratch
 from convert.training_state.state import TrainingState
 from zoo import hub, registry
 from zoo.card import Card
@@ -89,9 +90,8 @@ def pack(
     request = make_request(model, config, prefix=prefix)
     with (
         open_checkpoint(hub.locate(source)) as reader,
-        tempfile.TemporaryDirectory(prefix=".zooconvert-pack-", dir=directory) as held,
+        scratch(Path(tempfile.mkdtemp(prefix=".zooconvert-pack-", dir=directory))) as place,
     ):
-        place = Path(held)
         code = None if dtype is None else dtype_code(dtype)
         plan = make_plan(
             reader, read_label(reader), "torch", request=request, sources=TREES, dtype=code

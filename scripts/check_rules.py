@@ -1,17 +1,19 @@
 """Hold the table of operations (convert/porting/rules) against torch: docs/rules.json.
 
-    scripts/check_rules.py [OP ...] [--most N]
+    scripts/check_rules.py [OP ...] [--most N] [--templates]
 
 torch's own OpInfo samples are run in float64, float32, int64, bool and complex64. Every ATen
 overload that torch dispatches on the way is one check: the rule's values, their dtypes, and for
 floats their gradients. The composite overload of the operation itself is checked too, where the
-table has it.
+table has it. With --templates the same is asked of the expressions that a port is written of
+(convert/porting/rendering/templates): "refused" is then an overload, or arguments, without one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import types
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -39,7 +41,10 @@ from torch.utils._pytree import tree_map
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from convert.porting.rendering.operands import ArrayType, Operand  # noqa: E402
+from convert.porting.rendering.templates import expression  # noqa: E402
 from convert.porting.rules import find  # noqa: E402
+from convert.program.graph import Dtype  # noqa: E402
 
 DROPPED = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad")
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.bool, torch.complex64)
@@ -115,6 +120,34 @@ def compare(ours: Any, theirs: Any) -> str:
     return next((s for s in map(_apart, a, b) if s), "")
 
 
+def type_of(x: Any) -> ArrayType:
+    """The type of a tensor, or of a JAX array."""
+    return ArrayType(tuple(x.shape), str(x.dtype).removeprefix("torch."))
+
+
+def by_template(name: str, given: Any, values: Any, out: Any) -> Any:
+    """What the expression of an overload gives. `given` are the arguments as torch has them, of
+    which the expression is made, `values` the same for JAX, of which it is computed, and `out` the
+    type of what torch gives. NotImplementedError where it has no expression."""
+    names: dict[str, Any] = {"jax": jax, "jnp": jnp, "lax": jax.lax, "np": np, "math": math}
+
+    def operand(x: Any, value: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            text = f"x{len(names)}"
+            names[text] = value
+            return Operand(text, type_of(x))
+        return Dtype(str(x).removeprefix("torch.")) if isinstance(x, torch.dtype) else x
+
+    args, kwargs = tree_map(operand, given, values)
+    text = expression(name, out, args, kwargs)
+    if text is None:
+        raise NotImplementedError("no expression")
+    found = eval(text, names)
+    if any(getattr(part, "weak_type", False) for part in tree_flatten(found)[0]):
+        raise TypeError(f"weakly typed: {text}")
+    return found
+
+
 class _Key:
     """A rule's `rng`."""
 
@@ -137,19 +170,23 @@ class Call:
     overload: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    templates: ClassVar[bool] = False  # whether the expression is asked instead of the rule
 
     @property
     def name(self) -> str:
         return str(self.overload)
 
-    def ours(self, args: Any = None) -> Any:
-        """What the rule gives."""
+    def ours(self, given: Any = None) -> Any:
+        """What the rule, or the expression, gives; of other values where they are given."""
         rule = find(self.name)
         assert rule is not None, self.name
         kwargs = {k: v for k, v in self.kwargs.items() if k not in DROPPED}
-        given = tree_map(to_jax, (self.args, kwargs)) if args is None else (args, kwargs)
+        values = tree_map(to_jax, (self.args, kwargs)) if given is None else given
+        if self.templates:
+            out = tree_map(type_of, self.overload(*self.args, **self.kwargs))
+            return by_template(self.name, (self.args, kwargs), values, out)
         extra = {"rng": _Key()} if rule.random else {}
-        return rule(*given[0], **given[1], **extra)
+        return rule(*values[0], **values[1], **extra)
 
     def check(self) -> str:
         """ "" where the rule agrees, "refused: ...", or what differs."""
@@ -209,10 +246,7 @@ class Call:
                 given[i] = value
             args, kwargs = torch.utils._pytree.tree_unflatten(given, spec)
             kwargs = {k: v for k, v in kwargs.items() if k not in DROPPED}
-            rule = find(self.name)
-            assert rule is not None
-            extra = {"rng": _Key()} if rule.random else {}
-            found = tree_flatten(rule(*args, **kwargs, **extra))[0]
+            found = tree_flatten(self.ours((args, kwargs)))[0]
             found = [o for o in found if o.dtype == jnp.float64][: sum(shapes.values())]
             return sum(
                 (o * jnp.cos(jnp.arange(o.size) * 0.7).reshape(o.shape)).sum() for o in found
@@ -374,7 +408,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--most", type=int, default=10**6, help="samples an operation and dtype")
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--templates", action="store_true", help="the expressions, not the rules")
     options = parser.parse_args()
+    Call.templates = options.templates
     warnings.simplefilter("ignore")
     jax.config.update("jax_enable_x64", True)
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from zoo.checkpoint import hashes
 from zoo.checkpoint.certificate import file_sha256, files_of
 from zoo.checkpoint.label import Label
 from zoo.containers import filenames, open_checkpoint
+from zoo.containers.committed import beside
 from zoo.containers.errors import CorruptInput, MissingExtra, UsageError
 from zoo.containers.spans import SpanReader
 from zoo.loading import build
@@ -113,7 +114,7 @@ def test_what_is_damaged_is_named(written: Path, tmp_path: Path) -> None:
 def test_format_1_is_still_read(written: Path, name: str, whole: bool, tmp_path: Path) -> None:
     """As it was before hashes were trees: SHA-256 of tensors, and of whole files or of none."""
     path = copied(written, name, tmp_path)
-    file = filenames.beside(path, filenames.CERTIFICATE)
+    file = beside(path, filenames.CERTIFICATE)
     data = json.loads(file.read_text())
     with open_checkpoint(path) as reader:
         for record in data["tensors"]:

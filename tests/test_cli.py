@@ -40,7 +40,6 @@ class Ran(argparse.Namespace):
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """zooconvert in this process, through the console script's own entry."""
-    monkeypatch.setattr(cli_module.signal, "signal", lambda *_: None)
 
     def call(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["zooconvert", *map(str, arguments)])
@@ -265,7 +264,9 @@ def test_interrupted_is_exit_code_130(folder: Path) -> None:
         _, err = process.communicate(timeout=30)
         assert process.returncode == 130
         assert "interrupted" in err
-        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+        kept, *others = sorted(p.name for p in folder.iterdir())
+        assert kept in err
+        assert others == ["config.json", "model.safetensors"]
 
 
 def test_a_traceback_only_on_request(

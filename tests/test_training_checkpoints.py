@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -23,7 +24,6 @@ import convert
 import zoo
 from convert.api import plan
 from convert.cli.main import cli
-from convert.engine import commit
 from convert.training_state import storage
 from convert.training_state.besides import read_training
 from convert.training_state.ownership import Parameters
@@ -1095,8 +1095,8 @@ def test_a_file_that_comes_back_different_leaves_nothing(
 ) -> None:
     write_it = storage.write
 
-    def broken(path: Path, state: TrainingState, kind: str) -> dict[str, str]:
-        hashes = write_it(path, state, kind)
+    def broken(path: Path, state: TrainingState, kind: str, weights: str) -> dict[str, str]:
+        hashes = write_it(path, state, kind, weights)
         with path.open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x55")
@@ -1123,30 +1123,34 @@ def test_moments_of_what_was_replaced_do_not_stay(checkpoint: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_killed_between_its_renames_moments_stay_beside_no_other_weights(
+def test_killed_between_its_renames_all_is_of_one_generation(
     checkpoint: Path, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after SIGKILL: what was renamed so far is there, and nothing else happens."""
+    """As after SIGKILL: what was moved so far is there, and nothing else happens."""
     dst = tmp_path / "b.msgpack"
     convert.convert(checkpoint, dst)
     net = module()
     optimizer = adamw(net)
     steps(net, [optimizer], 5)
     save(tmp_path / "later.pt", model=net.state_dict(), optimizer=optimizer.state_dict())
-    rename, left = commit._replace, [done]
+    replace, left = os.replace, [done]
 
     def killed(new: Path, old: Path) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        rename(new, old)
+        replace(new, old)
 
-    monkeypatch.setattr(commit, "_replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         convert.convert(tmp_path / "later.pt", dst, force=True)
-    assert not read_training(dst).optimizers
     monkeypatch.undo()
-    convert.convert(tmp_path / "later.pt", dst, force=True)
+    assert set(only(read_training(dst)).steps.values()) == {5}
+    assert convert.verify(tmp_path / "later.pt", dst).verdict == "same"
+    assert convert.check(dst).intact
+    (left_over,) = convert.clean(tmp_path)
+    assert left_over.kind == "committed"
+    assert convert.check(dst).intact
     assert set(only(read_training(dst)).steps.values()) == {5}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from zoo import registry
 from zoo.containers import filenames
+from zoo.containers.committed import find
 from zoo.containers.errors import MissingExtra, UsageError, ZooError
 
 _SUFFIXES = (*filenames.CHECKPOINT_SUFFIXES, ".flax", ".json")
@@ -34,7 +35,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if text.startswith("pkg:"):
         return _in_package(text.removeprefix("pkg:"), text)
     path = Path(text).expanduser()
-    if path.exists():
+    if find(path).exists():
         return path
     return _pretrained(text)
 

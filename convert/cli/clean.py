@@ -7,6 +7,12 @@ import click
 from convert.cli import output
 from convert.cli.options import output_options
 
+_KINDS = {
+    "dead": "",
+    "resumable": ", which the same command with --resume goes on with",
+    "committed": ", whole: it goes to its place",
+}
+
 
 @click.command()
 @click.argument("directory", type=click.Path(), metavar="DIR")
@@ -16,7 +22,8 @@ def clean(directory: str, dry_run: bool, as_json: bool, quiet: bool, debug: bool
     """Remove what conversions that were killed left in DIR.
 
     They work in hidden directories beside their targets, .TARGET.zooconvert-..., which the next
-    conversion to the same target removes too. Those of running conversions are left alone.
+    conversion to the same target removes too, or with --resume goes on with. What was whole and
+    only had to be moved is put in its place. Those of running conversions are left alone.
 
     \b
     Examples:
@@ -28,9 +35,10 @@ def clean(directory: str, dry_run: bool, as_json: bool, quiet: bool, debug: bool
 
     found = run(directory, dry_run=dry_run)
     if as_json:
-        output.json([{"path": str(p), "bytes": n, "removed": not dry_run} for p, n in found])
+        told = [{"path": str(f.path), "bytes": f.nbytes, "kind": f.kind} for f in found]
+        output.json([one | {"removed": not dry_run} for one in told])
     elif not quiet:
-        for path, size in found:
-            click.echo(f"{printable(str(path))}  {output.size(size)}")
+        for f in found:
+            click.echo(f"{printable(str(f.path))}  {output.size(f.nbytes)}{_KINDS[f.kind]}")
         what = "would be removed" if dry_run else "removed"
-        click.echo(f"{len(found)} {what}, {output.size(sum(n for _, n in found))}")
+        click.echo(f"{len(found)} {what}, {output.size(sum(f.nbytes for f in found))}")

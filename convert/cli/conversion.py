@@ -38,6 +38,7 @@ def _convert_options(f: Callable[..., Any]) -> Callable[..., Any]:
             "--workers", type=int, metavar="N", help="Threads.  [default: one a core, 2 to 4]"
         ),
         click.option("--dry-run", is_flag=True, help="Print what would be done, and stop."),
+        click.option("--resume", is_flag=True, help="Go on with one that was interrupted."),
         click.option("--force", is_flag=True, help="Replace an existing checkpoint."),
         click.option("--no-verify", is_flag=True, help="Do not re-read and compare the result."),
         click.option(
@@ -170,6 +171,7 @@ def _convert(
     no_verify: bool,
     level: str,
     force: bool,
+    resume: bool,
     layout: str | None,
     torch: str | None,
     flax: str | None,
@@ -203,6 +205,7 @@ def _convert(
             dst,
             framework=framework,
             force=force,
+            resume=resume,
             verify=not no_verify,
             level=level,  # type: ignore[arg-type]
             progress=progress,

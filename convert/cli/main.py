@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import os
-import signal
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
+from convert.cli import interrupt
 from convert.cli.check import check
 from convert.cli.clean import clean
 from convert.cli.conversion import flax2torch, respell, torch2flax
@@ -60,7 +60,11 @@ def main() -> NoReturn:
     """The console script. Every way out is an exit code of DESIGN: 0, 1, 2, 3, 4, 5, 6, 7, 130."""
     if sys.platform == "win32":
         _fail("zooconvert does not run on Windows", "use Linux, or the Linux of Windows (WSL)", 2)
-    signal.signal(signal.SIGTERM, _interrupt)
+    with interrupt.watched(sys.argv[1:]):
+        _run()
+
+
+def _run() -> NoReturn:
     debug = "--debug" in sys.argv
     try:
         code = cli.main(prog_name="zooconvert", standalone_mode=False)
@@ -83,20 +87,15 @@ def main() -> NoReturn:
 
 
 def _report(e: Exception) -> NoReturn:
-    import errno
-
-    from zoo.containers.errors import ZooError
+    from zoo.containers.errors import ZooError, from_os
 
     if isinstance(e, ZooError):
         _fail(e.problem, e.advice, e.exit_code, e.details)
     if isinstance(e, MemoryError):
         _fail("there is not enough memory", "close something, or use a larger machine", 1)
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
-        _fail(f"the disk is full: {e.filename or ''}", "make room and run it again", 7)
     if isinstance(e, OSError):
-        _fail(
-            f"{e.filename or 'input'}: {e.strerror or e}", "see that it exists and is readable", 2
-        )
+        told = from_os(e, str(e.filename or "input"))
+        _fail(told.problem, told.advice, told.exit_code if told.exit_code > 1 else 2)
     _fail(
         f"{type(e).__name__}: {e}", "this is a bug: please report it with the output of --debug", 1
     )
@@ -105,6 +104,7 @@ def _report(e: Exception) -> NoReturn:
 def _fail(
     problem: str, advice: str | None, code: int, details: list[str] | None = None
 ) -> NoReturn:
+    interrupt.give_way()
     from zoo.containers.errors import printable
 
     color = sys.stderr.isatty() and "NO_COLOR" not in os.environ
@@ -115,7 +115,3 @@ def _fail(
     if advice:
         click.echo(f"{paint('try:', fg='green')} {printable(advice)}", err=True, color=color)
     sys.exit(code)
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt

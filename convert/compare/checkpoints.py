@@ -22,6 +22,7 @@ from convert.training_state.besides import besides
 from convert.training_state.comparison import compare_training
 from zoo import hub
 from zoo.checkpoint.certificate import Certificate
+from zoo.checkpoint.generation import check_weights
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.peel import any_below
 from zoo.checkpoint.plan import Plan, make_plan, read_step
@@ -30,6 +31,7 @@ from zoo.checkpoint.readings import title
 from zoo.checkpoint.request import Request
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.committed import beside
 from zoo.containers.errors import UsageError, ZooError
 from zoo.model import Config, Model
 
@@ -291,11 +293,13 @@ def _contradictions(a: Plan, b: Plan) -> list[str]:
 def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
     """The first certificate that lies beside one of these checkpoints and is one of ours."""
     for path in paths:
-        file = filenames.beside(path, filenames.CERTIFICATE)
+        file = beside(path, filenames.CERTIFICATE)
         try:
             if file.stat().st_size > _CERTIFICATE_MAX:
                 continue
-            return dataclasses.asdict(Certificate.read(file))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            found = Certificate.read(file)
+            check_weights(found.weights, file, path)
+            return dataclasses.asdict(found)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ZooError):
             continue
     return None

@@ -1,33 +1,25 @@
-"""All or nothing on disk: work in a sibling, then one rename.
+"""All or nothing on disk: what was made in a workplace takes its place in one rename.
 
 An existing target stays as it is until the new one is complete, verified and synced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import glob
+import json
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from convert.engine.workplace import COMMITTING, complete, locked
 from convert.training_state.storage import of_directory
-from zoo.containers import filenames, open_checkpoint
+from zoo.containers import committed, filenames, open_checkpoint
 from zoo.containers.base import fsync
 from zoo.containers.errors import NoSpace, UsageError, ZooError
 from zoo.containers.orbax_dir.zarr import is_array
 
-if sys.platform == "win32":
-    raise ImportError("zooconvert does not run on Windows, which lacks fcntl: use Linux, or WSL")
-import fcntl
-
-_MARK = ".zooconvert-"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AT_FDCWD, _EXCHANGE = -100, 2
 
 
 def check_paths(target: Path, source: Path | None) -> None:
@@ -51,6 +43,10 @@ def check_paths(target: Path, source: Path | None) -> None:
 def check_replaceable(target: Path, force: bool) -> None:
     """UsageError if something stands at `target` that may not be replaced. Asked before any work is
     done, and again when it is: another process may have been faster."""
+    if committed.listed(target) is not None and not force:
+        raise UsageError(
+            f"{target} exists already", "replace it with --force, or name another target"
+        )
     moments = target.with_name(f"{target.name}.{filenames.OPTIMIZER}")
     if moments.exists() and not force:
         raise UsageError(
@@ -103,53 +99,34 @@ def check_space(directory: Path, needed: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def workplace(target: Path) -> Iterator[Path]:
-    """An empty directory beside `target` that is gone afterwards, whatever happens.
-
-    What a killed process left beside the same target goes too: whoever is alive holds a lock.
-    """
-    place = None
-    with contextlib.ExitStack() as held:
-        try:
-            with _locked(target.parent, wait=True):
-                leftovers(target.parent, remove=True, target=glob.escape(target.name))
-                prefix = f".{target.name}{_MARK}"
-                place = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-                held.enter_context(_locked(place, wait=True))
-            yield place
-        except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpace(
-                    f"the disk is full: {target.parent}",
-                    "make room, or name a target on another disk",
-                ) from e
-            raise ZooError(
-                f"{e.filename or target}: {e.strerror or e}", "see that the disk works"
-            ) from e
-        finally:
-            if place is not None:
-                shutil.rmtree(place, ignore_errors=True)
-
-
 def commit(place: Path, target: Path, force: bool) -> None:
-    """Put everything in `place` where it belongs: `place/NAME` becomes its sibling NAME.
+    """Put everything in `place` where it belongs, in one step: `place/NAME` becomes its sibling.
 
-    The target goes first; what stands beside it (certificate, config) follows. The old target's
-    moments go before all: a process killed in between leaves none beside weights of another step.
-    Two commits into one directory take turns, and without `force` the second finds the target
-    there: UsageError.
+    A directory changes places with what was there. Of a checkpoint that is one file, all that
+    belongs to it is renamed at once (see `zoo.containers.committed`), and then moved; what the
+    old one had and the new one has not is removed. Two commits into one directory take turns, and
+    without `force` the second finds the target there: UsageError.
     """
-    names = sorted((p.name for p in place.iterdir()), key=lambda n: n != target.name)
-    with _locked(target.parent, wait=True):
+    with COMMITTING, locked(target.parent, wait=True):
+        complete(target)
         check_replaceable(target, force)
-        old = target.with_name(f"{target.name}.{filenames.OPTIMIZER}")
-        if old.exists():
-            old.unlink()
-            fsync(target.parent)
+        names = [p.name for p in place.iterdir()]
         for name in names:
-            _replace(place / name, target.with_name(name))
+            if filenames.is_named_by_content(name, target.name):  # it takes nobody else's place
+                os.replace(place / name, target.with_name(name))
+        if (place / target.name).is_dir():
+            _replace(place / target.name, target)
+            fsync(target.parent)
+            for name in filenames.SIDECARS:
+                target.with_name(f"{target.name}.{name}").unlink(missing_ok=True)
+            return
+        files = sorted(n for n in names if filenames.belongs(n, target.name))
+        write_text(place / committed.JOURNAL, json.dumps({"files": files}))
+        fsync(place)
         fsync(target.parent)
+        os.rename(place, committed.place(target))
+        fsync(target.parent)
+        complete(target)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -160,55 +137,25 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(f.fileno())
 
 
-def leftovers(directory: Path, remove: bool, target: str = "*") -> list[tuple[Path, int]]:
-    """The workplaces in a directory of processes that were killed, and the bytes of each; with
-    `remove` they are gone afterwards. Whoever is alive holds a lock, and is left alone. `target`
-    is a pattern for the names of the targets."""
-    found = []
-    for left in sorted(directory.glob(f".{target}{_MARK}*")):
-        with _locked(left, wait=False) as free:
-            if free and left.is_dir() and not left.is_symlink():
-                size = sum(p.lstat().st_size for p in left.rglob("*") if p.is_file())
-                found.append((left, size))
-                if remove:
-                    shutil.rmtree(left, ignore_errors=True)
-    return found
-
-
 def _replace(new: Path, old: Path) -> None:
-    """Rename `new` to `old`; a directory in the way changes places with it in one step."""
+    """Rename a directory; what is in the way changes places with it in one step."""
     try:
         os.replace(new, old)
     except OSError as e:
         if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
             raise
-        if not _exchange(new, old):  # not Linux: two renames, the old one kept until the second
-            aside = new.with_name(new.name + ".old")
-            os.rename(old, aside)
-            os.rename(new, old)
+        if not _exchange(new, old):
+            raise UsageError(
+                f"{old} cannot be replaced in one step on this file system",
+                "remove it first, or name another target",
+            ) from None
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    return bool(done == 0)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process holds the lock of a directory; it goes with the process."""
-    try:
-        fd = os.open(directory, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield True
-    except BlockingIOError:
-        yield False
-    finally:
-        os.close(fd)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        at, ways = _AT_FDCWD, (os.fsencode(a), os.fsencode(b))
+        return bool(libc.renameat2(at, ways[0], at, ways[1], _EXCHANGE) == 0)
+    if hasattr(libc, "renamex_np"):  # macOS
+        return bool(libc.renamex_np(os.fsencode(a), os.fsencode(b), _EXCHANGE) == 0)
+    return False

@@ -7,18 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from convert.engine.commit import commit, workplace, write_text
+from convert.engine.commit import commit, write_text
 from convert.engine.prepare import Prepared
 from convert.engine.proof import prove
 from convert.engine.recheck import Canonical, recheck
+from convert.engine.resume import Record, check_same, identity, is_resumable
 from convert.engine.stream import Stream, Streamed
 from convert.engine.targets import Target, open_writer, written_ties
+from convert.engine.workplace import workplace
 from convert.training_state import storage
 from convert.training_state.state import TrainingState
 from convert.training_state.summary import summary
 from zoo.checkpoint import hashes
 from zoo.checkpoint.certificate import Certificate, TensorRecord, now, rests, versions
+from zoo.checkpoint.generation import fingerprint
 from zoo.checkpoint.label import Label
 from zoo.checkpoint.plan import Plan, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
@@ -29,23 +33,34 @@ from zoo.containers.safetensors_file import SafetensorsReader
 from zoo.layout.ops import describe
 
 
-def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: None) -> Certificate:
+def run(
+    prepared: Prepared,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Certificate:
     """Carry out what was prepared: the target appears whole and verified, or not at all.
 
-    Above level "bits" the twins are run on the tensors that the recheck has just read. Raises
-    ZooError.
+    Above level "bits" the twins are run on the tensors that the recheck has just read. `resume`
+    goes on where one that was interrupted stopped, if there is one. Raises ZooError.
     """
     reader, plan, target = prepared.reader, prepared.plan, prepared.target
     certificate = _blank(reader, plan, target, prepared.verify)
-    with workplace(target.path) as place:
+    same = identity(prepared, certificate.hash) if is_resumable(prepared) else None
+    accept = (lambda begun: check_same(begun, same)) if resume and same else None
+    with workplace(target.path, accept) as place:
         written = place / target.path.name
         label = _set_aside(reader, plan, certificate)
         stream = Stream(prepared, certificate.hash)
-        with open_writer(target, place, plan, label) as writer:
-            moved = stream.write(writer, progress)
+        with (
+            _recorded(place, same) as record,
+            open_writer(target, place, plan, label, resumed=resume) as writer,
+        ):
+            moved = stream.write(writer, progress, record)
             made = _make(plan, writer, certificate.hash)
             writer.complete()
-            _write_label(target, place, label, plan.readable)
+            certificate.weights = "" if target.is_directory else fingerprint(written)
+            _write_label(target, place, label, plan.readable, certificate.weights)
             with _syncing(writer):
                 if prepared.verify:
                     kept = Canonical(plan) if prepared.level != "bits" else None
@@ -60,7 +75,9 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
         training = prepared.training
         if training.optimizers or training.ema or training.data:
             path = place / target.beside(filenames.OPTIMIZER)
-            certificate.training = _write_training(path, training, certificate.hash)
+            certificate.training = _write_training(
+                path, training, certificate.hash, certificate.weights
+            )
         if prepared.verify:
             certificate.files = _files(written, place / target.beside(filenames.OPTIMIZER), stream)
         certificate.versions, certificate.created = versions(), now()
@@ -70,6 +87,19 @@ def run(prepared: Prepared, *, progress: Progress = lambda stage, done, total: N
                 fsync(directory)
         commit(place, target.path, prepared.force)
     return certificate
+
+
+@contextmanager
+def _recorded(place: Path, same: dict[str, Any] | None) -> Iterator[Record | None]:
+    """What says how far it is, where that is of use."""
+    if same is None:
+        yield None
+        return
+    record = Record(place, same)
+    try:
+        yield record
+    finally:
+        record.close()
 
 
 @contextmanager
@@ -99,9 +129,12 @@ def _files(written: Path, optimizer: Path, stream: Stream) -> dict[str, str]:
             return rests(written, stream.kind, [reader, moments])
 
 
-def _write_training(path: Path, training: TrainingState, kind: str) -> dict[str, object]:
+def _write_training(
+    path: Path, training: TrainingState, kind: str, weights: str
+) -> dict[str, object]:
     """Write the optimizer.safetensors, re-read it, and say for the certificate what is in it."""
-    written = storage.write(path, training, kind)
+    path.unlink(missing_ok=True)  # of the run that is resumed
+    written = storage.write(path, training, kind, weights)
     if kind and (wrong := storage.differences(path, training, written, kind)):
         raise NotEquivalent(
             f"{path.name} came back different: {'; '.join(wrong[:5])}",
@@ -192,8 +225,9 @@ def _record(
         )
 
 
-def _write_label(target: Target, place: Path, label: Label, readable: bool) -> None:
+def _write_label(target: Target, place: Path, label: Label, readable: bool, weights: str) -> None:
     if target.has_config:
-        write_text(place / target.beside(filenames.CONFIG), label.to_config_json(readable))
+        text = label.to_config_json(readable, weights)
+        write_text(place / target.beside(filenames.CONFIG), text)
     for name, text in label.files().items():
         write_text(place / (f"{target.path.name}/{name}" if target.is_directory else name), text)

@@ -13,6 +13,7 @@ from convert.compare.checkpoints import runnable
 from convert.compare.settings import Level, check_level
 from convert.engine.commit import check_paths, check_replaceable, check_space
 from convert.engine.targets import Target, by_suffix, choose
+from convert.engine.workplace import reclaimable
 from convert.training_state import storage
 from convert.training_state.besides import besides
 from convert.training_state.state import TrainingState
@@ -168,7 +169,8 @@ def prepare(order: Order, stack: ExitStack) -> Prepared:
         told = [*told, f"the config.json is not one of transformers', which would guess {untold}"]
     if target.has_config and plan.readable and _is_unknown_upstream(plan):
         told = [*told, "transformers has no such model: its keys are not in the config.json"]
-    check_space(target.path.parent, disk_needed(plan, target, training))
+    needed = disk_needed(plan, target, training) - reclaimable(target.path)
+    check_space(target.path.parent, needed)
     notices = [*plan.notices, *told]
     return Prepared(
         *(reader, plan, target, training, order.level, order.verify, order.force, notices),

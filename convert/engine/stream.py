@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from convert.engine.prepare import Prepared
+from convert.engine.resume import Record
 from convert.engine.targets import written_ties
 from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import cast, lost
@@ -47,15 +48,20 @@ class Stream:
                 self.ties.setdefault(to, []).append(name)
         self.slabs = cut(self.plan.steps, prepared.max_memory, self.workers)
 
-    def write(self, writer: Writer, progress: Progress) -> Streamed:
-        """Give every slab to the writer, in the order of its files."""
+    def write(self, writer: Writer, progress: Progress, record: Record | None = None) -> Streamed:
+        """Give every slab to the writer, in the order of its files, but for those that the record
+        says are written."""
         moved = self._begin()
+        before = record.done if record else {}
+        for number, told in before.items():
+            self._restore(number, told, writer, moved)
         order = sorted(
-            range(len(self.slabs)), key=lambda i: (writer.place(_first(self.slabs[i])), i)
+            set(range(len(self.slabs))) - before.keys(),
+            key=lambda i: (writer.place(_first(self.slabs[i])), i),
         )
         buffers = Buffers()
-        jobs = [functools.partial(self._move, i, writer, moved, buffers) for i in order]
-        total, done = sum(s.nbytes for s in self.slabs), 0
+        jobs = [functools.partial(self._move, i, writer, moved, buffers, record) for i in order]
+        total, done = sum(s.nbytes for s in self.slabs), sum(self.slabs[i].nbytes for i in before)
         for i, overflow in zip(order, prefetch(jobs, self.workers), strict=True):
             moved.overflow += overflow
             done += self.slabs[i].nbytes
@@ -75,8 +81,49 @@ class Stream:
             targets |= {n: HashTree(self.kind, info) for n, info in infos}
         return Streamed(sources, targets)
 
-    def _move(self, number: int, writer: Writer, moved: Streamed, buffers: Buffers) -> int:
+    def _restore(self, number: int, told: dict[str, Any], writer: Writer, moved: Streamed) -> None:
+        """What `_record` noted of a slab that another run has written."""
+        slab = self.slabs[number]
+        digests = map(bytes.fromhex, told["leaves"])
+        for tree, leaf in self._leaves(slab, moved):
+            tree.put(leaf, next(digests))
+        moved.meant |= {(number, n): bytes.fromhex(d) for n, d in enumerate(told["meant"])}
+        moved.overflow += told["overflow"]
+        for t, region in slab.writes:
+            for name in (slab.step.targets[t], *self.ties.get(slab.step.targets[t], ())):
+                writer.skip(name, region)
+
+    def _record(self, number: int, moved: Streamed, overflow: int) -> dict[str, Any]:
+        slab = self.slabs[number]
+        meant = [moved.meant.get((number, n)) for n in range(len(slab.writes))]
+        return {
+            "leaves": [tree.leaf(leaf).hex() for tree, leaf in self._leaves(slab, moved)],
+            "meant": [d.hex() for d in meant if d is not None],
+            "overflow": overflow,
+        }
+
+    def _leaves(self, slab: Slab, moved: Streamed) -> Iterator[tuple[HashTree, int]]:
+        """The leaves of sources that a slab holds whole."""
+        for i, region in slab.reads:
+            tree = moved.sources.get(slab.step.sources[i])
+            if tree is not None and tree.holds(region):
+                yield from ((tree, number) for number, _ in tree.leaves(region))
+
+    def _move(
+        self,
+        number: int,
+        writer: Writer,
+        moved: Streamed,
+        buffers: Buffers,
+        record: Record | None,
+    ) -> int:
         """Move one slab; the values that a cast lost."""
+        overflow = self._moved(number, writer, moved, buffers)
+        if record is not None:
+            record.add(number, self._record(number, moved, overflow))
+        return overflow
+
+    def _moved(self, number: int, writer: Writer, moved: Streamed, buffers: Buffers) -> int:
         slab = self.slabs[number]
         step, overflow = slab.step, 0
         if slab.is_copy and not self.kind and self._copied(slab, writer):

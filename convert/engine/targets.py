@@ -73,23 +73,25 @@ def choose(
     return Target(dst, to, directory, max_shard_size)
 
 
-def open_writer(target: Target, place: Path, plan: Plan, label: Label) -> Writer:
-    """The Writer for `target`, at work in the directory `place`."""
+def open_writer(
+    target: Target, place: Path, plan: Plan, label: Label, resumed: bool = False
+) -> Writer:
+    """The Writer for `target`, at work in the directory `place`; `resumed`: where another began."""
     path = place / target.path.name
     header = plan.target_tensors()
     ties = written_ties(target, plan)
     if target.to == "safetensors":
         header |= {name: header[to] for name, to in ties.items()}
         metadata = {"format": "pt" if plan.target_side == "torch" else "flax"} | label.to_metadata()
-        return _safetensors(target, path, header, metadata)
+        return _safetensors(target, path, header, metadata, resumed)
     if target.to == "orbax":
         from zoo.containers.orbax_dir import OrbaxWriter
 
-        return OrbaxWriter(path, header, label.to_metadata())
+        return OrbaxWriter(path, header, label.to_metadata(), resumed)
     if target.to == "msgpack":
         from zoo.containers.flax_msgpack import MsgpackWriter
 
-        return MsgpackWriter(path, header, {})
+        return MsgpackWriter(path, header, {}, resumed)
     from zoo.containers.torch_file import TorchWriter
 
     return TorchWriter(path, header, {}, ties)
@@ -104,15 +106,20 @@ def written_ties(target: Target, plan: Plan) -> dict[str, str]:
 
 
 def _safetensors(
-    target: Target, path: Path, header: dict[str, TensorInfo], metadata: dict[str, str]
+    target: Target,
+    path: Path,
+    header: dict[str, TensorInfo],
+    metadata: dict[str, str],
+    resumed: bool,
 ) -> Writer:
     if target.is_directory:
         from zoo.containers.sharded import ShardedSafetensorsWriter
 
-        return ShardedSafetensorsWriter(path, header, metadata, target.max_shard_size or 1 << 62)
+        size = target.max_shard_size or 1 << 62
+        return ShardedSafetensorsWriter(path, header, metadata, size, resumed)
     from zoo.containers.safetensors_file import SafetensorsWriter
 
-    return SafetensorsWriter(path, header, metadata)
+    return SafetensorsWriter(path, header, metadata, resumed)
 
 
 def by_suffix(dst: Path | None) -> str | None:

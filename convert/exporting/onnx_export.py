@@ -22,10 +22,10 @@ from convert.engine.commit import (
     check_replaceable,
     check_space,
     commit,
-    workplace,
     write_text,
 )
-from convert.exporting.onnx_file import INLINE_MAX, remove_old_data, write
+from convert.engine.workplace import workplace
+from convert.exporting.onnx_file import INLINE_MAX, write
 from convert.exporting.onnx_proof import Held, Inputs, OtherSizes, call_of, hold, refuse
 from convert.exporting.onnx_trace import OPSET, Traced, cleaned, pin, trace, weights
 from convert.live.into_definition import load
@@ -35,12 +35,13 @@ from convert.tensors import bits_of
 from zoo import hub
 from zoo.checkpoint import hashes
 from zoo.checkpoint.certificate import Certificate, TensorRecord, now, rests, versions
+from zoo.checkpoint.generation import fingerprint
 from zoo.checkpoint.label import Label, read_label
 from zoo.checkpoint.plan import Aside, Step, carry, make_plan, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
 from zoo.containers import dtypes, filenames, open_checkpoint
-from zoo.containers.base import TensorInfo, fsync
+from zoo.containers.base import TensorInfo
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.containers.onnx_graph import OnnxReader
@@ -259,29 +260,26 @@ def _written(
     with workplace(target) as place:
         digests = _digests(wanted) if apart or verify else {}
         data = _data_name(target, digests) if apart else None
-        files = write(traced.model, place, target.name, data)
+        path = place / target.name
+        write(traced.model, path, data)
+        certificate.weights = fingerprint(path)
         for name, text in subject.label.files().items():
             write_text(place / name, text)
-        _check_onnx(files[-1])
+        _check_onnx(path)
         if verify:
             certificate.hash = hashes.best()
-            certificate.tensors += _same_weights(files[-1], wanted, digests)
+            certificate.tensors += _same_weights(path, wanted, digests)
             made.held, told = hold(
-                files[-1], subject.inputs, traced.sizes, lambda arrays: _sides(subject, arrays)
+                path, subject.inputs, traced.sizes, lambda arrays: _sides(subject, arrays)
             )
             made.notices += told
             refuse(made.held)
             certificate.verified = _verified(made, len(wanted))
-            certificate.files = _rests(files[-1], list(wanted))
+            certificate.files = _rests(path, list(wanted))
         certificate.notices = list(made.notices)
         certificate.versions, certificate.created = versions(), now()
         write_text(place / f"{target.name}.{filenames.CERTIFICATE}", certificate.to_json())
-        fsync(place)
-        check_replaceable(target, force)
-        for file in files[:-1]:
-            os.replace(file, target.parent / file.name)
         commit(place, target, force)
-        remove_old_data(target, {f.name for f in files[:-1]})
     return made
 
 

@@ -53,7 +53,7 @@ def live_module(
     signature = inspect.signature(module.forward)
     calls = [bound(signature, module, one) for one in (inputs, *others)]
     with in_mode(module, training=False):
-        program, first = _program(module, signature, calls[0], rules or {}, image_axes)
+        program, first = program_of_call(module, signature, calls[0], rules or {}, image_axes)
         net = _live(program, module)
         graph = program.evaluation(False).graph
         for notice in graph.notices:
@@ -101,7 +101,7 @@ def _takes_arguments(function: Any) -> bool:
     return any(p.default is p.empty and p.name != "self" for p in every)
 
 
-def _program(
+def program_of_call(
     module: Any,
     signature: inspect.Signature,
     call: BoundArguments,

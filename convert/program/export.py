@@ -14,10 +14,12 @@ from inspect import BoundArguments
 from typing import Any
 
 from convert.program import refused
+from convert.program.called_modules import CalledModules
 from convert.program.exported_nodes import Reading
 from convert.program.graph import Graph
 from convert.program.nesting import Nesting, taken_apart
 from convert.program.opaque import Opaque, sealed
+from convert.program.stack_lines import every_line
 from convert.program.whole_recurrent import whole
 from convert.runtime.arrays import is_array, leaves, replaced
 from convert.runtime.quiet import quietly
@@ -44,19 +46,21 @@ def export(
     call: BoundArguments,
     opaque: tuple[Opaque, ...] = (),
     axes: Callable[[int], bool] = lambda axis: True,
+    calls: bool = False,
 ) -> Graph:
     """The graph of `module(*call.args, **call.kwargs)`, whose arrays are torch tensors.
 
     Sizes are dynamic where torch finds nothing that fixes them; those of other axes than `axes` are
-    baked in. Calls of what `opaque` names become one operation each. The module's mode (train or
-    eval) is the graph's. Raises ZooError where torch cannot export it.
+    baked in. Calls of what `opaque` names become one operation each. With `calls`, it is noted which
+    modules are called. The module's mode (train or eval) is the graph's. Raises ZooError where torch cannot export it.
     """
     import torch
 
     given = leaves(call.arguments)
     nestings: list[Nesting] = []  # not an attribute: torch.export puts those back
     # Copies: what is asked of a tensor's sizes stays on it where torch.export fails.
-    flat, tensors = _flattened(module, call, nestings), [t.clone() for t in given.values()]
+    called = CalledModules(module) if calls else None
+    flat, tensors = _flattened(module, call, nestings, called), [t.clone() for t in given.values()]
     auto = torch.export.Dim.AUTO
     sizes = tuple({a: auto if axes(a) else None for a in range(t.ndim)} for t in tensors)
     seen: list[type] = []
@@ -69,7 +73,7 @@ def export(
             exported = exported.run_decompositions({})
         except Exception as e:
             raise refused.export_error(e, module) from e
-    graph = Reading(exported, list(given)).graph(nestings[-1])
+    graph = Reading(exported, list(given)).graph(nestings[-1], called)
     graph.baked = _plain(call.arguments)
     for cls in dict.fromkeys(seen):
         graph.notices.append(
@@ -89,15 +93,19 @@ PATIENCE = 15  # seconds of this process's time for a trace with every size open
 
 
 def traced_graph(
-    module: Any, call: BoundArguments, opaque: tuple[Opaque, ...], start: int = 0
+    module: Any,
+    call: BoundArguments,
+    opaque: tuple[Opaque, ...],
+    start: int = 0,
+    calls: bool = False,
 ) -> Graph:
     """The graph with dynamic sizes; where torch.export cannot have them so, or not soon, with
-    fewer. `start` is the `opened` of a graph of the same module."""
+    fewer. `start` is the `opened` of a graph of the same module; `calls` as in `export`."""
     failed: refused.NotExported | None = None
     for opened, (told, axes) in list(enumerate(_OPEN))[start:]:
         try:
             with _patience(PATIENCE if opened == 0 else 0):
-                graph = export(module, call, opaque, axes)
+                graph = export(module, call, opaque, axes, calls)
         except refused.NotExported as e:
             failed = failed or e
             continue
@@ -129,9 +137,11 @@ def _patience(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _flattened(module: Any, call: BoundArguments, nestings: list[Nesting]) -> Any:
+def _flattened(
+    module: Any, call: BoundArguments, nestings: list[Nesting], called: CalledModules | None
+) -> Any:
     """The module as one that takes a flat list of tensors and gives one; `nestings` gets how what
-    the module gave nests."""
+    the module gave nests, `called` its calls."""
     import torch
 
     paths = list(leaves(call.arguments))
@@ -145,10 +155,11 @@ def _flattened(module: Any, call: BoundArguments, nestings: list[Nesting]) -> An
         def forward(self, *tensors: Any) -> Any:
             values = dict(zip(paths, tensors, strict=True))
             bound = BoundArguments(call.signature, replaced(dict(call.arguments), values))
-            made = self.module(*bound.args, **bound.kwargs)
+            with contextlib.nullcontext() if called is None else called.seen():
+                made = self.module(*bound.args, **bound.kwargs)
             nesting, found = taken_apart(made, "", _unknown)
             nestings.append(nesting)
-            return tuple(found)
+            return (*found, *(called.marks if called is not None else ()))
 
     return Flat()
 
@@ -194,7 +205,7 @@ def _as_run() -> Iterator[None]:
     """As a module is run, with gradients; and without torch's remarks on how it traces."""
     import torch
 
-    with quietly(), torch.inference_mode(False), torch.enable_grad():
+    with quietly(), torch.inference_mode(False), torch.enable_grad(), every_line():
         yield
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from convert.program.called_modules import CalledModules
 from convert.program.graph import (
+    ArrayType,
     CodeLine,
     Dtype,
     Graph,
@@ -25,7 +27,10 @@ from convert.tensors import bits_of
 _DROPPED = {
     "device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad",
 }  # fmt: skip
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)[^\n]*(?:\n +(?P<text>[^\n]*))?')
+_FRAME = re.compile(
+    r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>[^\n]*))?[^\n]*'
+    r"(?:\n +(?P<text>[^\n]*))?"
+)
 _KINDS = {
     "PARAMETER": "parameter",
     "BUFFER": "buffer",
@@ -46,10 +51,12 @@ class Reading:
         self.placeholders: list[Placeholder] = []
         self.constants: dict[str, Any] = {}
         self.schemas: dict[str, str] = {}
+        self.types: dict[int, Any] = {}
         self.inputs: dict[str, str] = {}  # torch's name of an input -> its path
 
-    def graph(self, outputs: Nesting) -> Graph:
-        """The program as data, without what nothing depends on."""
+    def graph(self, outputs: Nesting, calls: CalledModules | None = None) -> Graph:
+        """The program as data, without what nothing depends on. What `calls` left among the
+        results says which modules were called."""
         signature = self.exported.graph_signature
         specs = iter(signature.input_specs)
         results: list[Any] = []
@@ -71,6 +78,8 @@ class Reading:
                 written.append(self.inputs.get(spec.target, spec.target))
             elif spec.target and isinstance(made, ValueRef):
                 mutations[_own(spec.target)] = made
+        marks = len(calls.marks) if calls is not None else 0
+        given, marked = given[: len(given) - marks], given[len(given) - marks :]
         wanted = set(refs((given, mutations)))
         nodes = live(self.nodes, wanted)
         known = self._symbols()
@@ -85,6 +94,8 @@ class Reading:
             symbols=known,
             guards=list(self._guards(known)),
             schemas=self.schemas,
+            types=self.types,
+            calls=[] if calls is None else calls.read(marked, {n.made: n for n in self.nodes}),
             notices=[
                 f"it writes into its argument {n}, which stays as it is here" for n in written
             ],
@@ -126,14 +137,17 @@ class Reading:
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items() if k not in _DROPPED}
         path, cls = _module(node.meta.get("nn_module_stack") or {})
         args = tuple(self._argument(x) for x in node.args)
-        site = site_of(node.meta.get("stack_trace"))
-        self.nodes.append(GraphNode(op, args, kwargs, self._number(node), path, cls, site))
+        frames = frames_of(node.meta.get("stack_trace"))
+        made = self._number(node)
+        self.nodes.append(GraphNode(op, args, kwargs, made, path, cls, _site(frames), frames))
         schema = getattr(node.target, "_schema", None)
         if schema is not None and op not in self.schemas:
             self.schemas[op] = _arguments(schema)
 
     def _number(self, node: Any) -> int:
-        return self.numbers.setdefault(node, len(self.numbers))
+        number = self.numbers.setdefault(node, len(self.numbers))
+        self.types[number] = _type(node.meta.get("val"))
+        return number
 
     def _argument(self, x: Any) -> Any:
         import torch
@@ -181,17 +195,25 @@ class Reading:
                     yield Guard(f"{symbol} <= {int(high)}")
 
 
+def frames_of(trace: str | None) -> tuple[CodeLine, ...]:
+    """The lines of a stack trace, outermost first."""
+    return tuple(
+        CodeLine(m["file"], int(m["line"]), (m["text"] or "").strip(), m["function"])
+        for m in _FRAME.finditer(trace or "")
+    )
+
+
 def site_of(trace: str | None) -> CodeLine | None:
     """The innermost line of a stack trace that is not torch's own."""
-    frames = list(_FRAME.finditer(trace or ""))
-    own = [m for m in frames if not _torchs(m["file"])]
-    if not own:
-        return None
-    m = own[-1]
-    return CodeLine(m["file"], int(m["line"]), (m["text"] or "").strip())
+    return _site(frames_of(trace))
 
 
-def _torchs(file: str) -> bool:
+def _site(frames: Sequence[CodeLine]) -> CodeLine | None:
+    return next((f for f in reversed(frames) if not is_torchs(f.file)), None)
+
+
+def is_torchs(file: str) -> bool:
+    """Whether a file is torch's own, or of ours around it."""
     parts = Path(file).parts
     installed = "site-packages" in parts or "dist-packages" in parts
     ours = Path(file).parent == Path(__file__).parent
@@ -203,10 +225,10 @@ def _line_of(guard: Any) -> CodeLine | None:
     """The user's line that a guard comes from."""
     frame = getattr(guard.sloc, "framework_loc", None)
     file, line = getattr(frame, "filename", None), getattr(frame, "lineno", None)
-    if file and line and not _torchs(file):
+    if file and line and not is_torchs(file):
         return CodeLine(file, line)
     found = re.findall(r"(\S+\.py):(\d+)", str(getattr(guard.sloc, "maybe_user_loc", None)))
-    own = [(file, line) for file, line in found if not _torchs(file)]
+    own = [(file, line) for file, line in found if not is_torchs(file)]
     return CodeLine(own[-1][0], int(own[-1][1])) if own else None
 
 
@@ -235,6 +257,15 @@ def _module(stack: Mapping[str, Any]) -> tuple[str, str]:
 
 def _size(s: Any) -> int | str:
     return s if isinstance(s, int) else _printed(s.node.expr)
+
+
+def _type(value: Any) -> Any:
+    """What a value is, as `Graph.types` has it."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return ArrayType(tuple(map(_size, value.shape)), str(value.dtype).removeprefix("torch."))
+    if isinstance(value, list | tuple):
+        return [_type(x) for x in value]
+    return _printed(value.node.expr) if hasattr(value, "node") else value
 
 
 def _printed(expression: Any) -> Any:

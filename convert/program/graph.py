@@ -33,19 +33,30 @@ class Dtype:
 
 @dataclass(frozen=True, slots=True)
 class CodeLine:
-    """A line of the user's code, or of the library that it uses."""
+    """A line of the user's code, or of the library that it uses, and the function that it is in."""
 
     file: str
     line: int
     text: str = ""
+    function: str = ""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" + (f": {self.text}" if self.text else "")
 
 
 @dataclass(frozen=True, slots=True)
+class ArrayType:
+    """Shape and dtype of an array. A size is a number, or an expression of the inputs' sizes where
+    it is dynamic; dtypes have torch's names: "float32", "int64", "bool"."""
+
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class GraphNode:
-    """One operation. `module` is the path of the module whose call made it."""
+    """One operation. `module` is the path of the module whose call made it. `frames` are the lines
+    that led to it from that call on and before it, outermost first, torch's own among them."""
 
     op: str
     args: tuple[Any, ...]
@@ -54,6 +65,7 @@ class GraphNode:
     module: str = ""
     module_class: str = ""
     site: CodeLine | None = None
+    frames: tuple[CodeLine, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,8 @@ class Graph:
 
     `baked` are the arguments that are no arrays, by path; `results` are the leaves of the result,
     `ValueRef`s or plain values, and `outputs` says how they nest. `symbols`: the name of a size ->
-    the input and axis that have it. `schemas`: an operation -> its arguments.
+    the input and axis that have it. `schemas`: an operation -> its arguments. `types`: what each
+    value is, an array, a list of arrays, or a size (a number or an expression).
     """
 
     nodes: list[GraphNode]
@@ -95,6 +108,8 @@ class Graph:
     symbols: dict[str, tuple[str, int]]
     guards: list[Guard]
     schemas: dict[str, str] = field(default_factory=dict)
+    types: dict[int, Any] = field(default_factory=dict)
+    calls: list[Any] = field(default_factory=list)  # ModuleCalls in order, where they were noted
     notices: list[str] = field(default_factory=list)
     opened: int = 0  # which sizes are open, and if not every one, why: see `export.traced_graph`
     closed: str = ""

@@ -21,6 +21,7 @@ from convert.training_state.ownership import Parameters
 from convert.training_state.rules import rules
 from convert.training_state.state import OptimizerState, TrainingState
 from zoo import hub
+from zoo.checkpoint.generation import check_weights
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.problems import dims
@@ -296,7 +297,9 @@ class _Search:
         from zoo.containers.safetensors_file import SafetensorsReader
 
         try:
-            ours = storage.read_from(self.stack.enter_context(SafetensorsReader(path)))
+            reader = self.stack.enter_context(SafetensorsReader(path))
+            check_weights(reader.metadata.get(storage.WEIGHTS), path, self.reader.path)
+            ours = storage.read_from(reader)
         except ZooError as e:
             self.found.problems.append(e)
             return

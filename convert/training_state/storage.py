@@ -18,18 +18,19 @@ from convert.training_state.lazy import Lazy, info_of
 from convert.training_state.rules import rules
 from convert.training_state.state import Group, OptimizerState, TrainingState
 from zoo.checkpoint import hashes
-from zoo.containers import filenames
+from zoo.containers import committed, filenames
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.safetensors_file import SafetensorsReader, SafetensorsWriter
 
 VERSION = 1
+WEIGHTS = "zoo.weights"  # the key of what names the weights
 _AGAIN = "convert the checkpoint again, or move the file away to go on without it"
 
 
 def beside(checkpoint: Path) -> Path | None:
     """The `optimizer.safetensors` that belongs to a checkpoint, if there is one."""
-    places = [filenames.beside(checkpoint, filenames.OPTIMIZER)]
+    places = [committed.beside(checkpoint, filenames.OPTIMIZER)]
     if filenames.is_whole(checkpoint):
         places.append(checkpoint.with_name(filenames.OPTIMIZER))
     return next((place for place in places if place.is_file()), None)
@@ -58,9 +59,10 @@ def header(state: TrainingState) -> dict[str, TensorInfo]:
     return {stored: info_of(arrays, name) for stored, arrays, name in tensors(state)}
 
 
-def write(path: Path, state: TrainingState, kind: str = "") -> dict[str, str]:
+def write(path: Path, state: TrainingState, kind: str = "", weights: str = "") -> dict[str, str]:
     """Write `state` to `path`, which must not exist; the hash of every tensor, of the kind `kind`
-    (see `zoo.checkpoint.hashes`; none without).
+    (see `zoo.checkpoint.hashes`; none without). `weights` is the fingerprint of those that it
+    belongs to, where they are one file.
 
     The same state gives the same bytes. One tensor is in memory at a time. UsageError for several
     optimizers that are not told apart by their names.
@@ -73,7 +75,8 @@ def write(path: Path, state: TrainingState, kind: str = "") -> dict[str, str]:
             "give each a name of its own, without '/'",
         )
     found: dict[str, str] = {}
-    with SafetensorsWriter(path, header(state), _metadata(state)) as writer:
+    metadata = _metadata(state) | ({WEIGHTS: weights} if weights else {})
+    with SafetensorsWriter(path, header(state), metadata) as writer:
         for stored, arrays, name in tensors(state):
             array = np.asarray(arrays[name], order="C")
             if kind:

@@ -17,6 +17,7 @@ from typing import Any
 from zoo.checkpoint.hashes import rest
 from zoo.containers import filenames
 from zoo.containers.base import Reader
+from zoo.containers.committed import beside, find
 from zoo.containers.errors import printable
 from zoo.containers.spans import SpanReader
 
@@ -61,6 +62,7 @@ class Certificate:
     # Of each file of the target, and of those that belong to it (see `files_of`), the hash of what
     # is in no tensor; in format 1, of the whole file.
     files: dict[str, str] = field(default_factory=dict)
+    weights: str = ""  # of one file: its `zoo.checkpoint.generation.fingerprint`
     # The kind of all hashes but the certificate's own: "blake3", "sha256", or "" for none.
     hash: str = ""
     format: int = FORMAT
@@ -128,16 +130,17 @@ def versions() -> dict[str, str]:
 def files_of(checkpoint: Path) -> dict[str, Path]:
     """The files of a checkpoint and those that belong to it, the certificate aside: "config.json",
     "d/0123"; a checkpoint that is one file is ""."""
-    if checkpoint.is_dir():
+    where = find(checkpoint)
+    if where.is_dir():
         found = {str(p.relative_to(checkpoint)): p for p in sorted(checkpoint.rglob("*"))}
     else:
-        beside = (filenames.beside(checkpoint, n) for n in (filenames.CONFIG, filenames.OPTIMIZER))
         layouts = [p for p in checkpoint.parent.iterdir() if filenames.is_layout(p.name)]
         front = f"{checkpoint.name}."
         siblings = checkpoint.parent.iterdir() if checkpoint.suffix == filenames.ONNX else ()
         data = [p for p in siblings if filenames.is_onnx_data(p.name, checkpoint.name)]
-        every = [*beside, *layouts, *data]
-        found = {"": checkpoint} | {p.name.removeprefix(front): p for p in every}
+        every = [beside(checkpoint, n) for n in (filenames.CONFIG, filenames.OPTIMIZER)]
+        every += [*layouts, *data]
+        found = {"": where} | {p.name.removeprefix(front): p for p in every}
     return {n: p for n, p in found.items() if p.is_file() and n != filenames.CERTIFICATE}
 
 
@@ -153,7 +156,7 @@ def rests(checkpoint: Path, kind: str, readers: Iterable[Reader]) -> dict[str, s
     for reader in readers:
         if isinstance(reader, SpanReader):
             for path, offset, nbytes in reader.stretches():
-                spans.setdefault(path, []).append((offset, nbytes))
+                spans.setdefault(find(path), []).append((offset, nbytes))
     return {n: rest(kind, p, spans.get(p, ())) for n, p in files_of(checkpoint).items()}
 
 

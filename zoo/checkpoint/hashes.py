@@ -97,6 +97,12 @@ class HashTree:
         """The digest of one leaf."""
         self._digests[number] = value
 
+    def leaf(self, number: int) -> bytes:
+        """The digest of one leaf that is there."""
+        found = self._digests[number]
+        assert found is not None
+        return found
+
     def differs(self, number: int, value: bytes) -> bool:
         """Whether the leaf has another digest."""
         return self._digests[number] != value

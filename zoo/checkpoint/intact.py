@@ -17,6 +17,7 @@ from zoo.checkpoint.reading import hashed
 from zoo.checkpoint.slabs import COPIED, contiguous, default_workers
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader
+from zoo.containers.committed import beside, find
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsReader
 
@@ -59,9 +60,9 @@ def check(path: Path, progress: Progress = lambda stage, done, total: None) -> C
     UsageError where there is no certificate, or one without hashes; CorruptInput where it cannot be
     understood; MissingExtra where it has BLAKE3 hashes, and that is not installed.
     """
-    if not path.exists():
+    if not find(path).exists():
         raise UsageError(f"there is no {path}", "give the checkpoint")
-    file = filenames.beside(path, filenames.CERTIFICATE)
+    file = beside(path, filenames.CERTIFICATE)
     certificate, damaged = _read(file)
     if not certificate.hash:
         raise UsageError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from zoo.checkpoint import stated_layout
+from zoo.checkpoint.generation import check_weights
 from zoo.containers import dtypes, filenames
 from zoo.containers.base import Reader, TensorInfo, as_array
+from zoo.containers.committed import beside, find
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
 from zoo.layout import Layout
 from zoo.model import Config, Model, override
@@ -70,15 +73,19 @@ class Label:
         ours = {f"zoo.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in data.items()}
         return dict(self.metadata) | ours
 
-    def to_config_json(self, readable: bool = True) -> str:
+    def to_config_json(self, readable: bool = True, weights: str = "") -> str:
         """The text of a config.json that our reader takes, and transformers where nothing is
         unknown: it would fill in its defaults, and nobody would notice. `readable` False: the
-        tensors have other names than it reads, and what it once wrote is only kept."""
+        tensors have other names than it reads, and what it once wrote is only kept. `weights` is
+        the fingerprint of those that it belongs to, where they are one file."""
         ours = self._data() | ({"metadata": dict(self.metadata)} if self.metadata else {})
         if self.hf and not readable:
             ours["hf"] = dict(self.hf)
-        data = self._hf() if readable and not self.unknown else {}
-        return json.dumps(data | {"zoo": ours}, indent=2) + "\n"
+        if weights:
+            ours["weights"] = weights
+        data = (self._hf() if readable and not self.unknown else {}) | {"zoo": ours}
+        ours["sha256"] = _own_sha256(data)
+        return json.dumps(data, indent=2) + "\n"
 
     def files(self) -> dict[str, str]:
         """Name -> text of what belongs beside the checkpoint besides a config.json."""
@@ -156,12 +163,13 @@ def _read_label(reader: Reader) -> Label:
         return dataclasses.replace(_from_zoo(data, source, reader.path), hf=data.get("hf", {}))
     for path in config_files(reader.path):
         if path.is_file():
-            return read_config_file(path)
+            return read_config_file(path, reader.path)
     return Label()
 
 
-def read_config_file(path: Path) -> Label:
-    """The label in a config.json, of transformers' or of ours."""
+def read_config_file(path: Path, weights: Path | None = None) -> Label:
+    """The label in a config.json, of transformers' or of ours. ZooError where it names other
+    weights than those at `weights`."""
     try:
         if path.stat().st_size > _CONFIG_MAX:
             raise ValueError(f"it has {path.stat().st_size} bytes, at most {_CONFIG_MAX} are read")
@@ -173,9 +181,14 @@ def read_config_file(path: Path) -> Label:
     except (ValueError, RecursionError) as e:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):
-        label = _from_zoo(data["zoo"], str(path), path)
+        label = _from_zoo(data["zoo"], str(path), path if weights is None else weights)
+        if weights is not None:
+            check_weights(data["zoo"].get("weights"), path, weights)
+        changed = data["zoo"].get("sha256") not in (None, _own_sha256(data))
+        notices = (f"{path} was changed since it was written; it is used as it is",) * changed
         kept = data["zoo"].get("hf", {k: v for k, v in data.items() if k != "zoo"})
-        return dataclasses.replace(label, hf=kept if isinstance(kept, dict) else {})
+        kept = kept if isinstance(kept, dict) else {}
+        return dataclasses.replace(label, hf=kept, notices=(*label.notices, *notices))
     stated, classes = data.get("model_type"), _class_names(data)
     for model in families().values():
         ours = model.hf_type == stated if stated else bool(model.hf_classes & set(classes))
@@ -219,17 +232,27 @@ def _classes(path: Path, model: Model, config: Config, data: Mapping[str, Any]) 
 
 def config_files(path: Path) -> list[Path]:
     """Where the config of a checkpoint may lie, best first."""
-    if path.is_dir():
+    if find(path).is_dir():
         return [path / filenames.CONFIG]
-    return [filenames.beside(path, filenames.CONFIG), path.with_name(filenames.CONFIG)]
+    return [beside(path, filenames.CONFIG), path.with_name(filenames.CONFIG)]
 
 
-def _from_zoo(data: Mapping[str, Any], source: str, beside: Path) -> Label:
-    """The label in our own keys. `beside` is the checkpoint, or a file in it: where to find what
+def _own_sha256(data: Mapping[str, Any]) -> str:
+    """Of what a config.json of ours says, the hash itself aside, however it is laid out."""
+    ours = {k: v for k, v in data["zoo"].items() if k != "sha256"}
+    try:
+        text = json.dumps({**data, "zoo": ours}, sort_keys=True)
+    except RecursionError:
+        return ""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+
+
+def _from_zoo(data: Mapping[str, Any], source: str, where: Path) -> Label:
+    """The label in our own keys. `where` is the checkpoint, or a file in it: where to find what
     the keys name."""
     try:
         if "entries" in data and "model" not in data:
-            layout = stated_layout.read(data["entries"], source, beside)
+            layout = stated_layout.read(data["entries"], source, where)
             return Label(layout=layout, **_besides_config(data), source=source)
         name = data["model"]
         model = families().get(name)

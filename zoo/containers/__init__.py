@@ -12,6 +12,7 @@ from pathlib import Path
 
 from zoo.containers import filenames
 from zoo.containers.base import Reader
+from zoo.containers.committed import find, open_file
 from zoo.containers.errors import CorruptInput, UsageError
 
 _KNOWN = (
@@ -29,9 +30,10 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
     or "flax". Raises UsageError where there is nothing, CorruptInput where there is no checkpoint.
     """
     path = Path(path)
-    if not path.exists():
+    where = find(path)
+    if not where.exists():
         raise UsageError(f"{path} does not exist", "give the path of a file or a directory")
-    reader = _open_directory(path, prefer) if path.is_dir() else _open_file(path)
+    reader = _open_directory(path, prefer) if where.is_dir() else _open_file(path)
     reader.first_state = reader.state()
     return reader
 
@@ -72,9 +74,9 @@ def _models(folder: Path, pattern: str) -> list[Path]:
 
 
 def _open_file(path: Path) -> Reader:
-    if not path.is_file():
+    if not find(path).is_file():
         raise UsageError(f"{path} is not a regular file", "give the path of a file or a directory")
-    with path.open("rb") as f:
+    with open(open_file(path), "rb") as f:
         start = f.read(512)
     if not start:
         raise CorruptInput(f"{path} is empty", "copy or download it again")

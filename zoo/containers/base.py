@@ -135,6 +135,16 @@ class Writer(ABC):
         self._wrote(name, size(region))
         return True
 
+    def skip(self, name: str, region: Region) -> None:
+        """Note that a region lies there already: an earlier writer, which did not finish, wrote it
+        (see `resumed` of the writers that can go on)."""
+        self._take(name, size(region))
+        self._skip(name, region)
+        self._wrote(name, size(region))
+
+    def _skip(self, name: str, region: Region) -> None:  # noqa: B027
+        """The same for what the writer is made of."""
+
     def _take(self, name: str, elements: int) -> None:
         """Note what is being written; ValueError for what was written before."""
         with self._lock:
@@ -203,7 +213,10 @@ def fill(fd: int, view: memoryview, offset: int, what: str) -> None:
     """The same into `view`, a buffer of bytes."""
     done = 0
     while done < len(view):
-        got = os.preadv(fd, [view[done : done + _PREAD_MAX]], offset + done)
+        try:
+            got = os.preadv(fd, [view[done : done + _PREAD_MAX]], offset + done)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, what) from None
         if got == 0:
             raise CorruptInput(
                 f"{what}: the file ends {len(view) - done} bytes too early",

@@ -6,6 +6,7 @@ once, they are listed between the two.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 _LINE = 4000  # characters of an error's line
@@ -80,3 +81,16 @@ class NoSpace(ZooError):
     """The disk is full, or would be."""
 
     exit_code = 7
+
+
+def from_os(e: OSError, path: str) -> ZooError:
+    """What the system said of `path`, or of what is at work there, as an error of ours."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"the disk is full: {path}", "make room, or name a target on another disk")
+    if e.errno in (errno.EMFILE, errno.ENFILE):
+        return ZooError(
+            f"{path}: too many files are open at once", "allow more, as with `ulimit -n 4096`"
+        )
+    if e.errno == errno.EIO:
+        return ZooError(f"{path}: the disk reports an input/output error", "see that it works")
+    return ZooError(f"{path}: {e.strerror or e}", "see that it exists and may be used")

@@ -12,6 +12,8 @@ from pathlib import Path
 CONFIG = "config.json"
 CERTIFICATE = "certificate.json"
 OPTIMIZER = "optimizer.safetensors"
+SIDECARS = (CONFIG, CERTIFICATE, OPTIMIZER)  # of a checkpoint that is one file
+WORKPLACE = ".zooconvert-"  # in the names of hidden directories beside a target
 TRAINER_OPTIMIZERS = ("optimizer.pt", "optimizer.bin")  # of transformers' Trainer
 
 # What the weights are called in a directory that is the checkpoint as a whole.
@@ -110,11 +112,15 @@ def is_training(name: str) -> bool:
     return _TRAINING.fullmatch(name) is not None
 
 
-def beside(checkpoint: Path, name: str) -> Path:
-    """Where what belongs to a checkpoint lies: in the directory, or as FILE.name."""
-    if checkpoint.is_dir():
-        return checkpoint / name
-    return checkpoint.with_name(f"{checkpoint.name}.{name}")
+def belongs(name: str, checkpoint: str) -> bool:
+    """Whether a file is, by its name, one of those that a checkpoint of one file consists of."""
+    beside = [f"{checkpoint}.{n}" for n in SIDECARS]
+    return name == checkpoint or name in beside or is_onnx_data(name, checkpoint)
+
+
+def is_named_by_content(name: str, checkpoint: str) -> bool:
+    """Whether a file of a checkpoint has another name where it has another content."""
+    return is_layout(name) or is_onnx_data(name, checkpoint)
 
 
 def is_whole(file: Path) -> bool:

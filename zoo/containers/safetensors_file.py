@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, pread, put
+from zoo.containers.committed import open_file
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.spans import Span, SpanReader, SpanWriter
 
@@ -40,7 +41,7 @@ class SafetensorsReader(SpanReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_file(path)
         try:
             self._parse_header()
         except BaseException:
@@ -123,7 +124,11 @@ class SafetensorsWriter(SpanWriter):
     container: ClassVar[str] = "safetensors"
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        resumed: bool = False,
     ) -> None:
         super().__init__(path, tensors, metadata)
         check_tensors(self.tensors)
@@ -132,7 +137,8 @@ class SafetensorsWriter(SpanWriter):
             n: (Span(len(header) + offsets[n], t.nbytes),) for n, t in self.tensors.items()
         }
         try:
-            self._create(len(header) + sum(t.nbytes for t in self.tensors.values()))
+            nbytes = len(header) + sum(t.nbytes for t in self.tensors.values())
+            self._create(nbytes, resumed)
             put(self._fd, header, 0)
         except BaseException:
             self.close()

@@ -194,6 +194,7 @@ class ShardedSafetensorsWriter(Writer):
         tensors: Mapping[str, TensorInfo],
         metadata: Mapping[str, str],
         max_shard_size: int,
+        resumed: bool = False,
     ) -> None:
         super().__init__(path, tensors, metadata)
         if max_shard_size < 1:
@@ -219,7 +220,8 @@ class ShardedSafetensorsWriter(Writer):
         ]
         self._place = {name: i for names in order for i, name in enumerate(names)}
         self._open: dict[str, SafetensorsWriter] = {}
-        path.mkdir()
+        self._resumed = resumed
+        path.mkdir(exist_ok=resumed)
 
     def place(self, name: str) -> tuple[str, int]:
         return self._where[name], self._place[name]
@@ -229,6 +231,9 @@ class ShardedSafetensorsWriter(Writer):
 
     def _copy(self, name: str, reader: Reader, source: str, region: Region) -> bool:
         return self._writer(self._where[name]).copy(name, reader, source, region)
+
+    def _skip(self, name: str, region: Region) -> None:
+        self._writer(self._where[name]).skip(name, region)
 
     def _wrote(self, name: str, elements: int) -> None:
         file = self._where[name]
@@ -242,7 +247,9 @@ class ShardedSafetensorsWriter(Writer):
         with self._lock:
             if file not in self._open:
                 path = self.path / file
-                self._open[file] = SafetensorsWriter(path, self._shards[file], self.metadata)
+                self._open[file] = SafetensorsWriter(
+                    path, self._shards[file], self.metadata, self._resumed
+                )
             return self._open[file]
 
     def _close(self, file: str) -> None:
@@ -260,7 +267,7 @@ class ShardedSafetensorsWriter(Writer):
                 "metadata": {"total_size": sum(t.nbytes for t in self.tensors.values())},
                 "weight_map": self._where,
             }
-            with (self.path / filenames.SAFETENSORS_INDEX).open("x") as file:
+            with (self.path / filenames.SAFETENSORS_INDEX).open("w") as file:
                 file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def sync(self) -> None:

@@ -144,9 +144,10 @@ class SpanWriter(Writer):
         # The kernel lets one thread at a time write to a file; the others would spin, not sleep.
         self._writing = threading.Lock()
 
-    def _create(self, nbytes: int) -> None:
-        """The checkpoint's one file, of so many bytes."""
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    def _create(self, nbytes: int, resumed: bool) -> None:
+        """The checkpoint's one file, of so many bytes; `resumed`: which may be there already."""
+        flags = os.O_WRONLY | os.O_CREAT | (0 if resumed else os.O_EXCL)
+        self._fd = os.open(self.path, flags, 0o666)
         os.truncate(self._fd, nbytes)
 
     def descriptor(self, file: str) -> int | None:

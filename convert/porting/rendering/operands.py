@@ -10,16 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from convert.program.graph import ArrayType
+
+__all__ = ["ArrayType", "Operand", "Size", "inside"]
 _ATOM = re.compile(r"[\w.]+")
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayType:
-    """Shape and dtype of a value. A size is a number, or an expression of the inputs' sizes where
-    it is dynamic; dtypes have torch's names: "float32", "int64", "bool"."""
-
-    shape: tuple[int | str, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +39,11 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A whole number that is written as an expression: `x.shape[1]`, `self.heads`. `value` is the
-    number, or the expression of the inputs' sizes that it is."""
+    """A number that is written as an expression: `x.shape[1]`, `self.heads`. `value` is the number,
+    or the expression of the inputs' sizes that it is."""
 
     text: str
-    value: int | str
+    value: int | float | str
 
     def __str__(self) -> str:
         return inside(self.text)

@@ -13,7 +13,6 @@ are cut into one-dimensional chunks: `{"__msgpack_chunked_array__": True, "shape
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, put
+from zoo.containers.committed import open_file
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.flax_msgpack.scan import CHUNKED, MAX_DEPTH, NDARRAY, Array, Scanner
 from zoo.containers.spans import Span, SpanReader, SpanWriter
@@ -59,7 +59,7 @@ class MsgpackReader(SpanReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_file(path)
         try:
             self._collect(Scanner(self._fd, path).root())
         except BaseException:
@@ -112,14 +112,18 @@ class MsgpackWriter(SpanWriter):
     container: ClassVar[str] = "msgpack"
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        resumed: bool = False,
     ) -> None:
         super().__init__(path, tensors, metadata)
         layout = _Layout()
         layout.tree(_nest(self.tensors))
         self._spans = {n: [Span(*s) for s in spans] for n, spans in layout.spans.items()}
         try:
-            self._create(layout.end)
+            self._create(layout.end, resumed)
             for offset, raw in layout.between:
                 put(self._fd, raw, offset)
         except BaseException:

@@ -22,6 +22,7 @@ import numpy as np
 
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, as_array, pread
+from zoo.containers.committed import open_file
 from zoo.containers.errors import CorruptInput, printable
 from zoo.containers.onnx_graph.external import open_beside
 from zoo.containers.onnx_graph.messages import Graph, OnnxModel, Parser, Stored
@@ -80,7 +81,7 @@ class OnnxReader(SpanReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.settled = False  # whether `tensors` are those of a model, and not all
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_file(path)
         self._beside: dict[str, int] = {}  # files with external data, by the name that is given
         try:
             model = Parser(Wire(self._fd, path)).model()

@@ -42,21 +42,25 @@ class OrbaxWriter(SpanWriter):
     container: ClassVar[str] = "orbax"
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        resumed: bool = False,
     ) -> None:
         super().__init__(path, tensors, metadata)
         _check(self.tensors)
         self._started = time.time_ns()
-        os.mkdir(path)
+        path.mkdir(exist_ok=resumed)
         for name, info in self.tensors.items():
             itemsize = dtypes.itemsize(info.dtype)
             array = ZarrArray(info, blocks(info.shape, _CHUNK // itemsize), ".")
             folder = path / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=resumed)
             (folder / "zarr.json").write_text(json.dumps(_zarr(array)))
             spans = []
             for file, nbytes in chunk_files(array):
-                with (folder / file).open("xb") as chunk:
+                with (folder / file).open("ab" if resumed else "xb") as chunk:
                     chunk.truncate(math.prod(array.chunks) * itemsize)
                 spans.append(Span(0, nbytes, f"{name}/{file}"))
             self._spans[name] = spans

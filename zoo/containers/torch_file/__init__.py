@@ -8,6 +8,7 @@ storage before any is read, and storages are read by pread, their CRC-32 checked
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
@@ -17,12 +18,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 
 from zoo.containers import dtypes
 from zoo.containers.base import TensorInfo, fsync
+from zoo.containers.committed import open_file
 from zoo.containers.errors import CorruptInput, MissingExtra, UnsafeInput, UsageError
 from zoo.containers.regions import Region, extent, whole
 from zoo.containers.spans import Span, SpanReader, Spans, SpanWriter
@@ -56,7 +58,7 @@ class TorchReader(SpanReader):
         self._what = shown(str(path))
         self._checked: set[str] = set()  # storages whose checksum was found right
         self._checking = threading.Lock()
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_file(path)
         try:
             root, self._records, self.beside = _open(self._fd, self._what, member)
             self._collect(root)
@@ -215,6 +217,32 @@ def _info(view: TensorRef, record: Record | None, what: str) -> TensorInfo:
     return info
 
 
+class _Through(io.RawIOBase):
+    """A file whose errors are kept: what is raised within torch's writer comes out as another
+    error, or ends the process."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """All of it, or, after an error, none; torch is told that it was."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view) and self.error is None:
+            try:
+                done += self._put(view[done:])
+            except OSError as e:
+                self.error = e
+        return len(view)
+
+    def _put(self, view: memoryview) -> int:
+        return self._file.write(view) or 0
+
+
 class TorchWriter(SpanWriter):
     """One zip file with an OrderedDict of plain tensors, in the order of the header.
 
@@ -275,8 +303,11 @@ class TorchWriter(SpanWriter):
             else:
                 by_name[name] = torch.empty(info.shape, dtype=dtype)
         state = OrderedDict((name, by_name[self.ties.get(name, name)]) for name in self.tensors)
-        with open(self.path, "xb") as file:
-            torch.save(state, file)
+        with open(self.path, "xb", buffering=0) as file:
+            through = _Through(file)
+            torch.save(state, cast(BinaryIO, through))
+        if through.error is not None:
+            raise through.error
 
     def sync(self) -> None:
         fsync(self.path)

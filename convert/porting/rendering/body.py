@@ -1,0 +1,391 @@
+"""What one call of a module does, as statements: its `__call__`."""
+
+from __future__ import annotations
+
+import keyword
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from convert.porting.rendering.context import Context, NotRendered, reached
+from convert.porting.rendering.names import Frames, Names
+from convert.porting.rendering.operands import Operand, Size
+from convert.porting.rendering.scopes import Scope
+from convert.porting.rendering.sizes import composed, named, unpackings
+from convert.porting.rendering.source_lines import copies, forward_lines
+from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef
+
+_GETITEM = "operator.getitem"
+# What gives its argument: copies, which JAX's arrays do not need.
+_COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
+           "aten.contiguous.default"}  # fmt: skip
+_CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
+
+
+@dataclass
+class Line:
+    """One statement: `targets = text`, or `return text` where there are none. `guard` is the
+    condition that it is under: not every instance of the class has it."""
+
+    targets: list[str]
+    text: str
+    site: CodeLine | None = None
+    guard: str = ""
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.targets)} = {self.text}" if self.targets else f"return {self.text}"
+
+
+@dataclass
+class Body:
+    """The statements of a call, its parameters, and the numbers that they take from `self`."""
+
+    parameters: list[str]
+    lines: list[Line] = field(default_factory=list)
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def body_of(scope: Scope, context: Context) -> Body:
+    """The body of one call."""
+    return _Writing(scope, context).body()
+
+
+class _Writing:
+    def __init__(self, scope: Scope, context: Context) -> None:
+        self.scope, self.context = scope, context
+        self.tree = context.tree
+        self.frames = Frames(scope)
+        self.made = Body(context.parameters_of(scope))
+        self.items = list(context.spliced(scope))
+        self.copies = {n.made: _copied(n, self.tree) for n in self.items if _is_copy(n, self.tree)}
+        self.items = [i for i in self.items if _made(i) and not _is_copy(i, self.tree)]
+        self.maker = {v: i for i, item in enumerate(self.items) for v in _made(item)}
+        self.results = [self.source(v) for v in context.results_of(scope) if v is not None]
+        self.names = Names(self.made.parameters)
+        self.texts: dict[int, str] = {}  # of values that have a name, or are written as they stand
+        self._find_uses()
+        file, first, last = forward_lines(scope.module)
+        self.unpackings = unpackings(file, first, last) if file else []
+        self.every_copy = copies(file, first, last) if file else []
+        self.copied = list(self.every_copy)
+        self.at_line = 0
+        self.read: set[str] = set()  # the names that the statement of the source mentions
+        self.local: dict[str, int | str] = {}
+        self.unpacked: dict[str, tuple[Line, int]] = {}
+
+    def source(self, value: int) -> int:
+        """The value that one is a copy of."""
+        while value in self.copies:
+            value = self.copies[value]
+        return value
+
+    # Which values get a name.
+
+    def _find_uses(self) -> None:
+        self.keys = self.frames.executions(self.items)
+        users: dict[int, list[int]] = {}
+        for i, item in enumerate(self.items):
+            for v in self._taken(item):
+                users.setdefault(v, []).append(i)
+        for v in self.results:
+            users.setdefault(v, []).append(len(self.items))
+        self.users = users
+        self.inlined = {i for i, item in enumerate(self.items) if self._is_inlined(i, item)}
+        self.root: dict[int, int] = {}  # item -> the item in whose statement it is written
+        for i in reversed(range(len(self.items))):
+            self.root[i] = i
+            if i in self.inlined:
+                (user,) = {u for v in _made(self.items[i]) for u in users.get(v, ())}
+                self.root[i] = self.root.get(user, user)
+        self.last = {
+            v: max(self.root.get(u, u) for u in found) for v, found in users.items() if found
+        }
+
+    def _taken(self, item: GraphNode | Scope) -> list[int]:
+        if isinstance(item, Scope):
+            found = self.context.passed(item)
+        else:
+            found = self.tree.taken(item)
+        return [self.source(v) for v in found]
+
+    def _is_inlined(self, i: int, item: GraphNode | Scope) -> bool:
+        """Whether an item is written where it is used: once, in the same statement."""
+        made = _made(item)
+        used = [u for v in made for u in self.users.get(v, ())]
+        if len(used) != 1 or (len(made) > 1):
+            return False
+        if isinstance(self.tree.type_of(made[0]), list):
+            return isinstance(item, GraphNode)  # its one element that is taken
+        if used[0] == len(self.items):
+            return len(self.results) == 1 and self.frames.returns(item)
+        user = self.items[used[0]]
+        if isinstance(user, Scope) and self.context.repeats(user):
+            return False
+        if self.keys[i][0] == self.keys[used[0]][0]:
+            return self.keys[i] == self.keys[used[0]]
+        return not _is_getitem(item) and self.frames.continues(item, user)
+
+    # Statements.
+
+    def body(self) -> Body:
+        """See `body_of`."""
+        self._bind_arguments()
+        for i, item in enumerate(self.items):
+            if i not in self.inlined:
+                self._statement(i, item)
+        self.made.lines.append(Line([], self._returned()))
+        self._keep_used_sizes()
+        return self.made
+
+    def _bind_arguments(self) -> None:
+        for value, text in self.context.argument_texts(self.scope).items():
+            self.texts[value] = text
+            if text in self.made.parameters:
+                self.names.bind(text, value, self.last.get(value, -1))
+            else:
+                self.names.hold(text.partition("[")[0], len(self.items) + 1)
+
+    def _statement(self, i: int, item: GraphNode | Scope) -> None:
+        if _is_getitem(item) and item.made in self.texts:  # its list's own statement has named it
+            return
+        statement = self.frames.statement(item)
+        self._read_sizes(item)
+        self._read_copies(item)
+        self.read = self.frames.mentioned(item)
+        text = self._text(i)
+        values = self._targets(item)
+        wanted = self.frames.targets(item, i, [
+            j for j, other in enumerate(self.items) if self.keys[j] == self.keys[i]
+            and j not in self.inlined and not _is_getitem(other)
+        ])  # fmt: skip
+        names = []
+        for k, value in enumerate(values):
+            last = self.last.get(value, -1)
+            if value < 0 or (last < 0 and len(values) > 1):
+                names.append("_")
+                continue
+            hint = wanted[k] if len(wanted) == len(values) else wanted[0] if wanted else ""
+            name = self.names.free(hint or _fallback(item), i)
+            self.names.bind(name, value, last)
+            self.local.pop(name, None)
+            self.texts[value] = name
+            names.append(name)
+        self.made.lines.append(Line(names, text, statement))
+
+    def _targets(self, item: GraphNode | Scope) -> list[int]:
+        """The values that the statement of an item names; -1 for one that nobody takes."""
+        made = _made(item)
+        if len(made) > 1 or not isinstance(self.tree.type_of(made[0]), list):
+            return made
+        parts: dict[int, int] = {}
+        for u in self.users.get(made[0], ()):
+            user = self.items[u] if u < len(self.items) else None
+            if not isinstance(user, GraphNode) or user.op != _GETITEM or user.args[1] in parts:
+                return made
+            parts[user.args[1]] = user.made
+        count = len(self.tree.type_of(made[0]))
+        return [parts.get(k, -1) for k in range(count)]
+
+    # Expressions.
+
+    def _text(self, i: int) -> str:
+        item = self.items[i]
+        if isinstance(item, Scope):
+            return self.context.call_text(self.scope, item, self._value_text)
+        if item.op == _GETITEM:
+            return f"{self._value_text(item.args[0].value)}[{item.args[1]}]"
+        args = [self._argument(x, item) for x in item.args]
+        kwargs = {k: self._argument(x, item) for k, x in item.kwargs.items()}
+        return self.context.operation(item.op, self.tree.type_of(item.made), args, kwargs)
+
+    def _value_text(self, value: int) -> str:
+        value = self.source(value)
+        if value in self.texts:
+            names = [n for n in self.names.names(value) if n in self.read]
+            return names[0] if len(names) == 1 else self.names.newest(value, self.texts[value])
+        if value in self.maker:
+            return self._text(self.maker[value])
+        return self.context.held_text(self.scope, value)
+
+    def _argument(self, x: Any, node: GraphNode) -> Any:
+        if isinstance(x, ValueRef):
+            if not self.tree.is_array(x.value):
+                return self._size(self.tree.type_of(x.value), node)
+            kind = self.tree.type_of(x.value)
+            text = self._value_text(x.value)
+            return Operand(text, kind) if isinstance(kind, ArrayType) else text
+        if isinstance(x, list):
+            return [self._argument(part, node) for part in x]
+        if isinstance(x, slice):
+            return slice(*(self._argument(p, node) for p in (x.start, x.stop, x.step)))
+        if (type(x) is int and x > 1) or type(x) is float:
+            return self._size(x, node)
+        return x
+
+    # Sizes.
+
+    def _size(self, wanted: Any, node: GraphNode) -> Any:
+        """A number as the statement of the source has it, if it does."""
+        if isinstance(wanted, bool) or wanted is None:
+            return wanted
+        for text, attributes in self.frames.sizes(node, self.local):
+            if type(text.value) is type(wanted) and text.value == wanted:
+                self.made.attributes |= {a: _own(self.scope.module, a, text) for a in attributes}
+                return text
+        if isinstance(wanted, int | float):
+            return wanted
+        return Size(self._axis(wanted) or composed(wanted, self._symbol), wanted)
+
+    def _symbol(self, symbol: str) -> str:
+        found = self._axis(symbol)
+        if found is None:
+            raise NotRendered(f"a size of {self.scope.path or 'the model'} is of no array in it")
+        return found
+
+    def _axis(self, wanted: str) -> str | None:
+        """`x.shape[1]`, of an array that has a name now."""
+        for name, size in self.local.items():
+            if size == wanted:
+                return name
+        for name, value in self.names.bound.items():
+            kind = self.tree.type_of(value)
+            shape = kind.shape if isinstance(kind, ArrayType) else ()
+            if wanted in shape:
+                return f"{name}.shape[{shape.index(wanted)}]"
+        for value, text in self.texts.items():
+            kind = self.tree.type_of(value)
+            if "[" in text and isinstance(kind, ArrayType) and wanted in kind.shape:
+                return f"{text}.shape[{kind.shape.index(wanted)}]"
+        return None
+
+    def _read_sizes(self, item: GraphNode | Scope) -> None:
+        """Name the sizes that the source names before this line."""
+        line = self.frames.line(item)
+        while line and self.unpackings and self.unpackings[0].line <= line:
+            found = self.unpackings.pop(0)
+            value = self.names.bound.get(found.array)
+            kind = self.tree.type_of(value) if value is not None else None
+            if not isinstance(kind, ArrayType):
+                continue
+            self._unpack(found, kind.shape)
+
+    def _read_copies(self, item: GraphNode | Scope) -> None:
+        """Give values their second names, where the source does before this line."""
+        line = self.frames.line(item)
+        if line < self.at_line:  # another round of a loop
+            self.copied = list(self.every_copy)
+        self.at_line = line or self.at_line
+        while line and self.copied and self.copied[0][0] < line:
+            _, name, other = self.copied.pop(0)
+            value = self.names.bound.get(other)
+            if value is None or not self.names.is_free(name, -1):
+                continue
+            self.names.bind(name, value, self.last.get(value, -1))
+            self.made.lines.append(Line([name], other))
+
+    def _unpack(self, found: Any, shape: tuple[int | str, ...]) -> None:
+        text = f"{found.array}.shape"
+        if found.axis is not None:
+            if not -len(shape) <= found.axis < len(shape):
+                return
+            pairs = [(found.names[0], shape[found.axis])]
+            text += f"[{found.axis}]"
+        elif len(shape) != len(found.names):
+            return
+        else:
+            pairs = list(zip(found.names, shape, strict=True))
+        if any(n and not self.names.is_free(n, len(self.items)) for n, _ in pairs):
+            return
+        line = Line([n or "_" for n, _ in pairs], text)
+        self.made.lines.append(line)
+        for k, (name, size) in enumerate(pairs):
+            if name:
+                self.local[name] = size
+                self.names.hold(name, len(self.items) + 1)
+                self.unpacked[name] = (line, k)
+
+    def _keep_used_sizes(self) -> None:
+        """Leave out the names of sizes that nothing mentions."""
+        lines = self.made.lines
+        mentioned = Counter(w for line in lines for w in _words(line.text))
+        for name, (line, k) in self.unpacked.items():
+            if not mentioned[name]:
+                line.targets[k] = "_"
+        self.made.lines = [x for x in lines if not x.targets or set(x.targets) != {"_"}]
+
+    def _returned(self) -> str:
+        self.read = set()
+        texts = {v: self._value_text(v) for v in self.results}
+        return self.context.returned(self.scope, lambda v: texts[self.source(v)])
+
+
+def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
+    """The statements without those `name = other` whose name nothing mentions before it is given
+    anew."""
+    kept = []
+    for i, line in enumerate(lines):
+        if line.site is None and line.text.isidentifier() and line.targets:
+            if not _is_read(line.targets[0], lines[i + 1 :]):
+                continue
+        kept.append(line)
+    return kept
+
+
+def _is_read(name: str, after: Sequence[Line]) -> bool:
+    for line in after:
+        if name in _words(line.text):
+            return True
+        if name in line.targets and not line.guard:
+            return False
+    return False
+
+
+def _is_getitem(item: GraphNode | Scope) -> TypeGuard[GraphNode]:
+    return isinstance(item, GraphNode) and item.op == _GETITEM
+
+
+def _made(item: GraphNode | Scope) -> list[int]:
+    return item.gives if isinstance(item, Scope) else [item.made]
+
+
+def _is_copy(item: GraphNode | Scope, tree: Any) -> bool:
+    if isinstance(item, Scope):
+        return False
+    if item.op in _COPIES:
+        return True
+    if item.op not in _CASTS:
+        return False
+    before, after = tree.type_of(item.args[0].value), tree.type_of(item.made)
+    return bool(before.dtype == after.dtype)
+
+
+def _copied(item: Any, tree: Any) -> int:
+    return int(item.args[0].value)
+
+
+def _own(module: Any, attribute: str, text: Size) -> Any:
+    """The number that an attribute of a module, or of its config, has."""
+    for held in (module, *vars(module).values()):
+        found = getattr(held, attribute, None)
+        if type(found) in (int, float):
+            return found
+    raise NotRendered(f"{text.text} is not to be found")
+
+
+def _fallback(item: GraphNode | Scope) -> str:
+    """A name for a value whose statement gives none."""
+    if isinstance(item, Scope):
+        name = item.path.rpartition(".")[2]
+        return name if not name.isdigit() else "x"
+    name = item.op.split(".")[1].strip("_")
+    return f"{name}_" if keyword.iskeyword(name) else name
+
+
+def _words(text: str) -> Iterator[str]:
+    import re
+
+    yield from re.findall(r"[A-Za-z_]\w*", text)
+
+
+__all__ = ["Body", "Line", "Mapping", "Sequence", "body_of", "reached"]

@@ -1,0 +1,140 @@
+"""What `__init__` makes, as data: calls of constructors whose numbers may become arguments."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from convert.porting.rendering.constructor import Constructor, Name, written
+
+
+@dataclass
+class MadeList:
+    """`nnx.List([...])`, or another class that takes a list, or the items one by one."""
+
+    items: list[Any]
+    callee: str = "nnx.List"
+    starred: bool = False
+
+
+@dataclass
+class MadeDict:
+    """`nnx.Dict({...})`."""
+
+    items: dict[str, Any]
+
+
+@dataclass
+class MadeVariable:
+    """`nnx.Param(...)` of what an initializer gives."""
+
+    callee: str
+    inner: Constructor | Name
+
+
+@dataclass
+class MadeModule:
+    """A part whose class the file has: `written` is its class, `path` which of its instances."""
+
+    written: Any
+    path: str
+
+
+def skeleton(x: Any) -> Any:
+    """The structure without its numbers: equal for what can be one piece of source."""
+    if isinstance(x, Constructor):
+        places = x.values().items()
+        return (x.callee, *((p, v if isinstance(v, Name) else None) for p, v in places))
+    if isinstance(x, MadeList):
+        return ("list", x.callee, *map(skeleton, x.items))
+    if isinstance(x, MadeDict):
+        return ("dict", *((k, skeleton(v)) for k, v in x.items.items()))
+    if isinstance(x, MadeVariable):
+        return ("variable", x.callee, skeleton(x.inner))
+    if isinstance(x, MadeModule):
+        return ("module", id(x.written))
+    return x if isinstance(x, Name) else "value"
+
+
+def values(x: Any, hint: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers in it, in order, each with a name that it could have."""
+    if isinstance(x, Constructor):
+        for place, value in x.values().items():
+            if not isinstance(value, Name):
+                yield _place_name(x.callee, place, hint), value
+    elif isinstance(x, MadeList):
+        for part in x.items:
+            yield from values(part, hint)
+    elif isinstance(x, MadeDict):
+        for name, part in x.items.items():
+            yield from values(part, name)
+    elif isinstance(x, MadeVariable):
+        yield from values(x.inner, hint)
+    elif isinstance(x, MadeModule):
+        yield from x.written.arguments_of(x.path).items()
+    elif not isinstance(x, Name):
+        yield hint, x
+
+
+_POSITIONS = {
+    "Linear": ("in_features", "out_features"),
+    "Conv": ("in_features", "out_features", "kernel_size"),
+    "LayerNorm": ("num_features", "epsilon"),
+    "BatchNorm": ("num_features",),
+    "GroupNorm": ("num_features", "num_groups"),
+    "Embed": ("num_embeddings", "features"),
+    "Dropout": ("rate",),
+}
+
+
+def _place_name(callee: str, place: tuple[int | str, ...], hint: str) -> str:
+    first = place[0]
+    if isinstance(first, str):
+        return first
+    kind = callee.rpartition(".")[2].rstrip("123d")
+    names = _POSITIONS.get(kind, ())
+    return names[first] if first < len(names) else hint
+
+
+def text(x: Any, names: Iterator[str | None]) -> str:
+    """The expression; `names` gives what is written for each number, in the order of `values`,
+    None where it stays a number."""
+    if isinstance(x, Constructor):
+        places = [p for p, v in x.values().items() if not isinstance(v, Name)]
+        given = {p: next(names) for p in places}
+        return x.text({p: t for p, t in given.items() if t is not None})
+    if isinstance(x, MadeList):
+        parts = [text(part, names) for part in x.items]
+        return f"{x.callee}({', '.join(parts) if x.starred else _list(parts)})"
+    if isinstance(x, MadeDict):
+        pairs = [f"{k!r}: {text(part, names)}" for k, part in x.items.items()]
+        return f"nnx.Dict({{{', '.join(pairs)}}})"
+    if isinstance(x, MadeVariable):
+        return f"{x.callee}({text(x.inner, names)})"
+    if isinstance(x, MadeModule):
+        defaults = x.written.defaults()
+        args = []
+        for name, value in x.written.arguments_of(x.path).items():
+            given = next(names)
+            if name not in defaults:
+                args.append(given or written(value))
+            elif given or repr(defaults[name]) != repr(value):
+                args.append(f"{name}={given or written(value)}")
+        return f"{x.written.name}({', '.join([*args, 'rngs=rngs'])})"
+    if isinstance(x, Name):
+        return x.text
+    return next(names) or written(x)
+
+
+def _list(items: list[str]) -> str:
+    """Items of a list, those that are alike in a row by a comprehension."""
+    if len(items) > 1 and len(set(items)) == 1:
+        return f"[{items[0]} for _ in range({len(items)})]"
+    groups = [(x, len(list(run))) for x, run in itertools.groupby(items)]
+    parts = [
+        f"*({x} for _ in range({count}))" if count > 2 else ", ".join([x] * count)
+        for x, count in groups
+    ]
+    return f"[{', '.join(parts)}]"

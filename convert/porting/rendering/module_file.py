@@ -1,0 +1,238 @@
+"""The file of a port: its header, imports, functions and classes."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.porting.rendering.body import Body, Line, without_dead_copies
+from convert.porting.rendering.classes import Classes, WrittenClass
+from convert.porting.rendering.constructor import written as plainly
+from convert.porting.rendering.context import Context
+from convert.porting.rendering.loops import Loop, rolled
+from convert.porting.rendering.operands import ArrayType
+from convert.porting.rendering.scopes import Tree
+from convert.porting.rendering.subscripts import Subscripts
+from convert.porting.rendering.written_rules import written
+from convert.porting.rendering.variants import negation
+from convert.porting.tensors_by_name import ByName
+from convert.program.graph import Graph, ValueRef, refs
+from zoo.layout import Layout
+
+INDENT = "    "
+_KINDS = {
+    "Buffer": "A tensor that is saved and not trained.",
+    "Constant": "A tensor that is neither saved nor trained.",
+}
+
+
+@dataclass(frozen=True)
+class ModuleFile:
+    """The source, the name of the model's class in it, and the arrays that it reads from the file
+    beside it (none: there is no such file)."""
+
+    source: str
+    model: str
+    arrays: dict[str, np.ndarray]
+
+
+def module_file(
+    graph: Graph,
+    module: Any,
+    layout: Layout,
+    header: str,
+    constructed: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ModuleFile:
+    """The port of a module whose graph has its calls noted. `constructed` are the plain arguments
+    that the constructors of its parts were given, by path."""
+    by_name = ByName(layout)
+
+    def home(name: str) -> str:
+        entry = by_name.flax_of(name)
+        return entry.flax[0].name if entry is not None else name
+
+    context = Context(Tree(graph, module, home), by_name, module)
+    classes = Classes(context, constructed or {})
+    return _File(context, classes, header).file()
+
+
+class _File:
+    def __init__(self, context: Context, classes: Classes, header: str) -> None:
+        self.context, self.classes, self.header = context, classes, header
+        modules = context.tree.modules
+        self.lengths = {p: len(list(m.named_children())) for p, m in modules.items()}
+
+    def file(self) -> ModuleFile:
+        """The whole file."""
+        rules = written(self.context.operations)
+        parts = [self._kinds(), self._tuples(), rules.source.strip()]
+        parts += ["\n".join(self._class(c)) for c in self.classes.every]
+        body = "\n\n\n".join(p for p in parts if p)
+        arrays = ["ARRAYS = np.load(Path(__file__).with_suffix('.npz'))"]
+        text = "\n\n".join(
+            p
+            for p in (
+                f'"""{self.header}"""',
+                "\n".join(self._imports(body, rules.imports)),
+                "\n".join(arrays) if self.context.arrays else "",
+                body,
+            )
+            if p
+        )
+        model = self.classes.by_path[""].name
+        return ModuleFile(formatted(text + "\n"), model, self.context.arrays)
+
+    def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
+        words = set(re.findall(r"\w+", body))
+        known = {
+            "Any": "from typing import Any",
+            "NamedTuple": "from typing import NamedTuple",
+            "Path": "from pathlib import Path",
+            "jax": "import jax",
+            "jnp": "import jax.numpy as jnp",
+            "lax": "from jax import lax",
+            "math": "import math",
+            "np": "import numpy as np",
+            "Array": "from jax import Array",
+        }
+        lines = {"from __future__ import annotations", "from flax import nnx"}
+        lines |= {line for name, line in known.items() if name in words}
+        lines |= {*self.classes.imports, *more}
+        if self.context.arrays:
+            lines |= {known["np"], known["Path"]}
+        order = sorted(lines, key=lambda x: (not x.startswith("from __future__"), x))
+        return [order[0], "", *order[1:]]
+
+    def _kinds(self) -> str:
+        made = [
+            f'class {kind}(nnx.Variable):\n{INDENT}"""{_KINDS[kind]}"""'
+            for kind in self.context.kinds
+        ]
+        return "\n\n\n".join(made)
+
+    def _tuples(self) -> str:
+        made = []
+        for name, fields in self.context.tuples.items():
+            lines = "\n".join(f"{INDENT}{f}: Any" for f in fields)
+            made.append(f"class {name}(NamedTuple):\n{lines}")
+        return "\n\n\n".join(made)
+
+    # Classes.
+
+    def _class(self, written: WrittenClass) -> Iterator[str]:
+        base = "nnx.List[Any]" if written.items else "nnx.Module"
+        of = f"{written.of.__module__}.{written.of.__qualname__}"
+        yield f"class {written.name}({base}):"
+        yield f'{INDENT}"""{of}"""'
+        yield ""
+        yield from self._init(written)
+        if written.body is not None:
+            yield ""
+            yield from self._call(written, written.body)
+
+    def _init(self, written: WrittenClass) -> Iterator[str]:
+        first = next(iter(written.made))
+        given = written.arguments_of(first)
+        defaults = written.defaults()
+        types = [
+            f"{n}: {_type(written.parameters[n].values())}"
+            + (f" = {plainly(defaults[n])}" if n in defaults else "")
+            for n in given
+        ]
+        yield f"{INDENT}def __init__({', '.join(['self', *types, '*', 'rngs: nnx.Rngs'])}) -> None:"
+        made = list(written.init())
+        if written.items:
+            numbered = [text for name, text in made if name.isdigit()]
+            yield f"{INDENT * 2}super().__init__([{', '.join(numbered)}])"
+        for name, text in made:
+            if not name.isdigit():
+                yield f"{INDENT * 2}self.{name} = {_plain(text)}"
+        if not made:
+            yield f"{INDENT * 2}pass"
+
+    def _call(self, written: WrittenClass, body: Body) -> Iterator[str]:
+        path = next(iter(written.made))
+        scopes = self.classes.scopes[path]
+        parameters = [f"{p}: {self._parameter(p, written)}" for p in body.parameters]
+        result = self._result(scopes[0])
+        yield f"{INDENT}def __call__({', '.join(['self', *parameters])}) -> {result}:"
+        prefix = f"{path}." if path else ""
+        lengths = {
+            f"self.{p.removeprefix(prefix)}": n
+            for p, n in self.lengths.items()
+            if p.startswith(prefix) and p != path
+        }
+        guard = ""
+        for line in rolled(without_dead_copies(body.lines), lengths):
+            own = line.guard if isinstance(line, Line) else ""
+            if own != guard and own:
+                after = guard and own == negation(guard)
+                yield f"{INDENT * 2}{'else' if after else f'if {own}'}:"
+            guard = own
+            margin = INDENT * (3 if own else 2)
+            if isinstance(line, Loop):
+                yield f"{margin}{line.header()}"
+                for one in line.lines:
+                    yield f"{margin}{INDENT}{_plain(str(one))}"
+            else:
+                yield f"{margin}{_plain(str(line))}"
+
+    def _parameter(self, name: str, written: WrittenClass) -> str:
+        every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
+        scope = every[0]
+        given = [s.call.arguments.get(name) for s in every]
+        nested = any(isinstance(x, list | dict) for x in given)
+        kind = "Any" if nested else "Array"
+        return f"{kind} | None = None" if self.context.is_optional(name, scope) else kind
+
+    def _result(self, scope: Any) -> str:
+        if not scope.path:
+            nesting = self.context.tree.graph.outputs
+            if nesting.kind == "leaf":
+                return "Array"
+            return str(nesting.cls.__name__) if nesting.kind == "named" else "Any"
+        values = self.context.results_of(scope)
+        if len(values) == 1 and values[0] is not None:
+            kind = self.context.tree.type_of(values[0])
+            return "Array" if isinstance(kind, ArrayType) else "Any"
+        return "tuple[Any, ...]" if values else "None"
+
+
+def _type(values: Any) -> str:
+    names = list(dict.fromkeys("None" if v is None else type(v).__name__ for v in values))
+    return " | ".join("tuple[Any, ...]" if n == "tuple" else n for n in names)
+
+
+def _plain(text: str) -> str:
+    """A statement or expression without parentheses that are not needed."""
+    try:
+        return ast.unparse(Subscripts().visit(ast.parse(text)))
+    except SyntaxError as e:
+        raise AssertionError(f"{text}: {e}") from e
+
+
+def formatted(source: str) -> str:
+    """The source as ruff formats it, where that is installed."""
+    ruff = shutil.which("ruff") or shutil.which("ruff", path=str(sys.prefix) + "/bin")
+    if ruff is None:
+        return source
+    for command in (
+        ["check", "--isolated", "--select", "I", "--fix-only", "--quiet", "-"],
+        ["format", "--isolated", "--line-length", "100", "--quiet", "-"],
+    ):
+        done = subprocess.run(
+            [ruff, *command], input=source, capture_output=True, text=True, check=False
+        )
+        source = done.stdout if done.returncode == 0 else source
+    return source
+
+
+__all__ = ["ModuleFile", "ValueRef", "formatted", "module_file"]

@@ -1,0 +1,136 @@
+"""A graph as a tree: each call of a module with the operations and the calls inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from convert.porting.rendering.source_lines import forward_lines
+from convert.program.called_modules import ModuleCall
+from convert.program.graph import ArrayType, CodeLine, Graph, GraphNode, Placeholder, ValueRef, refs
+
+
+@dataclass(eq=False)
+class Scope:
+    """One call of a module. `depth` is the frame of its forward among those of its nodes; `takes`
+    are the values from outside that are used in it, `gives` those made in it and used outside."""
+
+    path: str
+    module: Any
+    call: ModuleCall
+    items: list[GraphNode | Scope] = field(default_factory=list)
+    depth: int = 0
+    takes: list[int] = field(default_factory=list)
+    gives: list[int] = field(default_factory=list)
+
+    def nodes(self) -> Iterator[GraphNode]:
+        """Every operation in it, at any depth, in order."""
+        for item in self.items:
+            if isinstance(item, Scope):
+                yield from item.nodes()
+            else:
+                yield item
+
+    def scopes(self) -> Iterator[Scope]:
+        """It and every call inside it, outermost first."""
+        yield self
+        for item in self.items:
+            if isinstance(item, Scope):
+                yield from item.scopes()
+
+    def place(self, of: GraphNode | Scope) -> tuple[CodeLine, ...]:
+        """Where in this call's own code an item stands: the lines from forward inwards."""
+        first = next(of.nodes(), None) if isinstance(of, Scope) else of
+        if first is None:
+            return ()
+        last = of.depth if isinstance(of, Scope) and of.depth > self.depth else None
+        return first.frames[self.depth : last]
+
+
+class Tree:
+    """The scopes of a graph of `module`, whose calls were noted. `home` gives the name that one of
+    its tensors has in Flax."""
+
+    def __init__(self, graph: Graph, module: Any, home: Callable[[str], str]) -> None:
+        self.graph, self.home = graph, home
+        self.placeholders: dict[int, Placeholder] = {p.value: p for p in graph.placeholders}
+        modules = dict(module.named_modules(remove_duplicate=False))
+        self.modules = modules
+        self.nodes = [n for n in graph.nodes if self.is_array(n.made)]
+        calls = iter(sorted(graph.calls, key=lambda c: (c.begin, -c.end)))
+        self.root = Scope("", module, next(calls))
+        self._fill(self.root, list(calls))
+        self._depths(self.root, 0)
+        self._borders()
+
+    def is_array(self, value: int) -> bool:
+        """Whether a value is an array, or a list of them; sizes are not."""
+        return isinstance(self.graph.types.get(value), ArrayType | list)
+
+    def type_of(self, value: int) -> Any:
+        """See `Graph.types`."""
+        return self.graph.types[value]
+
+    def _fill(self, root: Scope, calls: list[ModuleCall]) -> None:
+        running = [root]
+        events: list[tuple[int, int, Any]] = [(n.made, 1, n) for n in self.nodes]
+        events += [(c.begin, 0, c) for c in calls]
+        for number, _, event in sorted(events, key=lambda e: e[:2]):
+            while len(running) > 1 and running[-1].call.end < number:
+                running.pop()
+            if isinstance(event, ModuleCall):
+                made = Scope(event.path, self.modules[event.path], event)
+                running[-1].items.append(made)
+                running.append(made)
+            else:
+                running[-1].items.append(event)
+
+    def _depths(self, scope: Scope, start: int) -> None:
+        scope.depth = start
+        first = next(scope.nodes(), None)
+        if first is not None:
+            file, low, high = forward_lines(scope.module)
+            for i, frame in enumerate(first.frames[start:], start):
+                if frame.file == file and low <= frame.line <= high:
+                    scope.depth = i
+                    break
+        for item in scope.items:
+            if isinstance(item, Scope):
+                self._depths(item, scope.depth + 1)
+
+    def taken(self, item: GraphNode | Scope) -> list[int]:
+        """The arrays that an item takes, each as often as it is mentioned."""
+        if isinstance(item, Scope):
+            return item.takes
+        return [v for v in refs((item.args, dict(item.kwargs))) if self.is_array(v)]
+
+    def own(self, value: int, path: str) -> bool:
+        """Whether a value is a tensor that the module at a path holds, or a part of it does."""
+        p = self.placeholders.get(value)
+        if p is None or p.kind == "input":
+            return False
+        if p.kind == "constant" or not path:
+            return True
+        return self.home(p.name).startswith(f"{path}.")
+
+    def _borders(self) -> None:
+        """`takes` and `gives` of every scope."""
+        users: dict[int, list[int]] = {}  # value -> the operations that take it, by what they make
+        for node in self.nodes:
+            for value in self.taken(node):
+                users.setdefault(value, []).append(node.made)
+        results = set(refs((self.graph.results, self.graph.mutations)))
+        for scope in self.root.scopes():
+            made = [n.made for n in scope.nodes()]
+            inside = set(made)
+            taken = dict.fromkeys(v for n in scope.nodes() for v in self.taken(n))
+            scope.takes = [v for v in taken if v not in inside and not self.own(v, scope.path)]
+            scope.gives = [
+                v
+                for v in made
+                if v in results or any(u not in inside for u in users.get(v, ()))
+            ]
+            passed = [r.value for r in scope.call.results if isinstance(r, ValueRef)]
+            order = {v: i for i, v in reversed(list(enumerate(passed)))}
+            scope.gives.sort(key=lambda v: (order.get(v, len(passed)), v))

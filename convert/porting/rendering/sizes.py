@@ -1,0 +1,184 @@
+"""Sizes as the source has them: `B, T, C = x.shape`, `self.heads`, `C // self.heads`."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from convert.porting.rendering.operands import Size, inside
+from convert.porting.rendering.source_lines import source_file
+
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+Values = Mapping[str, "int | str"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A statement of the source that names sizes: `B, _, C = x.shape`, `T = x.size(1)`."""
+
+    line: int
+    names: tuple[str | None, ...]
+    array: str
+    axis: int | None  # of one that names a single size
+
+
+def unpackings(file: str, first: int, last: int) -> list[Unpacked]:
+    """Those of the lines of a function, in order."""
+    found = []
+    seen = set()
+    for line in range(first, last + 1):
+        statement = source_file(file).statement(line)
+        if isinstance(statement, ast.Assign) and id(statement) not in seen:
+            seen.add(id(statement))
+            found += list(_unpacking(statement))
+    return found
+
+
+def _unpacking(statement: ast.Assign) -> Iterator[Unpacked]:
+    target, value = statement.targets[0], statement.value
+    array, axis = _shape_of(value)
+    if array is None:
+        return
+    if isinstance(target, ast.Name) and axis is not None:
+        yield Unpacked(statement.lineno, (target.id,), array, axis)
+    elif isinstance(target, ast.Tuple) and axis is None:
+        if all(isinstance(x, ast.Name) for x in target.elts):
+            names = tuple(x.id if x.id != "_" else None for x in target.elts)  # type: ignore[attr-defined]
+            yield Unpacked(statement.lineno, names, array, None)
+
+
+def _shape_of(value: ast.expr) -> tuple[str | None, int | None]:
+    """The array whose shape an expression is, and the axis: `x.shape`, `x.size(1)`, `x.shape[0]`."""
+    axis = None
+    if isinstance(value, ast.Subscript):
+        axis = _number(value.slice)
+        if axis is None:
+            return None, None
+        value = value.value
+    if isinstance(value, ast.Call) and not value.keywords and isinstance(value.func, ast.Attribute):
+        if value.func.attr != "size" or len(value.args) > 1:
+            return None, None
+        if value.args and (axis := _number(value.args[0])) is None:
+            return None, None
+        value = value.func.value
+    elif isinstance(value, ast.Attribute) and value.attr == "shape":
+        value = value.value
+    else:
+        return None, None
+    return (value.id, axis) if isinstance(value, ast.Name) else (None, None)
+
+
+def _number(x: ast.expr) -> int | None:
+    try:
+        found = ast.literal_eval(x)
+    except ValueError:
+        return None
+    return found if isinstance(found, int) else None
+
+
+def named(
+    statement: ast.stmt | None, module: Any, me: str, local: Values
+) -> Iterator[tuple[Size, set[str]]]:
+    """The numbers that a statement of the source mentions, each with the attributes of the module
+    that it mentions. `me` is what the source calls the module, `local` are the names of sizes that
+    are known."""
+    reading = _Reading(module, me, local)
+    if statement is None:
+        return
+    for part in ast.walk(statement):
+        if not isinstance(part, ast.Attribute | ast.Name | ast.BinOp):
+            continue
+        attributes: set[str] = set()
+        value = reading.evaluated(part, attributes)
+        if value is not None and (attributes or _names(part) & local.keys()):
+            yield Size(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value), attributes
+
+
+def _names(part: ast.AST) -> set[str]:
+    return {x.id for x in ast.walk(part) if isinstance(x, ast.Name)}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Numbers in a source, evaluated."""
+
+    module: Any
+    me: str
+    local: Values
+
+    def evaluated(self, part: ast.expr, attributes: set[str]) -> Any:
+        """The number that an expression is, or the size; None where it is neither. `attributes`
+        gets those of the module that it mentions."""
+        if isinstance(part, ast.Constant) and type(part.value) in (int, float):
+            return part.value
+        if isinstance(part, ast.Name):
+            return self.local.get(part.id)
+        if isinstance(part, ast.Attribute):
+            found = self.attribute(part)
+            if type(found) not in (int, float):
+                return None
+            attributes.add(part.attr)
+            return found
+        if isinstance(part, ast.BinOp) and (apply := _OPERATORS.get(type(part.op))) is not None:
+            left = self.evaluated(part.left, attributes)
+            right = self.evaluated(part.right, attributes)
+            if isinstance(left, int | float) and isinstance(right, int | float):
+                try:
+                    return apply(left, right)
+                except (ArithmeticError, ValueError):
+                    return None
+        return None
+
+    def attribute(self, part: ast.Attribute) -> Any:
+        """The value of `self.heads`, `self.config.heads`."""
+        path = []
+        x: ast.expr = part
+        while isinstance(x, ast.Attribute):
+            path.append(x.attr)
+            x = x.value
+        if not isinstance(x, ast.Name) or x.id != self.me:
+            return None
+        found = self.module
+        for name in reversed(path):
+            try:
+                found = getattr(found, name)
+            except Exception:  # whatever a stranger's property raises
+                return None
+        return found
+
+
+class _Flat(ast.NodeTransformer):
+    """`self.config.heads` as `self.heads`."""
+
+    def __init__(self, me: str) -> None:
+        self.me = me
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        x: ast.expr = node
+        while isinstance(x, ast.Attribute):
+            x = x.value
+        known = isinstance(x, ast.Name) and x.id == self.me
+        return ast.Attribute(ast.Name("self") if known else x, node.attr, ast.Load())
+
+
+def composed(expression: str, of_symbol: Callable[[str], str]) -> str:
+    """An expression of the inputs' sizes with the text of each symbol in it."""
+    tree = ast.parse(expression, mode="eval").body
+
+    class Named(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            if node.id in ("math", "max", "min"):
+                return node
+            return ast.parse(inside(of_symbol(node.id)), mode="eval").body
+
+    return ast.unparse(Named().visit(tree))

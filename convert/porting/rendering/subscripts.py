@@ -1,0 +1,59 @@
+"""Slices of slices, as one: `x[..., :2, :][..., :3]` is `x[..., :2, :3]`."""
+
+from __future__ import annotations
+
+import ast
+
+
+class Subscripts(ast.NodeTransformer):
+    """Joins them, where no axis is cut twice."""
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        """One subscript, those inside it first."""
+        node.value = self.visit(node.value)
+        inner = node.value
+        if not isinstance(inner, ast.Subscript):
+            return node
+        if isinstance(inner.slice, ast.Constant) and inner.slice.value is Ellipsis:
+            return ast.Subscript(inner.value, node.slice, ast.Load())
+        joined = _joined(_parts(inner.slice), _parts(node.slice))
+        if joined is None:
+            return node
+        slices = joined[0] if len(joined) == 1 else ast.Tuple(joined, ast.Load())
+        return ast.Subscript(inner.value, slices, ast.Load())
+
+
+def _parts(index: ast.expr) -> list[ast.expr]:
+    return list(index.elts) if isinstance(index, ast.Tuple) else [index]
+
+
+def _joined(first: list[ast.expr], second: list[ast.expr]) -> list[ast.expr] | None:
+    from_end = _is_ellipsis(first[0]), _is_ellipsis(second[0])
+    if from_end[0] != from_end[1]:
+        return None
+    head = [first[0]] if from_end[0] else []
+    a, b = first[len(head) :], second[len(head) :]
+    if not all(isinstance(x, ast.Slice) for x in (*a, *b)):
+        return None
+    whole = ast.Slice()
+    count = max(len(a), len(b))
+    missing = [whole] * count
+    if from_end[0]:
+        a, b = (missing + a)[-count:], (missing + b)[-count:]
+    else:
+        a, b = (a + missing)[:count], (b + missing)[:count]
+    made = []
+    for x, y in zip(a, b, strict=True):
+        if _is_whole(x) or _is_whole(y):
+            made.append(y if _is_whole(x) else x)
+        else:
+            return None
+    return [*head, *made]
+
+
+def _is_ellipsis(x: ast.expr) -> bool:
+    return isinstance(x, ast.Constant) and x.value is Ellipsis
+
+
+def _is_whole(x: ast.expr) -> bool:
+    return isinstance(x, ast.Slice) and not (x.lower or x.upper or x.step)

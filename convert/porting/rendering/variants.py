@@ -1,0 +1,153 @@
+"""Instances of one class that do not all do the same: statements under conditions."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from convert.porting.rendering.body import Line
+from convert.porting.rendering.source_lines import own_name, source_file
+
+_PLAIN = (ast.Attribute, ast.Name, ast.Load, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp,
+          ast.Not, ast.And, ast.Or, ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt,
+          ast.GtE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instance: torch's module, the attributes that `__init__` sets, and its statements."""
+
+    module: Any
+    attributes: frozenset[str]
+    lines: tuple[str, ...]
+
+
+@dataclass
+class Condition:
+    """A condition on `self`, by its text, and whether it holds for an instance. `values` are the
+    plain attributes that it mentions."""
+
+    text: str
+    holds: Callable[[Instance], bool]
+    values: tuple[str, ...] = ()
+
+    def negated(self) -> Condition:
+        """The opposite."""
+        return Condition(negation(self.text), lambda one: not self.holds(one), self.values)
+
+
+def negation(text: str) -> str:
+    """The opposite of a condition."""
+    if text.startswith("not ") and " and " not in text and " or " not in text:
+        return text.removeprefix("not ")
+    for a, b in ((" is not None", " is None"), (" is None", " is not None")):
+        if text.endswith(a) and text.count(" ") == a.count(" "):
+            return text.removesuffix(a) + b
+    return f"not {text}" if re.fullmatch(r"[\w.]+", text) else f"not ({text})"
+
+
+class Union:
+    """The statements of a class, and the conditions that they are under, by their texts."""
+
+    def __init__(self, lines: Sequence[Line], first: Instance) -> None:
+        self.lines = list(lines)
+        self.conditions: dict[str, Condition] = {}
+        self.instances = [first]
+
+    def joined(self, lines: Sequence[Line], one: Instance) -> Union | None:
+        """With an instance of other statements; None where no condition tells them apart."""
+        old = [str(x) for x in self.lines]
+        new = [str(x) for x in lines]
+        made = Union([], one)
+        made.conditions = dict(self.conditions)
+        made.instances = [*self.instances, one]
+        for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            if kind == "equal":
+                made.lines += self.lines[a:b]
+                continue
+            if not made._add(self.lines[a:b], lines[c:d], one):
+                return None
+        return made if made._holds() else None
+
+    def _add(self, old: Sequence[Line], new: Sequence[Line], one: Instance) -> bool:
+        before = self.instances[:-1]
+        if any(line.guard for line in old):
+            # Under conditions already: they must be false here, and nothing else must be done.
+            if any(not x.guard or self.conditions[x.guard].holds(one) for x in old):
+                return False
+            if new:
+                return False
+            self.lines += old
+            return True
+        found = next(_conditions(old, before, [one]), None)
+        opposite = next(_conditions(new, [one], before), None) if found is None else None
+        if found is None and opposite is None:
+            return False
+        yes = found if found is not None else opposite.negated()  # type: ignore[union-attr]
+        no = yes.negated()
+        self.conditions |= {yes.text: yes, no.text: no}
+        self.lines += [dataclasses.replace(x, guard=yes.text) for x in old]
+        self.lines += [dataclasses.replace(x, guard=no.text) for x in new]
+        return True
+
+    def _holds(self) -> bool:
+        """Whether every instance does what it did."""
+        for one in self.instances:
+            own = [
+                str(x) for x in self.lines if not x.guard or self.conditions[x.guard].holds(one)
+            ]
+            if tuple(own) != one.lines:
+                return False
+        return True
+
+
+def _conditions(
+    lines: Sequence[Line], having: Sequence[Instance], lacking: Sequence[Instance]
+) -> Iterator[Condition]:
+    """What tells instances that have these statements from those that have not."""
+    candidates = [*_of_source(lines, having[0].module), *_of_parts(lines, having)]
+    for found in candidates:
+        try:
+            right = all(map(found.holds, having)) and not any(map(found.holds, lacking))
+        except Exception:  # whatever a stranger's attribute raises
+            continue
+        if right:
+            yield found
+
+
+def _of_source(lines: Sequence[Line], module: Any) -> Iterator[Condition]:
+    """The conditions of the source that the first statement is under."""
+    site = next((x.site for x in lines if x.site is not None), None)
+    if site is None:
+        return
+    me = own_name(module)
+    for test, holds in source_file(site.file).choices_around(site.line):
+        parts = list(ast.walk(test))
+        if not all(isinstance(p, _PLAIN) for p in parts):
+            continue
+        if any(isinstance(p, ast.Name) and p.id != me for p in parts):
+            continue
+        code = compile(ast.Expression(test), "<condition>", "eval")
+
+        def value(one: Instance, code: Any = code) -> bool:
+            return bool(eval(code, {"__builtins__": {}}, {me: one.module}))
+
+        text = re.sub(rf"\b{me}\.(?:\w+\.)*(\w+)", r"self.\1", ast.unparse(test))
+        tested = tuple(dict.fromkeys(re.findall(r"self\.(\w+)", text)))
+        found = Condition(text, value, tested)
+        yield found if holds else found.negated()
+
+
+def _of_parts(lines: Sequence[Line], having: Sequence[Instance]) -> Iterator[Condition]:
+    """Whether a part is there that the statements mention."""
+    names = dict.fromkeys(n for x in lines for n in re.findall(r"self\.(\w+)", x.text))
+    for name in names:
+        if all(name in one.attributes for one in having):
+            yield Condition(
+                f"self.{name} is not None", lambda one, name=name: name in one.attributes
+            )

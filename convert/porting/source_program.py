@@ -1,0 +1,133 @@
+"""A port's source, imported, in the place of the graph that it was written of: to be proved alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.porting.program_of import TorchProgram
+from convert.porting.rendering.module_file import ModuleFile
+from convert.program.graph import Graph
+from convert.program.nesting import taken_apart
+from convert.runtime.arrays import is_array
+from zoo.containers.errors import ZooError
+
+_NUMBERS = itertools.count()
+
+
+class Imported:
+    """The file of a port, imported under a name of its own from a folder that is gone with this."""
+
+    def __init__(self, file: ModuleFile) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="zooconvert-port-")
+        path = Path(self.folder.name) / "port.py"
+        path.write_text(file.source)
+        if file.arrays:
+            np.savez(path.with_suffix(".npz"), **file.arrays)  # type: ignore[arg-type]
+        name = f"_zooconvert_port_{next(_NUMBERS)}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = self.module
+        try:
+            spec.loader.exec_module(self.module)
+        finally:
+            del sys.modules[name]
+        self.model = getattr(self.module, file.model)
+
+    def net(self) -> Any:
+        """The model, with fresh weights, in eval mode."""
+        from flax import nnx
+
+        net = self.model(rngs=nnx.Rngs(0))
+        net.eval()
+        return net
+
+
+class SourceProgram(TorchProgram):
+    """A program that runs what was written, and not its graph."""
+
+    def __init__(self, program: TorchProgram, imported: Imported) -> None:
+        vars(self).update(vars(program))
+        vars(self).pop("_jitted", None)
+        self.imported = imported
+
+    def twin(self, graph: Graph, training: bool = False) -> TorchProgram:
+        """See TorchProgram.twin."""
+        return SourceProgram(super().twin(graph, training), self.imported)
+
+    def _traced(
+        self, training: bool, state: dict[str, Any], constants: dict, arrays: list, key: Any
+    ) -> tuple[list[Any], dict[str, Any]]:
+        net = self.imported.net()
+        fill(net, state | constants)
+        found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
+        call = self.called(dict(zip(found, arrays, strict=True)))
+        result = net(**call)
+        _, leaves = taken_apart(result, "", lambda _, x: x)
+        return [x for x in leaves if is_array(x)], {}
+
+    def called(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call, of the arrays by their paths."""
+        made: dict[str, Any] = {}
+        for path, array in arrays.items():
+            place(made, path.split("."), array)
+        return {name: _closed(x) for name, x in made.items()}
+
+
+def place(tree: dict[str, Any], path: list[str], array: Any) -> None:
+    """An array at a path in nested dicts."""
+    *outer, last = path
+    for part in outer:
+        tree = tree.setdefault(part, {})
+    tree[last] = array
+
+
+def _closed(tree: Any) -> Any:
+    """Dicts of numbered parts as tuples."""
+    if not isinstance(tree, dict):
+        return tree
+    parts = {k: _closed(x) for k, x in tree.items()}
+    if all(k.isdigit() for k in parts):
+        count = 1 + max(map(int, parts))
+        return tuple(parts.get(str(i)) for i in range(count))
+    return parts
+
+
+def fill(net: Any, state: Mapping[str, Any]) -> None:
+    """Give a port's variables the arrays of their names. ZooError where one has none, or another
+    shape; constants that are not given stay."""
+    from flax import nnx
+
+    wrong = []
+    for path, variable in nnx.to_flat_state(nnx.state(net, nnx.Not(nnx.RngState))):
+        name = ".".join(map(str, path))
+        if name not in state:
+            if type(variable).__name__ != "Constant":
+                wrong.append(f"{name} has no tensor in the layout")
+            continue
+        if tuple(variable.get_value().shape) != tuple(state[name].shape):
+            wrong.append(f"{name} is {variable.get_value().shape}, not {state[name].shape}")
+            continue
+        _variable(net, path).set_value(state[name])
+    for _, part in nnx.iter_modules(net):
+        if isinstance(part, nnx.Embed):  # which has taken the dtype of what it was made with
+            part.dtype = part.embedding.get_value().dtype
+    if wrong:
+        raise ZooError("the port holds other tensors than its layout", "report this", wrong)
+
+
+def _variable(net: Any, path: tuple[Any, ...]) -> Any:
+    for part in path:
+        net = net[part] if isinstance(part, int) or not hasattr(net, str(part)) else getattr(
+            net, str(part)
+        )
+    return net
