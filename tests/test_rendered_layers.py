@@ -236,11 +236,7 @@ def held_alike(make: Make, shape: tuple[int, ...], axes: Any = "first", flat: bo
         nets[-1].eval()
         expected.append(turned(module(torch.from_numpy(x.astype(dtype))).detach().numpy()))
     given = last(x) if axes == "last" else x
-
-    @nnx.jit
-    def both(wide: Any, narrow: Any, x: Any) -> tuple[Any, Any]:
-        return wide(x), narrow(x.astype(np.float32))
-
+    both: Any = nnx.jit(lambda a, b, x: (a(x), b(x.astype(np.float32))))
     wide, narrow = both(*nets, given)
     close(wide, expected[0], "float64")
     close(narrow, expected[1], "float32")
