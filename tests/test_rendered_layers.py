@@ -111,6 +111,7 @@ FEATURES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "layernorm_bias": (lambda: nn.LayerNorm(6, bias=False), (2, 3, 6)),
     "layernorm_bare": (lambda: nn.LayerNorm(6, elementwise_affine=False), (2, 3, 6)),
     "rmsnorm": (lambda: nn.RMSNorm(6, eps=1e-6), (2, 3, 6)),
+    "rmsnorm_machine": (lambda: nn.RMSNorm(6), (2, 3, 6)),
     "dropout": (lambda: nn.Dropout(0.1), (2, 3)),
     "identity": (nn.Identity, (2, 3)),
     "batchnorm_rows": (lambda: nn.BatchNorm1d(5), (4, 5)),
@@ -385,6 +386,11 @@ def test_attention_is_torchs(case: str, batch_first: bool) -> None:
         close(got[1], expected[1], "float64")
 
 
+def test_gpt2s_linear_layer_is_stored_in_out() -> None:
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    held_alike(lambda: layers.Conv1D(6, 4), (2, 3, 4))
+
+
 # -- what is not such a layer -------------------------------------------------------------------
 
 
@@ -442,7 +448,7 @@ NOT: dict[str, Make] = {
     "scaled_gradient": lambda: nn.Embedding(3, 4, scale_grad_by_freq=True),
     "bag": lambda: nn.EmbeddingBag(3, 4),
     "layernorm_of_two": lambda: nn.LayerNorm((3, 4)),
-    "rmsnorm_of_dtype": lambda: nn.RMSNorm(4),
+    "rmsnorm_of_dtype": lambda: nn.RMSNorm(4, elementwise_affine=False),
     "cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
     "instance_statistics": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
     "alpha_dropout": nn.AlphaDropout,

@@ -67,15 +67,18 @@ def layer_norm(module: Any, view: View) -> LayerText | None:
 
 @renders("RMSNorm")
 def rms_norm(module: Any, view: View) -> LayerText | None:
-    if len(module.normalized_shape) != 1 or module.eps is None:
-        return None  # torch's eps None is the epsilon of the input's dtype
+    if len(module.normalized_shape) != 1 or (module.eps is None and module.weight is None):
+        return None
+    sizes = tuple(module.normalized_shape)
+    if module.eps is None:
+        return made("RMSNorm", "rmsnorm_flax", sizes, {"eps": None, **options(module)}, {})
     kwargs = {
         "epsilon": module.eps,
         "use_scale": module.weight is not None,
         **_NO_FAST,
         **options(module),
     }
-    return made("nnx.RMSNorm", None, tuple(module.normalized_shape), kwargs, {"use_scale": True})
+    return made("nnx.RMSNorm", None, sizes, kwargs, {"use_scale": True})
 
 
 @renders("Dropout")
