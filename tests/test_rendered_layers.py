@@ -476,6 +476,15 @@ def test_what_only_trains_otherwise_will_do_where_it_need_not(name: str) -> None
     assert layer_text(NOT[name](), training=False) is not None
 
 
+def test_sizes_are_those_of_a_weight_that_was_replaced() -> None:
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Embedding(5, 3).weight
+    text = layer_text(layer)
+    assert text is not None
+    assert text.constructor is not None
+    assert text.constructor.args == (3, 5)
+
+
 def test_a_subclass_that_adds_nothing_is_its_base() -> None:
     text = layer_text(Renamed(3))
     assert text is not None

@@ -19,7 +19,7 @@ def identity(module: Any, view: View) -> LayerText | None:
 
 @renders("Linear", "NonDynamicallyQuantizableLinear")
 def linear(module: Any, view: View) -> LayerText | None:
-    sizes = module.in_features, module.out_features
+    sizes = tuple(reversed(module.weight.shape))  # in_features may be stale, where it was replaced
     kwargs = {"use_bias": module.bias is not None, **options(module)}
     return made("nnx.Linear", None, sizes, kwargs, {"use_bias": True})
 
@@ -43,7 +43,7 @@ def bilinear(module: Any, view: View) -> LayerText | None:
 def embedding(module: Any, view: View) -> LayerText | None:
     if module.max_norm is not None or (module.scale_grad_by_freq and view.training):
         return None
-    sizes = module.num_embeddings, module.embedding_dim
+    sizes = tuple(module.weight.shape)
     if module.padding_idx is None or not view.training:
         return made("nnx.Embed", None, sizes, options(module), {})
     kwargs = {"padding_idx": module.padding_idx, **options(module)}
