@@ -53,7 +53,10 @@ def embedding(module: Any, view: View) -> LayerText | None:
 @renders("LayerNorm")
 def layer_norm(module: Any, view: View) -> LayerText | None:
     if len(module.normalized_shape) != 1:  # NNX's scale has one axis
-        return None
+        if view.last or module.weight is None or module.bias is None:
+            return None
+        kwargs = {"eps": module.eps, **options(module)}
+        return made("LayerNorm", "layers_flax", (module.normalized_shape,), kwargs, {})
     kwargs = {
         "epsilon": module.eps,
         "use_scale": module.weight is not None,
