@@ -108,9 +108,11 @@ FEATURES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 4), (2, 3, 6)),
     "linear_bare": (lambda: nn.Linear(6, 4, bias=False), (2, 6)),
     "layernorm": (lambda: nn.LayerNorm(6, eps=1e-12), (2, 3, 6)),
+    "layernorm_of_two": (lambda: nn.LayerNorm((3, 6), eps=1e-4), (2, 3, 6)),
     "layernorm_bias": (lambda: nn.LayerNorm(6, bias=False), (2, 3, 6)),
     "layernorm_bare": (lambda: nn.LayerNorm(6, elementwise_affine=False), (2, 3, 6)),
     "rmsnorm": (lambda: nn.RMSNorm(6, eps=1e-6), (2, 3, 6)),
+    "rmsnorm_machine": (lambda: nn.RMSNorm(6), (2, 3, 6)),
     "dropout": (lambda: nn.Dropout(0.1), (2, 3)),
     "identity": (nn.Identity, (2, 3)),
     "batchnorm_rows": (lambda: nn.BatchNorm1d(5), (4, 5)),
@@ -202,7 +204,7 @@ def fill(net: Any, module: nn.Module) -> None:
 
 
 def close(got: Any, expected: Any, dtype: str) -> None:
-    wanted = expected.detach().numpy()
+    wanted = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
     assert got.dtype == wanted.dtype
     assert got.shape == wanted.shape
     scale = max(np.abs(wanted).max(), 1)
@@ -222,19 +224,24 @@ def precise() -> Iterator[None]:
 
 
 def held_alike(make: Make, shape: tuple[int, ...], axes: Any = "first", flat: bool = False) -> None:
+    """In both precisions, by one program: most of the time is compiling."""
+    x = 3 * probe.normal("x", shape)
+    turned = last if axes == "last" and not flat else np.asarray
+    nets: list[Any] = []
+    expected = []
     for dtype in ("float64", "float32"):
         module = filled(make, dtype)
         text = layer_text(module, axes)
         assert text is not None
-        net: Any = port(text, "x")
-        fill(net, module)
-        x = 3 * probe.normal("x", shape).astype(dtype)
-        given = last(x) if axes == "last" else x
-        turned = last if axes == "last" and not flat else np.asarray
-        net.eval()
-        got = np.asarray(nnx.jit(lambda net, x: net(x))(net, given))
-        expected = module(torch.from_numpy(x))
-        close(got, torch.from_numpy(turned(expected.detach().numpy())), dtype)
+        nets.append(port(text, "x"))
+        fill(nets[-1], module)
+        nets[-1].eval()
+        expected.append(turned(module(torch.from_numpy(x.astype(dtype))).detach().numpy()))
+    given = last(x) if axes == "last" else x
+    both: Any = nnx.jit(lambda a, b, x: (a(x), b(x.astype(np.float32))))
+    wide, narrow = both(*nets, given)
+    close(wide, expected[0], "float64")
+    close(narrow, expected[1], "float32")
 
 
 @pytest.mark.parametrize("axes", ["first", "last"])
@@ -321,7 +328,7 @@ def test_statistics_move_as_torchs_do(name: str, axes: Any) -> None:
         expected = module(torch.from_numpy(x)).detach().numpy()
         got = net(last(x) if axes == "last" else x)
         turned = last(expected) if axes == "last" else expected
-        close(got, torch.from_numpy(turned), "float64")
+        close(got, turned, "float64")
     kept = nnx.state(net, nnx.BatchStat)
     if module.running_mean is None:
         assert not nnx.to_flat_state(kept)
@@ -380,6 +387,11 @@ def test_attention_is_torchs(case: str, batch_first: bool) -> None:
         close(got[1], expected[1], "float64")
 
 
+def test_gpt2s_linear_layer_is_stored_in_out() -> None:
+    layers = pytest.importorskip("transformers.pytorch_utils")
+    held_alike(lambda: layers.Conv1D(6, 4), (2, 3, 4))
+
+
 # -- what is not such a layer -------------------------------------------------------------------
 
 
@@ -436,8 +448,8 @@ NOT: dict[str, Make] = {
     "max_norm": lambda: nn.Embedding(3, 4, max_norm=1.0),
     "scaled_gradient": lambda: nn.Embedding(3, 4, scale_grad_by_freq=True),
     "bag": lambda: nn.EmbeddingBag(3, 4),
-    "layernorm_of_two": lambda: nn.LayerNorm((3, 4)),
-    "rmsnorm_of_dtype": lambda: nn.RMSNorm(4),
+    "layernorm_of_two": lambda: nn.LayerNorm((3, 4), bias=False),
+    "rmsnorm_of_dtype": lambda: nn.RMSNorm(4, elementwise_affine=False),
     "cumulative": lambda: nn.BatchNorm1d(3, momentum=None),
     "instance_statistics": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
     "alpha_dropout": nn.AlphaDropout,
@@ -463,6 +475,15 @@ def test_what_is_something_else_has_no_text(name: str) -> None:
 @pytest.mark.parametrize("name", ["cumulative", "alpha_dropout", "random_slope"])
 def test_what_only_trains_otherwise_will_do_where_it_need_not(name: str) -> None:
     assert layer_text(NOT[name](), training=False) is not None
+
+
+def test_sizes_are_those_of_a_weight_that_was_replaced() -> None:
+    layer = nn.Linear(3, 4)
+    layer.weight = nn.Embedding(5, 3).weight
+    text = layer_text(layer)
+    assert text is not None
+    assert text.constructor is not None
+    assert text.constructor.args == (3, 5)
 
 
 def test_a_subclass_that_adds_nothing_is_its_base() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Unpack
@@ -47,11 +48,23 @@ class LayerNorm(nnx.LayerNorm):
     """nnx.LayerNorm over the last axis as torch computes it; `eps` has no default.
 
     Flax's default epsilon is a tenth of torch's, and its fast variance loses digits where the
-    mean is large.
+    mean is large. Several sizes are as many last axes, and the shape of `scale` and `bias`.
     """
 
-    def __init__(self, dim: int, eps: float, **kw: Unpack[Options]) -> None:
-        super().__init__(dim, epsilon=eps, use_fast_variance=False, **kw)
+    def __init__(self, dim: int | tuple[int, ...], eps: float, **kw: Unpack[Options]) -> None:
+        shape = (dim,) if isinstance(dim, int) else dim
+        axes = tuple(range(-len(shape), 0)) if len(shape) > 1 else -1
+        super().__init__(
+            math.prod(shape),
+            epsilon=eps,
+            use_fast_variance=False,
+            reduction_axes=axes,
+            feature_axes=axes,
+            **kw,
+        )
+        if len(shape) > 1:
+            self.scale = nnx.Param(jnp.ones(shape, self.param_dtype))
+            self.bias = nnx.Param(jnp.zeros(shape, self.param_dtype))
 
 
 class Bilinear(nnx.Module):

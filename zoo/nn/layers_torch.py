@@ -73,17 +73,17 @@ class Embedding(nn.Embedding):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last axis with `dtype` and `param_dtype`; `eps` has no default."""
+    """nn.LayerNorm with `dtype` and `param_dtype`; `eps` has no default."""
 
     def __init__(
         self,
-        dim: int,
+        dim: int | tuple[int, ...],
         eps: float,
         *,
         dtype: torch.dtype | None = None,
         param_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(dim, eps, dtype=param_dtype)
+        super().__init__(dim if isinstance(dim, int) else list(dim), eps, dtype=param_dtype)
         self.dtype = dtype
 
     def forward(self, input: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from convert.porting.rendering.activation_layers import function
 from convert.porting.rendering.constructor import LayerText
-from convert.porting.rendering.pointwise import function
 from convert.porting.rendering.renderers import (
     JNP,
     NNX,
@@ -239,7 +239,8 @@ def adaptive_max_pool(module: Any, view: View) -> LayerText | None:
 
 
 def _over_all(reduction: str, n: int, view: View) -> LayerText:
-    axes = tuple(range(-n - view.last, -view.last or None or 0))
+    end = -1 if view.last else 0
+    axes = tuple(range(end - n, end))
     where = repr(axes[0] if n == 1 else axes)
     return computed(lambda x: f"jnp.{reduction}({x}, {where}, keepdims=True)", JNP)
 

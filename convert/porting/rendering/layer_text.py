@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 # The first three enter what they render.
-from convert.porting.rendering import image_layers, plain_layers, pointwise  # noqa: F401
+from convert.porting.rendering import activation_layers, image_layers, plain_layers  # noqa: F401
 from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.renderers import RENDERERS, View
 

@@ -19,7 +19,7 @@ def identity(module: Any, view: View) -> LayerText | None:
 
 @renders("Linear", "NonDynamicallyQuantizableLinear")
 def linear(module: Any, view: View) -> LayerText | None:
-    sizes = module.in_features, module.out_features
+    sizes = tuple(reversed(module.weight.shape))  # in_features may be stale, where it was replaced
     kwargs = {"use_bias": module.bias is not None, **options(module)}
     return made("nnx.Linear", None, sizes, kwargs, {"use_bias": True})
 
@@ -43,7 +43,7 @@ def bilinear(module: Any, view: View) -> LayerText | None:
 def embedding(module: Any, view: View) -> LayerText | None:
     if module.max_norm is not None or (module.scale_grad_by_freq and view.training):
         return None
-    sizes = module.num_embeddings, module.embedding_dim
+    sizes = tuple(module.weight.shape)
     if module.padding_idx is None or not view.training:
         return made("nnx.Embed", None, sizes, options(module), {})
     kwargs = {"padding_idx": module.padding_idx, **options(module)}
@@ -53,7 +53,10 @@ def embedding(module: Any, view: View) -> LayerText | None:
 @renders("LayerNorm")
 def layer_norm(module: Any, view: View) -> LayerText | None:
     if len(module.normalized_shape) != 1:  # NNX's scale has one axis
-        return None
+        if view.last or module.weight is None or module.bias is None:
+            return None
+        kwargs = {"eps": module.eps, **options(module)}
+        return made("LayerNorm", "layers_flax", (module.normalized_shape,), kwargs, {})
     kwargs = {
         "epsilon": module.eps,
         "use_scale": module.weight is not None,
@@ -67,15 +70,18 @@ def layer_norm(module: Any, view: View) -> LayerText | None:
 
 @renders("RMSNorm")
 def rms_norm(module: Any, view: View) -> LayerText | None:
-    if len(module.normalized_shape) != 1 or module.eps is None:
-        return None  # torch's eps None is the epsilon of the input's dtype
+    if len(module.normalized_shape) != 1 or (module.eps is None and module.weight is None):
+        return None
+    sizes = tuple(module.normalized_shape)
+    if module.eps is None:
+        return made("RMSNorm", "rmsnorm_flax", sizes, {"eps": None, **options(module)}, {})
     kwargs = {
         "epsilon": module.eps,
         "use_scale": module.weight is not None,
         **_NO_FAST,
         **options(module),
     }
-    return made("nnx.RMSNorm", None, tuple(module.normalized_shape), kwargs, {"use_scale": True})
+    return made("nnx.RMSNorm", None, sizes, kwargs, {"use_scale": True})
 
 
 @renders("Dropout")
