@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convert import optim, testing
-    from convert.api import check, clean, convert, match, to_flax, verify
+    from convert.api import check, clean, convert, match, port, to_flax, verify
     from convert.compare.report import Report
     from convert.exporting.onnx_export import Exported, export
     from convert.inspection import Inspection, inspect
@@ -63,6 +63,8 @@ _WHERE = {
     "match": "convert.api",
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
+    "Port": "convert.porting.ported_source",
+    "port": "convert.api",
     "save": "convert.live.saving",
     "to_flax": "convert.api",
     "to_jax": "convert.tensors",
@@ -76,6 +78,7 @@ __all__ = [
     "Exported",
     "Inspection",
     "Lint",
+    "Port",
     "Report",
     "check",
     "clean",
@@ -89,6 +92,7 @@ __all__ = [
     "match",
     "optim",
     "pack",
+    "port",
     "save",
     "testing",
     "to_flax",

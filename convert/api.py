@@ -7,8 +7,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from convert.compare.report import Report
 from convert.compare.settings import EXPLAIN, OPTIMIZERS, STEPS, Level, Settings, check_level
@@ -22,8 +23,11 @@ from zoo.checkpoint.intact import Checked
 from zoo.checkpoint.intact import check as run_check
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.request import make_request
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.layout import Tree
+
+if TYPE_CHECKING:
+    from convert.porting.ported_source import Port
 
 Source = str | os.PathLike[str]
 
@@ -306,3 +310,46 @@ def to_flax(
         verify=verify,
         untested=untested,
     )
+
+
+def port(
+    module: Any,
+    inputs: Any,
+    weights: Any = None,
+    *,
+    others: Sequence[Any] = (),
+    level: Level | None = None,
+    verify: bool = True,
+    untested: bool = False,
+) -> Port:
+    """A torch module as Flax source: readable NNX classes that are the same model.
+
+    `module` is a torch.nn.Module, or a class or function that gives one without arguments (then the
+    arguments of its parts' constructors keep their names); `inputs`, `others`, `weights` and
+    `untested` are those of `to_flax`. What comes back has the `source`, the `layout` of its
+    weights, and `save(path)`, which writes them with the weights: the file imports jax, flax and
+    zoo.nn only, and is yours.
+
+    With `verify`, the source is imported afresh and its outputs are held against torch's in float32
+    and float64, at these sizes and at others. With `level`, the two modules are compared by
+    `convert.verify` at that level too, every layer by itself, and the report is saved as a page.
+
+    Raises ZooError where the module cannot be traced, an operation has no rule or its code cannot
+    be written as source; NotEquivalent where anything differs.
+    """
+    from convert.porting.ported_source import ported
+
+    made = ported(module, inputs, weights, others=others, verify=verify, untested=untested)
+    if level is None:
+        return made
+    report = _verify(made.module, made.net(), inputs, level, layout=made.layout, flax_inputs=inputs)
+    if report.verdict != "same":
+        raise NotEquivalent(
+            f"the port of {type(made.module).__name__} differs from it at level {level}",
+            "report this; convert.to_flax gives the model as a live module",
+            str(report).splitlines()[:12],
+        )
+    return replace(made, report=report)
+
+
+_verify = verify  # which an argument of `port` hides

@@ -22,6 +22,7 @@ from convert.cli.lint import lint
 from convert.cli.match import match
 from convert.cli.models import models
 from convert.cli.pack import pack
+from convert.cli.port import port
 from convert.cli.verify import verify
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -34,8 +35,8 @@ def cli() -> None:
 
 
 for command in (
-    torch2flax, flax2torch, respell, export, verify, check, match, inspect, lint, models, pack,
-    clean,
+    torch2flax, flax2torch, respell, export, port, verify, check, match, inspect, lint, models,
+    pack, clean,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -24,8 +24,8 @@ def users_code() -> Iterator[Callable[..., Any]]:
             click.echo(f"note: {text}", err=True)
         said.add(text)
 
-    def loaded(target: str, seed: int = 0, only_shapes: bool = False) -> Any:
-        return load(target, seed, say, only_shapes)
+    def loaded(target: str, seed: int = 0, only_shapes: bool = False, make: bool = True) -> Any:
+        return load(target, seed, say, only_shapes, make)
 
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -17,6 +17,7 @@ import numpy as np
 from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
+from convert.porting.tensors_by_name import ByName
 from convert.program.calls import buffers_kept, fresh, in_precision, resized, runs
 from convert.program.export import traced_graph
 from convert.program.graph import Graph, Guard, evaluate, states_precision
@@ -168,13 +169,13 @@ def _torch_outputs(module: Any, call: BoundArguments, paths: Sequence[str]) -> A
     return {n: to_numpy(x) for n, x in _named(runs(module, call), paths).items()}
 
 
-def _state(program: TorchProgram, module: Any) -> dict[str, Any]:
+def flax_state(module: Any, by_name: ByName) -> dict[str, Any]:
     """Flax's tensors of a torch module's values, by name, and what the layout has no place for."""
     every = dict(module.named_buffers(remove_duplicate=False))
     every |= dict(module.named_parameters(remove_duplicate=False))
     arrays = {n: bits_of(t) for n, t in every.items()}
-    inside = {n: x for n, x in arrays.items() if program.by_name.flax_of(n) is not None}
-    return program.by_name.flax(inside) | {n: x for n, x in arrays.items() if n not in inside}
+    inside = {n: x for n, x in arrays.items() if by_name.flax_of(n) is not None}
+    return by_name.flax(inside) | {n: x for n, x in arrays.items() if n not in inside}
 
 
 def _inputs(program: TorchProgram, call: BoundArguments) -> list[np.ndarray]:
@@ -185,7 +186,9 @@ def _inputs(program: TorchProgram, call: BoundArguments) -> list[np.ndarray]:
 
 
 def _live_outputs(program: TorchProgram, module: Any, call: BoundArguments) -> Arrays:
-    results, _ = program.run(False, _state(program, module), _inputs(program, call), None)
+    results, _ = program.run(
+        False, flax_state(module, program.by_name), _inputs(program, call), None
+    )
     return _by_name(program, results)
 
 
@@ -230,7 +233,7 @@ def _live_gradients(program: TorchProgram, module: Any, call: BoundArguments) ->
     import jax
     import jax.numpy as jnp
 
-    state, arrays = _state(program, module), _inputs(program, call)
+    state, arrays = flax_state(module, program.by_name), _inputs(program, call)
     names = [n for n, p in module.named_parameters() if p.requires_grad]
     flax = {t.name for n in names if (e := program.by_name.flax_of(n)) for t in e.flax}
     moved = {n: jnp.asarray(x) for n, x in state.items() if n in flax or n in names}

@@ -127,7 +127,9 @@ def fill(net: Any, state: Mapping[str, Any]) -> None:
 
 def _variable(net: Any, path: tuple[Any, ...]) -> Any:
     for part in path:
-        net = net[part] if isinstance(part, int) or not hasattr(net, str(part)) else getattr(
-            net, str(part)
+        net = (
+            net[part]
+            if isinstance(part, int) or not hasattr(net, str(part))
+            else getattr(net, str(part))
         )
     return net

@@ -285,7 +285,7 @@ _NUMBERS = re.compile(r"(?:SymInt|Scalar|float|Tensor)(?:\(\w+!?\))?(?:\[\d*\])?
 def _numbers(schema: Any) -> Iterator[int | str]:
     """The places and names of arguments that may be sizes or other numbers, not axes."""
     given = str(schema).partition("(")[2].rpartition(" -> ")[0].removesuffix(")")
-    texts = [t for t in given.split(", ") if t != "*"]
+    texts = [t for t in re.split(r", (?![^\[]*\])", given) if t != "*"]
     for k, (text, a) in enumerate(zip(texts, schema.arguments, strict=True)):
         if _NUMBERS.match(text):
             yield from (k, a.name)

@@ -28,11 +28,17 @@ def is_target(text: str) -> bool:
     return found is not None and found["where"] not in ("pkg", "hf") and not os.path.exists(text)
 
 
-def load(text: str, seed: int, say: Callable[[str], None], only_shapes: bool = False) -> Any:
+def load(
+    text: str,
+    seed: int,
+    say: Callable[[str], None],
+    only_shapes: bool = False,
+    make: bool = True,
+) -> Any:
     """The module that `text` names: an instance, or what a class or factory gives without
     arguments (with `rngs=nnx.Rngs(seed)` where it asks for rngs); (module, variables) for Linen.
 
-    With `only_shapes`, a torch module is made on the device "meta" where its code allows it: it
+    Without `make`, what the name stands for itself. With `only_shapes`, a torch module is made on the device "meta" where its code allows it: it
     takes no memory. Runs the user's code, and says so before it does. UsageError for what cannot be
     had.
     """
@@ -47,10 +53,23 @@ def load(text: str, seed: int, say: Callable[[str], None], only_shapes: bool = F
             above = ".".join([where, *name.split(".")[:i]])
             raise UsageError(f"{above} has no {part}", _near(value, part))
         value = getattr(value, part)
+    if not make:
+        return value
     if only_shapes and _is_factory(value):
         with contextlib.suppress(Exception):
             return _on_meta(value, text, seed)
     return made(value, text, seed)
+
+
+_OF_FILE = "zooconvert_user_"
+
+
+def module_name(of: type) -> str:
+    """The name by which a user knows the module of a class: of one that was loaded from a file by
+    its path, the file's."""
+    name = of.__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return Path(file).stem if name.startswith(_OF_FILE) and file else name
 
 
 def _import(where: str) -> ModuleType:
@@ -77,7 +96,7 @@ def _import(where: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no file {path}", _EXAMPLE)
-    name = "zooconvert_user_" + re.sub(r"\W", "_", str(path.resolve()))
+    name = _OF_FILE + re.sub(r"\W", "_", str(path.resolve()))
     if name in sys.modules:
         return sys.modules[name]
     if (folder := str(path.resolve().parent)) not in sys.path:

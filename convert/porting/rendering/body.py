@@ -12,7 +12,7 @@ from convert.porting.rendering.context import COPIES, Context, NotRendered
 from convert.porting.rendering.names import Frames, Names
 from convert.porting.rendering.operands import Operand, Size
 from convert.porting.rendering.scopes import Scope
-from convert.porting.rendering.sizes import composed, named, unpackings
+from convert.porting.rendering.sizes import composed, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines
 from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef
 
@@ -387,4 +387,3 @@ def _words(text: str) -> Iterator[str]:
     import re
 
     yield from re.findall(r"[A-Za-z_]\w*", text)
-

@@ -104,6 +104,7 @@ class Classes:
         for path in sorted(self._written_paths(), key=self._height):
             self._enter(path)
         for written in self.every:
+            self._keep_tested(written)
             self._find_parameters(written)
 
     # Which modules there are.
@@ -188,20 +189,19 @@ class Classes:
         joined = written.union.joined(body.lines, one)
         if joined is None or (whole.keys() != made.keys() and written.items):
             return False
-        for condition in joined.conditions.values():
-            for name in condition.values:
-                self._keep(written, name, path, made)
         written.union = joined
         written.body.lines = joined.lines
         return True
 
-    def _keep(self, written: WrittenClass, name: str, path: str, made: dict[str, Any]) -> None:
-        """An attribute that a condition mentions, where it is no part."""
-        if name in made or any(name in m for m in written.made.values()):
-            return
-        for p, own in ((path, made), *written.made.items()):
-            value = plain_attribute(self.tree.modules[p], name)
-            if value is not ABSENT:
+    def _keep_tested(self, written: WrittenClass) -> None:
+        """The attributes that conditions mention, where they are no parts."""
+        conditions = written.union.conditions.values() if written.union is not None else ()
+        parts = set(written.whole())
+        for name in dict.fromkeys(n for c in conditions for n in c.values if n not in parts):
+            for path, own in written.made.items():
+                value = plain_attribute(self.tree.modules[path], name)
+                if value is ABSENT:
+                    raise NotRendered(f"{path} has no plain attribute {name}, on which it depends")
                 own[name] = value
 
     def _name(self, of: type) -> str:
@@ -340,9 +340,9 @@ class Classes:
         yield from used.items()
         for hint, column in columns:
             differs = _varies(column)
-            if hint in attributes and not any(_follows(column, c) for c in used.values()):
-                yield hint, column
-            elif differs and _expression(column, used) is None:
+            if (hint in attributes and not any(_follows(column, c) for c in used.values())) or (
+                differs and _expression(column, used) is None
+            ):
                 yield hint, column
 
 
@@ -360,17 +360,19 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
                 return name
     if not all(type(v) is int and v > _SMALL for v in column.values()):
         return None
+    found: list[tuple[int, str]] = []
     for name, argument in parameters.items():
         pairs = [(column[p], argument[p]) for p in column]
         if not all(type(a) is int and a > _SMALL for _, a in pairs):
             continue
-        factors = {v // a if v % a == 0 else 0 for v, a in pairs}
-        if len(factors) == 1 and 1 < (factor := factors.pop()) <= 8:
-            return f"{factor} * {name}"
-        factors = {a // v if a % v == 0 else 0 for v, a in pairs}
-        if len(factors) == 1 and 1 < (factor := factors.pop()) <= 8:
-            return f"{name} // {factor}"
-    return None
+        for factors, form in (
+            ({v // a if v % a == 0 else 0 for v, a in pairs}, f"{{}} * {name}"),
+            ({a // v if a % v == 0 else 0 for v, a in pairs}, f"{name} // {{}}"),
+        ):
+            factor = factors.pop()
+            if not factors and 1 < factor <= 8:
+                found.append((factor, form.format(factor)))
+    return min(found, default=(0, None))[1]
 
 
 def _varies(column: Mapping[str, Any]) -> bool:

@@ -22,7 +22,6 @@ from convert.tensors import bits_of
 from zoo.containers.errors import UsageError
 from zoo.layout.ops import Concat, Flip, Permute, inverse
 
-
 # What gives its argument: copies, which JAX's arrays do not need.
 COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
           "aten.contiguous.default"}  # fmt: skip

@@ -122,7 +122,9 @@ def text(x: Any, names: Iterator[str | None]) -> str:
                 args.append(given or written(value))
             elif given or repr(defaults[name]) != repr(value):
                 args.append(f"{name}={given or written(value)}")
-        return f"{x.written.name}({', '.join([*args, 'rngs=rngs'])})"
+        if x.written.whole():
+            args.append("rngs=rngs")
+        return f"{x.written.name}({', '.join(args)})"
     if isinstance(x, Name):
         return x.text
     return next(names) or written(x)

@@ -23,7 +23,8 @@ from convert.porting.rendering.scopes import Tree
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.variants import negation
 from convert.porting.tensors_by_name import ByName
-from convert.program.graph import Graph, ValueRef, refs
+from convert.program.graph import Graph
+from convert.runtime.user_code import module_name
 from zoo.layout import Layout
 
 INDENT = "    "
@@ -128,13 +129,14 @@ class _File:
 
     def _class(self, written: WrittenClass) -> Iterator[str]:
         base = "nnx.List[Any]" if written.items else "nnx.Module"
-        of = f"{written.of.__module__}.{written.of.__qualname__}"
+        of = f"{module_name(written.of)}.{written.of.__qualname__}"
         yield f"class {written.name}({base}):"
-        yield f'{INDENT}"""{of}"""'
+        yield f'{INDENT}"""From {of}."""'
         yield ""
-        yield from self._init(written)
-        if written.body is not None:
+        if written.whole():
+            yield from self._init(written)
             yield ""
+        if written.body is not None:
             yield from self._call(written, written.body)
 
     def _init(self, written: WrittenClass) -> Iterator[str]:
@@ -154,8 +156,6 @@ class _File:
         for name, text in made:
             if not name.isdigit():
                 yield f"{INDENT * 2}self.{name} = {_plain(text)}"
-        if not made:
-            yield f"{INDENT * 2}pass"
 
     def _call(self, written: WrittenClass, body: Body) -> Iterator[str]:
         path = next(iter(written.made))
@@ -232,6 +232,3 @@ def formatted(source: str) -> str:
         )
         source = done.stdout if done.returncode == 0 else source
     return source
-
-
-__all__ = ["ModuleFile", "ValueRef", "formatted", "module_file"]

@@ -127,9 +127,7 @@ class Tree:
             taken = dict.fromkeys(v for n in scope.nodes() for v in self.taken(n))
             scope.takes = [v for v in taken if v not in inside and not self.own(v, scope.path)]
             scope.gives = [
-                v
-                for v in made
-                if v in results or any(u not in inside for u in users.get(v, ()))
+                v for v in made if v in results or any(u not in inside for u in users.get(v, ()))
             ]
             passed = [r.value for r in scope.call.results if isinstance(r, ValueRef)]
             order = {v: i for i, v in reversed(list(enumerate(passed)))}

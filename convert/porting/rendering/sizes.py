@@ -101,7 +101,10 @@ def named(
         attributes: set[str] = set()
         value = reading.evaluated(part, attributes)
         if value is not None and (attributes or _names(part) & local.keys()):
-            yield Size(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value), attributes
+            yield (
+                Size(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value),
+                attributes,
+            )
 
 
 def _names(part: ast.AST) -> set[str]:

@@ -98,9 +98,7 @@ class Union:
     def _holds(self) -> bool:
         """Whether every instance does what it did."""
         for one in self.instances:
-            own = [
-                str(x) for x in self.lines if not x.guard or self.conditions[x.guard].holds(one)
-            ]
+            own = [str(x) for x in self.lines if not x.guard or self.conditions[x.guard].holds(one)]
             if tuple(own) != one.lines:
                 return False
         return True

@@ -1,0 +1,122 @@
+"""`zooconvert port`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convert.cli import output
+from convert.cli.options import notices, output_options
+
+if TYPE_CHECKING:
+    from convert.porting.ported_source import Port
+
+
+@click.command()
+@click.argument("module", metavar="MODULE:NAME")
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(),
+    required=True,
+    metavar="FILE",
+    help="One call of it: an .npz or .npy file, with PyTorch's axes.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(),
+    required=True,
+    metavar="NAME.py",
+    help="The file to write; NAME.layout.json, NAME.safetensors, ... lie beside it.",
+)
+@click.option("--weights", type=click.Path(), metavar="CKPT", help="Weights in place of its own.")
+@click.option(
+    "--level",
+    type=click.Choice(["outputs", "gradients", "training"]),
+    default="outputs",
+    show_default=True,
+    help="How far the report beside the file compares the two modules.",
+)
+@click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
+@click.option("--no-verify", is_flag=True, help="Do not run and compare the result.")
+@output_options
+def port(
+    module: str,
+    inputs_file: str,
+    path: str,
+    weights: str | None,
+    level: Any,
+    test: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Write a torch module as Flax source, with its layout, weights and proof.
+
+    MODULE:NAME is a torch module, or a class or function that gives one without arguments:
+    pkg.mod:NAME or path/to/file.py:NAME. Runs its code. The source is imported afresh and held
+    against torch at the sizes of the inputs and at others before anything is written. A file that
+    you have edited since is left alone: the new source is NAME.py.new.
+
+    \b
+    Examples:
+      zooconvert port nets.py:Net --inputs x.npz -o net_flax.py
+      zooconvert port nets.py:Net --inputs x.npz -o net_flax.py --weights last.pt --test
+      zooconvert port torchvision.models:resnet18 --inputs image.npy -o resnet.py --level training
+    """
+    from convert.api import port as run
+    from convert.cli.user_modules import users_code
+    from convert.porting.ported_source import check_name
+    from convert.runtime.inputs import read_inputs
+
+    check_name(Path(path))
+    inputs = read_inputs(Path(inputs_file))
+    with users_code() as load:
+        compared = None if no_verify else level
+        made = run(load(module, make=False), inputs, weights, level=compared, verify=not no_verify)
+        written = made.save(path, test=test)
+    notices(made.proved.notices, quiet)
+    if as_json:
+        output.json(_data(made, written))
+    elif not quiet:
+        _show(module, made, written)
+
+
+def _data(made: Port, written: list[Path]) -> dict[str, Any]:
+    return {
+        "model": made.model,
+        "verdict": made.proved.verdict,
+        "sizes": list(made.proved.rows),
+        "baked": made.proved.baked,
+        "notices": made.proved.notices,
+        "files": [str(p) for p in written],
+    }
+
+
+def _show(source: str, made: Port, written: list[Path]) -> None:
+    """What was written, and what was proved."""
+    from zoo.containers.errors import printable
+
+    first, *others = (printable(str(p)) for p in written)
+    lines = len(made.source.splitlines())
+    click.echo(f"{printable(source)} -> {first}")
+    click.echo(f"  class {made.model}, {lines} lines; beside it {', '.join(others)}")
+    if first.endswith(".new"):
+        click.echo("  the file that was there has been edited, and is left as it is")
+    if made.proved.verdict == "not proved":
+        click.echo("  not run (--no-verify)")
+    for sizes, rows in made.proved.rows.items():
+        worst = max((r.ratio for r in rows), default=0.0)
+        click.echo(
+            f"  verified: {printable(sizes)}: {len(rows)} outputs, at most {worst:.2f} times the "
+            "rounding noise"
+        )
+    if made.report is not None:
+        click.echo(f"  verified: level {made.report.level}: {made.report.verdict}")
+    for told in made.proved.baked:
+        click.echo(f"  baked in: {printable(told)}")
