@@ -118,10 +118,9 @@ def written(ops: Iterable[str], taken: Iterable[str] = ()) -> WrittenRules:
 
 @cache
 def _tree(module: str) -> ast.Module:
-    found = sys.modules.get(module) or importlib.import_module(module)
     try:
-        return ast.parse(inspect.getsource(found))
-    except (OSError, TypeError) as e:
+        return ast.parse(inspect.getsource(importlib.import_module(module)))
+    except (ImportError, OSError, TypeError) as e:
         raise ZooError(
             f"the rule in {module} cannot be written into a file: its source is not at hand",
             "define it in a Python file",
@@ -189,7 +188,7 @@ class _Writer:
             self.imports.add(_LIBRARIES[dotted.rpartition(".")[0]][1])
             return ast.parse(dotted, mode="eval").body
         module, name = getattr(value, "__module__", ""), getattr(value, "__name__", "")
-        named = _is_ours(module) and getattr(sys.modules[module], name, None) is value
+        named = _is_ours(module) and getattr(sys.modules.get(module), name, None) is value
         if named and name in _definitions(module):
             return self.of_module(module, name)
         if isinstance(value, types.FunctionType):
