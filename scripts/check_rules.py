@@ -352,9 +352,8 @@ _DETERMINED = (
 
 
 def operations(names: list[str]) -> list[Any]:
-    if "expecttest" not in sys.modules and not find_spec(
-        "expecttest"
-    ):  # torch's samples import it, and use nothing of it
+    # torch's samples import it, and use nothing of it.
+    if "expecttest" not in sys.modules and not find_spec("expecttest"):
         sys.modules["expecttest"] = types.ModuleType("expecttest")
         sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
     from torch.testing._internal.common_methods_invocations import op_db
