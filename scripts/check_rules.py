@@ -138,7 +138,9 @@ def by_template(name: str, given: Any, values: Any, out: Any) -> Any:
             return Operand(text, type_of(x))
         return Dtype(str(x).removeprefix("torch.")) if isinstance(x, torch.dtype) else x
 
-    args, kwargs = tree_map(operand, given, values)
+    leaves, form = torch_flatten(given)
+    operands = map(operand, leaves, torch_flatten(values)[0])
+    args, kwargs = torch.utils._pytree.tree_unflatten(list(operands), form)
     text = expression(name, out, args, kwargs)
     if text is None:
         raise NotImplementedError("no expression")
@@ -350,7 +352,8 @@ _DETERMINED = (
 
 
 def operations(names: list[str]) -> list[Any]:
-    if not find_spec("expecttest"):  # torch's samples import it, and use nothing of it
+    # torch's samples import it, and use nothing of it.
+    if "expecttest" not in sys.modules and not find_spec("expecttest"):
         sys.modules["expecttest"] = types.ModuleType("expecttest")
         sys.modules["expecttest"].TestCase = unittest.TestCase  # type: ignore[attr-defined]
     from torch.testing._internal.common_methods_invocations import op_db

@@ -34,6 +34,7 @@ SLOW = frozenset(
         "test_optimizer_files.py",
         "test_optimizer_refused.py",
         "test_optimizer_torch.py",
+        "test_rendering.py",
         "test_report.py",
         "test_rules.py",
         "test_sharded.py",

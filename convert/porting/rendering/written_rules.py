@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
 import importlib
 import inspect
 import keyword
@@ -18,15 +17,23 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from convert.porting.rendering.operands import ArrayType, Operand, Size
+from convert.porting.rendering.syntax import (
+    decorated_by,
+    definitions,
+    enters,
+    fresh,
+    import_line,
+    is_ours,
+    node_of,
+    tree_of,
+)
 from convert.porting.rules import Rule, find
 from convert.program.graph import Dtype
 from zoo.containers.errors import ZooError
 
-N = TypeVar("N", bound=ast.AST)
-_OURS = ("convert", "zoo")
 _FUTURE = "from __future__ import annotations"
 # Where functions of libraries are found again, and what a port calls these modules.
 _LIBRARIES = {
@@ -116,44 +123,6 @@ def written(ops: Iterable[str], taken: Iterable[str] = ()) -> WrittenRules:
     return WrittenRules(imports, source + "\n", frozenset(writer.names), functions)
 
 
-@cache
-def _tree(module: str) -> ast.Module:
-    found = sys.modules.get(module) or importlib.import_module(module)
-    try:
-        return ast.parse(inspect.getsource(found))
-    except (OSError, TypeError) as e:
-        raise ZooError(
-            f"the rule in {module} cannot be written into a file: its source is not at hand",
-            "define it in a Python file",
-        ) from e
-
-
-@cache
-def _definitions(module: str) -> dict[str, ast.stmt]:
-    """What a module defines or imports at its top, by name."""
-    found: dict[str, ast.stmt] = {}
-    for node in _tree(module).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {t.id: node for t in targets if isinstance(t, ast.Name)}
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {a.asname or a.name.partition(".")[0]: node for a in node.names}
-    return found
-
-
-def _import_line(node: ast.Import | ast.ImportFrom, name: str) -> str:
-    """The line that imports one name as this statement does."""
-    one = copy.copy(node)
-    one.names = [a for a in node.names if (a.asname or a.name.partition(".")[0]) == name]
-    return ast.unparse(one)
-
-
-def _is_ours(module: str | None) -> bool:
-    return (module or "").partition(".")[0] in _OURS
-
-
 class _Writer:
     """Statements in an order in which they run, each thing once. `taken`: names not to define."""
 
@@ -189,8 +158,8 @@ class _Writer:
             self.imports.add(_LIBRARIES[dotted.rpartition(".")[0]][1])
             return ast.parse(dotted, mode="eval").body
         module, name = getattr(value, "__module__", ""), getattr(value, "__name__", "")
-        named = _is_ours(module) and getattr(sys.modules[module], name, None) is value
-        if named and name in _definitions(module):
+        named = is_ours(module) and getattr(sys.modules.get(module), name, None) is value
+        if named and name in definitions(module):
             return self.of_module(module, name)
         if isinstance(value, types.FunctionType):
             return ast.Name(self._flattened(value, hints), ast.Load())
@@ -198,16 +167,16 @@ class _Writer:
 
     def of_module(self, module: str, name: str) -> ast.expr:
         """The expression of what a name means at the top of a module."""
-        node = _definitions(module).get(name)
+        node = definitions(module).get(name)
         if node is None:
             value = getattr(sys.modules[module], name, None)
             plain = value is None and hasattr(builtins, name)
             return ast.Name(name, ast.Load()) if plain else self.value(value)
         if isinstance(node, ast.Import | ast.ImportFrom):
-            if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
+            if isinstance(node, ast.ImportFrom) and is_ours(node.module):
                 original = next(a.name for a in node.names if (a.asname or a.name) == name)
                 return self.of_module(str(node.module), original)
-            self.imports.add(_import_line(node, name))
+            self.imports.add(import_line(node, name))
             self.taken.add(name)
             return ast.Name(name, ast.Load())
         key = (module, name)
@@ -219,15 +188,16 @@ class _Writer:
     # -- definitions ----------------------------------------------------------------------------
 
     def _define(self, module: str, node: ast.stmt, name: str, new: str) -> None:
-        made = _fresh(node)
+        made = fresh(node)
         if isinstance(made, ast.FunctionDef | ast.ClassDef):
-            kept = [d for d in made.decorator_list if not _enters(d)]
+            kept = [d for d in made.decorator_list if not enters(d)]
             made.decorator_list = kept
             made.name = new
             self._write(made, module)
             if kept:  # @f.defjvp and the like
-                for other in _tree(module).body:
-                    if isinstance(other, ast.FunctionDef) and _root(other.decorator_list) == name:
+                functions = [f for f in tree_of(module).body if isinstance(f, ast.FunctionDef)]
+                for other in functions:
+                    if decorated_by(other.decorator_list) == name:
                         self.of_module(module, other.name)
             return
         assert isinstance(made, ast.Assign | ast.AnnAssign)
@@ -251,7 +221,7 @@ class _Writer:
         """A function that another one made, or a lambda: as one of its own."""
         if id(function) in self._done:
             return self._done[id(function)]
-        node = _fresh(_node_of(function))
+        node = fresh(node_of(function))
         own = "function" if isinstance(node, ast.Lambda) else function.__name__
         name = self._free(*(hints or (own,)))
         self._done[id(function)] = name
@@ -277,64 +247,6 @@ def _library() -> dict[int, str]:
             if callable(value) and not name.startswith("_"):
                 found.setdefault(id(value), f"{short}.{name}")
     return found
-
-
-def _root(decorators: list[ast.expr]) -> str:
-    """`f` of a decorator `@f.defjvp`."""
-    for d in decorators:
-        if isinstance(d, ast.Attribute) and isinstance(d.value, ast.Name):
-            return d.value.id
-    return ""
-
-
-def _enters(decorator: ast.expr) -> bool:
-    """Whether a decorator enters a function into the table of rules."""
-    call = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return isinstance(call, ast.Name) and call.id == "rule"
-
-
-@cache
-def _functions(module: str) -> dict[int, list[ast.FunctionDef | ast.Lambda]]:
-    """The functions of a module at any depth, by the lines that may be called their first."""
-    found: dict[int, list[ast.FunctionDef | ast.Lambda]] = {}
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.FunctionDef | ast.Lambda):
-            above = node.decorator_list if isinstance(node, ast.FunctionDef) else []
-            for line in {node.lineno, *(d.lineno for d in above)}:
-                found.setdefault(line, []).append(node)
-    return found
-
-
-def _node_of(function: types.FunctionType) -> ast.FunctionDef | ast.Lambda:
-    """The syntax of a function that stands within another, or is a lambda."""
-    for node in _functions(function.__module__)[function.__code__.co_firstlineno]:
-        if isinstance(node, ast.Lambda):
-            if function.__name__ == "<lambda>" and _same_code(node, function):
-                return node
-        elif node.name == function.__name__:
-            return node
-    raise LookupError(function.__qualname__)
-
-
-_TEXTS: dict[int, str] = {}  # of nodes of trees, which stay
-
-
-def _fresh(node: N) -> N:
-    """A copy, which costs a tenth of what `copy.deepcopy` does."""
-    if id(node) not in _TEXTS:
-        _TEXTS[id(node)] = ast.unparse(node)
-    parsed = ast.parse(_TEXTS[id(node)]).body[0]
-    return cast("N", parsed.value if isinstance(parsed, ast.Expr) else parsed)
-
-
-def _same_code(node: ast.Lambda, function: types.FunctionType) -> bool:
-    """Whether a lambda is this one, among several on a line: by the names that it uses."""
-    code = function.__code__
-    names = {n.id for n in ast.walk(node.body) if isinstance(n, ast.Name)}
-    names |= {n.attr for n in ast.walk(node.body) if isinstance(n, ast.Attribute)}
-    used = {*code.co_names, *code.co_freevars}
-    arguments = [a.arg for a in node.args.args]
-    return used <= names and tuple(arguments) == code.co_varnames[: len(arguments)]
 
 
 def _as_def(
@@ -373,7 +285,7 @@ class _Names(ast.NodeTransformer):
             return node
         if node.id in self.closure:
             return self.writer.value(self.closure[node.id])
-        if node.id in _definitions(self.module):
+        if node.id in definitions(self.module):
             return self.writer.of_module(self.module, node.id)
         if hasattr(builtins, node.id) or node.id in self.writer.names:
             return node
@@ -381,7 +293,7 @@ class _Names(ast.NodeTransformer):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | None:
         """What a function imports of ours is in the file."""
-        if not _is_ours(node.module):
+        if not is_ours(node.module):
             return node
         importlib.import_module(str(node.module))
         for alias in node.names:
@@ -422,7 +334,7 @@ def _bound(node: ast.FunctionDef | ast.Lambda) -> set[str]:
             names.add(part.name)
         elif isinstance(part, ast.Import):
             names |= {x.asname or x.name.partition(".")[0] for x in part.names}
-        elif isinstance(part, ast.ImportFrom) and not _is_ours(part.module):
+        elif isinstance(part, ast.ImportFrom) and not is_ours(part.module):
             names |= {x.asname or x.name for x in part.names}
         elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
             names.add(part.id)

@@ -102,7 +102,9 @@ def tensor_split(x: Operand, sections: int, dim: int = 0) -> str:
 
 
 @template("aten.tensor_split.indices")
-def tensor_split_indices(x: Operand, indices: Sequence[Any], dim: int = 0) -> str:
+def tensor_split_indices(x: Operand, indices: Any, dim: int = 0) -> str | None:
+    if isinstance(indices, Operand):
+        return None
     return f"jnp.split({x}, [{', '.join(map(str, indices))}], axis={dim})"
 
 
