@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from convert.porting.rendering import templates
-from convert.porting.rendering.operands import ArrayType, Operand, Size
+from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.templates import expression
 from convert.porting.rendering.written_rules import written
 from convert.porting.rules import RULES, Rule, table
@@ -133,8 +133,8 @@ def x(*shape: int | str, dtype: str = "float32", text: str = "x") -> Operand:
     return Operand(text, ArrayType(shape, dtype))
 
 
-B, T = Size("B", "s0"), Size("T", "s1")
-HALF = Size("x.shape[2] // 2", "s1 // 2")
+B, T = SizeText("B", "s0"), SizeText("T", "s1")
+HALF = SizeText("x.shape[2] // 2", "s1 // 2")
 I = x(3, dtype="int64", text="i")  # noqa: E741
 M = x(2, 3, dtype="bool", text="mask")
 
@@ -185,7 +185,7 @@ READS: list[tuple[str, list[Any], dict[str, Any], str | None]] = [
 @pytest.mark.parametrize("case", READS, ids=lambda c: f"{c[0]}: {c[3]}")
 def test_how_an_operation_reads(case: tuple[str, list[Any], dict[str, Any], str | None]) -> None:
     name, args, kwargs, wanted = case
-    args = [[Size("B * T", "s0*s1"), 768] if a == ["B*T", 768] else a for a in args]
+    args = [[SizeText("B * T", "s0*s1"), 768] if a == ["B*T", 768] else a for a in args]
     op = f"aten.{name}" if "." in name else f"aten.{name}.default"
     assert expression(op, None, args, kwargs) == wanted
 

@@ -186,9 +186,8 @@ def _inputs(program: TorchProgram, call: BoundArguments) -> list[np.ndarray]:
 
 
 def _live_outputs(program: TorchProgram, module: Any, call: BoundArguments) -> Arrays:
-    results, _ = program.run(
-        False, flax_state(module, program.by_name), _inputs(program, call), None
-    )
+    state = flax_state(module, program.by_name)
+    results, _ = program.run(False, state, _inputs(program, call), None)
     return _by_name(program, results)
 
 

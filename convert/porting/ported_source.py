@@ -197,6 +197,9 @@ def _header(module: Any, proved: Ported) -> str:
     return "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''") + "\n"
 
 
+_FACTS = ("License-Expression", "License", "Author", "Author-email")
+
+
 def _origin(of: type) -> str:
     """Package, version and licence of a class, as far as they are known."""
     top = of.__module__.partition(".")[0]
@@ -205,11 +208,12 @@ def _origin(of: type) -> str:
         file = getattr(sys.modules.get(of.__module__), "__file__", None)
         return f"{Path(file).name if file else of.__module__}, whose licence holds for this too"
     data = importlib.metadata.metadata(names[0])
-    licence = data.get("License-Expression") or data.get("License") or ""
+    told = {name: str(data[name] or "") for name in _FACTS if name in data}
+    licence = told.get("License-Expression") or told.get("License") or ""
     licence = licence.splitlines()[0][:60] if licence.strip() else "see the package"
-    author = data.get("Author") or data.get("Author-email") or ""
-    told = f", {author.splitlines()[0][:60]}" if author else ""
-    return f"{names[0]} {data['Version']}{told} (licence: {licence})"
+    author = told.get("Author") or told.get("Author-email") or ""
+    by = f", {author.splitlines()[0][:60]}" if author else ""
+    return f"{names[0]} {data['Version']}{by} (licence: {licence})"
 
 
 def _version(package: str) -> str:

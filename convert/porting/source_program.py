@@ -1,12 +1,13 @@
-"""A port's source, imported, in the place of the graph that it was written of: to be proved alike."""
+"""A port's source, imported, in the place of its graph: to be proved alike."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class SourceProgram(TorchProgram):
         fill(net, state | constants)
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
         call = self.called(dict(zip(found, arrays, strict=True)))
-        result = net(**call)
+        with _exact_attention():
+            result = net(**call)
         _, leaves = taken_apart(result, "", lambda _, x: x)
         return [x for x in leaves if is_array(x)], {}
 
@@ -81,6 +83,33 @@ class SourceProgram(TorchProgram):
         for path, array in arrays.items():
             place(made, path.split("."), array)
         return {name: _closed(x) for name, x in made.items()}
+
+
+@contextlib.contextmanager
+def _exact_attention() -> Iterator[None]:
+    """jax.nn.dot_product_attention with its softmax in the precision of its arguments: JAX's own
+    is float32's in float64 too."""
+    import jax
+    import jax.numpy as jnp
+
+    original = jax.nn.dot_product_attention
+
+    def attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        plain = set(options) <= {"scale", "is_causal"} and query.ndim == 4
+        if query.dtype != jnp.float64 or not plain or query.shape[2] != key.shape[2]:
+            return original(query, key, value, **options)
+        scale = options.get("scale") or query.shape[-1] ** -0.5
+        logits = jnp.einsum("btnh,bsnh->bnts", query, key) * scale
+        if options.get("is_causal"):
+            seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+            logits = jnp.where(seen, logits, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits, axis=-1), value)
+
+    jax.nn.dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        jax.nn.dot_product_attention = original
 
 
 def place(tree: dict[str, Any], path: list[str], array: Any) -> None:

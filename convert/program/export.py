@@ -51,8 +51,9 @@ def export(
     """The graph of `module(*call.args, **call.kwargs)`, whose arrays are torch tensors.
 
     Sizes are dynamic where torch finds nothing that fixes them; those of other axes than `axes` are
-    baked in. Calls of what `opaque` names become one operation each. With `calls`, it is noted which
-    modules are called. The module's mode (train or eval) is the graph's. Raises ZooError where torch cannot export it.
+    baked in. Calls of what `opaque` names become one operation each. With `calls`, it is noted
+    which modules are called. The module's mode (train or eval) is the graph's. Raises ZooError
+    where torch cannot export it.
     """
     import torch
 

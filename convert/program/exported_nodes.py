@@ -52,7 +52,7 @@ class Reading:
         self.constants: dict[str, Any] = {}
         self.schemas: dict[str, str] = {}
         self.types: dict[int, Any] = {}
-        self.numbers: dict[str, frozenset[int | str]] = {}
+        self.number_arguments: dict[str, frozenset[int | str]] = {}
         self.inputs: dict[str, str] = {}  # torch's name of an input -> its path
 
     def graph(self, outputs: Nesting, calls: CalledModules | None = None) -> Graph:
@@ -96,7 +96,7 @@ class Reading:
             guards=list(self._guards(known)),
             schemas=self.schemas,
             types=self.types,
-            numbers=self.numbers,
+            numbers=self.number_arguments,
             calls=[] if calls is None else calls.read(marked, {n.made: n for n in self.nodes}),
             notices=[
                 f"it writes into its argument {n}, which stays as it is here" for n in written
@@ -145,7 +145,7 @@ class Reading:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and op not in self.schemas:
             self.schemas[op] = _arguments(schema)
-            self.numbers[op] = frozenset(_numbers(schema))
+            self.number_arguments[op] = frozenset(_numbers(schema))
 
     def _number(self, node: Any) -> int:
         number = self.numbers.setdefault(node, len(self.numbers))

@@ -38,9 +38,9 @@ def load(
     """The module that `text` names: an instance, or what a class or factory gives without
     arguments (with `rngs=nnx.Rngs(seed)` where it asks for rngs); (module, variables) for Linen.
 
-    Without `make`, what the name stands for itself. With `only_shapes`, a torch module is made on the device "meta" where its code allows it: it
-    takes no memory. Runs the user's code, and says so before it does. UsageError for what cannot be
-    had.
+    Without `make`, it is what the name stands for itself. With `only_shapes`, a torch module is
+    made on the device "meta" where its code allows it: it takes no memory. Runs the user's code,
+    and says so before it does. UsageError for what cannot be had.
     """
     found = _SPEC.fullmatch(text)
     if found is None:

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from convert.porting.rendering.context import COPIES, Context, NotRendered
 from convert.porting.rendering.names import Frames, Names
-from convert.porting.rendering.operands import Operand, Size
+from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import composed, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines
@@ -114,10 +114,7 @@ class _Writing:
         }
 
     def _taken(self, item: GraphNode | Scope) -> list[int]:
-        if isinstance(item, Scope):
-            found = self.context.passed(item)
-        else:
-            found = self.tree.taken(item)
+        found = self.context.passed(item) if isinstance(item, Scope) else self.tree.taken(item)
         return [self.source(v) for v in found]
 
     def _is_inlined(self, i: int, item: GraphNode | Scope) -> bool:
@@ -251,7 +248,7 @@ class _Writing:
                 return text
         if isinstance(wanted, int | float):
             return wanted
-        return Size(self._axis(wanted) or composed(wanted, self._symbol), wanted)
+        return SizeText(self._axis(wanted) or composed(wanted, self._symbol), wanted)
 
     def _symbol(self, symbol: str) -> str:
         found = self._axis(symbol)
@@ -341,10 +338,9 @@ def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
     anew."""
     kept = []
     for i, line in enumerate(lines):
-        if line.site is None and line.text.isidentifier() and line.targets:
-            if not _is_read(line.targets[0], lines[i + 1 :]):
-                continue
-        kept.append(line)
+        copy = line.site is None and line.text.isidentifier() and line.targets
+        if not copy or _is_read(line.targets[0], lines[i + 1 :]):
+            kept.append(line)
     return kept
 
 
@@ -365,7 +361,7 @@ def _made(item: GraphNode | Scope) -> list[int]:
     return item.gives if isinstance(item, Scope) else [item.made]
 
 
-def _own(module: Any, attribute: str, text: Size) -> Any:
+def _own(module: Any, attribute: str, text: SizeText) -> Any:
     """The number that an attribute of a module, or of its config, has."""
     for held in (module, *vars(module).values()):
         found = getattr(held, attribute, None)

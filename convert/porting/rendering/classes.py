@@ -40,7 +40,10 @@ class WrittenClass:
         return {name: values[path] for name, values in self.parameters.items()}
 
     def defaults(self) -> dict[str, Any]:
-        """The values of arguments that are left out: what most instances have, but for sizes."""
+        """The values of arguments that are left out: what most instances have, but for sizes; of
+        the model itself all."""
+        if "" in self.made:
+            return self.arguments_of("")
         found = {}
         for name, column in self.parameters.items():
             often = Counter(map(repr, column.values())).most_common(1)[0][0]
@@ -143,14 +146,14 @@ class Classes:
 
     def _is_first(self, path: str) -> bool:
         """Whether a module is not another name of one that has been seen."""
-        module = self.tree.modules[path]
-        return next(p for p, m in self.tree.modules.items() if m is module) == path
+        modules = self.tree.modules
+        first: str = next(p for p, m in modules.items() if m is modules[path])
+        return first == path
 
     def _height(self, path: str) -> int:
         below = f"{path}." if path else ""
-        return max(p.count(".") for p in self.tree.modules if p == path or p.startswith(below)) - (
-            path.count(".") if path else -1
-        )
+        parts = [p for p in self.tree.modules if p == path or p.startswith(below)]
+        return max(map(_depth, parts)) - _depth(path)
 
     # What they make.
 
@@ -339,10 +342,8 @@ class Classes:
         used = {n: c for n, c in given.items() if any(_follows(x, c) for x in held)}
         yield from used.items()
         for hint, column in columns:
-            differs = _varies(column)
-            if (hint in attributes and not any(_follows(column, c) for c in used.values())) or (
-                differs and _expression(column, used) is None
-            ):
+            follows = any(_follows(column, c) for c in used.values())
+            if (hint in attributes or _varies(column)) and not follows:
                 yield hint, column
 
 
@@ -355,9 +356,9 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
     varies = _varies(column)
     column = {p: v for p, v in column.items() if v is not ABSENT}
     for name, argument in parameters.items():
-        if all(type(column[p]) is type(argument[p]) and column[p] == argument[p] for p in column):
-            if varies or _is_size(next(iter(column.values()))):
-                return name
+        same = all(type(v) is type(argument[p]) and v == argument[p] for p, v in column.items())
+        if same and (varies or _is_size(next(iter(column.values())))):
+            return name
     if not all(type(v) is int and v > _SMALL for v in column.values()):
         return None
     found: list[tuple[int, str]] = []
@@ -394,6 +395,10 @@ def _instance(module: Any, made: Mapping[str, Any], body: Body) -> Instance:
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and value > _SMALL
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + 1 if path else 0
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from convert.porting.rendering.constants import array_text
 from convert.porting.rendering.constructor import Constructor, LayerText, Name
 from convert.porting.rendering.inits import MadeVariable
 from convert.porting.rendering.layer_text import layer_text
-from convert.porting.rendering.operands import ArrayType, Operand, Size, inside
+from convert.porting.rendering.operands import ArrayType, Operand, SizeText, inside
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.rendering.templates import expression
 from convert.porting.rendering.written_rules import written
@@ -57,7 +57,6 @@ class Context:
         self.arrays: dict[str, np.ndarray] = {}  # that the source cannot say: kept beside it
         self.kinds: dict[str, None] = {}  # of variables, but for Flax's own
         self.layers: dict[str, LayerText] = {}
-        self.rules = written(self._without_template())
         self.tuples: dict[str, tuple[str, ...]] = {}  # NamedTuples that the model returns
         self._sequences: dict[str, bool] = {}
         self.classes: dict[type, list[Scope]] = {}
@@ -68,6 +67,7 @@ class Context:
             if path and (layer := layer_text(module, checked=path in alone)) is not None:
                 self.layers[path] = layer
         self.gone = {p for p in self.layers if self._is_gone(p)}
+        self.rules = written(self._without_template())
 
     def _alone(self) -> set[str]:
         """The modules of classes derived from a layer of torch's, of which every call is that
@@ -77,8 +77,8 @@ class Context:
             nodes = [n for n in scope.nodes() if n.op not in COPIES]
             wanted = _OPERATIONS.get(_layer_class(scope.module), "")
             own = {f"{scope.path}.{n}" for n, _ in scope.module.named_parameters(recurse=False)}
-            names = [p.name for v in self.tree.taken(nodes[0]) if (p := self.tree.placeholders.get(v))
-                     is not None and p.kind != "input"] if nodes else []  # fmt: skip
+            held = [self.tree.placeholders.get(v) for n in nodes[:1] for v in self.tree.taken(n)]
+            names = [p.name for p in held if p is not None and p.kind != "input"]
             good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
@@ -278,11 +278,12 @@ class Context:
         def operand(x: Any) -> Any:
             if isinstance(x, ValueRef):
                 kind = self.tree.type_of(x.value)
-                return Operand("x", kind) if isinstance(kind, ArrayType) else Size("n", kind)
+                return Operand("x", kind) if isinstance(kind, ArrayType) else SizeText("n", kind)
             return [operand(part) for part in x] if isinstance(x, list) else x
 
         found: dict[str, None] = {}
-        for node in self.tree.nodes:
+        opened = (s for s in self.tree.root.scopes() if not self.is_layer(s))
+        for node in (i for s in opened for i in s.items if not isinstance(i, Scope)):
             args = [operand(x) for x in node.args]
             kwargs = {k: operand(x) for k, x in node.kwargs.items()}
             own = node.op.startswith("operator.") or node.op in COPIES
@@ -369,7 +370,7 @@ def _layer_class(module: Any) -> str:
 
 def numbers(tree: Any) -> Any:
     """Arguments with numbers in place of their names, where they are numbers."""
-    if isinstance(tree, Size) and not isinstance(tree.value, str):
+    if isinstance(tree, SizeText) and not isinstance(tree.value, str):
         return tree.value
     if isinstance(tree, dict):
         return {k: numbers(x) for k, x in tree.items()}

@@ -103,8 +103,8 @@ def text(x: Any, names: Iterator[str | None]) -> str:
     None where it stays a number."""
     if isinstance(x, Constructor):
         places = [p for p, v in x.values().items() if not isinstance(v, Name)]
-        given = {p: next(names) for p in places}
-        return x.text({p: t for p, t in given.items() if t is not None})
+        texts = {p: next(names) for p in places}
+        return x.text({p: t for p, t in texts.items() if t is not None})
     if isinstance(x, MadeList):
         parts = [text(part, names) for part in x.items]
         return f"{x.callee}({', '.join(_runs(parts)) if x.starred else _list(parts)})"

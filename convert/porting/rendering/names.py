@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Size
+from convert.porting.rendering.operands import SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import named
 from convert.porting.rendering.source_lines import mentioned, own_name, source_file, targets
@@ -101,7 +101,7 @@ class Frames:
             return []
         return found
 
-    def sizes(self, item: Item, local: dict[str, int | str]) -> Iterator[tuple[Size, set[str]]]:
+    def sizes(self, item: Item, local: dict[str, int | str]) -> Iterator[tuple[SizeText, set[str]]]:
         """The sizes that the statements of an item mention."""
         for depth, frame in enumerate(self.place(item)):
             known = local if depth == 0 else {}

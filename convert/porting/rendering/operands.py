@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from convert.program.graph import ArrayType
 
-__all__ = ["ArrayType", "Operand", "Size", "inside"]
+__all__ = ["ArrayType", "Operand", "SizeText", "inside"]
 _ATOM = re.compile(r"[\w.]+")
 
 
@@ -38,7 +38,7 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class SizeText:
     """A number that is written as an expression: `x.shape[1]`, `self.heads`. `value` is the number,
     or the expression of the inputs' sizes that it is."""
 

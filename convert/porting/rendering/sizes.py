@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.porting.rendering.operands import Size, inside
+from convert.porting.rendering.operands import SizeText, inside
 from convert.porting.rendering.source_lines import source_file
 
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
@@ -52,13 +52,14 @@ def _unpacking(statement: ast.Assign) -> Iterator[Unpacked]:
     if isinstance(target, ast.Name) and axis is not None:
         yield Unpacked(statement.lineno, (target.id,), array, axis)
     elif isinstance(target, ast.Tuple) and axis is None:
-        if all(isinstance(x, ast.Name) for x in target.elts):
-            names = tuple(x.id if x.id != "_" else None for x in target.elts)  # type: ignore[attr-defined]
+        found = [x.id for x in target.elts if isinstance(x, ast.Name)]
+        if len(found) == len(target.elts):
+            names = tuple(n if n != "_" else None for n in found)
             yield Unpacked(statement.lineno, names, array, None)
 
 
 def _shape_of(value: ast.expr) -> tuple[str | None, int | None]:
-    """The array whose shape an expression is, and the axis: `x.shape`, `x.size(1)`, `x.shape[0]`."""
+    """The array whose shape an expression is, and the axis: `x.shape`, `x.size(1)`."""
     axis = None
     if isinstance(value, ast.Subscript):
         axis = _number(value.slice)
@@ -88,7 +89,7 @@ def _number(x: ast.expr) -> int | None:
 
 def named(
     statement: ast.stmt | None, module: Any, me: str, local: Values
-) -> Iterator[tuple[Size, set[str]]]:
+) -> Iterator[tuple[SizeText, set[str]]]:
     """The numbers that a statement of the source mentions, each with the attributes of the module
     that it mentions. `me` is what the source calls the module, `local` are the names of sizes that
     are known."""
@@ -102,7 +103,7 @@ def named(
         value = reading.evaluated(part, attributes)
         if value is not None and (attributes or _names(part) & local.keys()):
             yield (
-                Size(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value),
+                SizeText(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value),
                 attributes,
             )
 

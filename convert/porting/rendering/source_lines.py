@@ -95,9 +95,10 @@ def copies(file: str, first: int, last: int) -> list[tuple[int, str, str]]:
     found = []
     for line in range(first, last + 1):
         s = source_file(file).statement(line)
-        if isinstance(s, ast.Assign) and isinstance(s.value, ast.Name) and s.lineno == line:
-            if len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
-                found.append((line, s.targets[0].id, s.value.id))
+        if not isinstance(s, ast.Assign) or s.lineno != line or len(s.targets) > 1:
+            continue
+        if isinstance(s.value, ast.Name) and isinstance(s.targets[0], ast.Name):
+            found.append((line, s.targets[0].id, s.value.id))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def _of_parts(lines: Sequence[Line], having: Sequence[Instance]) -> Iterator[Con
     names = dict.fromkeys(n for x in lines for n in re.findall(r"self\.(\w+)", x.text))
     for name in names:
         if all(name in one.attributes for one in having):
-            yield Condition(
-                f"self.{name} is not None", lambda one, name=name: name in one.attributes
-            )
+            yield Condition(f"self.{name} is not None", functools.partial(_has, name))
+
+
+def _has(name: str, one: Instance) -> bool:
+    return name in one.attributes

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from convert.porting.rendering.operands import ArrayType, Operand, Size
+from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.syntax import (
     decorated_by,
     definitions,
@@ -79,7 +79,7 @@ class WrittenRules:
 
 def value_text(value: Any) -> str:
     """An argument of a rule, as it is written."""
-    if isinstance(value, Operand | Size):
+    if isinstance(value, Operand | SizeText):
         return value.text
     if isinstance(value, Dtype):
         return f"jnp.{'bool_' if value.name == 'bool' else value.name}"

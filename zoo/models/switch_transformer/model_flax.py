@@ -122,7 +122,11 @@ class LayerFF(nnx.Module):
     def __call__(self, x: Array) -> tuple[Array, Array | None]:
         """(B, T, M) -> (B, T, M), and the router's logits (B, T, X); None in a dense layer."""
         y = self.layer_norm(x)
-        y, logits = self.mlp(y) if self.is_sparse else (self.mlp(y), None)
+        logits = None
+        if isinstance(self.mlp, SparseMLP):
+            y, logits = self.mlp(y)
+        else:
+            y = self.mlp(y)
         return x + self.dropout(y), logits
 
 

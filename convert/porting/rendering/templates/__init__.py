@@ -1,8 +1,8 @@
 """How an operation is written: for each overload of ATen the expression that a person would write.
 
 A template is a plain function on what the expression is made of: an array is an `Operand`, a whole
-number an int or a `Size`, a dtype a `Dtype`; its parameters are the overload's. It gives the text
-of one Python expression (of a tuple where the overload gives several), or None where there is no
+number an int or a `SizeText`, a dtype a `Dtype`; its parameters are those of the overload. It gives
+text of one Python expression (of a tuple where the overload gives several), or None where there is no
 plain way to write it for these arguments. The expression's values and dtypes are the rule's
 (convert/porting/rules), with and without `jax_enable_x64`; at a kink its gradient may be JAX's.
 """

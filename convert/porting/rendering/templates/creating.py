@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, Size
+from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     dtype_name,
@@ -25,7 +25,7 @@ def _full(size: Sequence[Any], value: Any, dtype: str) -> str | None:
     filled = number(value, dtype)
     if filled is None:
         return None
-    if value in (0, 1) and not isinstance(value, Size):
+    if value in (0, 1) and not isinstance(value, SizeText):
         name = "ones" if value else "zeros"
         return f"jnp.{name}({_shape(size)}, dtype={dtype_text(dtype)})"
     return f"jnp.full({_shape(size)}, {filled}, dtype={dtype_text(dtype)})"
@@ -33,7 +33,7 @@ def _full(size: Sequence[Any], value: Any, dtype: str) -> str | None:
 
 def _of(value: Any) -> str:
     """The dtype that torch gives a number."""
-    kinds = ((bool, "bool"), (int | Size, "int64"), (complex, "complex64"))
+    kinds = ((bool, "bool"), (int | SizeText, "int64"), (complex, "complex64"))
     return next((name for type_, name in kinds if isinstance(value, type_)), "float32")
 
 
@@ -54,7 +54,7 @@ def full_like(x: Operand, fill_value: Any, *, dtype: Dtype | None = None) -> str
     name = dtype_name(dtype, x.dtype)
     filled = number(fill_value, name)
     more = "" if name == x.dtype else f", dtype={dtype_text(name)}"
-    if filled and fill_value in (0, 1) and not isinstance(fill_value, Size):
+    if filled and fill_value in (0, 1) and not isinstance(fill_value, SizeText):
         return f"jnp.{'ones' if fill_value else 'zeros'}_like({x}{more})"
     return filled and f"jnp.full_like({x}, {filled}{more})"
 
@@ -114,13 +114,13 @@ def copy(x: Operand, src: Operand, non_blocking: bool = False) -> str | None:
 @template("aten.arange.start_step")
 def arange(start: Any, end: Any, step: Any = 1, *, dtype: Dtype | None = None) -> str | None:
     values = (start, end, step)
-    if not all(isinstance(v, Size) or float(v).is_integer() for v in values):
+    if not all(isinstance(v, SizeText) or float(v).is_integer() for v in values):
         return None
-    whole = all(isinstance(v, int | Size) for v in values)
+    whole = all(isinstance(v, int | SizeText) for v in values)
     name = dtype_name(dtype, "int64" if whole else "float32")
     if kind(name) not in (1, 2):
         return None
-    texts = [number(v if isinstance(v, Size) else int(v), "int64") for v in values]
+    texts = [number(v if isinstance(v, SizeText) else int(v), "int64") for v in values]
     if None in texts:
         return None
     shown = texts[1:2] if start == 0 and step == 1 else texts[:2] if step == 1 else texts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, Size
+from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     cast,
@@ -73,7 +73,7 @@ def _pieces(x: Operand, sizes: Sequence[Any], dim: int) -> str | None:
 def _total(sizes: Sequence[Any]) -> str:
     """The sum of sizes: the number, as far as they are numbers."""
     whole = sum(s for s in sizes if isinstance(s, int))
-    named = [str(s) for s in sizes if isinstance(s, Size)]
+    named = [str(s) for s in sizes if isinstance(s, SizeText)]
     return " + ".join([*named, *([str(whole)] if whole or not named else [])])
 
 
@@ -128,7 +128,7 @@ def range_text(start: Any, end: Any, step: Any, size: int | str) -> str:
 
 
 def _bound(value: Any) -> str:
-    return value.text if isinstance(value, Size) else str(value)
+    return value.text if isinstance(value, SizeText) else str(value)
 
 
 @template("aten.slice.Tensor", "aten.slice_copy.Tensor")
@@ -143,7 +143,7 @@ def narrow(x: Operand, dim: int, start: Any, length: Any) -> str | None:
     if not isinstance(first, int) or first < 0:
         return None
     end = _total([start, length])
-    return slice_(x, dim, first, int(end) if end.isdigit() else Size(end, end))
+    return slice_(x, dim, first, int(end) if end.isdigit() else SizeText(end, end))
 
 
 @template("aten.select.int", "aten.select_copy.int")

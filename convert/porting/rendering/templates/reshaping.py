@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, Size
+from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     at,
@@ -33,7 +33,7 @@ def _reshaped(x: Operand, sizes: Sequence[Any]) -> str:
 
 
 def _bare_text(size: Any) -> str:
-    return size.text if isinstance(size, Size) else str(abs(size))
+    return size.text if isinstance(size, SizeText) else str(abs(size))
 
 
 @template(
@@ -146,7 +146,7 @@ def expand(x: Operand, size: Sequence[Any], *, implicit: bool = False) -> str:
             shape.append(s)
         else:
             own = x.shape[i - new]
-            shape.append(own if isinstance(own, int) else Size(f"{x}.shape[{i - new}]", own))
+            shape.append(own if isinstance(own, int) else SizeText(f"{x}.shape[{i - new}]", own))
     return x.text if same_shape(x.shape, shape) else f"jnp.broadcast_to({x}, {sizes_text(shape)})"
 
 

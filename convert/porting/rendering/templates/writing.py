@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convert.porting.rendering.operands import Operand, Size, inside
+from convert.porting.rendering.operands import Operand, SizeText, inside
 from convert.porting.rules.promote import category, floating_of, result_type
 from convert.program.graph import Dtype
 
@@ -47,7 +47,7 @@ def kind(x: Operand | str) -> int:
 def number(value: Any, dtype: str = "") -> str | None:
     """A number or size, as a literal; turned into the kind of the dtype where one is named. None
     where it does not fit."""
-    if isinstance(value, Size):
+    if isinstance(value, SizeText):
         return str(value) if not dtype or kind(dtype) in (1, 2) else None
     if dtype:
         value = _of_kind(value, kind(dtype))
@@ -89,7 +89,7 @@ def _sample(value: Any) -> Any:
     """A value that promotes as this one does in torch."""
     if isinstance(value, Operand):
         return np.empty((0,) if value.shape else (), np.dtype(value.dtype))
-    return 1 if isinstance(value, Size) else value
+    return 1 if isinstance(value, SizeText) else value
 
 
 def common(*values: Any) -> str:
@@ -114,7 +114,11 @@ def _jax_agrees(given: tuple[Any, ...], wanted: str) -> bool:
 
 def _fits(value: Any, dtype: str) -> bool:
     """Whether a number may stand beside an array of the dtype as it is."""
-    if isinstance(value, Operand | Size) or not isinstance(value, int) or isinstance(value, bool):
+    if (
+        isinstance(value, Operand | SizeText)
+        or not isinstance(value, int)
+        or isinstance(value, bool)
+    ):
         return True
     return number(value, dtype) is not None if kind(dtype) == 1 else abs(value) < _LARGEST
 
@@ -129,7 +133,7 @@ def together(*values: Any, floating: bool = False) -> list[str] | None:
     if not all(_fits(v, dtype) for v in numbers):
         return None
     names = [
-        v.dtype if isinstance(v, Operand) else int if isinstance(v, Size) else type(v)
+        v.dtype if isinstance(v, Operand) else int if isinstance(v, SizeText) else type(v)
         for v in values
     ]
     other = [i for i, v in enumerate(values) if isinstance(v, Operand) and v.dtype != dtype]
@@ -186,9 +190,9 @@ def sizes_text(sizes: Sequence[Any]) -> str:
     return f"({inner},)" if len(sizes) == 1 else f"({inner})"
 
 
-def value_of(size: Any) -> int | str:
+def value_of(size: Any) -> Any:
     """A size to be compared: the number, or the expression that it is."""
-    return size.value if isinstance(size, Size) else size
+    return size.value if isinstance(size, SizeText) else size
 
 
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:

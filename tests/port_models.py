@@ -1,0 +1,111 @@
+"""Torch modules of the tests of `convert.port`, written as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    """Causal attention with a mask that is a buffer."""
+
+    def __init__(self, d: int, h: int) -> None:
+        super().__init__()
+        self.n_head = h
+        self.ln_1 = nn.LayerNorm(d)
+        self.c_attn = nn.Linear(d, 3 * d)
+        self.c_proj = nn.Linear(d, d)
+        self.drop = nn.Dropout(0.1)
+        mask = torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16)
+        self.register_buffer("bias", mask, persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        y = self.ln_1(x)
+        B, T, C = y.size()
+        q, k, v = self.c_attn(y).split(C, dim=2)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        att = (q @ k.transpose(-2, -1)) * (1.0 / k.size(-1) ** 0.5)
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+        att = torch.softmax(att, dim=-1)
+        y = att @ v
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return x + self.drop(self.c_proj(y))
+
+
+class Decoder(nn.Module):
+    """Two blocks, the head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(50, 32)
+        self.h = nn.ModuleList([Block(32, 4) for _ in range(2)])
+        self.f = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, idx: Any) -> Any:
+        b, t = idx.size()
+        pos = torch.arange(0, t, dtype=torch.long, device=idx.device)
+        x = self.emb(idx) + self.emb(pos)
+        for block in self.h:
+            x = block(x)
+        x = self.f(x)
+        return self.head(x)
+
+
+class Basic(nn.Module):
+    """A residual block, whose input is projected where its size changes."""
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1 or inplanes != planes:
+            self.downsample = nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        identity = x
+        out = self.bn1(self.conv1(x))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Stages(nn.Module):
+    """Two stages of residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.layer1 = nn.Sequential(Basic(8, 8), Basic(8, 8))
+        self.layer2 = nn.Sequential(Basic(8, 16, 2), Basic(16, 16))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self._impl(x)
+
+    def _impl(self, x: Any) -> Any:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer1(x)
+        x = self.layer2(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """As small as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        return x + F.gelu(self.fc(x))

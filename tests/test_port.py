@@ -1,0 +1,148 @@
+"""`convert.port`: a torch module as source, and what a reader of it wants to see."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from port_models import Decoder, Residual, Stages
+
+import convert
+from convert.porting.ported_source import Port
+from zoo.containers.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Port:
+    return convert.port(Decoder, np.arange(24).reshape(2, 12) % 50)
+
+
+@pytest.fixture(scope="module")
+def stages() -> Port:
+    torch.manual_seed(0)
+    return convert.port(Stages, np.ones((2, 3, 8, 8), np.float32))
+
+
+def classes(port: Port) -> dict[str, str]:
+    """The source of each class, by name."""
+    tree = ast.parse(port.source)
+    return {x.name: ast.unparse(x) for x in tree.body if isinstance(x, ast.ClassDef)}
+
+
+def test_the_source_is_proved_at_sizes_that_were_not_traced(decoder: Port) -> None:
+    assert decoder.proved.verdict == "same"
+    assert len(decoder.proved.rows) >= 2
+    assert "verdict" not in decoder.source
+    assert "same, outputs beside torch's at" in decoder.source
+
+
+def test_a_block_is_written_once_with_its_loop_and_the_source_names(decoder: Port) -> None:
+    found = classes(decoder)
+    assert set(found) == {"Constant", "Block", "Decoder"}
+    assert "for block in self.h:" in found["Decoder"]
+    assert "q, k, v = jnp.split(self.c_attn(y), 3, axis=2)" in found["Block"]
+    assert "B, T, C = y.shape" in found["Block"]
+    assert "k.reshape(B, T, self.n_head, C // self.n_head)" in found["Block"]
+    assert "self.bias[..., :T, :T] == 0" in found["Block"]
+
+
+def test_constructors_have_the_names_of_those_of_torch(decoder: Port) -> None:
+    block = classes(decoder)["Block"]
+    assert "def __init__(self, d: int, h: int" in block
+    assert "self.n_head = h" in block
+    assert "nnx.Linear(d, 3 * d, rngs=rngs)" in block
+
+
+def test_a_tied_head_has_no_weights_of_its_own(decoder: Port) -> None:
+    model = classes(decoder)["Decoder"]
+    assert "self.head" not in model
+    assert "x @ self.emb.embedding[...].T" in model
+
+
+def test_an_optional_part_is_a_condition_and_not_a_second_class(stages: Port) -> None:
+    found = classes(stages)
+    assert set(found) == {"Basic", "Stages"}
+    assert "if self.downsample is not None:" in found["Basic"]
+    assert "identity = self.downsample(x)" in found["Basic"]
+    assert "identity = x" in found["Basic"]
+    assert "downsample=True" in found["Stages"]
+
+
+def test_it_is_a_module_that_trains_and_has_torchs_weights(stages: Port) -> None:
+    from flax import nnx
+
+    net = stages.net()
+    kernel = np.asarray(net.conv1.kernel[...])
+    held = stages.module.conv1.weight.detach().numpy()
+    assert np.array_equal(kernel, held.transpose(2, 3, 1, 0))
+    before = np.asarray(net.bn1.mean[...])
+    net.train()
+    net(np.ones((2, 3, 8, 8), np.float32))
+    assert not np.array_equal(before, np.asarray(net.bn1.mean[...]))
+    assert nnx.state(net, nnx.BatchStat)
+
+
+def test_files_are_written_and_an_edited_one_is_left_alone(decoder: Port, tmp_path: Path) -> None:
+    path = tmp_path / "net_flax.py"
+    written = {p.name for p in decoder.save(path, test=True)}
+    assert written == {
+        "net_flax.py", "net_flax.npz", "net_flax.layout.json", "net_flax.safetensors",
+        "test_net_flax.py", "test_net_flax.npz",
+    } - ({"net_flax.npz"} if not decoder.arrays else set())  # fmt: skip
+    assert decoder.save(path, weights=False)[0] == path
+    path.write_text(path.read_text().replace("dropout", "dropped"))
+    path.write_text("# mine\n" + path.read_text())
+    assert decoder.save(path, weights=False)[0].name == "net_flax.py.new"
+    assert path.read_text().startswith("# mine")
+
+
+def test_the_saved_file_and_its_weights_are_a_model(
+    decoder: Port, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder.save(tmp_path / "own_flax.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import own_flax  # type: ignore[import-not-found]
+
+    net = convert.load(tmp_path / "own_flax.safetensors", "flax", own_flax.Decoder)
+    tokens = np.arange(20).reshape(2, 10) % 50
+    with torch.no_grad():
+        wanted = decoder.module(torch.from_numpy(tokens)).numpy()
+    assert np.allclose(np.asarray(net(tokens)), wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_the_command_writes_it_and_says_what_was_proved(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    np.savez(tmp_path / "x.npz", x=np.ones((2, 4), np.float32))
+    command = [
+        sys.executable, "-m", "convert", "port", str(here / "port_models.py") + ":Residual",
+        "--inputs", "x.npz", "-o", "net.py",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "class Residual" in done.stdout
+    assert "verified: level outputs: same" in done.stdout
+    source = (tmp_path / "net.py").read_text()
+    assert "From port_models.Residual." in source
+    assert str(tmp_path) not in source
+    assert str(here) not in source
+    assert (tmp_path / "net.report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["net", "my-net.py", "nowhere/net.py"])
+def test_a_name_that_cannot_be_imported_is_refused_before_work(name: str, tmp_path: Path) -> None:
+    from convert.porting.ported_source import check_name
+
+    with pytest.raises(UsageError):
+        check_name(tmp_path / name)
+
+
+def test_no_proof_is_said(tmp_path: Path) -> None:
+    made = convert.port(Residual(), np.ones((2, 4), np.float32), verify=False)
+    assert made.proved.verdict == "not proved"
+    assert "not proved" in made.source
