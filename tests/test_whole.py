@@ -193,6 +193,8 @@ def test_resume_is_refused_for_another_conversion(tmp_path: Path) -> None:
     convert.convert(src, target, framework="flax")
     assert not hidden(tmp_path)
     convert.convert(src, target, **again, force=True)  # nothing was begun: all is done
+    with pytest.raises(UsageError, match="cannot be resumed: torch writes"):
+        convert.convert(target, tmp_path / "c.pt", resume=True)
 
 
 def ctrl_c(code: str, *arguments: str, cwd: Path, wait: float) -> tuple[int, str, float]:
