@@ -9,11 +9,10 @@ conversion or `clean` goes on; readers change nothing, and find each file where 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
-from zoo.containers import filenames
+from zoo.containers import filenames, json_text
 from zoo.containers.errors import CorruptInput
 
 JOURNAL = "journal.json"
@@ -33,16 +32,15 @@ def listed(checkpoint: Path) -> frozenset[str] | None:
         return None
     journal = place(checkpoint) / JOURNAL
     try:
-        size = journal.stat().st_size
-        text = journal.read_text() if size <= _LARGEST else ""
+        names = json_text.read(journal, _LARGEST)["files"]
+        sound = isinstance(names, list) and all(
+            filenames.belongs(n, checkpoint.name) for n in names
+        )
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
             raise
         return None
-    try:
-        names = json.loads(text)["files"]
-        sound = all(filenames.belongs(n, checkpoint.name) for n in names)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
         raise CorruptInput(

@@ -233,7 +233,7 @@ class _Tree:
     def _headers(self, names: list[str], disk: int) -> dict[str, ZarrArray]:
         file = "zarr.json" if self._zarr3 else ".zarray"
         if not self._ocdbt:
-            raws = [_read_small(self.path / name / file) for name in names]
+            raws: list[bytes | None] = [self._header(name, file) for name in names]
             sizes = [_bytes_below(self.path / name) for name in names]
         else:
             store = self._ts.KvStore.open(self._kvstore(""), context=self._context)
@@ -252,6 +252,16 @@ class _Tree:
                 raise CorruptInput(f"{self.path}: {name} has no {file}", AGAIN)
             arrays[name] = parse(raw, self._zarr3, size, f"{self.path}: {name}")
         return arrays
+
+    def _header(self, name: str, file: str) -> bytes:
+        """What a file says of an array; CorruptInput where there is none."""
+        try:
+            raw = _read_small(self.path / name / file)
+        except OSError as e:
+            raise CorruptInput(f"{self.path}: {name}: {e.strerror}", AGAIN) from None
+        if raw is None:
+            raise CorruptInput(f"{self.path}: {name} has no {file}", AGAIN)
+        return raw
 
     def spans(self, name: str, root: Path) -> list[Span]:
         """Where the array lies in files below `root`, if it lies there as it is; else nothing."""
