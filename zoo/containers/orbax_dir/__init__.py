@@ -11,8 +11,6 @@ import functools
 import json
 import math
 import os
-import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
