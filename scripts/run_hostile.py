@@ -45,7 +45,8 @@ READING = 0.2e-6  # of CPU, that a byte of it may take: JSON
 REFUSED = frozenset({4, 5})
 # What is not refused, as no tensor of it is wanted: `inspect` says in a line what it is.
 PASSED = {
-    ("pickle: a megabyte a million times", c): frozenset({0}) for c in ("inspect", "inspect --json", "match", "lint")
+    ("pickle: a megabyte a million times", command): frozenset({0})
+    for command in ("inspect", "inspect --json", "match", "lint")
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Command = Callable[[Path], list[object]]
@@ -80,7 +81,13 @@ _NAMED: dict[str, Command] = {
         *("pack", p, "--name", "my_own", "--out", p.parent, "--card", p.with_suffix(".json"))
     ],
 }
-CLASSES: dict[str, dict[str, Command]] = {"journal": _INTO, "wheel": _NAMED}
+_SOUND = {n: c for n, c in COMMANDS.items() if n not in ("match", "pack", "export")}
+CLASSES: dict[str, dict[str, Command]] = {
+    "certificate": _SOUND,  # what lies beside sound weights; the other commands do not look at it
+    "optimizer": _SOUND,
+    "journal": _INTO,
+    "wheel": _NAMED,
+}
 FEW = ("inspect", "torch2flax", "torch2flax --resume", "clean", "models --weights")
 FEW_OF = {"certificate": ("check",)}
 # Where a command may do something else than refuse the file, which it does not need.
