@@ -17,6 +17,12 @@ def weights(path: Path, metadata: dict[str, str] | None = None) -> Path:
     return path
 
 
+def _inner(folder: Path) -> Path:
+    """A folder that is the checkpoint."""
+    (folder / "m").mkdir()
+    return folder / "m"
+
+
 def _index(text: bytes | str | dict[str, Any], also: bool = True) -> Make:
     def make(folder: Path) -> Path:
         if also:
@@ -55,8 +61,7 @@ def indexes() -> Cases:
         return path
 
     def folder_itself(folder: Path) -> Path:
-        _mapped({"a.weight": itself})(folder)
-        return folder
+        return _mapped({"a.weight": itself})(_inner(folder)).parent
 
     return {
         "names itself": _mapped({"a.weight": itself}),
@@ -91,7 +96,8 @@ def indexes() -> Cases:
 
 
 def _config(text: Any) -> Make:
-    def make(folder: Path) -> Path:
+    def make(outer: Path) -> Path:
+        folder = _inner(outer)
         weights(folder / "model.safetensors")
         told = text if isinstance(text, str | bytes) else json.dumps(text)
         (folder / "config.json").write_bytes(told if isinstance(told, bytes) else told.encode())
@@ -104,7 +110,8 @@ def _bert(**fields: Any) -> Make:
     return _config({"model_type": "bert"} | fields)
 
 
-def _sparse_config(folder: Path) -> Path:
+def _sparse_config(outer: Path) -> Path:
+    folder = _inner(outer)
     weights(folder / "model.safetensors")
     with (folder / "config.json").open("wb") as f:
         f.truncate(3 << 30)

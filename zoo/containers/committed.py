@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from zoo.containers import filenames, json_text
-from zoo.containers.errors import CorruptInput
+from zoo.containers.errors import CorruptInput, UnsafeInput
 
 JOURNAL = "journal.json"
 _LARGEST = 1 << 16  # bytes of a journal
@@ -46,6 +46,12 @@ def listed(checkpoint: Path) -> frozenset[str] | None:
         raise CorruptInput(
             f"{journal} does not say which files are {checkpoint.name}'s",
             f"remove {journal.parent}, and convert the checkpoint again",
+        )
+    here = journal.parent
+    if linked := [p for p in (here, *(here / n for n in names)) if p.is_symlink()]:
+        raise UnsafeInput(
+            f"{linked[0]} is a link, which no conversion leaves",
+            f"remove {here}, and convert the checkpoint again",
         )
     return frozenset(names)
 
