@@ -27,7 +27,7 @@ from zoo.checkpoint import slabs
 from zoo.checkpoint.label import Label
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.committed import beside
-from zoo.containers.errors import NoSpace, UsageError, ZooError
+from zoo.containers.errors import CorruptInput, NoSpace, UnsafeInput, UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
 from zoo.models.mlp import MODEL
 from zoo.models.mlp.config import Config
@@ -362,3 +362,16 @@ def test_a_crash_leaves_an_onnx_file_with_its_own_data(
         assert len(list(folder.glob("*.data"))) == 1
     assert {1, 2} == set(seen)
     assert last > 8
+
+
+def test_a_journal_leads_nowhere_else(tmp_path: Path) -> None:
+    place = tmp_path / f".b.msgpack{filenames.WORKPLACE}committed"
+    place.mkdir()
+    (place / "journal.json").write_text('{"files": ["b.msgpack"]}')
+    (place / "b.msgpack").symlink_to("/etc/passwd")
+    for work in (convert.inspect, lambda p: convert.clean(p.parent)):
+        with pytest.raises(UnsafeInput, match="is a link"):
+            work(tmp_path / "b.msgpack")
+    (place / "journal.json").write_text('{"files": ["../a"]}')
+    with pytest.raises(CorruptInput, match="does not say which files"):
+        convert.inspect(tmp_path / "b.msgpack")
