@@ -66,7 +66,7 @@ def hidden(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("containers", "crashes", "interrupts"),
-    [("msgpack", 6, 1), pytest.param("orbax,safetensors", 4, 0, marks=pytest.mark.slow)],
+    [("msgpack", 6, 1), pytest.param("orbax", 4, 0, marks=pytest.mark.slow)],
 )
 def test_torture(containers: str, crashes: int, interrupts: int) -> None:
     """A little of all that scripts/torture does."""
