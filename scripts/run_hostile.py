@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import hostile  # noqa: E402 - tests/ is on the path from here on
 from hostile.beside import TARGET  # noqa: E402
-from reliability import write_section  # noqa: E402
+from reliability import section, write_section  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -330,7 +330,7 @@ def main() -> int:
         table.add_row(*told)
     Console(highlight=False, width=150 if not sys.stdout.isatty() else None).print(table)
     if options.write:
-        write_section("Hostile files", page(rows))
+        write_section(TITLE, page(rows))
     return 1 if any(r.wrong for r in ran) else 0
 
 
@@ -343,6 +343,7 @@ def show(r: Ran, verbose: bool) -> None:
         print(f"{r.kind}: {r.case}: {r.command}: {'; '.join(r.wrong)}: {last!a}", flush=True)
 
 
+TITLE = "Hostile files"
 HEAD = (
     "class",
     "files",
@@ -367,8 +368,11 @@ def row(kind: str, files: int, ran: list[Ran]) -> list[str]:
 
 
 def page(rows: list[list[str]]) -> str:
-    """The section of docs/reliability.md."""
-    lines = [f"| {' | '.join(told)} |" for told in (list(HEAD), ["---"] * len(HEAD), *rows)]
+    """The section of docs/reliability.md; classes that were not run keep their rows."""
+    before = [x.split(" | ") for x in section(TITLE).splitlines() if x.startswith("| ")][2:]
+    every = {cells[0].strip("| "): [c.strip("| ") for c in cells] for cells in before}
+    every |= {cells[0]: cells for cells in rows}
+    lines = [f"| {' | '.join(x)} |" for x in (list(HEAD), ["---"] * len(HEAD), *every.values())]
     return _PAGE + "\n".join(lines) + "\n"
 
 

@@ -160,7 +160,9 @@ def _read_label(reader: Reader) -> Label:
             }
         except ValueError as e:
             raise _bad(source, str(e)) from None
-        return dataclasses.replace(_from_zoo(data, source, reader.path), hf=data.get("hf", {}))
+        if not isinstance(hf := data.get("hf", {}), dict):
+            raise _bad(source, "hf is not a JSON object")
+        return dataclasses.replace(_from_zoo(data, source, reader.path), hf=hf)
     for path in config_files(reader.path):
         if path.is_file():
             return read_config_file(path, reader.path)
