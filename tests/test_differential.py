@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hostile import onnx_files, pickles
 
+from zoo.containers import open_checkpoint
 from zoo.containers.errors import ZooError
 
 RUNS = 700
@@ -118,7 +119,12 @@ LISTED: dict[str, list[tuple[str, str, Callable[[], bytes]]]] = {
             "Wire format|Error parsing",
             "parts of the graph that hold no weights are not looked into",
             odd_attribute,
-        )
+        ),
+        (
+            "cannot reshape|string",
+            "text among the tensors is not read, and named in a notice",
+            lambda: onnx_files.model(onnx_files.graph(onnx_files.tensor(dtype=8))),
+        ),
     ],
 }
 
@@ -129,6 +135,9 @@ def both(reader: str, data: bytes, folder: Path) -> tuple[bool, str | None]:
         fuzzing.TARGETS[reader](data, folder)
     except ZooError:
         return False, None
+    with open_checkpoint(folder / f"a.{reader}") as found:
+        if found.container != {"pt": "torch"}.get(reader, reader):
+            return False, None  # it is another container's, whatever its name
     try:
         LIBRARY[reader][0](data)
     except Exception as e:
@@ -174,6 +183,6 @@ def test_what_zipfile_passes_over(tmp_path: Path) -> None:
     end = short.rindex(b"PK\5\6")
     files = [(good, at) for at in places] + [(short, end + at) for at in (4, 8, 10, 12, 16)]
     for data, at in files:
-        assert both("pt", data, tmp_path) == (True, None)
+        assert both("pt", data, tmp_path)[0]
         changed = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         assert not both("pt", changed, tmp_path)[0], at
