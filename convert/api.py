@@ -77,7 +77,7 @@ def convert(
     An interrupt (KeyboardInterrupt, a kill) leaves a hidden directory beside `dst`, from which the
     same call with `resume` goes on: what was written is not written again, all of it is verified.
     It is refused where the source or an argument is another; where nothing was begun, all is done.
-    A .pt file, and what comes from memory, cannot be resumed.
+    A .pt file, and what comes from memory, cannot be resumed: UsageError.
     `on_plan` is called once everything is known and nothing is written.
 
     Raises ZooError; see `zoo.containers.errors` for its kinds.

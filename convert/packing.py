@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -28,14 +27,14 @@ from convert.engine.targets import Target
 from convert.engine.workplace import scratch
 from convert.training_state.state import TrainingState
 from zoo import hub, registry
-from zoo.card import Card
+from zoo.card import LARGEST, Card
 from zoo.checkpoint.certificate import file_sha256, now, versions
 from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.readings import title
 from zoo.checkpoint.request import make_request
-from zoo.containers import filenames, open_checkpoint
+from zoo.containers import filenames, json_text, open_checkpoint
 from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import UsageError
 from zoo.layout import TREES
@@ -161,7 +160,7 @@ def _read_card(card: str | os.PathLike[str] | Mapping[str, Any] | None) -> Card:
     if isinstance(card, Mapping):
         return Card.from_dict(dict(card), "the card")
     try:
-        data = json.loads(Path(card).read_text())
+        data = json_text.read(Path(card), LARGEST)
     except OSError as e:
         raise UsageError(f"{card}: {e.strerror}", "give a JSON file") from None
     except ValueError as e:

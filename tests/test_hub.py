@@ -170,3 +170,16 @@ def test_a_repository_that_is_not_in_the_cache(cache: Path) -> None:
             hub.locate(source)
         assert source in caught.value.problem
         assert caught.value.exit_code == 1
+
+
+def test_no_package_is_imported_to_find_a_file_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "evil_weights" / "inner"
+    inner.mkdir(parents=True)
+    (inner.parent / "__init__.py").write_text("raise SystemExit('run')")
+    (inner / "x.safetensors").write_bytes(b"x")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = hub.locate("pkg:evil_weights.inner/x.safetensors")
+    assert found == inner / "x.safetensors"
+    assert "evil_weights" not in sys.modules

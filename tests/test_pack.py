@@ -170,7 +170,7 @@ def test_a_card_that_is_no_json(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(CorruptInput, match="not JSON"):
         read_card(tmp_path / "card.safetensors")
     (tmp_path / "card.json").write_text("[]")
-    with pytest.raises(UsageError, match="not a JSON object"):
+    with pytest.raises(CorruptInput, match="not a JSON object"):
         read_card(tmp_path / "card.safetensors")
     card = Card("x", score=Score("accuracy", 0.5, 0.4, 0.6, 10))
     assert Card.from_dict(json.loads(card.to_json()), "x") == card

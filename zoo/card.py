@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoo.containers import json_text
 from zoo.containers.errors import CorruptInput, UsageError
+
+LARGEST = 1 << 20  # bytes of a card
+_MEND = "mend it, or reinstall its package"
+_LONGEST = 10_000  # characters of one of its texts
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,32 @@ class Card:
         try:
             if values.get("score") is not None:
                 values["score"] = Score(**values["score"])
-            return cls(**{"name": "", **values})
+            card = cls(**{"name": "", **values})
         except TypeError as e:
             raise UsageError(
                 f"{what}: the score is not one: {e}",
                 f"it has {', '.join(f.name for f in dataclasses.fields(Score))}",
             ) from None
+        if wrong := [*_wrong(card), *(_wrong(card.score) if card.score else ())]:
+            raise UsageError(
+                f"{what}: {', '.join(wrong)} cannot be that", "docs/weights.md says what a card has"
+            )
+        return card
+
+
+def _wrong(card: Card | Score) -> list[str]:
+    """The fields that are not of their types, or too long to be shown."""
+    kinds = {"float": int | float, "int": int, "str": str, "Score": Score, "None": type(None)}
+    wrong = []
+    for f in dataclasses.fields(card):
+        value = getattr(card, f.name)
+        if f.name == "versions":
+            fits = isinstance(value, dict)
+        else:
+            fits = any(isinstance(value, kinds[k]) for k in str(f.type).split(" | "))
+        if not fits or (isinstance(value, str) and len(value) > _LONGEST):
+            wrong.append(f.name)
+    return wrong
 
 
 def path_beside(weights: Path) -> Path:
@@ -83,13 +108,13 @@ def path_beside(weights: Path) -> Path:
 
 
 def read_card(weights: Path) -> Card | None:
-    """The card beside a file of weights, if there is one. Raises CorruptInput if it is not JSON."""
+    """The card beside a file of weights, if there is one. CorruptInput for what is no card."""
     path = path_beside(weights)
     if not path.is_file():
         return None
     try:
-        return Card.from_dict(json.loads(path.read_text()), str(path))
+        return Card.from_dict(json_text.read(path, LARGEST), str(path))
+    except UsageError as e:
+        raise CorruptInput(e.problem, _MEND) from None
     except ValueError as e:
-        raise CorruptInput(
-            f"{path} is not JSON: {e}", "mend it, or reinstall its package"
-        ) from None
+        raise CorruptInput(f"{path} is not JSON: {e}", _MEND) from None

@@ -85,6 +85,8 @@ def _pretrained(name: str) -> Path:
 
 def _in_package(inner: str, source: str) -> Path:
     package, _, rest = inner.partition("/")
+    package, *folders = package.split(".")  # what is within a package is found by importing that
+    rest = "/".join([*folders, rest])
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):

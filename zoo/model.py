@@ -23,7 +23,7 @@ from zoo.layout import TREES, Entry, Layout, Renames, Side, Tree
 from zoo.layout.ops import Shape
 from zoo.layout.renames import Pairs
 
-_ENTRIES = 100_000  # of a layout that a config asks for
+_ENTRIES = 1 << 16  # of a layout that a config asks for
 Config = Any  # a frozen dataclass of the family
 
 

@@ -300,6 +300,6 @@ def certificate_beside(paths: list[Path]) -> dict[str, Any] | None:
             found = Certificate.read(file)
             check_weights(found.weights, file, path)
             return dataclasses.asdict(found)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, ZooError):
+        except (OSError, ValueError, ZooError):
             continue
     return None

@@ -28,7 +28,7 @@ from zoo.checkpoint.plan import Plan, carry, refuse_broken_ties
 from zoo.checkpoint.progress import Progress
 from zoo.containers import filenames, open_checkpoint
 from zoo.containers.base import Reader, Writer, fsync
-from zoo.containers.errors import CorruptInput, NotEquivalent
+from zoo.containers.errors import CorruptInput, NotEquivalent, UsageError
 from zoo.containers.safetensors_file import SafetensorsReader
 from zoo.layout.ops import describe
 
@@ -47,6 +47,12 @@ def run(
     reader, plan, target = prepared.reader, prepared.plan, prepared.target
     certificate = _blank(reader, plan, target, prepared.verify)
     same = identity(prepared, certificate.hash) if is_resumable(prepared) else None
+    if resume and same is None:
+        raise UsageError(
+            f"the conversion to {target.path} cannot be resumed: torch writes a .pt file in one "
+            "go, and what comes from memory may be another by now",
+            "run it without --resume",
+        )
     accept = (lambda begun: check_same(begun, same)) if resume and same else None
     with workplace(target.path, accept) as place:
         written = place / target.path.name

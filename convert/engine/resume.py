@@ -11,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from convert.engine.prepare import Prepared
 from convert.engine.workplace import RECORD
 from zoo.checkpoint.certificate import versions
+from zoo.containers import json_text
 from zoo.containers.errors import UsageError
 
 LOG = "resume.log"
+_LARGEST = 1 << 24  # bytes of a record
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _ANEW = "run it without --resume, which begins again"
 
@@ -29,7 +33,7 @@ class Record:
 
     def __init__(self, place: Path, identity: dict[str, Any]) -> None:
         self.done: dict[int, dict[str, Any]] = {}
-        log = place / LOG
+        self.log = log = place / LOG
         if (place / RECORD).is_file():
             self.done = _lines(log)
         else:
@@ -78,7 +82,7 @@ def identity(prepared: Prepared, kind: str) -> dict[str, Any]:
 def check_same(place: Path, now: dict[str, Any]) -> None:
     """UsageError, with a line for each, where what was begun in `place` is another conversion."""
     try:
-        begun = json.loads((place / RECORD).read_text())
+        begun = json_text.read(place / RECORD, _LARGEST)
         wrong = [_difference(k, begun.get(k), v) for k, v in now.items() if begun.get(k) != v]
     except (OSError, ValueError, AttributeError):
         wrong = ["its record cannot be read"]
@@ -99,12 +103,24 @@ def _difference(name: str, then: Any, now: Any) -> str:
 
 
 def _lines(log: Path) -> dict[int, dict[str, Any]]:
-    """The slabs of a log; a line that was cut short is of none."""
+    """The slabs of a log; a line that was cut short is of none. UsageError for other lines than
+    `Stream` has written."""
     found = {}
-    for line in log.read_text().splitlines() if log.is_file() else ():
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else ():
         try:
-            told = json.loads(line)
+            told = json_text.parse(line)
         except ValueError:
             continue
-        found[int(told["slab"])] = told
+        match told:
+            case {"slab": int(slab), "leaves": [*leaves], "meant": [*meant], "overflow": int()} if (
+                all(isinstance(n, str) and _DIGEST.fullmatch(n) for n in (*leaves, *meant))
+            ):
+                found[slab] = told
+            case _:
+                raise unlike(log)
     return found
+
+
+def unlike(log: Path) -> UsageError:
+    """The error for a log that is not one of this conversion."""
+    return UsageError(f"{log} does not say what was done", _ANEW)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from convert.engine.prepare import Prepared
-from convert.engine.resume import Record
+from convert.engine.resume import Record, unlike
 from convert.engine.targets import written_ties
 from zoo.checkpoint.ahead import prefetch
 from zoo.checkpoint.apply import cast, lost
@@ -54,7 +54,9 @@ class Stream:
         moved = self._begin()
         before = record.done if record else {}
         for number, told in before.items():
-            self._restore(number, told, writer, moved)
+            if not self._restore(number, told, writer, moved):
+                assert record is not None
+                raise unlike(record.log)
         order = sorted(
             set(range(len(self.slabs))) - before.keys(),
             key=lambda i: (writer.place(_first(self.slabs[i])), i),
@@ -81,17 +83,23 @@ class Stream:
             targets |= {n: HashTree(self.kind, info) for n, info in infos}
         return Streamed(sources, targets)
 
-    def _restore(self, number: int, told: dict[str, Any], writer: Writer, moved: Streamed) -> None:
-        """What `_record` noted of a slab that another run has written."""
+    def _restore(self, number: int, told: dict[str, Any], writer: Writer, moved: Streamed) -> bool:
+        """What `_record` noted of a slab that another run has written; False for what it cannot
+        have noted."""
+        if not 0 <= number < len(self.slabs):
+            return False
         slab = self.slabs[number]
-        digests = map(bytes.fromhex, told["leaves"])
-        for tree, leaf in self._leaves(slab, moved):
-            tree.put(leaf, next(digests))
+        leaves = list(self._leaves(slab, moved))
+        if len(leaves) != len(told["leaves"]) or len(told["meant"]) > len(slab.writes):
+            return False
+        for (tree, leaf), value in zip(leaves, told["leaves"], strict=True):
+            tree.put(leaf, bytes.fromhex(value))
         moved.meant |= {(number, n): bytes.fromhex(d) for n, d in enumerate(told["meant"])}
         moved.overflow += told["overflow"]
         for t, region in slab.writes:
             for name in (slab.step.targets[t], *self.ties.get(slab.step.targets[t], ())):
                 writer.skip(name, region)
+        return True
 
     def _record(self, number: int, moved: Streamed, overflow: int) -> dict[str, Any]:
         slab = self.slabs[number]

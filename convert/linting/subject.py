@@ -7,7 +7,6 @@ and the config is the `config.json` beside it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from zoo.checkpoint.label import Label, config_files, read_label
 from zoo.checkpoint.peel import NOT_WEIGHTS, levels
 from zoo.checkpoint.readings import Candidate
 from zoo.checkpoint.request import Request
-from zoo.containers import open_checkpoint
+from zoo.containers import json_text, open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import canonical_guess
@@ -31,6 +30,7 @@ _EMBEDDING = re.compile(
 )
 _GATED = re.compile(r"^weight_(ih|hh)(_l\d+)?(_reverse)?$")
 _FLAX_GATES = ("hi", "hf", "hg", "ho", "hr", "hz", "hn", "ii", "if", "ig", "io", "ir", "iz", "in")
+_CONFIG_MAX = 64 << 20  # bytes of a config.json
 _LONGEST = 4096  # config values whose text is longer are left out
 
 
@@ -247,8 +247,8 @@ def _config(reader: Reader, label: Label) -> tuple[dict[str, Any], list[str]]:
 
 def _json(place: Path) -> tuple[dict[str, Any], str]:
     try:
-        data = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
+        data = json_text.read(place, _CONFIG_MAX)
+    except (OSError, ValueError) as e:
         return {}, f"{place.name} beside it cannot be read: {e}"
     return (
         (data, "") if isinstance(data, dict) else ({}, f"{place.name} beside it is not an object")

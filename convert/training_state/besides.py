@@ -7,7 +7,6 @@ No framework is imported and nothing is unpickled.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -26,11 +25,12 @@ from zoo.checkpoint.label import read_label
 from zoo.checkpoint.plan import Plan, make_plan
 from zoo.checkpoint.problems import dims
 from zoo.checkpoint.request import Request, make_request
-from zoo.containers import filenames, open_checkpoint
+from zoo.containers import filenames, json_text, open_checkpoint
 from zoo.containers.base import Reader
 from zoo.containers.errors import CorruptInput, ZooError
 from zoo.layout import Layout, Tree
 
+_LARGEST = 64 << 20  # bytes of what a trainer keeps as JSON
 _TRAINER_STATE = "trainer_state.json"
 _TRAINER_REST = ("rng_state*.pth", "training_args.bin", "scaler.pt")
 _MEMBER = "optimizer.pth"  # what stable-baselines3's optimizers are called, after a name
@@ -276,10 +276,10 @@ class _Search:
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            value = json.loads(path.read_text())
+            value = json_text.read(path, _LARGEST)
             if not isinstance(value, dict):
                 raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             problem = CorruptInput(f"{path} cannot be read: {e}", "mend or remove it")
             self.found.problems.append(problem)
             return {}

@@ -18,7 +18,7 @@ from convert.training_state.lazy import Lazy, info_of
 from convert.training_state.rules import rules
 from convert.training_state.state import Group, OptimizerState, TrainingState
 from zoo.checkpoint import hashes
-from zoo.containers import committed, filenames
+from zoo.containers import committed, filenames, json_text
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.containers.safetensors_file import SafetensorsReader, SafetensorsWriter
@@ -113,8 +113,8 @@ def read(path: Path) -> TrainingState:
 def read_from(reader: Reader) -> TrainingState:
     """The same of an open file, whose tensors are read when they are looked at."""
     try:
-        described = json.loads(reader.metadata["zoo.optimizer"])
-        training = json.loads(reader.metadata["zoo.training"])
+        described = json_text.parse(reader.metadata["zoo.optimizer"])
+        training = json_text.parse(reader.metadata["zoo.training"])
         version = described["version"]
         if version > VERSION:
             raise UsageError(

@@ -8,14 +8,14 @@ import json
 import platform
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from zoo.checkpoint.hashes import rest
-from zoo.containers import filenames
+from zoo.containers import filenames, json_text
 from zoo.containers.base import Reader
 from zoo.containers.committed import beside, find
 from zoo.containers.errors import printable
@@ -99,20 +99,60 @@ class Certificate:
     @classmethod
     def from_json(cls, text: str, source: str) -> Certificate:
         """The certificate that `to_json` gave; ValueError, which names `source`, for another."""
-        data = json.loads(text)
+        return cls._from_data(json_text.parse(text), source)
+
+    @classmethod
+    def checked(cls, text: str, source: str) -> tuple[Certificate, bool]:
+        """The same; and whether it says what it was written to say, by its own hash, which earlier
+        versions had not."""
+        data = json_text.parse(text)
+        digest = data.pop("sha256", None) if isinstance(data, dict) else None
+        sound = digest is None or digest == _own_sha256(data)
+        return cls._from_data(data, source), sound
+
+    @classmethod
+    def _from_data(cls, data: Any, source: str) -> Certificate:
         if not isinstance(data, dict) or data.get("format") not in (1, FORMAT):
             raise ValueError(f"{source} is not a certificate of format 1 to {FORMAT}")
         data.pop("sha256", None)
-        if data["format"] == 1:
-            data["hash"] = "sha256"
-            if training := data.get("training"):
-                training["hashes"] = training.pop("sha256", {})
-        if data["hash"] not in ("blake3", "sha256", ""):
-            raise ValueError(f"{source} has hashes of the kind {data['hash']!r}")
-        data["tensors"] = [
-            TensorRecord(**{_EARLIER.get(k, k): v for k, v in t.items()}) for t in data["tensors"]
-        ]
-        return cls(**data)
+        try:
+            if data["format"] == 1:
+                data["hash"] = "sha256"
+                if training := data.get("training"):
+                    training["hashes"] = training.pop("sha256", {})
+            if data["hash"] not in ("blake3", "sha256", ""):
+                raise ValueError(f"{source} has hashes of the kind {data['hash']!r}")
+            records = ({_EARLIER.get(k, k): v for k, v in t.items()} for t in data["tensors"])
+            found = cls(**data | {"tensors": [TensorRecord(**record) for record in records]})
+        except (KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{source}: {e}") from None
+        if wrong := _wrong(found):
+            raise ValueError(f"{source}: {wrong} is not what a certificate has there")
+        return found
+
+
+def _wrong(found: Certificate) -> str:
+    """The first field that is not of its type, or nothing."""
+    hashes = found.training.get("hashes", {}) if isinstance(found.training, dict) else None
+    texts = {"files": found.files, "training": hashes, "versions": found.versions}
+    for name, value in texts.items():
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            return name
+    kinds = {"str": str, "int": int, "list": list, "dict": dict}
+    for f in fields(found):
+        if not isinstance(getattr(found, f.name), kinds[str(f.type).partition("[")[0]]):
+            return f.name
+    for record in found.tensors:
+        lists = record.names, record.source, record.target
+        digests = record.source_hashes, record.target_hashes
+        words = record.op, record.dtype, record.target_dtype
+        if not all(isinstance(x, list) for x in (*lists, *digests)) or not all(
+            isinstance(x, str) for part in (*lists, *digests, words) for x in part
+        ):
+            return "tensors"
+        if found.hash and len(record.target) != len(record.target_hashes):
+            return "target_hashes"
+    return ""
 
 
 def versions() -> dict[str, str]:
@@ -158,14 +198,6 @@ def rests(checkpoint: Path, kind: str, readers: Iterable[Reader]) -> dict[str, s
             for path, offset, nbytes in reader.stretches():
                 spans.setdefault(find(path), []).append((offset, nbytes))
     return {n: rest(kind, p, spans.get(p, ())) for n, p in files_of(checkpoint).items()}
-
-
-def is_sound(text: str) -> bool:
-    """Whether a certificate says what it was written to say, by its own hash; of earlier versions'
-    none is known."""
-    data = json.loads(text)
-    digest = data.pop("sha256", None)
-    return digest is None or digest == _own_sha256(data)
 
 
 def _own_sha256(data: dict[str, Any]) -> str:

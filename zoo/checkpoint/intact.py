@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from zoo.checkpoint.ahead import prefetch
-from zoo.checkpoint.certificate import Certificate, file_sha256, files_of, is_sound, rests
+from zoo.checkpoint.certificate import Certificate, file_sha256, files_of, rests
 from zoo.checkpoint.hashes import HashTree, hasher
 from zoo.checkpoint.progress import Progress
 from zoo.checkpoint.reading import hashed
@@ -157,8 +157,8 @@ def _read(file: Path) -> tuple[Certificate, list[str]]:
         raise CorruptInput(f"{file} has more than {_LARGEST} bytes", "take it from a copy")
     try:
         text = file.read_text()
-        certificate, sound = Certificate.from_json(text, str(file)), is_sound(text)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        certificate, sound = Certificate.checked(text, str(file))
+    except ValueError as e:
         raise CorruptInput(f"{file} cannot be understood: {e}", "take it from a copy") from None
     return certificate, [] if sound else [f"{file.name}: it was changed since it was written"]
 

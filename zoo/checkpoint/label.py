@@ -21,7 +21,7 @@ import numpy as np
 
 from zoo.checkpoint import stated_layout
 from zoo.checkpoint.generation import check_weights
-from zoo.containers import dtypes, filenames
+from zoo.containers import dtypes, filenames, json_text
 from zoo.containers.base import Reader, TensorInfo, as_array
 from zoo.containers.committed import beside, find
 from zoo.containers.errors import CorruptInput, UsageError, ZooError
@@ -154,13 +154,15 @@ def _read_label(reader: Reader) -> Label:
         source = f"{reader.path}'s metadata"
         try:
             data |= {
-                k: json.loads(data[k])
+                k: json_text.parse(data[k])
                 for k in ("config", "carried", "ties", "hf", "entries", "unknown")
                 if k in data
             }
-        except (ValueError, RecursionError) as e:
+        except ValueError as e:
             raise _bad(source, str(e)) from None
-        return dataclasses.replace(_from_zoo(data, source, reader.path), hf=data.get("hf", {}))
+        if not isinstance(hf := data.get("hf", {}), dict):
+            raise _bad(source, "hf is not a JSON object")
+        return dataclasses.replace(_from_zoo(data, source, reader.path), hf=hf)
     for path in config_files(reader.path):
         if path.is_file():
             return read_config_file(path, reader.path)
@@ -171,14 +173,12 @@ def read_config_file(path: Path, weights: Path | None = None) -> Label:
     """The label in a config.json, of transformers' or of ours. ZooError where it names other
     weights than those at `weights`."""
     try:
-        if path.stat().st_size > _CONFIG_MAX:
-            raise ValueError(f"it has {path.stat().st_size} bytes, at most {_CONFIG_MAX} are read")
-        data = json.loads(path.read_text())
+        data = json_text.read(path, _CONFIG_MAX)
         if not isinstance(data, dict):
             raise ValueError("not a JSON object")
         if not isinstance(data.get("model_type"), str | None):
             raise ValueError(f"model_type is {data['model_type']!r}, which is not text")
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise _bad(str(path), str(e)) from None
     if isinstance(data.get("zoo"), dict):
         label = _from_zoo(data["zoo"], str(path), path if weights is None else weights)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.checkpoint.budgets import check
-from zoo.containers import filenames
+from zoo.containers import filenames, json_text
 from zoo.containers.errors import CorruptInput, UsageError
 from zoo.layout import TREES, Layout
 
@@ -77,8 +77,8 @@ def read_data(data: Any, source: str) -> Layout:
 def read_file(path: Path) -> Layout:
     """The layout in a file of its own; raises what `read_data` raises."""
     try:
-        return read_data(json.loads(_bytes(path, str(path))), str(path))
-    except (ValueError, RecursionError) as e:
+        return read_data(json_text.parse(_bytes(path, str(path))), str(path))
+    except ValueError as e:
         raise CorruptInput(
             f"{path} is not JSON: {e}", "docs/layout.md says what a layout is"
         ) from None
@@ -107,8 +107,8 @@ def _named_file(told: dict[str, Any], source: str, folder: Path) -> Any:
     if hashlib.sha256(data).hexdigest() != digest:
         raise CorruptInput(f"{path} is not the layout that {source} names: another hash", _ADVICE)
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as e:
+        return json_text.parse(data)
+    except ValueError as e:
         raise CorruptInput(f"{path} is not JSON: {e}", _ADVICE) from None
 
 

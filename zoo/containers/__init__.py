@@ -19,6 +19,7 @@ _KNOWN = (
     "known are safetensors, torch .pt/.pth/.bin, sharded checkpoints by their *.index.json, "
     "ONNX, Flax msgpack and Orbax directories"
 )
+_NAME_MAX = 4096  # characters of a tensor's name
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _OLD_PICKLE = re.compile(rb"[(\]}]*c[\w.]+\n[\w.]+\n")  # protocol 0 that begins with a global
 
@@ -34,8 +35,23 @@ def open_checkpoint(path: str | Path, prefer: str = "torch") -> Reader:
     if not where.exists():
         raise UsageError(f"{path} does not exist", "give the path of a file or a directory")
     reader = _open_directory(path, prefer) if where.is_dir() else _open_file(path)
-    reader.first_state = reader.state()
+    try:
+        reader.first_state = reader.state()
+        _check_names(reader)
+    except BaseException:
+        reader.close()
+        raise
     return reader
+
+
+def _check_names(reader: Reader) -> None:
+    """CorruptInput for names that no checkpoint needs: they are copied, compared and shown."""
+    longest = max((*reader.tensors, *reader.extras), key=len, default="")
+    if len(longest) > _NAME_MAX:
+        raise CorruptInput(
+            f"{reader.path}: a name has {len(longest)} characters, at most {_NAME_MAX} are read",
+            "no checkpoint needs them: check where it is from",
+        )
 
 
 def _open_directory(path: Path, prefer: str) -> Reader:

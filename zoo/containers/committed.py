@@ -9,12 +9,11 @@ conversion or `clean` goes on; readers change nothing, and find each file where 
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
-from zoo.containers import filenames
-from zoo.containers.errors import CorruptInput
+from zoo.containers import filenames, json_text
+from zoo.containers.errors import CorruptInput, UnsafeInput
 
 JOURNAL = "journal.json"
 _LARGEST = 1 << 16  # bytes of a journal
@@ -33,21 +32,26 @@ def listed(checkpoint: Path) -> frozenset[str] | None:
         return None
     journal = place(checkpoint) / JOURNAL
     try:
-        size = journal.stat().st_size
-        text = journal.read_text() if size <= _LARGEST else ""
+        names = json_text.read(journal, _LARGEST)["files"]
+        sound = isinstance(names, list) and all(
+            filenames.belongs(n, checkpoint.name) for n in names
+        )
     except OSError as e:
         if e.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
             raise
         return None
-    try:
-        names = json.loads(text)["files"]
-        sound = all(filenames.belongs(n, checkpoint.name) for n in names)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         sound = False
     if not sound:
         raise CorruptInput(
             f"{journal} does not say which files are {checkpoint.name}'s",
             f"remove {journal.parent}, and convert the checkpoint again",
+        )
+    here = journal.parent
+    if linked := [p for p in (here, *(here / n for n in names)) if p.is_symlink()]:
+        raise UnsafeInput(
+            f"{linked[0]} is a link, which no conversion leaves",
+            f"remove {here}, and convert the checkpoint again",
         )
     return frozenset(names)
 

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Sequence
 
 _LINE = 4000  # characters of an error's line
+_DETAILS = 30_000  # characters of all its details
 
 
 def printable(text: str) -> str:
@@ -25,6 +26,19 @@ def _short(text: str) -> str:
     return text if len(text) <= _LINE else f"{text[: _LINE // 2]} ... {text[-_LINE // 2 :]}"
 
 
+def _bounded(details: Sequence[str]) -> list[str]:
+    """As many of the lines as anybody reads, safe to print, and how many more there are."""
+    kept: list[str] = []
+    left = _DETAILS
+    for i, detail in enumerate(details):
+        line = printable(_short(detail))
+        left -= len(line)
+        if left < 0:
+            return [*kept, f"... and {len(details) - i} more"]
+        kept.append(line)
+    return kept
+
+
 class ZooError(Exception):
     """An error with a remedy. `problem` says what is wrong, `advice` what to do, each in one line;
     `details` lists the parts of a problem that has many. All three are safe to print."""
@@ -35,7 +49,7 @@ class ZooError(Exception):
         super().__init__(problem, advice, details)
         self.problem = printable(_short(problem))
         self.advice = printable(_short(advice))
-        self.details = [printable(_short(d)) for d in details]
+        self.details = _bounded(details)
 
     def __str__(self) -> str:
         return "\n".join([self.problem, *(f"  {d}" for d in self.details), self.advice])

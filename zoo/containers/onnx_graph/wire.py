@@ -19,6 +19,7 @@ Span = tuple[int, int]  # first byte, and the one after the last
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
 MAX_FIELDS = 1_000_000  # of all messages that are looked into: a graph of 50,000 operations
+_LENGTH = 5  # bytes of a length, as protobuf has it
 _MAX_TEXT = 1 << 20  # bytes of one string
 _WINDOW = 1 << 16
 _AGAIN = "it is damaged or is not ONNX: copy or download it again, or export it again"
@@ -60,7 +61,10 @@ class Wire:
                 yield number, kind, value, (start, at)
                 continue
             if kind == LENGTH:
+                start = at
                 length, at = self._varint(at, end)
+                if at - start > _LENGTH:
+                    self.fail(f"a length at byte {start} has {at - start} bytes")
             elif kind in (FIXED32, FIXED64):
                 length = 4 if kind == FIXED32 else 8
             else:

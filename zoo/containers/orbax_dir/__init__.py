@@ -11,8 +11,6 @@ import functools
 import json
 import math
 import os
-import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,10 +22,19 @@ from zoo.containers import dtypes
 from zoo.containers.errors import CorruptInput, UnsafeInput
 from zoo.containers.filenames import (
     ORBAX_CHECKPOINT,
-    ORBAX_COMMITTED,
     ORBAX_MANIFEST,
-    ORBAX_MARKER,
     ORBAX_TREE,
+)
+from zoo.containers.orbax_dir.directory import (
+    bytes_below,
+    is_checkpoint,
+    is_orbax,
+    read_json,
+    read_small,
+    steps_in,
+    survey,
+    trees_in,
+    unfinished,
 )
 from zoo.containers.orbax_dir.write import OrbaxWriter
 from zoo.containers.orbax_dir.zarr import (
@@ -36,7 +43,6 @@ from zoo.containers.orbax_dir.zarr import (
     ZarrArray,
     chunk_files,
     guarded,
-    load_json,
     parse,
     tensorstore,
     wrong_name,
@@ -47,19 +53,7 @@ from zoo.containers.spans import Span, SpanReader
 __all__ = ["OrbaxReader", "OrbaxWriter", "is_orbax"]
 
 _STRINGS = "_strings.json"
-_DELETION = "_CHECKPOINT_DELETION"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_STEP = re.compile(r"(?:.*_)?(\d{1,18})")
-_MAX_JSON = 100_000_000
 _EMPTY: dict[str, Any] = {"None": None, "Dict": {}, "List": [], "Tuple": (), "NamedTuple": ()}
-
-
-def is_orbax(path: Path) -> bool:
-    """Whether `path` is an Orbax checkpoint or the root of numbered ones, finished or not."""
-    try:
-        return path.is_dir() and (_is_checkpoint(path) or bool(_steps(path)))
-    except OSError:
-        return False
 
 
 class OrbaxReader(SpanReader):
@@ -75,8 +69,8 @@ class OrbaxReader(SpanReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         checkpoint = self._choose()
-        disk = _survey(checkpoint, path.resolve())
-        trees = [checkpoint] if (checkpoint / ORBAX_TREE).exists() else _items(checkpoint)
+        disk = survey(checkpoint, path.resolve())
+        trees = [checkpoint] if (checkpoint / ORBAX_TREE).exists() else trees_in(checkpoint)
         if not trees:
             missing = ORBAX_TREE if (checkpoint / ORBAX_MANIFEST).exists() else "tree of arrays"
             raise CorruptInput(f"{checkpoint}: the checkpoint has no {missing}", AGAIN)
@@ -94,7 +88,7 @@ class OrbaxReader(SpanReader):
             ]
         if (checkpoint / ORBAX_CHECKPOINT).exists():
             self.metadata |= _strings(
-                _read_json(checkpoint / ORBAX_CHECKPOINT).get("custom_metadata")
+                read_json(checkpoint / ORBAX_CHECKPOINT).get("custom_metadata")
             )
 
     def _choose(self) -> Path:
@@ -103,15 +97,15 @@ class OrbaxReader(SpanReader):
             raise CorruptInput(
                 f"{self.path}: is not a directory", "give the checkpoint's directory"
             )
-        if _is_checkpoint(self.path):
-            if reason := _unfinished(self.path):
+        if is_checkpoint(self.path):
+            if reason := unfinished(self.path):
                 raise CorruptInput(
                     f"{self.path}: the checkpoint is incomplete: {reason}",
                     "its writer was interrupted: take another one or save it again",
                 )
             return self.path
-        steps = _steps(self.path)
-        complete = [step for step in steps if not _unfinished(step)]
+        steps = steps_in(self.path)
+        complete = [step for step in steps if not unfinished(step)]
         if not complete:
             what = "none of its steps is complete" if steps else "holds no Orbax checkpoint"
             raise CorruptInput(f"{self.path}: {what}", "give another directory or save it again")
@@ -153,7 +147,7 @@ class _Tree:
         self.path = path
         self.arrays: dict[str, ZarrArray] = {}
         self.extras: dict[str, Any] = {}
-        meta = _read_json(path / ORBAX_TREE)
+        meta = read_json(path / ORBAX_TREE)
         self._zarr3 = meta.get("use_zarr3") is True
         # Orbax has TensorStore write chunks of zeros like any other and notes it here, so an
         # absent chunk is a lost one. Releases before that note left such chunks out: absent
@@ -216,7 +210,7 @@ class _Tree:
 
     def _string(self, name: str) -> str:
         if self._strings is None:
-            self._strings = _read_json(self.path / _STRINGS)
+            self._strings = read_json(self.path / _STRINGS)
         value: Any = self._strings
         for part in name.split("/"):  # Orbax addresses it with a JSON pointer
             value = value.get(part) if isinstance(value, dict) else None
@@ -233,8 +227,8 @@ class _Tree:
     def _headers(self, names: list[str], disk: int) -> dict[str, ZarrArray]:
         file = "zarr.json" if self._zarr3 else ".zarray"
         if not self._ocdbt:
-            raws = [_read_small(self.path / name / file) for name in names]
-            sizes = [_bytes_below(self.path / name) for name in names]
+            raws: list[bytes | None] = [self._header(name, file) for name in names]
+            sizes = [bytes_below(self.path / name) for name in names]
         else:
             store = self._ts.KvStore.open(self._kvstore(""), context=self._context)
             reads = guarded(
@@ -252,6 +246,16 @@ class _Tree:
                 raise CorruptInput(f"{self.path}: {name} has no {file}", AGAIN)
             arrays[name] = parse(raw, self._zarr3, size, f"{self.path}: {name}")
         return arrays
+
+    def _header(self, name: str, file: str) -> bytes:
+        """What a file says of an array; CorruptInput where there is none."""
+        try:
+            raw = read_small(self.path / name / file)
+        except OSError as e:
+            raise CorruptInput(f"{self.path}: {name}: {e.strerror}", AGAIN) from None
+        if raw is None:
+            raise CorruptInput(f"{self.path}: {name} has no {file}", AGAIN)
+        return raw
 
     def spans(self, name: str, root: Path) -> list[Span]:
         """Where the array lies in files below `root`, if it lies there as it is; else nothing."""
@@ -293,115 +297,6 @@ class _Tree:
 
         guarded(fill, what)
         return into
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether `path` holds a checkpoint, or parts of one, and not only numbered ones."""
-    if any(
-        (path / name).exists()
-        for name in (ORBAX_TREE, ORBAX_CHECKPOINT, ORBAX_MANIFEST, ORBAX_MARKER)
-    ):
-        return True
-    return any(not _STEP.fullmatch(_final_name(item)) for item in _items(path))
-
-
-def _items(path: Path) -> list[Path]:
-    return sorted(child for child in path.iterdir() if (child / ORBAX_TREE).is_file())
-
-
-def _steps(path: Path) -> list[Path]:
-    """The numbered checkpoints of a CheckpointManager's root, in the order of their numbers."""
-    found = []
-    for child in path.iterdir():
-        match = _STEP.fullmatch(_final_name(child))
-        if match and child.is_dir() and _is_checkpoint(child):
-            found.append((int(match[1]), child.name, child))
-    return [child for *_, child in sorted(found)]
-
-
-def _final_name(path: Path) -> str:
-    return path.name.split(_TEMPORARY)[0]
-
-
-def _unfinished(path: Path) -> str | None:
-    """Why the checkpoint at `path` is not complete, or None.
-
-    Where a directory can be renamed, Orbax writes under a temporary name; elsewhere the commit
-    file is what says that all was written. Releases before 0.12 wrote no commit file on a local
-    disk, so its absence alone says nothing; a start without a commit time does.
-    """
-    for name in [os.path.basename(os.path.abspath(path)), *(p.name for p in path.iterdir())]:
-        if _TEMPORARY in name:
-            return f"{name} is a temporary name"
-    if (path / _DELETION).exists():
-        return "one of its items is being deleted"
-    if (path / ORBAX_COMMITTED).exists() or not (path / ORBAX_CHECKPOINT).exists():
-        return None
-    try:
-        meta = _read_json(path / ORBAX_CHECKPOINT)
-    except CorruptInput:
-        return f"{ORBAX_CHECKPOINT} cannot be read"
-    if meta.get("init_timestamp_nsecs") and not meta.get("commit_timestamp_nsecs"):
-        return f"{ORBAX_CHECKPOINT} has no commit time and there is no {ORBAX_COMMITTED}"
-    return None
-
-
-def _survey(checkpoint: Path, root: Path) -> int:
-    """Bytes on disk. Raises UnsafeInput for links out of the checkpoint and for special files."""
-    inside = checkpoint.resolve()
-    if not inside.is_relative_to(root):
-        raise _leaves(checkpoint)
-    total = 0
-    for folder, folders, files in os.walk(checkpoint):
-        for name in folders + files:
-            path = Path(folder, name)
-            if path.is_symlink() and not _target(path).is_relative_to(inside):
-                raise _leaves(path)
-            status = path.stat()
-            if stat.S_ISREG(status.st_mode):
-                total += status.st_size
-            elif not stat.S_ISDIR(status.st_mode):
-                raise UnsafeInput(
-                    f"{path}: is neither a file nor a directory",
-                    "no checkpoint needs that: do not trust it",
-                )
-    return total
-
-
-def _target(link: Path) -> Path:
-    try:
-        return link.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-        raise CorruptInput(f"{link}: is a link to nothing", AGAIN) from None
-
-
-def _leaves(link: Path) -> UnsafeInput:
-    return UnsafeInput(
-        f"{link}: is a link that leaves the checkpoint",
-        "if you trust it, copy the checkpoint with `cp -rL` and take the copy",
-    )
-
-
-def _bytes_below(path: Path) -> int:
-    return sum(
-        os.path.getsize(Path(folder, file)) for folder, _, files in os.walk(path) for file in files
-    )
-
-
-def _read_small(path: Path) -> bytes | None:
-    """A metadata file, or None where there is none. Never one that is not metadata by its size."""
-    if not path.is_file():
-        return None
-    if (size := path.stat().st_size) > _MAX_JSON:
-        raise CorruptInput(f"{path}: {size} bytes are not metadata", AGAIN)
-    return path.read_bytes()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    raw = _read_small(path)
-    if raw is None:
-        raise CorruptInput(f"{path}: is missing", AGAIN)
-    return load_json(raw, str(path))
 
 
 def _strings(custom: Any) -> dict[str, str]:

@@ -34,6 +34,9 @@ _SEARCHED = 100_000  # attributes of a module and of those within it
 POLICY = "policy.pth"
 _PROGRAM = re.compile(r"[^/]+/code/")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_END = struct.Struct("<4s4H2LH")  # of the directory
+_LOCATOR = struct.Struct("<4sLQL")
+_END_64 = struct.Struct("<4sQ2H2L4Q")
 _AGAIN = "it is damaged or was written wrongly: copy or download it again"
 
 
@@ -155,6 +158,7 @@ def _records(fd: int, what: str, within: Record) -> dict[str, Record]:
     try:
         with _Directory(fd, within) as file, zipfile.ZipFile(file) as archive:
             infos, end = archive.infolist(), base + archive.start_dir
+            _check_end(file, archive)
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, IndexError) as e:
         raise CorruptInput(
             f"{what}: the zip directory cannot be read: {shown(str(e))}",
@@ -183,6 +187,31 @@ def _records(fd: int, what: str, within: Record) -> dict[str, Record]:
             f"{what}: its records reach beyond their end at byte {end - base}", _AGAIN
         )
     return records
+
+
+def _check_end(file: _Directory, archive: zipfile.ZipFile) -> None:
+    """BadZipFile where the end of the file says another directory than the one that is there:
+    `zipfile` passes over what torch goes by."""
+    at = file.seek(-_END.size - len(archive.comment), os.SEEK_END)
+    _, *disks, here, total, size, start, _ = _END.unpack(file.read(_END.size))
+    before = file.seek(max(0, at - _LOCATOR.size))
+    magic, disk, where, count = _LOCATOR.unpack(file.read(_LOCATOR.size))
+    if magic == b"PK\6\7":  # the same in 64 bits, which goes before
+        at = before - _END_64.size
+        if (disk, where, count) != (0, at, 1):
+            raise zipfile.BadZipFile("its end lies elsewhere")
+        file.seek(at)
+        _, _, _, _, *disks, here, total, size, start = _END_64.unpack(file.read(_END_64.size))
+    found = len(archive.infolist())
+    if any(disks) or (here, total) != (found, found):
+        raise zipfile.BadZipFile(f"its end says {total} records, and there are {found}")
+    if (start, start + size) != (archive.start_dir, at):
+        raise zipfile.BadZipFile("its end says that the directory lies elsewhere")
+    for info in archive.infolist():
+        if info.volume:
+            raise zipfile.BadZipFile("a record of it lies on another disk")
+        raw = info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")
+        raw.decode()  # as torch does, whatever the flag
 
 
 def _record(fd: int, info: zipfile.ZipInfo, base: int, what: str) -> Record:

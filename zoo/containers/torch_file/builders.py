@@ -152,15 +152,19 @@ Builder = Callable[[Limits, tuple[Any, ...]], Any]
 def _tensor(limits: Limits, args: tuple[Any, ...]) -> Any:
     """torch._utils._rebuild_tensor and _v2."""
     match args:
-        case (StorageRef() as block, offset, size, stride, *rest):
+        case (StorageRef() as block, offset, size, stride, *rest) if len(rest) in (0, 2, 3):
             return _view(block, block.dtype, offset, size, stride, rest[2:])
+        case (StorageRef(), *_):
+            raise PickleError(f"a tensor is made of {len(args)} things")
     return NotImplemented
 
 
 def _tensor_v3(limits: Limits, args: tuple[Any, ...]) -> Any:
     """The same of a storage without a dtype."""
     match args:
-        case (StorageRef() as block, offset, size, stride, _, _, Global() as dtype, *rest):
+        case (StorageRef() as block, offset, size, stride, _, _, Global() as dtype, *rest) if (
+            len(rest) < 2
+        ):
             return _view(block, dtype.dtype or dtype.shown, offset, size, stride, rest)
     return NotImplemented
 

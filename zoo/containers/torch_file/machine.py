@@ -142,8 +142,10 @@ class _Machine:
         if version > 5:
             raise PickleError(f"it is of protocol {version}; known are 0 to 5")
 
-    def op_frame(self, _: Any) -> None:
+    def op_frame(self, length: int) -> None:
         """A hint for buffering."""
+        if length > MAX_PICKLE:
+            raise PickleError(f"it has a frame of {length} bytes")
 
     # The memo.
 

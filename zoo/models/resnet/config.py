@@ -27,6 +27,8 @@ class Config:
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
         if not all(type(n) is int and n > 0 for n in self.layers):
             raise ValueError(f"{self.layers} are not all whole numbers above zero")
+        if self.num_classes > 1 << 20:  # a config.json names each
+            raise ValueError(f"num_classes {self.num_classes} is more than {1 << 20}")
         if self.block not in EXPANSION:
             raise ValueError(f"block {self.block!r} is none of {', '.join(EXPANSION)}")
         if len(self.layers) != 4:

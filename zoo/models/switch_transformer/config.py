@@ -42,6 +42,8 @@ class Config:
     decoder_start_token_id: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_experts > 1 << 16:
+            raise ValueError(f"num_experts {self.num_experts} is more than {1 << 16}")
         if self.dense_act_fn not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"dense_act_fn {self.dense_act_fn!r} is none of {known}")
