@@ -63,7 +63,7 @@ _WHERE = {
     "match": "convert.api",
     "load_optimizer": "convert.training_state.into_live",
     "pack": "convert.packing",
-    "Port": "convert.porting.ported_source",
+    "Port": "convert.live.port_files",
     "port": "convert.api",
     "save": "convert.live.saving",
     "to_flax": "convert.api",

@@ -27,7 +27,7 @@ from zoo.containers.errors import NotEquivalent, UsageError
 from zoo.layout import Tree
 
 if TYPE_CHECKING:
-    from convert.porting.ported_source import Port
+    from convert.live.port_files import Port
 
 Source = str | os.PathLike[str]
 
@@ -337,9 +337,16 @@ def port(
     Raises ZooError where the module cannot be traced, an operation has no rule or its code cannot
     be written as source; NotEquivalent where anything differs.
     """
-    from convert.porting.ported_source import ported
+    from convert.live.port_files import Port
+    from convert.porting.ported_source import made_of, ported
 
-    made = ported(module, inputs, weights, others=others, verify=verify, untested=untested)
+    module, arguments = made_of(module)
+    if weights is not None:
+        from convert.live.into_definition import with_weights
+
+        module = with_weights(module, weights)
+    found = ported(module, inputs, arguments, others=others, verify=verify, untested=untested)
+    made = Port(**vars(found))
     if level is None:
         return made
     report = _verify(made.module, made.net(), inputs, level, layout=made.layout, flax_inputs=inputs)

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.head.weight = self.emb.weight
 
     def forward(self, idx: Any) -> Any:
-        b, t = idx.size()
+        _, t = idx.size()
         pos = torch.arange(0, t, dtype=torch.long, device=idx.device)
         x = self.emb(idx) + self.emb(pos)
         for block in self.h:

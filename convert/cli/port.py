@@ -11,7 +11,7 @@ from convert.cli import output
 from convert.cli.options import notices, output_options
 
 if TYPE_CHECKING:
-    from convert.porting.ported_source import Port
+    from convert.live.port_files import Port
 
 
 @click.command()
@@ -71,7 +71,7 @@ def port(
     """
     from convert.api import port as run
     from convert.cli.user_modules import users_code
-    from convert.porting.ported_source import check_name
+    from convert.live.port_files import check_name
     from convert.runtime.inputs import read_inputs
 
     check_name(Path(path))

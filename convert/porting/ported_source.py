@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import inspect
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.report import Report
-from convert.compare.report_file import write_report, write_text
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
 from convert.porting.rendering.module_file import module_file
@@ -27,20 +23,17 @@ from convert.program.calls import bound, in_mode, shapes_of
 from convert.program.constructed import Constructed
 from convert.program.export import check_version, traced_graph
 from convert.runtime.user_code import module_name
-from zoo.containers.errors import UsageError, printable
+from zoo.containers.errors import printable
 from zoo.layout import Layout
-
-_MARK = "# zooconvert port, unedited: "
 
 
 @dataclass(frozen=True)
-class Port:
+class PortedSource:
     """A module written as Flax source.
 
     `source` is the file and `model` the name of the module's class there; `layout` says what each
     of torch's tensors is in it; `proved` says what was shown of its outputs, at which sizes, and
-    what was baked in; `report` is what `convert.verify` says of the two modules, where that was
-    asked for.
+    what was baked in.
     """
 
     source: str
@@ -51,15 +44,17 @@ class Port:
     imported: Imported = field(repr=False)
     arrays: dict[str, np.ndarray] = field(repr=False)
     inputs: Any = field(repr=False)
-    report: Report | None = None
 
     def __str__(self) -> str:
         return self.source
 
     def net(self) -> Any:
         """The module of the source, with torch's weights, in eval mode."""
+        from convert.porting.live import placed
+
         made = self.imported.net()
-        fill(made, flax_state(self.module, ByName(self.layout)))
+        state = flax_state(self.module, ByName(self.layout))
+        fill(made, {n: placed(n, x.copy()) for n, x in state.items()})
         return made
 
     def _repr_html_(self) -> str:
@@ -67,98 +62,28 @@ class Port:
 
         return f"<pre>{escape(str(self.proved))}</pre><pre>{escape(self.source)}</pre>"
 
-    def save(self, path: str | Path, test: bool = False, weights: bool = True) -> list[Path]:
-        """Write the source to `path` (NAME.py), and beside it NAME.layout.json, NAME.safetensors
-        (with `weights`), NAME.report.html where there is a report, NAME.npz where the source reads
-        arrays, and with `test` test_NAME.py, a parity test for pytest. Gives what was written.
 
-        A file of source that was edited since it was written is left alone: the new one is
-        NAME.py.new. UsageError for a name that cannot be imported.
-        """
-        path = Path(path)
-        check_name(path)
-        written = [_write_source(path, self.source)]
-        if self.arrays:
-            np.savez(path.with_suffix(".npz"), **self.arrays)  # type: ignore[arg-type]
-            written.append(path.with_suffix(".npz"))
-        layout = path.with_suffix(".layout.json")
-        write_text(layout, json.dumps(self.layout.to_json(), indent=1) + "\n")
-        written.append(layout)
-        if weights:
-            from convert.live.saving import save
-
-            save(self.module, tensors := path.with_suffix(".safetensors"), self.layout, force=True)
-            written.append(tensors)
-        if self.report is not None:
-            write_report(self.report, page := path.with_suffix(".report.html"))
-            written.append(page)
-        if test:
-            written += self._write_test(path)
-        return written
-
-    def _write_test(self, path: Path) -> list[Path]:
-        from convert.runtime.arrays import leaves, to_numpy
-
-        of = type(self.module)
-        inputs = path.with_name(f"test_{path.stem}.npz")
-        np.savez(inputs, **{n: to_numpy(x) for n, x in leaves(self.inputs).items()})  # type: ignore[arg-type]
-        made = path.with_name(f"test_{path.stem}.py")
-        text = _TEST.format(
-            stem=path.stem, model=self.model, module=module_name(of), name=of.__qualname__,
-            inputs=inputs.name, weights=path.with_suffix(".safetensors").name,
-        )  # fmt: skip
-        return [_write_source(made, text), inputs]
-
-
-def check_name(path: Path) -> None:
-    """UsageError for a file that could not be imported, or has no place."""
-    if path.suffix != ".py" or not path.stem.isidentifier():
-        raise UsageError(f"{path} is no name for a module", "name it like net_flax.py")
-    if not path.parent.is_dir():
-        raise UsageError(f"the directory {path.parent} does not exist", "make it first")
-
-
-_TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
-
-from pathlib import Path
-
-import numpy as np
-from {module} import {name}
-from {stem} import {model}
-
-import convert
-from convert.testing import assert_same
-
-HERE = Path(__file__).parent
-
-
-def test_it_is_the_same_model() -> None:
-    torch_net = convert.load(HERE / "{weights}", "torch", {name})
-    flax_net = convert.load(HERE / "{weights}", "flax", {model})
-    with np.load(HERE / "{inputs}") as inputs:
-        assert_same(torch_net, flax_net, dict(inputs))
-'''
+def made_of(module: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """The torch module that is meant, and the plain arguments that its parts were made with, by
+    path, where it is made here."""
+    constructed = Constructed()
+    with constructed.recording():
+        module = torch_module(module)
+    return module, constructed.by_path(module)
 
 
 def ported(
     module: Any,
     inputs: Any,
-    weights: Any = None,
+    arguments: dict[str, dict[str, Any]],
     *,
     others: Sequence[Any] = (),
     verify: bool = True,
     untested: bool = False,
-) -> Port:
-    """See `convert.port`."""
+) -> PortedSource:
+    """What `convert.port` does of a torch module that holds its weights; `arguments` are those of
+    `made_of`."""
     check_version(untested)
-    constructed = Constructed()
-    with constructed.recording():
-        module = torch_module(module)
-    arguments = constructed.by_path(module)
-    if weights is not None:
-        from convert.live.into_definition import with_weights
-
-        module = with_weights(module, weights)
     signature = inspect.signature(module.forward)
     calls = [bound(signature, module, one) for one in (inputs, *others)]
     with in_mode(module, training=False):
@@ -172,7 +97,7 @@ def ported(
             source = SourceProgram(program, imported)
             prove(LivePair(module, source), first, fitting, gradients=False)
     text = file.source.replace("HEADER", _header(module, program.report), 1)
-    return Port(
+    return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file.arrays,
         dict(calls[0].arguments),
     )  # fmt: skip
@@ -221,21 +146,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "?"
-
-
-def _write_source(path: Path, text: str) -> Path:
-    """Write a file with its own hash at the end; beside one that was edited, as FILE.new."""
-    signed = text.rstrip("\n") + f"\n\n{_MARK}{_hash(text)}\n"
-    if path.exists() and _is_edited(path.read_text()):
-        path = path.with_name(f"{path.name}.new")
-    write_text(path, signed)
-    return path
-
-
-def _is_edited(text: str) -> bool:
-    body, mark, digest = text.rpartition(_MARK)
-    return not mark or digest.strip() != _hash(body)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import linecache
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,24 +25,23 @@ _NUMBERS = itertools.count()
 
 
 class Imported:
-    """The file of a port, imported under a name of its own from a folder that is gone with this."""
+    """The file of a port, imported under a name of its own; the file is gone then."""
 
     def __init__(self, file: ModuleFile) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="zooconvert-port-")
-        path = Path(self.folder.name) / "port.py"
-        path.write_text(file.source)
-        if file.arrays:
-            np.savez(path.with_suffix(".npz"), **file.arrays)  # type: ignore[arg-type]
         name = f"_zooconvert_port_{next(_NUMBERS)}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        self.module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = self.module
-        try:
+        with tempfile.TemporaryDirectory(prefix="zooconvert-port-") as folder:
+            path = Path(folder) / f"{name}.py"
+            path.write_text(file.source)
+            if file.arrays:
+                np.savez(path.with_suffix(".npz"), **file.arrays)  # type: ignore[arg-type]
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            self.module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = self.module  # where dataclasses and the like look for it
             spec.loader.exec_module(self.module)
-        finally:
-            del sys.modules[name]
+            linecache.getlines(str(path))
+        del sys.modules[name]
         self.model = getattr(self.module, file.model)
 
     def net(self) -> Any:

@@ -209,6 +209,8 @@ class Classes:
 
     def _name(self, of: type) -> str:
         name = of.__name__ if of.__name__.isidentifier() else "Module"
+        if name in self.context.taken:
+            self._number_of.setdefault(name, 1)
         count = self._number_of[name] = self._number_of.get(name, 0) + 1
         return name if count == 1 else f"{name}{count}"
 
@@ -307,22 +309,26 @@ class Classes:
         attributes = set(written.body.attributes) if written.body else set()
         given = self._given(paths)
         for name, column in self._wanted(columns, attributes, given):
-            if name in attributes or _expression(column, written.parameters) is None:
+            if column in written.parameters.values():
+                continue
+            if column in given.values() or _expression(column, written.parameters) is None:
                 some = next(v for v in column.values() if v is not ABSENT)
                 whole = {p: some if v is ABSENT else v for p, v in column.items()}
                 written.parameters[_free(name, written.parameters)] = whole
-        named = {n: c for n, c in written.parameters.items() if n in attributes}
         defaults = written.defaults()
-        written.parameters = {
-            n: c for last in (False, True) for n, c in written.parameters.items()
-            if (n in defaults) == last
-        }  # fmt: skip
+        order = sorted(written.parameters, key=lambda n: n in defaults)
+        written.parameters = {n: written.parameters[n] for n in order}
         written.expressions = [
-            hint
-            if hint in named and named[hint] == column
+            self._attribute(column, written.parameters)
+            if hint in attributes
             else _expression(column, written.parameters)
             for hint, column in columns
         ]
+
+    def _attribute(self, column: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> Any:
+        """The argument that an attribute is, be it ever so small a number."""
+        same = (n for n, c in parameters.items() if repr(c) == repr(column))
+        return next(same, None) or _expression(column, parameters)
 
     def _given(self, paths: list[str]) -> dict[str, dict[str, Any]]:
         """The plain arguments of torch's constructor that all instances have."""
@@ -342,6 +348,10 @@ class Classes:
         used = {n: c for n, c in given.items() if any(_follows(x, c) for x in held)}
         yield from used.items()
         for hint, column in columns:
+            same = next((n for n, c in given.items() if repr(c) == repr(column)), None)
+            if hint in attributes and same is not None:
+                yield same, column
+                continue
             follows = any(_follows(column, c) for c in used.values())
             if (hint in attributes or _varies(column)) and not follows:
                 yield hint, column

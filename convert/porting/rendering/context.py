@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -67,7 +68,13 @@ class Context:
             if path and (layer := layer_text(module, checked=path in alone)) is not None:
                 self.layers[path] = layer
         self.gone = {p for p in self.layers if self._is_gone(p)}
-        self.rules = written(self._without_template())
+        lines = {line for layer in self.layers.values() for line in layer.imports}
+        imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}
+        # Names that the file has from elsewhere, and that no class of it can have.
+        self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
+        self.taken |= imported
+        classes = {type(m).__name__ for m in tree.modules.values()}
+        self.rules = written(self._without_template(), self.taken | classes)
 
     def _alone(self) -> set[str]:
         """The modules of classes derived from a layer of torch's, of which every call is that

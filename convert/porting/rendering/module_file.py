@@ -76,7 +76,8 @@ class _File:
         parts = [self._kinds(), self._tuples(), rules.source.strip()]
         parts += ["\n".join(self._class(c)) for c in self.classes.every]
         body = "\n\n\n".join(p for p in parts if p)
-        arrays = ["ARRAYS = np.load(Path(__file__).with_suffix('.npz'))"]
+        arrays = ["with np.load(Path(__file__).with_suffix('.npz')) as _file:"]
+        arrays += [f"{INDENT}ARRAYS = dict(_file)"]
         text = "\n\n".join(
             p
             for p in (

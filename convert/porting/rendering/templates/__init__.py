@@ -2,8 +2,8 @@
 
 A template is a plain function on what the expression is made of: an array is an `Operand`, a whole
 number an int or a `SizeText`, a dtype a `Dtype`; its parameters are those of the overload. It gives
-text of one Python expression (of a tuple where the overload gives several), or None where there is no
-plain way to write it for these arguments. The expression's values and dtypes are the rule's
+the text of one Python expression (of a tuple where the overload gives several), or None where there
+is no plain way to write it for these arguments. The expression's values and dtypes are the rule's
 (convert/porting/rules), with and without `jax_enable_x64`; at a kink its gradient may be JAX's.
 """
 
