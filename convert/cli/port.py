@@ -113,8 +113,8 @@ def _show(source: str, made: Port, written: list[Path]) -> None:
     for sizes, rows in made.proved.rows.items():
         worst = max((r.ratio for r in rows), default=0.0)
         click.echo(
-            f"  verified: {printable(sizes)}: {len(rows)} outputs, at most {worst:.2f} times the "
-            "rounding noise"
+            f"  verified: {printable(sizes)}: {len(rows)} output{'s' * (len(rows) != 1)}, at most "
+            f"{worst:.2f} times the rounding noise"
         )
     if made.report is not None:
         click.echo(f"  verified: level {made.report.level}: {made.report.verdict}")

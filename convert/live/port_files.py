@@ -79,8 +79,8 @@ _TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
 from pathlib import Path
 
 import numpy as np
-from {module} import {name}
-from {stem} import {model}
+import {module}
+import {stem}
 
 import convert
 from convert.testing import assert_same
@@ -89,8 +89,8 @@ HERE = Path(__file__).parent
 
 
 def test_it_is_the_same_model() -> None:
-    torch_net = convert.load(HERE / "{weights}", "torch", {name})
-    flax_net = convert.load(HERE / "{weights}", "flax", {model})
+    torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
+    flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
     with np.load(HERE / "{inputs}") as inputs:
         assert_same(torch_net, flax_net, dict(inputs))
 '''

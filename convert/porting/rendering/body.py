@@ -162,7 +162,8 @@ class _Writing:
         self._read_copies(item)
         self.read = self.frames.mentioned(item)
         text = self._text(i)
-        values = self._targets(item)
+        shape = self._targets(item)
+        values = list(flat(shape))
         wanted = self.frames.targets(item, i, [
             j for j, other in enumerate(self.items) if self.keys[j] == self.keys[i]
             and j not in self.inlined and not _is_getitem(other)
@@ -179,15 +180,15 @@ class _Writing:
             self.local.pop(name, None)
             self.texts[value] = name
             names.append(name)
-        self.made.lines.append(Line(names, text, statement))
+        self.made.lines.append(Line(_grouped(shape, iter(names)), text, statement))
 
-    def _results(self, item: GraphNode | Scope) -> list[int]:
+    def _results(self, item: GraphNode | Scope) -> list[Any]:
         """What the expression of an item gives: -1 for what only other calls of its class do."""
         if isinstance(item, GraphNode):
             return [item.made]
-        return [-1 if v is None else v for v in self.context.given_by(item)]
+        return self.context.given_by(item)
 
-    def _targets(self, item: GraphNode | Scope) -> list[int]:
+    def _targets(self, item: GraphNode | Scope) -> list[Any]:
         """The values that the statement of an item names; -1 for one that nobody takes."""
         made = self._results(item)
         if len(made) > 1 or not isinstance(self.tree.type_of(made[0]), list):
@@ -355,6 +356,25 @@ def _is_read(name: str, after: Sequence[Line]) -> bool:
 
 def _is_getitem(item: GraphNode | Scope) -> TypeGuard[GraphNode]:
     return isinstance(item, GraphNode) and item.op == _GETITEM
+
+
+def flat(tree: Any) -> Iterator[int]:
+    """The values in nested lists."""
+    for part in tree:
+        if isinstance(part, list):
+            yield from flat(part)
+        else:
+            yield part
+
+
+def _grouped(shape: Any, names: Iterator[str]) -> list[str]:
+    """Names as the targets of nested lists: `out`, `(h, c)`."""
+    made = []
+    for part in shape:
+        inner = _grouped(part, names) if isinstance(part, list) else []
+        closed = f"({', '.join(inner)}{',' * (len(inner) == 1)})"
+        made.append(closed if isinstance(part, list) else next(names))
+    return made
 
 
 def _made(item: GraphNode | Scope) -> list[int]:

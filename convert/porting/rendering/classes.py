@@ -319,16 +319,18 @@ class Classes:
         order = sorted(written.parameters, key=lambda n: n in defaults)
         written.parameters = {n: written.parameters[n] for n in order}
         written.expressions = [
-            self._attribute(column, written.parameters)
-            if hint in attributes
-            else _expression(column, written.parameters)
+            self._named(hint, column, written.parameters, hint in attributes)
+            or _expression(column, written.parameters)
             for hint, column in columns
         ]
 
-    def _attribute(self, column: dict[str, Any], parameters: dict[str, dict[str, Any]]) -> Any:
-        """The argument that an attribute is, be it ever so small a number."""
-        same = (n for n, c in parameters.items() if repr(c) == repr(column))
-        return next(same, None) or _expression(column, parameters)
+    def _named(
+        self, hint: str, column: dict[str, Any], parameters: dict[str, dict[str, Any]], own: bool
+    ) -> str | None:
+        """The argument of the same name, or for an attribute any that it is, be the number ever so
+        small."""
+        names = [n for n, c in parameters.items() if repr(c) == repr(column)]
+        return hint if hint in names else next(iter(names), None) if own else None
 
     def _given(self, paths: list[str]) -> dict[str, dict[str, Any]]:
         """The plain arguments of torch's constructor that all instances have."""
@@ -344,8 +346,11 @@ class Classes:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """The numbers that are to be arguments: those that torch's constructor was given and that
         something follows from, attributes, and what differs between instances."""
-        held = [column for _, column in columns]
-        used = {n: c for n, c in given.items() if any(_follows(x, c) for x in held)}
+        used = {
+            n: c
+            for n, c in given.items()
+            if any(_follows(x, c) or (h == n and repr(x) == repr(c)) for h, x in columns)
+        }
         yield from used.items()
         for hint, column in columns:
             same = next((n for n, c in given.items() if repr(c) == repr(column)), None)

@@ -106,14 +106,33 @@ class Context:
 
     def is_layer(self, scope: Scope) -> bool:
         """Whether a call is of a layer that Flax has too, with tensors of its own."""
-        if scope.path not in self.layers or len(scope.gives) != 1:
+        if scope.path not in self.layers or not scope.gives:
+            return False
+        nesting = scope.call.nesting
+        passed = {r.value for r in scope.call.results if isinstance(r, ValueRef)}
+        if nesting is None or not _is_tuples(nesting) or not passed.issuperset(scope.gives):
             return False
         given = [x for x in scope.call.arguments.values() if x is not None]
-        if self.layers[scope.path].call("self", ["x"] * len(given), {}) is None:
+        if self._layer_text(scope, "self", lambda tree: "x") is None:
             return False
         held = {v for n in scope.nodes() for v in self.tree.taken(n) if v in self.tree.placeholders}
         arrays = set(refs(given))
         return all(v in arrays or self.tree.own(v, scope.path) for v in held)
+
+    def _layer_text(self, scope: Scope, target: str, text: Callable[[Any], str]) -> str | None:
+        """The call of a layer; None for one that it cannot be called with. Arguments behind one
+        that is left out go by their names."""
+        given = scope.call.arguments
+        args: list[str] = []
+        kwargs: dict[str, str] = {}
+        for k, name in enumerate(scope.call.signature):
+            if given.get(name) is None:
+                continue
+            if len(args) == k:
+                args.append(text(given[name]))
+            else:
+                kwargs[name] = text(given[name])
+        return self.layers[scope.path].call(target, args, kwargs)
 
     def repeats(self, scope: Scope) -> bool:
         """Whether the text of a layer holds its argument more than once."""
@@ -121,7 +140,8 @@ class Context:
             return False
         given = [x for x in scope.call.arguments.values() if x is not None]
         names = [f"_{k}_" for k in range(len(given))]
-        text = self.layers[scope.path].call("self", names, {}) or ""
+        numbered = iter(names)
+        text = self._layer_text(scope, "self", lambda tree: next(numbered)) or ""
         return any(text.count(n) > 1 for n in names)
 
     def is_sequence(self, path: str) -> bool:
@@ -210,11 +230,16 @@ class Context:
         held = {place: v for v, place in zip(scope.gives, self._places(scope), strict=True)}
         return [held.get(place) for place in sorted(places)]
 
-    def given_by(self, scope: Scope) -> list[int | None]:
-        """What the expression that calls a part gives."""
-        if self.is_layer(scope) or self.is_sequence(scope.path):
+    def given_by(self, scope: Scope) -> list[Any]:
+        """What the expression that calls a part gives, in nested lists; -1 for what this call has
+        not, or nobody takes."""
+        if self.is_layer(scope):
+            leaves = iter(scope.call.results)
+            made = _nested(scope.call.nesting, leaves, set(scope.gives))
+            return made if isinstance(made, list) else [made]
+        if self.is_sequence(scope.path):
             return list(scope.gives)
-        return self.results_of(scope)
+        return [-1 if v is None else v for v in self.results_of(scope)]
 
     def _places(self, scope: Scope) -> list[tuple[int, int]]:
         """Where in what it returns each of the values that a call gives stands."""
@@ -251,10 +276,10 @@ class Context:
         target = reached(parent.path, scope.path, self.tree.modules)
         given = scope.call.arguments
         if self.is_layer(scope):
-            args = [_tree_text(x, text) for x in given.values() if x is not None]
+            found = self._layer_text(scope, target, lambda tree: _tree_text(tree, text))
             if self.layers[scope.path].call("self", ["x"], {}) == "x":  # others have a layer here
-                return f"{target}({args[0]})"
-            return self.layers[scope.path].call(target, args, {}) or ""
+                return f"{target}({found})"
+            return found or ""
         if self.is_sequence(scope.path):
             return f"{target}({text(scope.takes[0])})"
         args_text, keywords = [], False
@@ -369,6 +394,18 @@ class Context:
         if nesting.kind == "list":
             return f"[{', '.join(parts)}]"
         return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _is_tuples(nesting: Nesting) -> bool:
+    return nesting.kind in (LEAF, "tuple") and all(map(_is_tuples, nesting.parts))
+
+
+def _nested(nesting: Any, leaves: Iterator[Any], wanted: set[int]) -> Any:
+    """The values of a result in nested lists, -1 for those that are not wanted."""
+    if nesting.kind == LEAF:
+        found = next(leaves)
+        return found.value if isinstance(found, ValueRef) and found.value in wanted else -1
+    return [_nested(part, leaves, wanted) for part in nesting.parts]
 
 
 def _layer_class(module: Any) -> str:
