@@ -2,6 +2,7 @@
 
     port_corpus.py [--every N] [NAME ...]     judge them (port_judge.py), write docs/ported.md
     port_corpus.py --train [NAME ...]         train some of those that are right (port_trained.py)
+    port_corpus.py --source [NAME ...]        write those that are right as source, and prove it
     port_corpus.py --operations [NAME ...]    which ATen operations the graphs have
     port_corpus.py --again OUTCOME            judge those once more that this became of
     port_corpus.py --table                    write docs/ported.md of what is in the cache
@@ -104,6 +105,33 @@ def train(name: str) -> dict[str, Any]:
     return trained(module, inputs) | {"shrunk": shrunk, "class": type(module).__name__}
 
 
+def source(name: str) -> dict[str, Any]:
+    """What becomes of it written as source, by `convert.port` and its own proof."""
+    import torch
+
+    import convert
+    from zoo.containers.errors import NotEquivalent, ZooError
+
+    torch.manual_seed(0)
+    module, inputs, shrunk = corpus.build(name)
+    told: dict[str, Any] = {"shrunk": shrunk, "class": type(module).__name__}
+    try:
+        made = convert.port(module, inputs)
+    except NotEquivalent as e:
+        return told | {"outcome": "differs", "why": e.details[0] if e.details else e.problem}
+    except ZooError as e:
+        return told | {"outcome": "refused", "why": e.problem, "details": list(e.details)[:3]}
+    own, theirs = made.file.statements
+    worst = max((r.ratio for rows in made.proved.rows.values() for r in rows), default=0.0)
+    return told | {
+        "outcome": "verified" if made.proved.verdict == "same" else made.proved.verdict,
+        "worst": worst,
+        "sizes": len(made.proved.rows),
+        "lines": len(made.source.splitlines()),
+        "ratio": round(own / max(theirs, 1), 2),
+    }
+
+
 def glance(name: str) -> dict[str, Any]:
     """`judge`, at one size."""
     import torch
@@ -114,7 +142,13 @@ def glance(name: str) -> dict[str, Any]:
     return judged(module, inputs, list(other_sizes(module, inputs)), once=True)
 
 
-JOBS = {"operations": operations, "judge": judge, "glance": glance, "train": train}
+JOBS = {
+    "operations": operations,
+    "judge": judge,
+    "glance": glance,
+    "train": train,
+    "source": source,
+}
 
 
 @cache
@@ -145,6 +179,15 @@ def to_train(done: dict[str, Any]) -> list[str]:
         )
         chosen += random.Random(0).sample(right, min(TRAINED, len(right)))
     return chosen
+
+
+def to_write(done: dict[str, Any]) -> list[str]:
+    """Every model that is right."""
+    return [
+        key.removeprefix("judge ")
+        for key, row in done.items()
+        if key.startswith("judge ") and str(row.get("outcome", "")).startswith("right")
+    ]
 
 
 def forked(job: str, name: str, limit: int, answer: Connection) -> None:
@@ -192,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--operations", action="store_true")
     parser.add_argument("--train", action="store_true")
+    parser.add_argument("--source", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
@@ -207,11 +251,13 @@ def main() -> None:
         TABLE.write_text(table(done))
         return
     every = to_train(done) if options.train else corpus.names()
+    every = to_write(held()) if options.source else every
     wanted = options.names or every[:: options.every]
     if options.list:
         print("\n".join(wanted))
         return
     job = "operations" if options.operations else "train" if options.train else "judge"
+    job = "source" if options.source else job
     job = "glance" if options.scratch else job
     preload()
 
@@ -270,7 +316,49 @@ def table(done: dict[str, Any]) -> str:
         told = re.sub(r"\S*/(?=(timm|torchvision|transformers|torch)/)", "", told)
         cells = (name, outcome(row), worst, row.get("sizes", ""), row["seconds"], told[:300])
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, *training_table(done)]) + "\n"
+    return "\n".join([*lines, *training_table(done), *source_table(done)]) + "\n"
+
+
+SOURCE_HEAD = """
+## Written as source
+
+Of those that are right, {count} were written as Flax source by `convert.port` and held against
+torch by its own proof, in float32 and in float64, at the traced sizes and at others: {counts}.
+Statements of the port for each statement of the source that an operation comes from: {median:.2f}
+in the median, {worst:.2f} at the 90th percentile.
+"""
+
+
+def told_of(row: dict[str, Any]) -> str:
+    """A port's outcome: an error that is no answer of ours is a fault."""
+    slow = row.get("error", "").startswith("TimeoutExpired")
+    return "too slow" if slow else "fault" if "error" in row else str(row["outcome"])
+
+
+def source_table(done: dict[str, Any]) -> list[str]:
+    """The lines of what became of those that were written as source."""
+    rows = {k.partition(" ")[2]: v for k, v in done.items() if k.startswith("source ")}
+    if not rows:
+        return []
+    ratios = sorted(row["ratio"] for row in rows.values() if "ratio" in row) or [0.0]
+    lines = [
+        SOURCE_HEAD.format(
+            count=len(rows),
+            counts=", ".join(f"{n} {k}" for k, n in Counter(map(told_of, rows.values())).items()),
+            median=ratios[len(ratios) // 2],
+            worst=ratios[len(ratios) * 9 // 10],
+        ),
+        "| model | outcome | of the noise | sizes | lines | statements | seconds | why |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name, row in sorted(rows.items()):
+        worst = f"{row['worst']:.2g}" if "worst" in row else ""
+        why = row.get("why") or (corpus.failure_class(row["error"]) if "error" in row else "")
+        why = re.sub(r"\S*/(?=(timm|torchvision|transformers|torch|convert)/)", "", why)
+        told = [worst, *(row.get(k, "") for k in ("sizes", "lines", "ratio", "seconds"))]
+        cells = map(str, (name, told_of(row), *told, why[:200].replace("|", "\\|")))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def training_table(done: dict[str, Any]) -> list[str]:

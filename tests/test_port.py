@@ -93,7 +93,7 @@ def test_files_are_written_and_an_edited_one_is_left_alone(decoder: Port, tmp_pa
     assert written == {
         "net_flax.py", "net_flax.npz", "net_flax.layout.json", "net_flax.safetensors",
         "test_net_flax.py", "test_net_flax.npz",
-    } - ({"net_flax.npz"} if not decoder.arrays else set())  # fmt: skip
+    } - ({"net_flax.npz"} if not decoder.file.arrays else set())  # fmt: skip
     assert decoder.save(path, weights=False)[0] == path
     path.write_text(path.read_text().replace("dropout", "dropped"))
     path.write_text("# mine\n" + path.read_text())

@@ -38,8 +38,8 @@ class Port(PortedSource):
         path = Path(path)
         check_name(path)
         written = [_write_source(path, self.source)]
-        if self.arrays:
-            np.savez(path.with_suffix(".npz"), **self.arrays)  # type: ignore[arg-type]
+        if self.file.arrays:
+            np.savez(path.with_suffix(".npz"), **self.file.arrays)  # type: ignore[arg-type]
             written.append(path.with_suffix(".npz"))
         layout = path.with_suffix(".layout.json")
         write_text(layout, json.dumps(self.layout.to_json(), indent=1) + "\n")

@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
-from convert.porting.rendering.module_file import module_file
+from convert.porting.rendering.module_file import ModuleFile, module_file
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
 from convert.porting.to_flax import program_of_call, torch_module
@@ -42,7 +40,7 @@ class PortedSource:
     proved: Ported
     module: Any = field(repr=False)  # torch's, with the weights
     imported: Imported = field(repr=False)
-    arrays: dict[str, np.ndarray] = field(repr=False)
+    file: ModuleFile = field(repr=False)
     inputs: Any = field(repr=False)
 
     def __str__(self) -> str:
@@ -98,7 +96,7 @@ def ported(
             prove(LivePair(module, source), first, fitting, gradients=False)
     text = file.source.replace("HEADER", _header(module, program.report), 1)
     return PortedSource(
-        text, file.model, program.layout, program.report, module, imported, file.arrays,
+        text, file.model, program.layout, program.report, module, imported, file,
         dict(calls[0].arguments),
     )  # fmt: skip
 

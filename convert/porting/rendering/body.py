@@ -30,17 +30,24 @@ class Line:
     site: CodeLine | None = None
     guard: str = ""
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it only returns what has a name."""
+        return not self.targets and self.text.isidentifier()
+
     def __str__(self) -> str:
         return f"{', '.join(self.targets)} = {self.text}" if self.targets else f"return {self.text}"
 
 
 @dataclass
 class Body:
-    """The statements of a call, its parameters, and the numbers that they take from `self`."""
+    """The statements of a call, its parameters, and the numbers that they take from `self`.
+    `source` is how many statements of the source the operations are of."""
 
     parameters: list[str]
     lines: list[Line] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    source: int = 0
 
 
 def body_of(scope: Scope, context: Context) -> Body:
@@ -144,6 +151,7 @@ class _Writing:
                 self._statement(i, item)
         self.made.lines.append(Line([], self._returned()))
         self._keep_used_sizes()
+        self.made.source = len({key[-1] for key, _ in self.keys})
         return self.made
 
     def _bind_arguments(self) -> None:

@@ -37,11 +37,13 @@ _KINDS = {
 @dataclass(frozen=True)
 class ModuleFile:
     """The source, the name of the model's class in it, and the arrays that it reads from the file
-    beside it (none: there is no such file)."""
+    beside it (none: there is no such file). `statements` are those of the port, and of the source
+    that it was written of: those that an operation comes from."""
 
     source: str
     model: str
     arrays: dict[str, np.ndarray]
+    statements: tuple[int, int]
 
 
 def module_file(
@@ -89,7 +91,10 @@ class _File:
             if p
         )
         model = self.classes.by_path[""].name
-        return ModuleFile(formatted(text + "\n"), model, self.context.arrays)
+        bodies = [c.body for c in self.classes.every if c.body is not None]
+        own = sum(not line.is_bare for b in bodies for line in without_dead_copies(b.lines))
+        statements = own, sum(b.source for b in bodies)
+        return ModuleFile(formatted(text + "\n"), model, self.context.arrays, statements)
 
     def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
