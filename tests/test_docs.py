@@ -119,7 +119,7 @@ def test_the_tour_prints_what_the_readme_says(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_readme_s_python_runs(folder: Path) -> None:
     blocks = python()
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     code = "\n".join(blocks)
     for source, *options in (["model.safetensors"], ["last.pt", "--torch", "nets.py:Net"]):
         if not (folder / Path(source).with_suffix(".flax")).exists():

@@ -215,7 +215,7 @@ class _Writing:
     def _text(self, i: int) -> str:
         item = self.items[i]
         if isinstance(item, Scope):
-            return self.context.call_text(self.scope, item, self._value_text)
+            return self.context.call_text(self.scope, item, self._value_text, self._size_text)
         if item.op == _GETITEM:
             return f"{self._value_text(item.args[0].value)}[{item.args[1]}]"
         numbers = self.tree.graph.numbers.get(item.op, frozenset())
@@ -255,15 +255,15 @@ class _Writing:
             if type(text.value) is type(wanted) and text.value == wanted:
                 self.made.attributes |= {a: _own(self.scope.module, a, text) for a in attributes}
                 return text
-        if isinstance(wanted, int | float):
-            return wanted
-        return SizeText(self._axis(wanted) or composed(wanted, self._symbol), wanted)
+        return (
+            wanted if isinstance(wanted, int | float) else SizeText(self._size_text(wanted), wanted)
+        )
+
+    def _size_text(self, wanted: str) -> str:
+        return self._axis(wanted) or composed(wanted, self._symbol)
 
     def _symbol(self, symbol: str) -> str:
-        found = self._axis(symbol)
-        if found is None:
-            raise NotRendered(f"a size of {self.scope.path or 'the model'} is of no array in it")
-        return found
+        return self._axis(symbol) or self.context.size(self.scope, symbol)
 
     def _axis(self, wanted: str) -> str | None:
         """`x.shape[1]`, of an array that has a name now."""

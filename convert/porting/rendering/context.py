@@ -47,6 +47,10 @@ class NotRendered(UsageError):
         super().__init__(f"this module cannot be written as source: {why}", "use convert.to_flax")
 
 
+class Again(Exception):
+    """A class needs an argument that its calls so far do not give: write all of it again."""
+
+
 class Context:
     """See the module's first lines."""
 
@@ -60,6 +64,7 @@ class Context:
         self.layers: dict[str, LayerText] = {}
         self.tuples: dict[str, tuple[str, ...]] = {}  # NamedTuples that the model returns
         self._sequences: dict[str, bool] = {}
+        self.sizes: dict[int, list[str]] = {}  # of a call, those that it is given as arguments
         self.classes: dict[type, list[Scope]] = {}
         for scope in tree.root.scopes():
             self.classes.setdefault(type(scope.module), []).append(scope)
@@ -205,11 +210,27 @@ class Context:
         order = list(scope.call.signature)
         names = sorted(found, key=lambda n: order.index(n) if n in order else len(order))
         names += [f"extra{k or ''}" for k in range(extra)]
+        names += self.size_names(scope)
         return sorted(names, key=lambda n: self.is_optional(n, scope))
+
+    def size_names(self, scope: Scope) -> list[str]:
+        """The parameters of a class that are sizes."""
+        count = max(len(self.sizes.get(id(s), ())) for s in self.classes[type(scope.module)])
+        return [_size_name(k) for k in range(count)]
+
+    def size(self, scope: Scope, symbol: str) -> str:
+        """The argument by which a call gets a size that is of no array in it."""
+        held = self.sizes.setdefault(id(scope), [])
+        if symbol not in held:
+            held.append(symbol)
+            raise Again
+        return _size_name(held.index(symbol))
 
     def is_optional(self, name: str, scope: Scope) -> bool:
         """Whether some calls of a class do not give this argument."""
-        return not name.startswith("extra") and any(
+        if name.startswith("extra") or name in self.size_names(scope):
+            return False
+        return any(
             not set(refs(one.call.arguments.get(name))) & set(one.takes)
             for one in self.classes[type(scope.module)]
         )
@@ -271,8 +292,14 @@ class Context:
         trees = [scope.call.arguments.get(n) for n in self.parameters_of(scope)]
         return [v for v in refs(trees) if v in scope.takes] + self._extra(scope)
 
-    def call_text(self, parent: Scope, scope: Scope, text: Callable[[int], str]) -> str:
-        """The call of a part."""
+    def call_text(
+        self,
+        parent: Scope,
+        scope: Scope,
+        text: Callable[[int], str],
+        size: Callable[[str], str],
+    ) -> str:
+        """The call of a part; `text` and `size` write arrays and sizes."""
         target = reached(parent.path, scope.path, self.tree.modules)
         given = scope.call.arguments
         if self.is_layer(scope):
@@ -284,8 +311,11 @@ class Context:
             return f"{target}({text(scope.takes[0])})"
         args_text, keywords = [], False
         extra = iter(self._extra(scope))
+        sizes = dict(zip(map(_size_name, range(99)), self.sizes.get(id(scope), ()), strict=False))
         for name in self.parameters_of(scope):
-            if name.startswith("extra") and name not in given:
+            if name in sizes and name not in given:
+                written = size(sizes[name])
+            elif name.startswith("extra") and name not in given:
                 written = text(next(extra))
             else:
                 taken = set(scope.takes)
@@ -406,6 +436,10 @@ def _nested(nesting: Any, leaves: Iterator[Any], wanted: set[int]) -> Any:
         found = next(leaves)
         return found.value if isinstance(found, ValueRef) and found.value in wanted else -1
     return [_nested(part, leaves, wanted) for part in nesting.parts]
+
+
+def _size_name(k: int) -> str:
+    return f"size{k or ''}"
 
 
 def _layer_class(module: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 from convert.porting.rendering.body import Body, Line, without_dead_copies
 from convert.porting.rendering.classes import Classes, WrittenClass
 from convert.porting.rendering.constructor import written as plainly
-from convert.porting.rendering.context import Context
+from convert.porting.rendering.context import Again, Context, NotRendered
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Tree
@@ -28,6 +29,7 @@ from convert.runtime.user_code import module_name
 from zoo.layout import Layout
 
 INDENT = "    "
+_ROUNDS = 200
 _KINDS = {
     "Buffer": "A tensor that is saved and not trained.",
     "Constant": "A tensor that is neither saved nor trained.",
@@ -62,8 +64,10 @@ def module_file(
         return entry.flax[0].name if entry is not None else name
 
     context = Context(Tree(graph, module, home), by_name, module)
-    classes = Classes(context, constructed or {})
-    return _File(context, classes, header).file()
+    for _ in range(_ROUNDS):
+        with contextlib.suppress(Again):
+            return _File(context, Classes(context, constructed or {}), header).file()
+    raise NotRendered("its parts need too many sizes of each other's arrays")
 
 
 class _File:
@@ -195,7 +199,7 @@ class _File:
         scope = every[0]
         given = [s.call.arguments.get(name) for s in every]
         nested = any(isinstance(x, list | dict) for x in given)
-        kind = "Any" if nested else "Array"
+        kind = "Any" if nested else "int" if name in self.context.size_names(scope) else "Array"
         return f"{kind} | None = None" if self.context.is_optional(name, scope) else kind
 
     def _result(self, scope: Any) -> str:
