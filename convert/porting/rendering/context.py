@@ -464,8 +464,10 @@ def reached(origin: str, path: str, modules: Mapping[str, Any]) -> str:
         keyed = type(at).__name__ in ("ModuleDict", "ParameterDict")
         if part.isdigit():
             text += f"[{part}]"
-        elif keyed or not part.isidentifier():
+        elif keyed:
             text += f"[{part!r}]"
+        elif not part.isidentifier():
+            text = f"getattr({text}, {part!r})"
         else:
             text += f".{part}"
         at = getattr(at, part, None)

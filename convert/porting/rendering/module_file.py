@@ -164,8 +164,10 @@ class _File:
             numbered = [text for name, text in made if name.isdigit()]
             yield f"{INDENT * 2}super().__init__([{', '.join(numbered)}])"
         for name, text in made:
-            if not name.isdigit():
+            if name.isidentifier():
                 yield f"{INDENT * 2}self.{name} = {_plain(text)}"
+            elif not name.isdigit():
+                yield f"{INDENT * 2}setattr(self, {name!r}, {_plain(text)})"
 
     def _call(self, written: WrittenClass, body: Body) -> Iterator[str]:
         path = next(iter(written.made))
