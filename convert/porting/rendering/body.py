@@ -175,7 +175,7 @@ class _Writing:
         wanted = self.frames.targets(item, i, [
             j for j, other in enumerate(self.items) if self.keys[j] == self.keys[i]
             and j not in self.inlined and not _is_getitem(other)
-        ])  # fmt: skip
+        ], len(values))  # fmt: skip
         names = []
         for k, value in enumerate(values):
             last = self.last.get(value, -1)

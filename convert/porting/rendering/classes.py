@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -309,28 +310,41 @@ class Classes:
         attributes = set(written.body.attributes) if written.body else set()
         given = self._given(paths)
         for name, column in self._wanted(columns, attributes, given):
-            if column in written.parameters.values():
+            if written.parameters.get(name) == column:
                 continue
-            if column in given.values() or _expression(column, written.parameters) is None:
+            named = name in attributes or name in given
+            if named or _expression(column, written.parameters) is None:
                 some = next(v for v in column.values() if v is not ABSENT)
                 whole = {p: some if v is ABSENT else v for p, v in column.items()}
                 written.parameters[_free(name, written.parameters)] = whole
         defaults = written.defaults()
         order = sorted(written.parameters, key=lambda n: n in defaults)
         written.parameters = {n: written.parameters[n] for n in order}
+        taken: set[str] = set()
+        for hint, column in columns:  # attributes of an argument's own name come first
+            if hint in attributes and repr(written.parameters.get(hint)) == repr(column):
+                taken.add(hint)
         written.expressions = [
-            self._named(hint, column, written.parameters, hint in attributes)
+            self._named(hint, column, written.parameters, taken if hint in attributes else None)
             or _expression(column, written.parameters)
             for hint, column in columns
         ]
+        mentioned = set(re.findall(r"\w+", " ".join(filter(None, written.expressions))))
+        written.parameters = {n: c for n, c in written.parameters.items() if n in mentioned}
 
     def _named(
-        self, hint: str, column: dict[str, Any], parameters: dict[str, dict[str, Any]], own: bool
+        self,
+        hint: str,
+        column: dict[str, Any],
+        parameters: dict[str, dict[str, Any]],
+        taken: set[str] | None,
     ) -> str | None:
-        """The argument of the same name, or for an attribute any that it is, be the number ever so
-        small."""
+        """The argument of the same name; for an attribute also one of another name that no
+        attribute has (not in `taken`), be the number ever so small."""
         names = [n for n, c in parameters.items() if repr(c) == repr(column)]
-        return hint if hint in names else next(iter(names), None) if own else None
+        if hint in names:
+            return hint
+        return None if taken is None else next((n for n in names if n not in taken), None)
 
     def _given(self, paths: list[str]) -> dict[str, dict[str, Any]]:
         """The plain arguments of torch's constructor that all instances have."""
@@ -353,12 +367,13 @@ class Classes:
         }
         yield from used.items()
         for hint, column in columns:
-            same = next((n for n, c in given.items() if repr(c) == repr(column)), None)
-            if hint in attributes and same is not None:
-                yield same, column
+            same = [n for n, c in given.items() if repr(c) == repr(column)]
+            same = [hint] if hint in same else [n for n in same if n not in attributes]
+            if hint in attributes:
+                yield next(iter(same), hint), column
                 continue
             follows = any(_follows(column, c) for c in used.values())
-            if (hint in attributes or _varies(column)) and not follows:
+            if _varies(column) and not follows:
                 yield hint, column
 
 

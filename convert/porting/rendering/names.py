@@ -16,6 +16,7 @@ from convert.program.exported_nodes import is_torchs
 from convert.program.graph import CodeLine, GraphNode
 
 RESERVED = {"jax", "jnp", "lax", "nnx", "np", "math", "self", "rngs", "partial", *keyword.kwlist}
+SMALL = 8
 Item = GraphNode | Scope
 Key = tuple[tuple[str, int], ...]
 
@@ -84,9 +85,9 @@ class Frames:
             return False
         return all(isinstance(_statement(f), ast.Return) for f in inner[len(outer) :])
 
-    def targets(self, item: Item, i: int, siblings: list[int]) -> list[str]:
-        """The names that the source gives to what an item makes, `siblings` being the items of the
-        same statement that have names, in order."""
+    def targets(self, item: Item, i: int, siblings: list[int], count: int) -> list[str]:
+        """The names that the source gives to the `count` values that an item makes, `siblings`
+        being the items of the same statement that have names, in order."""
         for frame in reversed(self.place(item)):
             statement = _statement(frame)
             if found := targets(statement):
@@ -95,6 +96,8 @@ class Frames:
                 return []
         else:
             return []
+        if 1 < len(found) == count:
+            return found
         if len(siblings) > 1 and len(found) == len(siblings):
             return [found[siblings.index(i)]]
         if len(siblings) > 1 and i != siblings[-1]:
@@ -102,10 +105,15 @@ class Frames:
         return found
 
     def sizes(self, item: Item, local: dict[str, int | str]) -> Iterator[tuple[SizeText, set[str]]]:
-        """The sizes that the statements of an item mention."""
-        for depth, frame in enumerate(self.place(item)):
+        """The numbers that the statements of an item mention, the innermost statement first. What
+        a call around it was given counts where it is no small number, which others may be too."""
+        found = self.place(item)
+        for depth, frame in reversed(list(enumerate(found))):
             known = local if depth == 0 else {}
-            yield from named(_statement(frame), self.scope.module, self.me, known)
+            for text, attributes in named(_statement(frame), self.scope.module, self.me, known):
+                small = isinstance(text.value, int) and text.value <= SMALL
+                if depth == len(found) - 1 or not small:
+                    yield text, attributes
 
 
 def _sign(item: Item) -> str:

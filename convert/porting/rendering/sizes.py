@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def named(
     if statement is None:
         return
     for part in ast.walk(statement):
-        if not isinstance(part, ast.Attribute | ast.Name | ast.BinOp):
+        if not isinstance(part, ast.Attribute | ast.Name | ast.BinOp | ast.Call):
             continue
         attributes: set[str] = set()
         value = reading.evaluated(part, attributes)
@@ -133,6 +134,9 @@ class _Reading:
                 return None
             attributes.add(part.attr)
             return found
+        if isinstance(part, ast.Call) and ast.unparse(part.func) == "math.sqrt":
+            inner = self.evaluated(part.args[0], attributes) if len(part.args) == 1 else None
+            return math.sqrt(inner) if isinstance(inner, int | float) and inner >= 0 else None
         if isinstance(part, ast.BinOp) and (apply := _OPERATORS.get(type(part.op))) is not None:
             left = self.evaluated(part.left, attributes)
             right = self.evaluated(part.right, attributes)
