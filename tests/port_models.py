@@ -109,3 +109,65 @@ class Residual(nn.Module):
 
     def forward(self, x: Any) -> Any:
         return x + F.gelu(self.fc(x))
+
+
+class OnlyInTraining(Residual):
+    """Drops in a function, so that there is no layer that does."""
+
+    def forward(self, x: Any) -> Any:
+        return F.dropout(self.fc(x), 0.5, self.training)
+
+
+class OneIsOther(Residual):
+    """Does something else for a batch of one."""
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) * 2 if x.shape[0] > 1 else x
+
+
+class Lstm(nn.Module):
+    """Output and state of a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x: Any) -> Any:
+        x, (h, _) = self.lstm(x)
+        return self.fc(x.mean(1) + h[-1])
+
+
+class Gru(nn.Module):
+    """The state alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 3, batch_first=True)
+
+    def forward(self, x: Any) -> Any:
+        _, h = self.gru(x)
+        return h[-1]
+
+
+class NewZeros(Residual):
+    """Makes a tensor of the dtype of its input."""
+
+    def forward(self, x: Any) -> Any:
+        held = x.new_zeros(x.shape[0], 4)
+        return held.index_add(0, torch.tensor([1]), x[:1, 0]) + self.fc(x[:, 0])
+
+
+class Draws(Residual):
+    """Draws in eval mode too."""
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) + torch.randn_like(x)
+
+
+class Masked(Residual):
+    """A result whose size depends on values."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.fc(x)
+        return y[y > 0]

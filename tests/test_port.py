@@ -10,11 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from port_models import Decoder, Residual, Stages
+from port_models import (
+    Decoder,
+    Draws,
+    Gru,
+    Lstm,
+    Masked,
+    NewZeros,
+    OneIsOther,
+    OnlyInTraining,
+    Residual,
+    Stages,
+)
 
 import convert
 from convert.live.port_files import Port
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import UsageError, ZooError
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,7 @@ def test_the_source_is_proved_at_sizes_that_were_not_traced(decoder: Port) -> No
     assert decoder.proved.verdict == "same"
     assert len(decoder.proved.rows) >= 2
     assert "verdict" not in decoder.source
-    assert "same, outputs beside torch's at" in decoder.source
+    assert "same, outputs beside torch's at" in " ".join(decoder.source.split())
 
 
 def test_a_block_is_written_once_with_its_loop_and_the_source_names(decoder: Port) -> None:
@@ -51,11 +62,14 @@ def test_a_block_is_written_once_with_its_loop_and_the_source_names(decoder: Por
     assert "self.bias[..., :T, :T] == 0" in found["Block"]
 
 
-def test_constructors_have_the_names_of_those_of_torch(decoder: Port) -> None:
-    block = classes(decoder)["Block"]
-    assert "def __init__(self, d: int, h: int" in block
-    assert "self.n_head = h" in block
-    assert "nnx.Linear(d, 3 * d, rngs=rngs)" in block
+def test_arguments_of_constructors_are_what_differs_under_torchs_names(
+    decoder: Port, stages: Port
+) -> None:
+    block, basic = classes(decoder)["Block"], classes(stages)["Basic"]
+    assert "def __init__(self, *, rngs: nnx.Rngs)" in block
+    assert "self.n_head = 4" in block
+    assert "def __init__(self, inplanes: int, planes: int, stride: int=1" in basic
+    assert "Conv2d(inplanes, planes, 3, stride=stride, padding=1" in basic
 
 
 def test_a_tied_head_has_no_weights_of_its_own(decoder: Port) -> None:
@@ -140,6 +154,41 @@ def test_a_name_that_cannot_be_imported_is_refused_before_work(name: str, tmp_pa
 
     with pytest.raises(UsageError):
         check_name(tmp_path / name)
+
+
+def test_what_train_mode_does_besides_is_told() -> None:
+    port = convert.port(OnlyInTraining(), np.ones((2, 4), np.float32))
+    (told,) = [n for n in port.proved.notices if "train mode" in n]
+    assert "dropout.default at port_models.py:" in told
+    assert "what train mode does besides is left out" in " ".join(port.source.split())
+    assert str(Path(__file__).parent) not in port.source
+
+
+def test_a_size_that_the_source_is_not_for_is_baked_in() -> None:
+    port = convert.port(OneIsOther(), np.ones((2, 4), np.float32))
+    assert any(">= 2" in told for told in port.proved.baked)
+
+
+@pytest.mark.parametrize("model", [Gru, Lstm, NewZeros], ids=lambda m: m.__name__)
+def test_it_is_written_and_right(model: type) -> None:
+    port = convert.port(model, np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32"))
+    assert port.proved.verdict == "same"
+
+
+def test_a_recurrent_layer_stays_one() -> None:
+    port = convert.port(Lstm, np.ones((2, 5, 4), np.float32), verify=False)
+    assert "x, (h, _) = self.lstm(x)" in port.source
+
+
+@pytest.mark.parametrize("model", [Draws, Masked], ids=lambda m: m.__name__)
+def test_what_cannot_be_source_is_refused(model: type) -> None:
+    with pytest.raises(ZooError):
+        convert.port(model, np.ones((2, 4), np.float32))
+
+
+def test_what_is_no_torch_module_is_refused() -> None:
+    with pytest.raises(UsageError, match="int is no torch module"):
+        convert.port(3, np.ones((2, 4), np.float32))
 
 
 def test_no_proof_is_said(tmp_path: Path) -> None:

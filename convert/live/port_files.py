@@ -98,7 +98,7 @@ def test_it_is_the_same_model() -> None:
 
 def _write_source(path: Path, text: str) -> Path:
     """Write a file with its own hash at the end; beside one that was edited, as FILE.new."""
-    signed = text.rstrip("\n") + f"\n\n{_MARK}{_hash(text)}\n"
+    signed = text.rstrip("\n") + f"\n\n\n{_MARK}{_hash(text)}\n"
     if path.exists() and _is_edited(path.read_text()):
         path = path.with_name(f"{path.name}.new")
     write_text(path, signed)

@@ -109,9 +109,12 @@ class _Exact:
                 return
             self.narrow = narrow_operation(self.module64, Call(call.args, call.kwargs)) or ""
         graph = self.program.evaluation(False).graph
-        if states_precision(graph):  # what was baked in as float32 is float64 there
+        if (
+            states_precision(graph) or self.program.states_precision
+        ):  # what was baked in as float32 is float64 there
             with precision_of("float64"):
-                graph = traced_graph(self.module64, call, self.program.opaque, graph.opened)
+                calls = bool(graph.calls)
+                graph = traced_graph(self.module64, call, self.program.opaque, graph.opened, calls)
         self.program64 = self.program.twin(graph)
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:

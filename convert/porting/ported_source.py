@@ -5,14 +5,18 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import inspect
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
+from convert.porting.rendering.context import NotRendered
 from convert.porting.rendering.module_file import ModuleFile, module_file
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
@@ -20,8 +24,9 @@ from convert.porting.to_flax import program_of_call, torch_module
 from convert.program.calls import bound, in_mode, shapes_of
 from convert.program.constructed import Constructed
 from convert.program.export import check_version, traced_graph
+from convert.program.graph import Graph
 from convert.runtime.user_code import module_name
-from zoo.containers.errors import printable
+from zoo.containers.errors import ZooError, printable
 from zoo.layout import Layout
 
 
@@ -87,18 +92,59 @@ def ported(
     with in_mode(module, training=False):
         program, first = program_of_call(module, signature, calls[0], {}, "first")
         graph = traced_graph(module, first, (), calls=True)
-        file = module_file(graph, module, program.layout, "HEADER", arguments)
+
+        def render(graph: Graph) -> ModuleFile:
+            return module_file(graph, module, program.layout, "HEADER", arguments)
+
+        file = render(graph)
+        if "rng=rngs" in file.source:
+            raise NotRendered("it draws random numbers in eval mode")
         imported = Imported(file)
+        own = program.evaluation(False).graph
+        own.calls = graph.calls  # a copy in float64 is to have them too
         if verify:
-            own = program.evaluation(False).graph
             fitting = [one for one in calls if not own.misfits(shapes_of(one))]
-            source = SourceProgram(program, imported)
+            source = SourceProgram(program, imported, render)
             prove(LivePair(module, source), first, fitting, gradients=False)
+        # A live module is traced anew for sizes that a graph is not for: a file is not.
+        left = [own.worded(g.condition) for g in own.guards if g.condition.endswith(">= 2")]
+        program.report.baked += [told for told in left if told not in program.report.baked]
+        program.report.notices += _left_out(module, first, graph, file.layers)
     text = file.source.replace("HEADER", _header(module, program.report), 1)
     return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file,
         dict(calls[0].arguments),
     )  # fmt: skip
+
+
+def _left_out(
+    module: Any, call: inspect.BoundArguments, graph: Graph, layers: Collection[str]
+) -> list[str]:
+    """What train mode does besides, outside of layers: it is not written."""
+    with in_mode(module, training=True):
+        try:
+            trained = traced_graph(module, call, (), calls=True)
+        except ZooError:
+            return ["its train mode cannot be traced: what it does there besides is not written"]
+
+    def outside(of: Graph) -> Counter[tuple[str, str]]:
+        inside = [(c.begin, c.end) for c in of.calls if c.path in layers]
+        return Counter(
+            (node.op, f"{Path(node.site.file).name}:{node.site.line}" if node.site else "?")
+            for node in of.nodes
+            if not any(a < node.made < b for a, b in inside)
+        )
+
+    more = outside(trained) - outside(graph)
+    more = Counter({k: n for k, n in more.items() if not k[0].startswith(_NO_MATTER)})
+    told = list(dict.fromkeys(f"{op} at {place}" for op, place in more))
+    if not told:
+        return []
+    shown = "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
+    return [f"eval mode is written: what train mode does besides is left out ({shown})"]
+
+
+_NO_MATTER = ("aten.clone", "aten.sym_", "operator.", "aten.alias", "aten.detach")
 
 
 def _header(module: Any, proved: Ported) -> str:
@@ -117,7 +163,13 @@ def _header(module: Any, proved: Ported) -> str:
         lines += [f"  {printable(b)}" for b in proved.baked]
     if proved.notices:
         lines += ["", *(f"{printable(n)}." for n in proved.notices)]
-    return "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''") + "\n"
+    text = re.sub(r"\S*/([^/\s]+:\d+)", r"\1", "\n".join(lines))  # no paths of this machine
+    wrapped = [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, 99, subsequent_indent=" " * 4) or [""]
+    ]
+    return "\n".join(wrapped).replace("\\", "\\\\").replace('"""', "'''") + "\n"
 
 
 _FACTS = ("License-Expression", "License", "Author", "Author-email")

@@ -74,6 +74,11 @@ class TorchProgram:
         self.prove: Callable[[TorchProgram, Shapes], None] = lambda program, shapes: None
         self.report = Ported()
 
+    @property
+    def states_precision(self) -> bool:
+        """Whether what is run says of so many bits what its graph does not."""
+        return False
+
     def __deepcopy__(self, memo: Any) -> TorchProgram:
         return self
 

@@ -8,7 +8,8 @@ import itertools
 import linecache
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Imported:
     """The file of a port, imported under a name of its own; the file is gone then."""
 
     def __init__(self, file: ModuleFile) -> None:
+        self.source = file.source
         name = f"_zooconvert_port_{next(_NUMBERS)}"
         with tempfile.TemporaryDirectory(prefix="zooconvert-port-") as folder:
             path = Path(folder) / f"{name}.py"
@@ -56,14 +58,24 @@ class Imported:
 class SourceProgram(TorchProgram):
     """A program that runs what was written, and not its graph."""
 
-    def __init__(self, program: TorchProgram, imported: Imported) -> None:
+    def __init__(
+        self, program: TorchProgram, imported: Imported, render: Callable[[Graph], ModuleFile]
+    ) -> None:
         vars(self).update(vars(program))
         vars(self).pop("_jitted", None)
-        self.imported = imported
+        self.imported, self.render = imported, render
+
+    @property
+    def states_precision(self) -> bool:
+        """See TorchProgram: a source states the dtype of what it makes."""
+        return "float32" in self.imported.source
 
     def twin(self, graph: Graph, training: bool = False) -> TorchProgram:
-        """See TorchProgram.twin."""
-        return SourceProgram(super().twin(graph, training), self.imported)
+        """See TorchProgram.twin. A graph that states its precision is written anew: its source
+        differs in dtypes alone."""
+        own = graph is self.evaluation(False).graph
+        imported = self.imported if own else Imported(self.render(graph))
+        return SourceProgram(super().twin(graph, training), imported, self.render)
 
     def _traced(
         self, training: bool, state: dict[str, Any], constants: dict, arrays: list, key: Any
@@ -72,8 +84,18 @@ class SourceProgram(TorchProgram):
         fill(net, state | constants)
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
         call = self.called(dict(zip(found, arrays, strict=True)))
-        with _exact_attention():
-            result = net(**call)
+        try:
+            with _exact_attention():
+                result = net(**call)
+        except ZooError:
+            raise
+        except Exception as e:  # whatever JAX says of source that is not right
+            told = str(e).strip().splitlines() or [""]
+            raise ZooError(
+                f"the source that was written does not run: {type(e).__name__}: {told[0][:200]}",
+                "report this; convert.to_flax gives the model as a live module",
+                [_line_of(e)],
+            ) from e
         _, leaves = taken_apart(result, "", lambda _, x: x)
         return [x for x in leaves if is_array(x)], {}
 
@@ -110,6 +132,12 @@ def _exact_attention() -> Iterator[None]:
         yield
     finally:
         jax.nn.dot_product_attention = original
+
+
+def _line_of(e: Exception) -> str:
+    """The line of the port that an error comes from."""
+    found = [f for f in traceback.extract_tb(e.__traceback__) if "_zooconvert_port_" in f.filename]
+    return f"line {found[-1].lineno}: {found[-1].line}" if found else "in the layers that it uses"
 
 
 def place(tree: dict[str, Any], path: list[str], array: Any) -> None:

@@ -93,7 +93,13 @@ def torch_module(module: Any) -> Any:
         return unwrapped(module)
     if inspect.isroutine(module) and _takes_arguments(module):
         return of_function(module)
-    return unwrapped(made(module, getattr(module, "__qualname__", str(module)), 0))
+    found = made(module, getattr(module, "__qualname__", str(module)), 0)
+    if not isinstance(found, torch.nn.Module):
+        raise UsageError(
+            f"{type(found).__name__} is no torch module",
+            "give a torch.nn.Module, or a class or function that gives one",
+        )
+    return unwrapped(found)
 
 
 def _takes_arguments(function: Any) -> bool:

@@ -66,7 +66,7 @@ class _Writing:
         self.items = [i for i in self.items if _made(i) and not self._is_copy(i)]
         self.maker = {v: i for i, item in enumerate(self.items) for v in _made(item)}
         self.results = [self.source(v) for v in context.results_of(scope) if v is not None]
-        self.names = Names(self.made.parameters)
+        self.names = Names(self.made.parameters, context.rules.names | context.taken)
         self.texts: dict[int, str] = {}  # of values that have a name, or are written as they stand
         self._find_uses()
         file, first, last = forward_lines(scope.module)

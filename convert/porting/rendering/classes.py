@@ -138,8 +138,8 @@ class Classes:
         return path in self.context.layers or _is_container(module) or self.is_sequence(path)
 
     def is_sequence(self, path: str) -> bool:
-        """Whether a module only calls its parts one after another."""
-        return self.context.is_sequence(path)
+        """Whether a module only calls its parts one after another; the model is a class always."""
+        return bool(path) and self.context.is_sequence(path)
 
     def _written_paths(self) -> list[str]:
         paths = [p for p in self.tree.modules if not self._is_plain(p) and self._holds(p)]
@@ -170,6 +170,8 @@ class Classes:
                 break
         else:
             items = any(name.isdigit() for name in made)
+            if items and not all(name.isdigit() for name in made):
+                raise NotRendered(f"{path or 'the model'} has numbered parts and others")
             union = None if body is None else Union(body.lines, _instance(module, made, body))
             written = WrittenClass(self._name(type(module)), type(module), body, union, items)
             self.every.append(written)
@@ -347,10 +349,12 @@ class Classes:
         return None if taken is None else next((n for n in names if n not in taken), None)
 
     def _given(self, paths: list[str]) -> dict[str, dict[str, Any]]:
-        """The plain arguments of torch's constructor that all instances have."""
+        """The plain arguments of torch's constructor that all instances have, and that differ
+        between them: of others nobody has seen what follows from them."""
         every = [self.constructed.get(p, {}) for p in paths]
         names = [n for n in every[0] if all(n in one for one in every)]
-        return {n: {p: one[n] for p, one in zip(paths, every, strict=True)} for n in names}
+        found = {n: {p: one[n] for p, one in zip(paths, every, strict=True)} for n in names}
+        return {n: column for n, column in found.items() if _varies(column)}
 
     def _wanted(
         self,
@@ -369,7 +373,7 @@ class Classes:
         for hint, column in columns:
             same = [n for n, c in given.items() if repr(c) == repr(column)]
             same = [hint] if hint in same else [n for n in same if n not in attributes]
-            if hint in attributes:
+            if hint in attributes and _varies(column):
                 yield next(iter(same), hint), column
                 continue
             follows = any(_follows(column, c) for c in used.values())
@@ -382,12 +386,13 @@ def _follows(column: dict[str, Any], argument: dict[str, Any]) -> bool:
 
 
 def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]) -> str | None:
-    """How numbers follow from arguments, in every instance; None where they do not."""
-    varies = _varies(column)
+    """How numbers follow from arguments, in every instance; None where they do not, and where they
+    are one number, which may be like an argument by chance."""
+    if not _varies(column):
+        return None
     column = {p: v for p, v in column.items() if v is not ABSENT}
     for name, argument in parameters.items():
-        same = all(type(v) is type(argument[p]) and v == argument[p] for p, v in column.items())
-        if same and (varies or _is_size(next(iter(column.values())))):
+        if all(type(v) is type(argument[p]) and v == argument[p] for p, v in column.items()):
             return name
     if not all(type(v) is int and v > _SMALL for v in column.values()):
         return None

@@ -78,8 +78,9 @@ class Context:
         # Names that the file has from elsewhere, and that no class of it can have.
         self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
         self.taken |= imported
-        classes = {type(m).__name__ for m in tree.modules.values()}
-        self.rules = written(self._without_template(), self.taken | classes)
+        self._classes = {type(m).__name__ for m in tree.modules.values()}
+        self._written = self._without_template()
+        self.rules = written(self._written, self.taken | self._classes)
 
     def _alone(self) -> set[str]:
         """The modules of classes derived from a layer of torch's, of which every call is that
@@ -332,6 +333,10 @@ class Context:
         except (TypeError, ValueError):  # a name where only a number will do
             args, kwargs = numbers(args), numbers(dict(kwargs))
             found = expression(op, out, args, kwargs)
+        if found is None and op not in self.rules.functions:
+            self._written = [*self._written, op]
+            self.rules = written(self._written, self.taken | self._classes)
+            raise Again
         return self.rules.call(op, out, args, kwargs) if found is None else found
 
     def _without_template(self) -> list[str]:
@@ -380,9 +385,12 @@ class Context:
         if kind in ("Buffer", "Constant"):
             self.kinds[kind] = None
             return MadeVariable(kind, Name(self._array(home, bits_of(tensor))))
+        tensor = tensor.detach()
         low, high = float(tensor.min()), float(tensor.max())
         if low == high and low in (0.0, 1.0):
             return MadeVariable(kind, Constructor("jnp.ones" if low else "jnp.zeros", (shape,)))
+        if low == high:
+            return MadeVariable(kind, Constructor("jnp.full", (shape, float(f"{low:.7g}"))))
         spread = float(f"{float(tensor.float().std(correction=0)):.1g}") or 1.0
         callee = f"nnx.initializers.normal({spread})"
         return MadeVariable(kind, Constructor(callee, (Name("rngs.params()"), shape)))

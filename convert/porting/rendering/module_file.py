@@ -46,6 +46,7 @@ class ModuleFile:
     model: str
     arrays: dict[str, np.ndarray]
     statements: tuple[int, int]
+    layers: frozenset[str]  # the paths of the modules that are layers in it
 
 
 def module_file(
@@ -98,7 +99,9 @@ class _File:
         bodies = [c.body for c in self.classes.every if c.body is not None]
         own = sum(not line.is_bare for b in bodies for line in without_dead_copies(b.lines))
         statements = own, sum(b.source for b in bodies)
-        return ModuleFile(formatted(text + "\n"), model, self.context.arrays, statements)
+        source = formatted(text + "\n")
+        layers = frozenset(self.context.layers)
+        return ModuleFile(source, model, self.context.arrays, statements, layers)
 
     def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))

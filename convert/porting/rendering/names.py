@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from convert.porting.rendering.operands import SizeText
@@ -129,7 +129,8 @@ def _statement(frame: CodeLine) -> Any:
 class Names:
     """Which names hold which values, and until when. Times are the numbers of statements."""
 
-    def __init__(self, parameters: list[str]) -> None:
+    def __init__(self, parameters: list[str], reserved: Collection[str]) -> None:
+        self.reserved = RESERVED | set(reserved)
         self.bound: dict[str, int] = {}  # name -> the value it holds now
         self.until: dict[str, int] = dict.fromkeys(parameters, -1)
 
@@ -146,7 +147,7 @@ class Names:
 
     def is_free(self, name: str, now: int) -> bool:
         """Whether what the name holds is not used after this statement."""
-        if name in RESERVED:
+        if name in self.reserved:
             return False
         value = self.bound.get(name)
         return self.until.get(name, -1) <= now or (
