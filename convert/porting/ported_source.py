@@ -16,8 +16,8 @@ from typing import Any
 
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
-from convert.porting.rendering.context import NotRendered
 from convert.porting.rendering.module_file import ModuleFile, module_file
+from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
 from convert.porting.to_flax import program_of_call, torch_module

@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import keyword
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-from convert.porting.rendering.context import COPIES, Context, NotRendered
+from convert.porting.rendering.context import Context
+from convert.porting.rendering.layer_calls import COPIES
 from convert.porting.rendering.names import Frames, Names
+from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import composed, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines
-from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef
+from convert.porting.rendering.statements import Body, Line, words
+from convert.program.graph import ArrayType, GraphNode, ValueRef
 
 _GETITEM = "operator.getitem"
 _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
-
-
-@dataclass
-class Line:
-    """One statement: `targets = text`, or `return text` where there are none. `guard` is the
-    condition that it is under: not every instance of the class has it."""
-
-    targets: list[str]
-    text: str
-    site: CodeLine | None = None
-    guard: str = ""
-
-    @property
-    def is_bare(self) -> bool:
-        """Whether it only returns what has a name."""
-        return not self.targets and self.text.isidentifier()
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.targets)} = {self.text}" if self.targets else f"return {self.text}"
-
-
-@dataclass
-class Body:
-    """The statements of a call, its parameters, and the numbers that they take from `self`.
-    `source` is how many statements of the source the operations are of."""
-
-    parameters: list[str]
-    lines: list[Line] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    source: int = 0
 
 
 def body_of(scope: Scope, context: Context) -> Body:
@@ -60,12 +32,14 @@ class _Writing:
         self.scope, self.context = scope, context
         self.tree = context.tree
         self.frames = Frames(scope)
-        self.made = Body(context.parameters_of(scope))
-        self.items = list(context.spliced(scope))
+        self.made = Body(context.signatures.parameters_of(scope))
+        self.items = list(context.layers.spliced(scope))
         self.copies = {_made(i)[0]: self._first_taken(i) for i in self.items if self._is_copy(i)}
         self.items = [i for i in self.items if _made(i) and not self._is_copy(i)]
         self.maker = {v: i for i, item in enumerate(self.items) for v in _made(item)}
-        self.results = [self.source(v) for v in context.results_of(scope) if v is not None]
+        self.results = [
+            self.source(v) for v in context.signatures.results_of(scope) if v is not None
+        ]
         self.names = Names(self.made.parameters, context.rules.names | context.taken)
         self.texts: dict[int, str] = {}  # of values that have a name, or are written as they stand
         self._find_uses()
@@ -87,7 +61,7 @@ class _Writing:
     def _is_copy(self, item: GraphNode | Scope) -> bool:
         """Whether an item gives its argument."""
         if isinstance(item, Scope):
-            return item.path in self.context.gone and len(item.gives) == 1
+            return item.path in self.context.layers.gone and len(item.gives) == 1
         if item.op in COPIES:
             return True
         if item.op not in _CASTS:
@@ -121,7 +95,11 @@ class _Writing:
         }
 
     def _taken(self, item: GraphNode | Scope) -> list[int]:
-        found = self.context.passed(item) if isinstance(item, Scope) else self.tree.taken(item)
+        found = (
+            self.context.signatures.passed(item)
+            if isinstance(item, Scope)
+            else self.tree.taken(item)
+        )
         return [self.source(v) for v in found]
 
     def _is_inlined(self, i: int, item: GraphNode | Scope) -> bool:
@@ -135,7 +113,7 @@ class _Writing:
         if used[0] == len(self.items):
             return len(self.results) == 1 and self.frames.returns(item)
         user = self.items[used[0]]
-        if isinstance(user, Scope) and self.context.repeats(user):
+        if isinstance(user, Scope) and self.context.layers.repeats(user):
             return False
         if self.keys[i][0] == self.keys[used[0]][0]:
             return self.keys[i] == self.keys[used[0]]
@@ -155,7 +133,7 @@ class _Writing:
         return self.made
 
     def _bind_arguments(self) -> None:
-        for value, text in self.context.argument_texts(self.scope).items():
+        for value, text in self.context.signatures.argument_texts(self.scope).items():
             self.texts[value] = text
             if text in self.made.parameters:
                 self.names.bind(text, value, self.last.get(value, -1))
@@ -194,7 +172,7 @@ class _Writing:
         """What the expression of an item gives: -1 for what only other calls of its class do."""
         if isinstance(item, GraphNode):
             return [item.made]
-        return self.context.given_by(item)
+        return self.context.signatures.given_by(item)
 
     def _targets(self, item: GraphNode | Scope) -> list[Any]:
         """The values that the statement of an item names; -1 for one that nobody takes."""
@@ -230,7 +208,7 @@ class _Writing:
             return names[0] if len(names) == 1 else self.names.newest(value, self.texts[value])
         if value in self.maker:
             return self._text(self.maker[value])
-        return self.context.held_text(self.scope, value)
+        return self.context.held.held_text(self.scope, value)
 
     def _argument(self, x: Any, node: GraphNode, is_number: bool) -> Any:
         if isinstance(x, ValueRef):
@@ -263,7 +241,7 @@ class _Writing:
         return self._axis(wanted) or composed(wanted, self._symbol)
 
     def _symbol(self, symbol: str) -> str:
-        return self._axis(symbol) or self.context.size(self.scope, symbol)
+        return self._axis(symbol) or self.context.signatures.size(self.scope, symbol)
 
     def _axis(self, wanted: str) -> str | None:
         """`x.shape[1]`, of an array that has a name now."""
@@ -330,7 +308,7 @@ class _Writing:
     def _keep_used_sizes(self) -> None:
         """Leave out the names of sizes that nothing mentions."""
         lines = self.made.lines
-        mentioned = Counter(w for line in lines for w in _words(line.text))
+        mentioned = Counter(w for line in lines for w in words(line.text))
         for name, (line, k) in self.unpacked.items():
             if not mentioned[name]:
                 line.targets[k] = "_"
@@ -340,26 +318,6 @@ class _Writing:
         self.read = set()
         texts = {v: self._value_text(v) for v in self.results}
         return self.context.returned(self.scope, lambda v: texts[self.source(v)])
-
-
-def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
-    """The statements without those `name = other` whose name nothing mentions before it is given
-    anew."""
-    kept = []
-    for i, line in enumerate(lines):
-        copy = line.site is None and line.text.isidentifier() and line.targets
-        if not copy or _is_read(line.targets[0], lines[i + 1 :]):
-            kept.append(line)
-    return kept
-
-
-def _is_read(name: str, after: Sequence[Line]) -> bool:
-    for line in after:
-        if name in _words(line.text):
-            return True
-        if name in line.targets and not line.guard:
-            return False
-    return False
 
 
 def _is_getitem(item: GraphNode | Scope) -> TypeGuard[GraphNode]:
@@ -405,9 +363,3 @@ def _fallback(item: GraphNode | Scope) -> str:
         return name if not name.isdigit() else "x"
     name = item.op.split(".")[1].strip("_")
     return f"{name}_" if keyword.iskeyword(name) else name
-
-
-def _words(text: str) -> Iterator[str]:
-    import re
-
-    yield from re.findall(r"[A-Za-z_]\w*", text)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from convert.porting.rendering.body import Line
 from convert.porting.rendering.source_lines import source_file
+from convert.porting.rendering.statements import Line
 
 _INDEXED = re.compile(r"(self(?:\.\w+)+)\[(\d+)\]")
 _LONGEST = 12  # statements of one round

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from convert.porting.rendering.body import Body, Line, without_dead_copies
-from convert.porting.rendering.classes import Classes, WrittenClass
+from convert.porting.rendering.class_arguments import WrittenClass
+from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
-from convert.porting.rendering.context import Again, Context, NotRendered
+from convert.porting.rendering.context import Context
 from convert.porting.rendering.loops import Loop, rolled
+from convert.porting.rendering.not_rendered import Again, NotRendered
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Tree
+from convert.porting.rendering.statements import Body, Line, without_dead_copies
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.variants import negation
 from convert.porting.tensors_by_name import ByName
@@ -90,7 +92,7 @@ class _File:
             for p in (
                 f'"""{self.header}"""',
                 "\n".join(self._imports(body, rules.imports)),
-                "\n".join(arrays) if self.context.arrays else "",
+                "\n".join(arrays) if self.context.held.arrays else "",
                 body,
             )
             if p
@@ -100,8 +102,8 @@ class _File:
         own = sum(not line.is_bare for b in bodies for line in without_dead_copies(b.lines))
         statements = own, sum(b.source for b in bodies)
         source = formatted(text + "\n")
-        layers = frozenset(self.context.layers)
-        return ModuleFile(source, model, self.context.arrays, statements, layers)
+        layers = frozenset(self.context.layers.texts)
+        return ModuleFile(source, model, self.context.held.arrays, statements, layers)
 
     def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
@@ -119,7 +121,7 @@ class _File:
         lines = {"from __future__ import annotations", "from flax import nnx"}
         lines |= {line for name, line in known.items() if name in words}
         lines |= {*self.classes.imports, *more}
-        if self.context.arrays:
+        if self.context.held.arrays:
             lines |= {known["np"], known["Path"]}
         order = sorted(lines, key=lambda x: (not x.startswith("from __future__"), x))
         return [order[0], "", *order[1:]]
@@ -127,7 +129,7 @@ class _File:
     def _kinds(self) -> str:
         made = [
             f'class {kind}(nnx.Variable):\n{INDENT}"""{_KINDS[kind]}"""'
-            for kind in self.context.kinds
+            for kind in self.context.held.kinds
         ]
         return "\n\n\n".join(made)
 
@@ -204,8 +206,14 @@ class _File:
         scope = every[0]
         given = [s.call.arguments.get(name) for s in every]
         nested = any(isinstance(x, list | dict) for x in given)
-        kind = "Any" if nested else "int" if name in self.context.size_names(scope) else "Array"
-        return f"{kind} | None = None" if self.context.is_optional(name, scope) else kind
+        kind = (
+            "Any"
+            if nested
+            else "int"
+            if name in self.context.signatures.size_names(scope)
+            else "Array"
+        )
+        return f"{kind} | None = None" if self.context.signatures.is_optional(name, scope) else kind
 
     def _result(self, scope: Any) -> str:
         if not scope.path:
@@ -213,7 +221,7 @@ class _File:
             if nesting.kind == "leaf":
                 return "Array"
             return str(nesting.cls.__name__) if nesting.kind == "named" else "Any"
-        values = self.context.results_of(scope)
+        values = self.context.signatures.results_of(scope)
         if len(values) == 1 and values[0] is not None:
             kind = self.context.tree.type_of(values[0])
             return "Array" if isinstance(kind, ArrayType) else "Any"

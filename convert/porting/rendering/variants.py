@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from convert.porting.rendering.body import Line
 from convert.porting.rendering.source_lines import own_name, source_file
+from convert.porting.rendering.statements import Line
 
 _PLAIN = (ast.Attribute, ast.Name, ast.Load, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp,
           ast.Not, ast.And, ast.Or, ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt,
           ast.GtE)  # fmt: skip
+
+ABSENT = object()  # the number of a part that an instance has not
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""The tensors that a module holds: how they are read, and how they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from convert.porting.rendering.argument_text import permuted, reached
+from convert.porting.rendering.constants import array_text
+from convert.porting.rendering.constructor import Constructor, Name
+from convert.porting.rendering.inits import MadeVariable
+from convert.porting.rendering.not_rendered import NotRendered
+from convert.porting.rendering.scopes import Scope, Tree
+from convert.porting.tensors_by_name import ByName
+from convert.tensors import bits_of
+from zoo.layout.ops import Concat, Flip, Permute, inverse
+
+
+class HeldArrays:
+    """The parameters, buffers and constants of a module. `arrays` are those that the source cannot
+    say, which are kept beside it; `kinds` the variables that are not Flax's own."""
+
+    def __init__(self, tree: Tree, by_name: ByName, module: Any) -> None:
+        self.tree, self.by_name = tree, by_name
+        self.tensors = dict(module.named_parameters(remove_duplicate=False))
+        self.trained = set(self.tensors)
+        self.tensors |= dict(module.named_buffers(remove_duplicate=False))
+        self.arrays: dict[str, np.ndarray] = {}
+        self.kinds: dict[str, None] = {}
+
+    def held_text(self, scope: Scope, value: int) -> str:
+        """A tensor that the module at a path holds, in torch's axes."""
+        p = self.tree.placeholders[value]
+        if p.kind == "constant":
+            return f"jnp.asarray({self._array(p.name, self.tree.graph.constants[p.name])})"
+        entry = self.by_name.flax_of(p.name)
+        if entry is None:
+            return f"{reached(scope.path, p.name, self.tree.modules)}[...]"
+        arrays = [f"{reached(scope.path, t.name, self.tree.modules)}[...]" for t in entry.flax]
+        if len(entry.torch) > 1:
+            raise NotRendered(f"{p.name} is one of several tensors of one in Flax")
+        for op in inverse(entry.ops, [t.shape for t in entry.torch]):
+            if isinstance(op, Permute):
+                arrays = [permuted(a, op.axes) for a in arrays]
+            elif isinstance(op, Flip):
+                arrays = [f"jnp.flip({a}, {op.axes})" for a in arrays]
+            elif isinstance(op, Concat):
+                arrays = [f"jnp.concatenate([{', '.join(arrays)}], axis={op.axis})"]
+            else:
+                raise NotRendered(f"{p.name} lies otherwise in Flax")
+        return arrays[0]
+
+    def filled(self, kind: str, home: str, tensor: Any, shape: tuple[int, ...]) -> MadeVariable:
+        """What makes a parameter or buffer of a module's own."""
+        if kind in ("Buffer", "Constant"):
+            self.kinds[kind] = None
+            return MadeVariable(kind, Name(self._array(home, bits_of(tensor))))
+        tensor = tensor.detach()
+        low, high = float(tensor.min()), float(tensor.max())
+        if low == high and low in (0.0, 1.0):
+            return MadeVariable(kind, Constructor("jnp.ones" if low else "jnp.zeros", (shape,)))
+        if low == high:
+            return MadeVariable(kind, Constructor("jnp.full", (shape, float(f"{low:.7g}"))))
+        spread = float(f"{float(tensor.float().std(correction=0)):.1g}") or 1.0
+        callee = f"nnx.initializers.normal({spread})"
+        return MadeVariable(kind, Constructor(callee, (Name("rngs.params()"), shape)))
+
+    def _array(self, home: str, array: np.ndarray) -> str:
+        """The text of an array, or of where it is kept."""
+        if (said := array_text(array)) is not None:
+            return said
+        for name, held in self.arrays.items():
+            if held.dtype == array.dtype and np.array_equal(held, array):
+                return f"ARRAYS[{name!r}]"
+        self.arrays[home] = array
+        return f"ARRAYS[{home!r}]"

@@ -1,0 +1,167 @@
+"""Which calls are of layers that Flax has too, and which of sequences of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from convert.porting.rendering.constructor import LayerText
+from convert.porting.rendering.layer_text import layer_text
+from convert.porting.rendering.not_rendered import NotRendered
+from convert.porting.rendering.scopes import Scope, Tree
+from convert.program.graph import GraphNode, ValueRef, refs
+from convert.program.nesting import LEAF, Nesting
+
+# What gives its argument: copies, which JAX's arrays do not need.
+COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
+          "aten.contiguous.default"}  # fmt: skip
+
+# The operation that a layer of torch's is.
+_OPERATIONS = {
+    "Linear": "aten.linear.default",
+    "LayerNorm": "aten.layer_norm.default",
+    "GroupNorm": "aten.group_norm.default",
+    "Embedding": "aten.embedding.default",
+    "Conv1d": "aten.conv1d.default",
+    "Conv2d": "aten.conv2d.default",
+    "Conv3d": "aten.conv3d.default",
+}
+
+
+class LayerCalls:
+    """The layers of a module, by path; `gone` are those that hand their argument on."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.texts: dict[str, LayerText] = {}
+        self._sequences: dict[str, bool] = {}
+        alone = self._alone()
+        for path, module in tree.modules.items():
+            if path and (layer := layer_text(module, checked=path in alone)) is not None:
+                self.texts[path] = layer
+        self.gone = {p for p in self.texts if self._is_gone(p)}
+
+    def _alone(self) -> set[str]:
+        """The modules of classes derived from a layer of torch's, of which every call is that
+        layer's operation on its own tensors and nothing else."""
+        found: dict[str, bool] = {}
+        for scope in self.tree.root.scopes():
+            nodes = [n for n in scope.nodes() if n.op not in COPIES]
+            wanted = _OPERATIONS.get(_layer_class(scope.module), "")
+            own = {f"{scope.path}.{n}" for n, _ in scope.module.named_parameters(recurse=False)}
+            held = [self.tree.placeholders.get(v) for n in nodes[:1] for v in self.tree.taken(n)]
+            names = [p.name for p in held if p is not None and p.kind != "input"]
+            good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
+            found[scope.path] = found.get(scope.path, True) and good
+        return {path for path, good in found.items() if good}
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether a layer hands its argument on, and so do all in its place in other instances."""
+        if self.texts[path].call("self", ["x"], {}) != "x" or self.texts[path].constructor:
+            return False
+        owner, _, name = path.rpartition(".")
+        of = type(self.tree.modules[owner])
+        return all(
+            type(getattr(m, name, None)) is type(self.tree.modules[path])
+            for m in self.tree.modules.values()
+            if type(m) is of and hasattr(m, name)
+        )
+
+    def is_layer(self, scope: Scope) -> bool:
+        """Whether a call is of a layer that Flax has too, with tensors of its own."""
+        if scope.path not in self.texts or not scope.gives:
+            return False
+        nesting = scope.call.nesting
+        passed = {r.value for r in scope.call.results if isinstance(r, ValueRef)}
+        if nesting is None or not _is_tuples(nesting) or not passed.issuperset(scope.gives):
+            return False
+        given = [x for x in scope.call.arguments.values() if x is not None]
+        if self.call_text(scope, "self", lambda tree: "x") is None:
+            return False
+        held = {v for n in scope.nodes() for v in self.tree.taken(n) if v in self.tree.placeholders}
+        arrays = set(refs(given))
+        return all(v in arrays or self.tree.own(v, scope.path) for v in held)
+
+    def call_text(self, scope: Scope, target: str, text: Callable[[Any], str]) -> str | None:
+        """The call of a layer; None for one that it cannot be called with. Arguments behind one
+        that is left out go by their names."""
+        given = scope.call.arguments
+        args: list[str] = []
+        kwargs: dict[str, str] = {}
+        for k, name in enumerate(scope.call.signature):
+            if given.get(name) is None:
+                continue
+            if len(args) == k:
+                args.append(text(given[name]))
+            else:
+                kwargs[name] = text(given[name])
+        return self.texts[scope.path].call(target, args, kwargs)
+
+    def repeats(self, scope: Scope) -> bool:
+        """Whether the text of a layer holds its argument more than once."""
+        if not self.is_layer(scope):
+            return False
+        given = [x for x in scope.call.arguments.values() if x is not None]
+        names = [f"_{k}_" for k in range(len(given))]
+        numbered = iter(names)
+        text = self.call_text(scope, "self", lambda tree: next(numbered)) or ""
+        return any(text.count(n) > 1 for n in names)
+
+    def is_sequence(self, path: str) -> bool:
+        """Whether a module is a Sequential that calls its parts one after another, or is only
+        looked into."""
+        if path not in self._sequences:
+            self._sequences[path] = self._looks_sequence(path)
+        return self._sequences[path]
+
+    def _looks_sequence(self, path: str) -> bool:
+        import torch
+
+        module = self.tree.modules[path]
+        names = [n for n, _ in module.named_children()]
+        if type(module).forward is not torch.nn.Sequential.forward:
+            return False
+        if names != [str(i) for i in range(len(names))] or module._parameters or module._buffers:
+            return False
+        calls = [s for s in self.tree.root.scopes() if s.path == path]
+        return all(map(self._is_chain, calls))
+
+    def _is_chain(self, scope: Scope) -> bool:
+        last = scope.call.results[0] if len(scope.call.results) == 1 else None
+        given = [v for v in scope.call.arguments.values() if isinstance(v, ValueRef)]
+        if len(given) != 1 or not isinstance(last, ValueRef) or len(scope.call.arguments) != 1:
+            return False
+        now = given[0].value
+        for item in scope.items:
+            if not isinstance(item, Scope) or item.path.rpartition(".")[0] != scope.path:
+                return False
+            if item.path in self.texts and not self.is_layer(item) and item.gives:
+                return False
+            if not item.gives:
+                continue
+            if item.takes != [now] or len(item.gives) != 1:
+                return False
+            now = item.gives[0]
+        return now == last.value
+
+    def spliced(self, scope: Scope) -> Iterator[GraphNode | Scope]:
+        """The items of a call, those inside it that are no calls of their own opened."""
+        for item in scope.items:
+            if isinstance(item, Scope) and item.path in self.texts and not self.is_layer(item):
+                yield from self.spliced(item)
+            elif isinstance(item, Scope) and not _is_below(item.path, scope.path):
+                raise NotRendered(f"{item.path} is called inside {scope.path}")
+            else:
+                yield item
+
+
+def _is_tuples(nesting: Nesting) -> bool:
+    return nesting.kind in (LEAF, "tuple") and all(map(_is_tuples, nesting.parts))
+
+
+def _layer_class(module: Any) -> str:
+    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in _OPERATIONS), "")
+
+
+def _is_below(path: str, origin: str) -> bool:
+    return not origin or path.startswith(f"{origin}.")
