@@ -171,3 +171,21 @@ class Masked(Residual):
     def forward(self, x: Any) -> Any:
         y = self.fc(x)
         return y[y > 0]
+
+
+class Temporal(nn.Module):
+    """Parts under two names, and one of them twice in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.drop = nn.Dropout(0.2)
+        self.net = nn.Sequential(self.conv, nn.ReLU(), self.drop, self.conv)
+        self.twice = Residual()
+        self.years = nn.ModuleList([self.twice, Residual(), self.twice])
+
+    def forward(self, x: Any) -> Any:
+        x = self.net(x.transpose(1, 2)).transpose(1, 2)
+        for year in self.years:
+            x = year(x)
+        return x

@@ -21,6 +21,7 @@ from port_models import (
     OnlyInTraining,
     Residual,
     Stages,
+    Temporal,
 )
 
 import convert
@@ -169,10 +170,17 @@ def test_a_size_that_the_source_is_not_for_is_baked_in() -> None:
     assert any(">= 2" in told for told in port.proved.baked)
 
 
-@pytest.mark.parametrize("model", [Gru, Lstm, NewZeros], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Gru, Lstm, NewZeros, Temporal], ids=lambda m: m.__name__)
 def test_it_is_written_and_right(model: type) -> None:
     port = convert.port(model, np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32"))
     assert port.proved.verdict == "same"
+
+
+def test_a_part_under_two_names_is_one() -> None:
+    port = convert.port(Temporal, np.ones((2, 5, 4), np.float32), verify=False)
+    source = " ".join(port.source.split())
+    assert "Sequential(self.conv, jax.nn.relu, self.drop, self.conv)" in source
+    assert "nnx.List([self.twice, Residual(rngs=rngs), self.twice])" in source
 
 
 def test_a_recurrent_layer_stays_one() -> None:

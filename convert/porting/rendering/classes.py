@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.porting.rendering import inits
+from convert.porting.rendering.argument_text import reached
 from convert.porting.rendering.body import body_of
 from convert.porting.rendering.class_arguments import WrittenClass, find_arguments
 from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.inits import MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.not_rendered import NotRendered
-from convert.porting.rendering.scopes import Scope
+from convert.porting.rendering.scopes import Scope, children
 from convert.porting.rendering.statements import Body
 from convert.porting.rendering.variants import ABSENT, Instance, Union
 
@@ -28,7 +29,7 @@ class Classes:
         self.imports: dict[str, None] = {}
         self.scopes: dict[str, list[Scope]] = {}
         for scope in context.tree.root.scopes():
-            self.scopes.setdefault(scope.path, []).append(scope)
+            self.scopes.setdefault(self.tree.first(scope.path), []).append(scope)
         self.homes = self._homes()
         self._number_of: dict[str, int] = {}
         for path in sorted(self._written_paths(), key=self._height):
@@ -55,7 +56,12 @@ class Classes:
         below = f"{path}." if path else ""
         if any(n.startswith(below) for n in self.homes):
             return True
-        calls = [s for p in self.scopes if p == path or p.startswith(below) for s in self.scopes[p]]
+        first = self.tree.first(path)
+        every = (s for scopes in self.scopes.values() for s in scopes)
+        calls = [
+            s for s in every
+            if s.path == path or s.path.startswith(below) or self.tree.first(s.path) == first
+        ]  # fmt: skip
         return any(
             s.path not in self.context.layers.texts or self.context.layers.is_layer(s)
             for s in calls
@@ -76,9 +82,7 @@ class Classes:
 
     def _is_first(self, path: str) -> bool:
         """Whether a module is not another name of one that has been seen."""
-        modules = self.tree.modules
-        first: str = next(p for p, m in modules.items() if m is modules[path])
-        return first == path
+        return self.tree.first(path) == path
 
     def _height(self, path: str) -> int:
         below = f"{path}." if path else ""
@@ -93,6 +97,7 @@ class Classes:
         if len({tuple(map(str, b.lines)) for b in bodies}) > 1:
             raise NotRendered(f"{path or 'the model'} does other things at each of its calls")
         body = bodies[0] if bodies else None
+        self.owner = path
         made = dict(self._parts(path, body))
         for written in self.every:
             if written.of is type(module) and self._joins(written, path, body, made):
@@ -150,7 +155,7 @@ class Classes:
         module = self.tree.modules[path]
         for name, value in (body.attributes if body else {}).items():
             yield name, value
-        names = {n for n, _ in module.named_children()}
+        names = {n for n, _ in children(module)}
         prefix = f"{path}." if path else ""
         below: dict[str, dict[str, Any]] = {}
         for home, entry in self.homes.items():
@@ -162,7 +167,7 @@ class Classes:
             yield first, self._tensors(leaves)
         for name in names & set(below):
             raise NotRendered(f"{prefix}{name} is a part and a tensor")
-        for name, part in module.named_children():
+        for name, part in children(module):
             if self._holds(f"{prefix}{name}") and (made := self._made(f"{prefix}{name}", part)):
                 yield name, made
 
@@ -178,10 +183,10 @@ class Classes:
 
     def _made(self, path: str, module: Any) -> Any:
         """What makes a part; None for one that is a function only."""
-        if not self._is_first(path):
-            return None
-        if path in self.context.layers.texts:
-            layer = self.context.layers.texts[path]
+        layer = self.context.layers.texts.get(path)
+        if not self._is_first(path) and (layer is None or layer.constructor is not None):
+            return self._reference(path)
+        if layer is not None:
             if path in self.context.layers.gone:
                 return None
             if layer.constructor is None and layer.function == "lambda x: x":
@@ -192,9 +197,18 @@ class Classes:
             return self._container(path, module)
         return MadeModule(self.by_path[path], path)
 
+    def _reference(self, path: str) -> Name:
+        """A part that its class has under an earlier name too."""
+        first, owner = self.tree.first(path), self.owner
+        below = f"{owner}." if owner else ""
+        # Its state goes by the name that is first in the alphabet.
+        if not first.startswith(below) or first.split(".") > path.split("."):
+            raise NotRendered(f"{path} is {first} too")
+        return Name(reached(owner, first, self.tree.modules))
+
     def _container(self, path: str, module: Any) -> Any:
         parts: dict[str, Any] = {}
-        for name, part in module.named_children():
+        for name, part in children(module):
             held = f"{path}.{name}"
             made = self._made(held, part) if self._holds(held) else None
             parts[name] = made if made is not None else self._function(held)
@@ -215,7 +229,8 @@ class Classes:
         if layer is not None and layer.function is not None:
             self.imports |= dict.fromkeys(layer.imports)
             return Name(layer.function)
-        return Name("lambda x: x") if path in self.scopes else Name("None")
+        called = self.tree.first(path) in self.scopes
+        return Name("lambda x: x") if called else Name("None")
 
     def _tensor(self, home: str, entry: Any) -> MadeVariable:
         """A parameter or buffer of a module's own."""

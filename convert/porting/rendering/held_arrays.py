@@ -35,9 +35,10 @@ class HeldArrays:
         if p.kind == "constant":
             return f"jnp.asarray({self._array(p.name, self.tree.graph.constants[p.name])})"
         entry = self.by_name.flax_of(p.name)
+        origin = self.tree.first(scope.path)
         if entry is None:
-            return f"{reached(scope.path, p.name, self.tree.modules)}[...]"
-        arrays = [f"{reached(scope.path, t.name, self.tree.modules)}[...]" for t in entry.flax]
+            return f"{reached(origin, p.name, self.tree.modules)}[...]"
+        arrays = [f"{reached(origin, t.name, self.tree.modules)}[...]" for t in entry.flax]
         if len(entry.torch) > 1:
             raise NotRendered(f"{p.name} is one of several tensors of one in Flax")
         for op in inverse(entry.ops, [t.shape for t in entry.torch]):

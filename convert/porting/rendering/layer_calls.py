@@ -8,7 +8,7 @@ from typing import Any
 from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.layer_text import layer_text
 from convert.porting.rendering.not_rendered import NotRendered
-from convert.porting.rendering.scopes import Scope, Tree
+from convert.porting.rendering.scopes import Scope, Tree, children
 from convert.program.graph import GraphNode, ValueRef, refs
 from convert.program.nesting import LEAF, Nesting
 
@@ -48,7 +48,8 @@ class LayerCalls:
         for scope in self.tree.root.scopes():
             nodes = [n for n in scope.nodes() if n.op not in COPIES]
             wanted = _OPERATIONS.get(_layer_class(scope.module), "")
-            own = {f"{scope.path}.{n}" for n, _ in scope.module.named_parameters(recurse=False)}
+            first = self.tree.first(scope.path)
+            own = {f"{first}.{n}" for n, _ in scope.module.named_parameters(recurse=False)}
             held = [self.tree.placeholders.get(v) for n in nodes[:1] for v in self.tree.taken(n)]
             names = [p.name for p in held if p is not None and p.kind != "input"]
             good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
@@ -118,7 +119,7 @@ class LayerCalls:
         import torch
 
         module = self.tree.modules[path]
-        names = [n for n, _ in module.named_children()]
+        names = [n for n, _ in children(module)]
         if type(module).forward is not torch.nn.Sequential.forward:
             return False
         if names != [str(i) for i in range(len(names))] or module._parameters or module._buffers:

@@ -21,7 +21,7 @@ from convert.porting.rendering.context import Context
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.not_rendered import Again, NotRendered
 from convert.porting.rendering.operands import ArrayType
-from convert.porting.rendering.scopes import Tree
+from convert.porting.rendering.scopes import Tree, children
 from convert.porting.rendering.statements import Body, Line, without_dead_copies
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.variants import negation
@@ -77,7 +77,7 @@ class _File:
     def __init__(self, context: Context, classes: Classes, header: str) -> None:
         self.context, self.classes, self.header = context, classes, header
         modules = context.tree.modules
-        self.lengths = {p: len(list(m.named_children())) for p, m in modules.items()}
+        self.lengths = {p: len(children(m)) for p, m in modules.items()}
 
     def file(self) -> ModuleFile:
         """The whole file."""
@@ -247,7 +247,7 @@ def formatted(source: str) -> str:
     if ruff is None:
         return source
     for command in (
-        ["check", "--isolated", "--select", "I", "--fix-only", "--quiet", "-"],
+        ["check", "--isolated", "--select", "I,F401", "--fix-only", "--quiet", "-"],
         ["format", "--isolated", "--line-length", "100", "--quiet", "-"],
     ):
         done = subprocess.run(

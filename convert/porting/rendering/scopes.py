@@ -55,14 +55,26 @@ class Tree:
     def __init__(self, graph: Graph, module: Any, home: Callable[[str], str]) -> None:
         self.graph, self.home = graph, home
         self.placeholders: dict[int, Placeholder] = {p.value: p for p in graph.placeholders}
-        modules = dict(module.named_modules(remove_duplicate=False))
-        self.modules = modules
+        self.modules: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+        self.names: dict[int, list[str]] = {}  # every path of a module, the first one first
+        for path, part in self.modules.items():
+            self.names.setdefault(id(part), []).append(path)
         self.nodes = [n for n in graph.nodes if self.is_array(n.made)]
         calls = iter(sorted(graph.calls, key=lambda c: (c.begin, -c.end)))
         self.root = Scope("", module, next(calls))
         self._fill(self.root, list(calls))
         self._depths(self.root, 0)
         self._borders()
+
+    def first(self, path: str) -> str:
+        """The first path of the module at a path: the one that its tensors have."""
+        return self.names[id(self.modules[path])][0]
+
+    def path_below(self, path: str, owner: str) -> str:
+        """The path of a module that lies below another's, if it has one."""
+        names = self.names[id(self.modules[path])]
+        below = [n for n in names if not owner or n.startswith(f"{owner}.")]
+        return path if path in below or not below else below[0]
 
     def is_array(self, value: int) -> bool:
         """Whether a value is an array, or a list of them; sizes are not."""
@@ -80,7 +92,8 @@ class Tree:
             while len(running) > 1 and running[-1].call.end < number:
                 running.pop()
             if isinstance(event, ModuleCall):
-                made = Scope(event.path, self.modules[event.path], event)
+                path = self.path_below(event.path, running[-1].path)
+                made = Scope(path, self.modules[event.path], event)
                 running[-1].items.append(made)
                 running.append(made)
             else:
@@ -112,7 +125,7 @@ class Tree:
             return False
         if p.kind == "constant" or not path:
             return True
-        return self.home(p.name).startswith(f"{path}.")
+        return self.home(p.name).startswith(f"{self.first(path)}.")
 
     def _borders(self) -> None:
         """`takes` and `gives` of every scope."""
@@ -132,3 +145,9 @@ class Tree:
             passed = [r.value for r in scope.call.results if isinstance(r, ValueRef)]
             order = {v: i for i, v in reversed(list(enumerate(passed)))}
             scope.gives.sort(key=lambda v: (order.get(v, len(passed)), v))
+
+
+def children(module: Any) -> list[tuple[str, Any]]:
+    """The parts of a torch module under all their names: torch's own function leaves out a part
+    that is there twice."""
+    return [(name, part) for name, part in module._modules.items() if part is not None]
