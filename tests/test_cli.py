@@ -244,7 +244,8 @@ def test_different_is_exit_code_3(folder: Path, run: Callable[..., Ran]) -> None
 
 
 def test_interrupted_is_exit_code_130(folder: Path) -> None:
-    slow = (
+    slow = (  # where the tests run in the background, the shell has SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time, convert.engine.stream as r; real = r.hash_leaves\n"
         "r.hash_leaves = lambda *a: (print('at work', flush=True), time.sleep(0.2), real(*a))[2]\n"
         "from convert.cli.main import main; main()"

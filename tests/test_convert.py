@@ -778,8 +778,8 @@ def test_a_tensor_written_with_another_dtype_is_found(
     name = "encoder.layer.0.attention.self.query.kernel"
     begin, write = flax_msgpack.MsgpackWriter.__init__, flax_msgpack.MsgpackWriter.write
 
-    def begin_wrong(self: Any, path: Path, header: Any, metadata: Any) -> None:
-        begin(self, path, header | {name: TensorInfo("I32", header[name].shape)}, metadata)
+    def begin_wrong(self: Any, path: Path, header: Any, *rest: Any) -> None:
+        begin(self, path, header | {name: TensorInfo("I32", header[name].shape)}, *rest)
 
     def write_wrong(self: Any, tensor: str, array: np.ndarray, region: Any = None) -> None:
         write(self, tensor, array.view(np.int32) if tensor == name else array, region)
