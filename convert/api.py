@@ -354,9 +354,15 @@ def port(
         raise NotEquivalent(
             f"the port of {type(made.module).__name__} differs from it at level {level}",
             "report this; convert.to_flax gives the model as a live module",
-            str(report).splitlines()[:12],
+            _told(report).splitlines()[:12],
         )
     return replace(made, report=report)
+
+
+def _told(report: Report) -> str:
+    from convert.compare.summary_text import text
+
+    return text(report)
 
 
 _verify = verify  # which an argument of `port` hides

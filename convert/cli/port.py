@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from convert.live.port_files import Port
 
 
+_SHOWN = 40  # lines of a difference
+
+
 @click.command()
 @click.argument("module", metavar="MODULE:NAME")
 @click.option(
@@ -87,6 +90,17 @@ def port(
         _show(module, made, written)
 
 
+def _difference(new: Path) -> list[str]:
+    """How a new source differs from the edited one beside it, as far as it is short."""
+    import difflib
+
+    old = new.with_suffix("")
+    a, b = (p.read_text().splitlines() for p in (old, new))
+    found = list(difflib.unified_diff(a, b, old.name, new.name, lineterm="", n=1))
+    more = len(found) - _SHOWN
+    return [*found[:_SHOWN], f"... and {more} lines more"] if more > 0 else found
+
+
 def _data(made: Port, written: list[Path]) -> dict[str, Any]:
     return {
         "model": made.model,
@@ -107,7 +121,11 @@ def _show(source: str, made: Port, written: list[Path]) -> None:
     click.echo(f"{printable(source)} -> {first}")
     click.echo(f"  class {made.model}, {lines} lines; beside it {', '.join(others)}")
     if first.endswith(".new"):
-        click.echo("  the file that was there has been edited, and is left as it is")
+        click.echo(
+            "  the file that was there has been edited, and is left as it is; what is new in it:"
+        )
+        for line in _difference(written[0]):
+            click.echo(f"    {printable(line)}")
     if made.proved.verdict == "not proved":
         click.echo("  not run (--no-verify)")
     for sizes, rows in made.proved.rows.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ class Port(PortedSource):
     """What `convert.port` gives: see PortedSource. `report` is what `convert.verify` says of the
     two modules, where that was asked for."""
 
-    report: Report | None = None
+    report: Report | None = field(default=None, repr=False)
 
     def save(self, path: str | Path, test: bool = False, weights: bool = True) -> list[Path]:
         """Write the source to `path` (NAME.py), and beside it NAME.layout.json, NAME.safetensors

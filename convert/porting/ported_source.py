@@ -39,10 +39,10 @@ class PortedSource:
     what was baked in.
     """
 
-    source: str
+    source: str = field(repr=False)
     model: str
-    layout: Layout
-    proved: Ported
+    layout: Layout = field(repr=False)
+    proved: Ported = field(repr=False)
     module: Any = field(repr=False)  # torch's, with the weights
     imported: Imported = field(repr=False)
     file: ModuleFile = field(repr=False)
