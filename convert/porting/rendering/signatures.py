@@ -53,8 +53,11 @@ class Signatures:
 
     def is_optional(self, name: str, scope: Scope) -> bool:
         """Whether some calls of a class do not give this argument."""
-        if name.startswith("extra") or name in self.size_names(scope):
+        if name.startswith("extra"):
             return False
+        if name in (sizes := self.size_names(scope)):
+            held = (len(self.sizes.get(id(s), ())) for s in self.classes[type(scope.module)])
+            return min(held) <= sizes.index(name)
         return any(
             not set(refs(one.call.arguments.get(name))) & set(one.takes)
             for one in self.classes[type(scope.module)]
