@@ -189,3 +189,34 @@ class Temporal(nn.Module):
         for year in self.years:
             x = year(x)
         return x
+
+
+class NoisyLinear(nn.Linear):
+    """torch's layer in eval mode, and another in train mode."""
+
+    def forward(self, x: Any) -> Any:
+        y = F.linear(x, self.weight, self.bias)
+        return y + 10 if self.training else y
+
+
+class OwnLinear(nn.Module):
+    """A layer of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = NoisyLinear(4, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x)
+
+
+class Drawn(Residual):
+    """A table that is not saved and that nothing gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("table", torch.randn(40, 4, generator=generator), persistent=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) + self.table[:1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.porting.evaluate import Evaluation
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
 from convert.porting.rendering.module_file import ModuleFile, module_file
@@ -92,6 +93,7 @@ def ported(
     with in_mode(module, training=False):
         program, first = program_of_call(module, signature, calls[0], {}, "first")
         graph = traced_graph(module, first, (), calls=True)
+        program.evaluations[False] = Evaluation(graph, {})
 
         def render(graph: Graph) -> ModuleFile:
             return module_file(graph, module, program.layout, "HEADER", arguments)
@@ -100,14 +102,12 @@ def ported(
         if "rng=rngs" in file.source:
             raise NotRendered("it draws random numbers in eval mode")
         imported = Imported(file)
-        own = program.evaluation(False).graph
-        own.calls = graph.calls  # a copy in float64 is to have them too
         if verify:
-            fitting = [one for one in calls if not own.misfits(shapes_of(one))]
+            fitting = [one for one in calls if not graph.misfits(shapes_of(one))]
             source = SourceProgram(program, imported, render)
             prove(LivePair(module, source), first, fitting, gradients=False)
         # A live module is traced anew for sizes that a graph is not for: a file is not.
-        left = [own.worded(g.condition) for g in own.guards if g.condition.endswith(">= 2")]
+        left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
         program.report.notices += _left_out(module, first, graph, file.layers)
     text = file.source.replace("HEADER", _header(module, program.report), 1)

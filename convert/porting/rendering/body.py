@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from convert.porting.rendering.context import Context
-from convert.porting.rendering.layer_calls import COPIES
 from convert.porting.rendering.names import Frames, Names
-from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import composed, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines
 from convert.porting.rendering.statements import Body, Line, words
+from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import ArrayType, GraphNode, ValueRef
 
 _GETITEM = "operator.getitem"
@@ -230,8 +229,10 @@ class _Writing:
         if isinstance(wanted, bool) or wanted is None:
             return wanted
         for text, attributes in self.frames.sizes(node, self.local):
-            if type(text.value) is type(wanted) and text.value == wanted:
-                self.made.attributes |= {a: _own(self.scope.module, a, text) for a in attributes}
+            known = self.made.attributes
+            clash = any(known.get(name, value) != value for name, value in attributes.items())
+            if type(text.value) is type(wanted) and text.value == wanted and not clash:
+                known |= attributes
                 return text
         return (
             wanted if isinstance(wanted, int | float) else SizeText(self._size_text(wanted), wanted)
@@ -345,15 +346,6 @@ def _grouped(shape: Any, names: Iterator[str]) -> list[str]:
 
 def _made(item: GraphNode | Scope) -> list[int]:
     return item.gives if isinstance(item, Scope) else [item.made]
-
-
-def _own(module: Any, attribute: str, text: SizeText) -> Any:
-    """The number that an attribute of a module, or of its config, has."""
-    for held in (module, *vars(module).values()):
-        found = getattr(held, attribute, None)
-        if type(found) in (int, float):
-            return found
-    raise NotRendered(f"{text.text} is not to be found")
 
 
 def _fallback(item: GraphNode | Scope) -> str:

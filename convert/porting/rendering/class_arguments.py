@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.porting.rendering import inits
+from convert.porting.rendering.names import SMALL
 from convert.porting.rendering.statements import Body
 from convert.porting.rendering.variants import ABSENT, Union
-
-_SMALL = 8  # a number up to this is no size that other numbers could follow from
 
 
 @dataclass(eq=False)
@@ -180,12 +179,12 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
     for name, argument in parameters.items():
         if all(type(v) is type(argument[p]) and v == argument[p] for p, v in column.items()):
             return name
-    if not all(type(v) is int and v > _SMALL for v in column.values()):
+    if not all(type(v) is int and v > SMALL for v in column.values()):
         return None
     found: list[tuple[int, str]] = []
     for name, argument in parameters.items():
         pairs = [(column[p], argument[p]) for p in column]
-        if not all(type(a) is int and a > _SMALL for _, a in pairs):
+        if not all(type(a) is int and a > SMALL for _, a in pairs):
             continue
         for factors, form in (
             ({v // a if v % a == 0 else 0 for v, a in pairs}, f"{{}} * {name}"),
@@ -202,7 +201,7 @@ def _varies(column: Mapping[str, Any]) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value > _SMALL
+    return type(value) is int and value > SMALL
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

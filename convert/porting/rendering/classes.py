@@ -41,12 +41,12 @@ class Classes:
     # Which modules there are.
 
     def _homes(self) -> dict[str, Any]:
-        """Flax's names of all tensors that the port holds -> the torch name."""
+        """Flax's names of all tensors that the port holds -> the entry of the layout, None for
+        tensors that it has not."""
         found: dict[str, Any] = {}
         for entry in self.context.by_name.layout.entries:
             found |= {t.name: entry for t in entry.flax}
-        used = self.tree.graph.placeholders
-        for p in used:
+        for p in self.tree.graph.placeholders:
             if p.kind in ("buffer", "parameter") and self.context.by_name.flax_of(p.name) is None:
                 found.setdefault(p.name, None)
         return found

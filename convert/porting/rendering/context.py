@@ -8,13 +8,14 @@ from typing import Any
 
 from convert.porting.rendering.argument_text import numbers, reached, tree_text
 from convert.porting.rendering.held_arrays import HeldArrays
-from convert.porting.rendering.layer_calls import COPIES, LayerCalls
+from convert.porting.rendering.layer_calls import LayerCalls
 from convert.porting.rendering.not_rendered import Again
 from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.rendering.signatures import Signatures, size_name
 from convert.porting.rendering.templates import expression
 from convert.porting.rendering.written_rules import written
+from convert.porting.rules.elementwise import COPIES
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import ValueRef
 from convert.program.nesting import LEAF, Nesting

@@ -9,12 +9,9 @@ from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.layer_text import layer_text
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.scopes import Scope, Tree, children
+from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import GraphNode, ValueRef, refs
 from convert.program.nesting import LEAF, Nesting
-
-# What gives its argument: copies, which JAX's arrays do not need.
-COPIES = {"aten.clone.default", "aten.alias.default", "aten.lift_fresh_copy.default",
-          "aten.contiguous.default"}  # fmt: skip
 
 # The operation that a layer of torch's is.
 _OPERATIONS = {
@@ -35,13 +32,13 @@ class LayerCalls:
         self.tree = tree
         self.texts: dict[str, LayerText] = {}
         self._sequences: dict[str, bool] = {}
-        alone = self._alone()
+        self.derived = self._derived()
         for path, module in tree.modules.items():
-            if path and (layer := layer_text(module, checked=path in alone)) is not None:
+            if path and (layer := layer_text(module, checked=path in self.derived)) is not None:
                 self.texts[path] = layer
         self.gone = {p for p in self.texts if self._is_gone(p)}
 
-    def _alone(self) -> set[str]:
+    def _derived(self) -> set[str]:
         """The modules of classes derived from a layer of torch's, of which every call is that
         layer's operation on its own tensors and nothing else."""
         found: dict[str, bool] = {}
@@ -55,6 +52,13 @@ class LayerCalls:
             good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
+
+    def exact(self) -> frozenset[str]:
+        """The modules of torch's own layers that every call of is written as one: what they do in
+        train mode, the written layer does too."""
+        scopes = [s for s in self.tree.root.scopes() if s.path in self.texts]
+        opened = {s.call.path for s in scopes if s.gives and not self.is_layer(s)}
+        return frozenset(s.call.path for s in scopes if s.path not in self.derived) - opened
 
     def _is_gone(self, path: str) -> bool:
         """Whether a layer hands its argument on, and so do all in its place in other instances."""

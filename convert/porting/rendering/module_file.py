@@ -48,7 +48,7 @@ class ModuleFile:
     model: str
     arrays: dict[str, np.ndarray]
     statements: tuple[int, int]
-    layers: frozenset[str]  # the paths of the modules that are layers in it
+    layers: frozenset[str]  # the modules that are torch's own layers there and are layers in it
 
 
 def module_file(
@@ -102,7 +102,7 @@ class _File:
         own = sum(not line.is_bare for b in bodies for line in without_dead_copies(b.lines))
         statements = own, sum(b.source for b in bodies)
         source = formatted(text + "\n")
-        layers = frozenset(self.context.layers.texts)
+        layers = self.context.layers.exact()
         return ModuleFile(source, model, self.context.held.arrays, statements, layers)
 
     def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:

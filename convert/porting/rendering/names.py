@@ -16,7 +16,7 @@ from convert.program.exported_nodes import is_torchs
 from convert.program.graph import CodeLine, GraphNode
 
 RESERVED = {"jax", "jnp", "lax", "nnx", "np", "math", "self", "rngs", "partial", *keyword.kwlist}
-SMALL = 8
+SMALL = 8  # a number up to this may be like another by chance
 Item = GraphNode | Scope
 Key = tuple[tuple[str, int], ...]
 
@@ -104,7 +104,9 @@ class Frames:
             return []
         return found
 
-    def sizes(self, item: Item, local: dict[str, int | str]) -> Iterator[tuple[SizeText, set[str]]]:
+    def sizes(
+        self, item: Item, local: dict[str, int | str]
+    ) -> Iterator[tuple[SizeText, dict[str, Any]]]:
         """The numbers that the statements of an item mention, the innermost statement first. What
         a call around it was given counts where it is no small number, which others may be too."""
         found = self.place(item)

@@ -90,7 +90,7 @@ def _number(x: ast.expr) -> int | None:
 
 def named(
     statement: ast.stmt | None, module: Any, me: str, local: Values
-) -> Iterator[tuple[SizeText, set[str]]]:
+) -> Iterator[tuple[SizeText, dict[str, Any]]]:
     """The numbers that a statement of the source mentions, each with the attributes of the module
     that it mentions. `me` is what the source calls the module, `local` are the names of sizes that
     are known."""
@@ -100,7 +100,7 @@ def named(
     for part in ast.walk(statement):
         if not isinstance(part, ast.Attribute | ast.Name | ast.BinOp | ast.Call):
             continue
-        attributes: set[str] = set()
+        attributes: dict[str, Any] = {}
         value = reading.evaluated(part, attributes)
         if value is not None and (attributes or _names(part) & local.keys()):
             yield (
@@ -121,7 +121,7 @@ class _Reading:
     me: str
     local: Values
 
-    def evaluated(self, part: ast.expr, attributes: set[str]) -> Any:
+    def evaluated(self, part: ast.expr, attributes: dict[str, Any]) -> Any:
         """The number that an expression is, or the size; None where it is neither. `attributes`
         gets those of the module that it mentions."""
         if isinstance(part, ast.Constant) and type(part.value) in (int, float):
@@ -132,7 +132,7 @@ class _Reading:
             found = self.attribute(part)
             if type(found) not in (int, float):
                 return None
-            attributes.add(part.attr)
+            attributes[part.attr] = found
             return found
         if isinstance(part, ast.Call) and ast.unparse(part.func) == "math.sqrt":
             inner = self.evaluated(part.args[0], attributes) if len(part.args) == 1 else None

@@ -268,7 +268,8 @@ def view_dtype(x: Any, dtype: Any) -> Any:
     return y.reshape(*x.shape[:-1], -1) if sizes[0] > sizes[1] else y
 
 
-@rule(
+# What gives its argument: JAX's arrays need no copies.
+COPIES = (
     "aten.clone.default",
     "aten.contiguous.default",
     "aten.alias.default",
@@ -279,6 +280,9 @@ def view_dtype(x: Any, dtype: Any) -> Any:
     "aten.resolve_neg.default",
     "aten.alias_copy.default",
 )
+
+
+@rule(*COPIES)
 def identity(x: Any) -> Any:
     return x
 

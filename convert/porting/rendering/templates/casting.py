@@ -7,6 +7,7 @@ from typing import Any
 from convert.porting.rendering.operands import Operand
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import cast, kind
+from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import Dtype
 
 
@@ -46,18 +47,7 @@ def type_as(x: Operand, other: Operand, *_: Any, **__: Any) -> str | None:
     return _to(x, other.dtype) and f"{x}.astype({other}.dtype)"
 
 
-@template(
-    "aten.clone.default",
-    "aten.contiguous.default",
-    "aten.alias.default",
-    "aten.lift_fresh_copy.default",
-    "aten.lift_fresh.default",
-    "aten.lift.default",
-    "aten.resolve_conj.default",
-    "aten.resolve_neg.default",
-    "aten.alias_copy.default",
-    "aten.positive.default",
-)
+@template(*COPIES, "aten.positive.default")
 def identity(x: Operand, **_: Any) -> str:
     return x.text
 
