@@ -286,7 +286,7 @@ IMPORTS = {"export": 8.0, "verify": 1.0, "match": 8.0}
 
 
 def preload() -> None:
-    """Import what the commands need and is ours, so that each process has it."""
+    """Import what the commands need and is ours and without a framework, for each process."""
     import convert
     from zoo.checkpoint.certificate import versions
     from zoo.registry import families
@@ -294,7 +294,7 @@ def preload() -> None:
     families()
     versions()  # asks `uname` once
     for module in pkgutil.walk_packages(convert.__path__, "convert."):
-        if not (set(module.name.split(".")) & {"porting", "__main__"}):
+        if not (set(module.name.split(".")) & {"porting", "live", "__main__"}):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
     if "torch" in sys.modules or "jax" in sys.modules:
