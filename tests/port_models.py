@@ -112,10 +112,10 @@ class Residual(nn.Module):
 
 
 class OnlyInTraining(Residual):
-    """Drops in a function, so that there is no layer that does."""
+    """Noise, in train mode."""
 
     def forward(self, x: Any) -> Any:
-        return F.dropout(self.fc(x), 0.5, self.training)
+        return self.fc(x) + (torch.randn_like(x) if self.training else 0)
 
 
 class OneIsOther(Residual):
@@ -158,11 +158,83 @@ class NewZeros(Residual):
         return held.index_add(0, torch.tensor([1]), x[:1, 0]) + self.fc(x[:, 0])
 
 
-class Draws(Residual):
-    """Draws in eval mode too."""
+class Draws(nn.Module):
+    """Draws in eval mode too, as a VAE does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mu = nn.Linear(4, 3)
+        self.logvar = nn.Linear(4, 3)
+        self.out = nn.Linear(3, 4)
+
+    def reparameterize(self, mu: Any, logvar: Any) -> Any:
+        std = torch.exp(0.5 * logvar)
+        eps = torch.randn_like(std)
+        return mu + eps * std
 
     def forward(self, x: Any) -> Any:
-        return self.fc(x) + torch.randn_like(x)
+        mu, logvar = self.mu(x), self.logvar(x)
+        z = self.reparameterize(mu, logvar)
+        z = z + 0.1 * torch.rand(x.shape[0], 3)
+        return self.out(z), mu, logvar
+
+
+class Throws(Residual):
+    """Draws by what nobody can draw alike."""
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) * torch.bernoulli(torch.full_like(x, 0.5))
+
+
+class Attending(nn.Module):
+    """Attention over itself or over another, with a mask or without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+        self.kv = nn.Linear(8, 16)
+
+    def forward(self, x: Any, context: Any = None, mask: Any = None) -> Any:
+        source = x if context is None else context
+        k, v = self.kv(source).chunk(2, -1)
+        scores = self.q(x) @ k.transpose(-2, -1)
+        if mask is not None:
+            scores = scores.masked_fill(mask == 0, -1e9)
+        return torch.softmax(scores, -1) @ v
+
+
+class Reader(nn.Module):
+    """Holds an embedding of somebody else."""
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.attend = Attending()
+        self.cross = Attending()
+
+    def forward(self, ids: Any, memory: Any, mask: Any) -> Any:
+        x = self.embedding(ids)
+        x = x + self.attend(x, mask=mask)
+        return x + self.cross(x, memory)
+
+
+class Translator(nn.Module):
+    """One embedding in two parts, and one part that is called with and without its argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        embedding = nn.Embedding(20, 8)
+        self.encoder = Reader(embedding)
+        self.decoder = Reader(embedding)
+        self.last = Attending()
+
+    def forward(self, source: Any, target: Any) -> Any:
+        mask = (source != 0)[:, None, :]
+        memory = self.encoder(source, self.encoder.embedding(source), mask)
+        length = target.shape[1]
+        causal = torch.tril(torch.ones(length, length)).bool()
+        x = self.decoder(target, memory, causal)
+        return self.last(self.last(x), memory)
 
 
 class Masked(Residual):

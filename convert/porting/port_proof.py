@@ -16,6 +16,7 @@ import numpy as np
 
 from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
+from convert.porting.fixed_draws import torch_draws
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
 from convert.porting.tensors_by_name import ByName
 from convert.program.calls import buffers_kept, fresh, in_precision, resized, runs
@@ -169,7 +170,8 @@ def _named(made: Any, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _torch_outputs(module: Any, call: BoundArguments, paths: Sequence[str]) -> Arrays:
-    return {n: to_numpy(x) for n, x in _named(runs(module, call), paths).items()}
+    with torch_draws():
+        return {n: to_numpy(x) for n, x in _named(runs(module, call), paths).items()}
 
 
 def flax_state(module: Any, by_name: ByName) -> dict[str, Any]:

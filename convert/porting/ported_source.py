@@ -18,13 +18,13 @@ from convert.porting.evaluate import Evaluation
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
 from convert.porting.rendering.module_file import ModuleFile, module_file
-from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
 from convert.porting.to_flax import program_of_call, torch_module
 from convert.program.calls import bound, in_mode, shapes_of
 from convert.program.constructed import Constructed
 from convert.program.export import check_version, traced_graph
+from convert.program.functional_dropout import with_dropout_layers
 from convert.program.graph import Graph
 from convert.runtime.user_code import module_name
 from zoo.containers.errors import ZooError, printable
@@ -90,7 +90,7 @@ def ported(
     check_version(untested)
     signature = inspect.signature(module.forward)
     calls = [bound(signature, module, one) for one in (inputs, *others)]
-    with in_mode(module, training=False):
+    with in_mode(module, training=False), with_dropout_layers(module, calls[0]):
         program, first = program_of_call(module, signature, calls[0], {}, "first")
         graph = traced_graph(module, first, (), calls=True)
         program.evaluations[False] = Evaluation(graph, {})
@@ -99,8 +99,6 @@ def ported(
             return module_file(graph, module, program.layout, "HEADER", arguments)
 
         file = render(graph)
-        if "rng=rngs" in file.source:
-            raise NotRendered("it draws random numbers in eval mode")
         imported = Imported(file)
         if verify:
             fitting = [one for one in calls if not graph.misfits(shapes_of(one))]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from convert.porting.program_of import TorchProgram
+from convert.porting.fixed_draws import KNOWN, jax_draws
+from convert.porting.program_of import DrawsRandom, TorchProgram
 from convert.porting.rendering.module_file import ModuleFile
 from convert.program.graph import Graph
 from convert.program.nesting import taken_apart
@@ -29,7 +30,7 @@ class Imported:
     """The file of a port, imported under a name of its own; the file is gone then."""
 
     def __init__(self, file: ModuleFile) -> None:
-        self.source = file.source
+        self.source, self.draws = file.source, file.draws
         name = f"_zooconvert_port_{next(_NUMBERS)}"
         with tempfile.TemporaryDirectory(prefix="zooconvert-port-") as folder:
             path = Path(folder) / f"{name}.py"
@@ -84,8 +85,10 @@ class SourceProgram(TorchProgram):
         fill(net, state | constants)
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
         call = self.called(dict(zip(found, arrays, strict=True)))
+        if others := self.imported.draws - KNOWN:
+            raise DrawsRandom(f"{self.name} draws by {', '.join(others)}", "give it the numbers")
         try:
-            with _exact_attention():
+            with _exact_attention(), jax_draws():
                 result = net(**call)
         except ZooError:
             raise

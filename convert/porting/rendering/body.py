@@ -138,6 +138,10 @@ class _Writing:
                 self.names.bind(text, value, self.last.get(value, -1))
             else:
                 self.names.hold(text.partition("[")[0], len(self.items) + 1)
+        given = self.context.signatures.given_to(self.scope)
+        for name in self.made.parameters:
+            if name not in given:  # a condition may ask for it
+                self.names.hold(name, len(self.items) + 1)
 
     def _statement(self, i: int, item: GraphNode | Scope) -> None:
         if _is_getitem(item) and item.made in self.texts:  # its list's own statement has named it

@@ -93,7 +93,9 @@ def find_arguments(written: WrittenClass, constructed: Mapping[str, Mapping[str,
     ]
     attributes = set(written.body.attributes) if written.body else set()
     given = _given(paths, constructed)
-    for name, column in _wanted(columns, attributes, given):
+    wanted = list(_wanted(columns, attributes, given))
+    # Numbers of parts that some instances have not may follow from those that all have.
+    for name, column in sorted(wanted, key=lambda w: any(v is ABSENT for v in w[1].values())):
         if written.parameters.get(name) == column:
             continue
         named = name in attributes or name in given

@@ -15,7 +15,8 @@ from convert.porting.rendering.inits import MadeDict, MadeList, MadeModule, Made
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.scopes import Scope, children
 from convert.porting.rendering.statements import Body
-from convert.porting.rendering.variants import ABSENT, Instance, Union
+from convert.porting.rendering.templates.drawing import KEYS
+from convert.porting.rendering.variants import ABSENT, Condition, Instance, Union, negation
 
 
 class Classes:
@@ -34,6 +35,7 @@ class Classes:
         self._number_of: dict[str, int] = {}
         for path in sorted(self._written_paths(), key=self._height):
             self._enter(path)
+        self.every = list(_parts_first(self.every))
         for written in self.every:
             self._keep_tested(written)
             find_arguments(written, self.constructed)
@@ -56,6 +58,8 @@ class Classes:
         below = f"{path}." if path else ""
         if any(n.startswith(below) for n in self.homes):
             return True
+        if path in self.context.layers.texts and self.context.layers.is_elsewhere(path):
+            return False
         first = self.tree.first(path)
         every = (s for scopes in self.scopes.values() for s in scopes)
         calls = [
@@ -93,56 +97,96 @@ class Classes:
 
     def _enter(self, path: str) -> None:
         module = self.tree.modules[path]
-        bodies = [body_of(s, self.context) for s in self.scopes.get(path, [])]
-        if len({tuple(map(str, b.lines)) for b in bodies}) > 1:
-            raise NotRendered(f"{path or 'the model'} does other things at each of its calls")
-        body = bodies[0] if bodies else None
+        calls = [(s, body_of(s, self.context)) for s in self.scopes.get(path, [])]
+        body = calls[0][1] if calls else None
         self.owner = path
         made = dict(self._parts(path, body))
         for written in self.every:
-            if written.of is type(module) and self._joins(written, path, body, made):
+            if written.of is type(module) and self._joins(written, path, calls, made):
                 break
         else:
             items = any(name.isdigit() for name in made)
             if items and not all(name.isdigit() for name in made):
                 raise NotRendered(f"{path or 'the model'} has numbered parts and others")
-            union = None if body is None else Union(body.lines, _instance(module, made, body))
+            union = self._united(None, module, made, calls)
+            if body is not None and union is None:
+                raise NotRendered(f"{path or 'the model'} does other things at each of its calls")
+            if body is not None and union is not None:
+                body.lines = union.lines
             written = WrittenClass(self._name(type(module)), type(module), body, union, items)
             self.every.append(written)
         written.made[path] = made
         self.by_path[path] = written
 
     def _joins(
-        self, written: WrittenClass, path: str, body: Body | None, made: dict[str, Any]
+        self,
+        written: WrittenClass,
+        path: str,
+        calls: list[tuple[Scope, Body]],
+        made: dict[str, Any],
     ) -> bool:
         """Whether an instance is of a class that is there, which then has its statements too."""
         whole = written.whole()
         common = whole.keys() & made.keys()
         if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
             return False
-        if body is None or written.body is None or written.union is None:
-            return body is None and written.body is None and whole.keys() == made.keys()
-        if body.parameters != written.body.parameters:
+        if not calls or written.body is None or written.union is None:
+            return not calls and written.body is None and whole.keys() == made.keys()
+        if any(body.parameters != written.body.parameters for _, body in calls):
             return False
-        module = self.tree.modules[path]
-        one = _instance(module, made, body)
-        joined = written.union.joined(body.lines, one)
+        joined = self._united(written.union, self.tree.modules[path], made, calls)
         if joined is None or (whole.keys() != made.keys() and written.items):
             return False
         written.union = joined
         written.body.lines = joined.lines
         return True
 
+    def _united(
+        self,
+        union: Union | None,
+        module: Any,
+        made: Mapping[str, Any],
+        calls: list[tuple[Scope, Body]],
+    ) -> Union | None:
+        """The statements with those of these calls of an instance; None where no condition tells
+        apart what differs."""
+        signatures = self.context.signatures
+        for scope, body in calls:
+            given = frozenset(signatures.given_to(scope))
+            texts = tuple(map(str, body.lines))
+            stated = [(n, scope.call.arguments[n]) for n in signatures.stated[type(module)]]
+            one = Instance(module, frozenset(made), texts, given, tuple(stated))
+            union = Union(body.lines, one) if union is None else union.joined(body.lines, one)
+            if union is None:
+                return None
+        return union
+
     def _keep_tested(self, written: WrittenClass) -> None:
-        """The attributes that conditions mention, where they are no parts."""
-        conditions = written.union.conditions.values() if written.union is not None else ()
+        """The attributes that conditions mention, where they are no parts; what is no number is
+        said to be there, or not."""
+        union = written.union
         parts = set(written.whole())
-        for name in dict.fromkeys(n for c in conditions for n in c.values if n not in parts):
-            for path, own in written.made.items():
-                value = plain_attribute(self.tree.modules[path], name)
-                if value is ABSENT:
-                    raise NotRendered(f"{path} has no plain attribute {name}, on which it depends")
-                own[name] = value
+        for condition in list(union.conditions.values()) if union is not None else ():
+            for name in dict.fromkeys(n for n in condition.values if n not in parts):
+                held = {p: plain_attribute(self.tree.modules[p], name) for p in written.made}
+                if any(value is ABSENT for value in held.values()):
+                    self._keep_flag(written, condition, name)
+                    break
+                for path, own in written.made.items():
+                    own[name] = held[path]
+
+    def _keep_flag(self, written: WrittenClass, condition: Condition, name: str) -> None:
+        """Whether a condition holds, as an attribute."""
+        assert written.union is not None
+        text = f"self.with_{name}"
+        positive = " not " not in f" {condition.text} " or condition.text.endswith("is not None")
+        for path, own in written.made.items():
+            module = self.tree.modules[path]
+            one = next((i for i in written.union.instances if i.module is module), None)
+            if one is None:
+                raise NotRendered(f"{path} has no plain attribute {name}, on which it depends")
+            own[f"with_{name}"] = condition.holds(one) == positive
+        written.union.renamed(condition, text if positive else negation(text))
 
     def _name(self, of: type) -> str:
         name = of.__name__ if of.__name__.isidentifier() else "Module"
@@ -155,6 +199,8 @@ class Classes:
         module = self.tree.modules[path]
         for name, value in (body.attributes if body else {}).items():
             yield name, value
+        if body is not None and any(KEYS in line.text for line in body.lines):
+            yield "rngs", Name("rngs.noise.fork()")  # its keys, as nnx.Dropout keeps them
         names = {n for n, _ in children(module)}
         prefix = f"{path}." if path else ""
         below: dict[str, dict[str, Any]] = {}
@@ -244,6 +290,23 @@ class Classes:
         return self.context.held.filled(kind, home, tensor, shape)
 
 
+def _parts_first(every: list[WrittenClass]) -> Iterator[WrittenClass]:
+    """The classes, each after those of its parts."""
+    seen: set[int] = set()
+
+    def visit(written: WrittenClass) -> Iterator[WrittenClass]:
+        if id(written) in seen:
+            return
+        seen.add(id(written))
+        for made in written.made.values():
+            for part in inits.classes_in(list(made.values())):
+                yield from visit(part)
+        yield written
+
+    for written in every:
+        yield from visit(written)
+
+
 def plain_attribute(module: Any, name: str) -> Any:
     """A number, text or None that a module or its config has; ABSENT if neither has."""
     for held in (module, *vars(module).values()):
@@ -251,10 +314,6 @@ def plain_attribute(module: Any, name: str) -> Any:
         if found is None or isinstance(found, bool | int | float | str):
             return found
     return ABSENT
-
-
-def _instance(module: Any, made: Mapping[str, Any], body: Body) -> Instance:
-    return Instance(module, frozenset(made), tuple(map(str, body.lines)))
 
 
 def _depth(path: str) -> int:

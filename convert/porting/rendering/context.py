@@ -14,7 +14,9 @@ from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.rendering.signatures import Signatures, size_name
 from convert.porting.rendering.templates import expression
+from convert.porting.rendering.templates.drawing import KEYS
 from convert.porting.rendering.written_rules import written
+from convert.porting.rules import find
 from convert.porting.rules.elementwise import COPIES
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import ValueRef
@@ -31,6 +33,7 @@ class Context:
         self.signatures = Signatures(tree, self.layers)
         self.held = HeldArrays(tree, by_name, module)
         self.tuples: dict[str, tuple[str, ...]] = {}
+        self.draws: set[str] = set()  # the operations that take keys
         lines = {line for layer in self.layers.texts.values() for line in layer.imports}
         imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}
         self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
@@ -64,10 +67,13 @@ class Context:
             zip(map(size_name, range(99)), self.signatures.sizes.get(id(scope), ()), strict=False)
         )
         for name in self.signatures.parameters_of(scope):
-            if name in sizes and name not in given:
+            if name in self.signatures.stated[type(scope.module)]:
+                written = repr(given[name])
+            elif name in sizes and name not in given:
                 written = size(sizes[name])
             elif name.startswith("extra") and name not in given:
-                written = text(next(extra))
+                value = next(extra, None)
+                written = "None" if value is None else text(value)
             else:
                 taken = set(scope.takes)
                 written = tree_text(given.get(name), lambda v: text(v) if v in taken else "None")  # noqa: B023
@@ -87,7 +93,11 @@ class Context:
             self._written = [*self._written, op]
             self.rules = written(self._written, self.taken | self._classes)
             raise Again
-        return self.rules.call(op, out, args, kwargs) if found is None else found
+        text = self.rules.call(op, out, args, kwargs) if found is None else found
+        rule = find(op)
+        if rule is not None and rule.random and KEYS in text:
+            self.draws.add(op)
+        return text
 
     def _without_template(self) -> list[str]:
         """The operations that no expression can be written for somewhere."""

@@ -78,6 +78,15 @@ def values(x: Any, hint: str = "") -> Iterator[tuple[str, Any]]:
         yield hint, x
 
 
+def classes_in(x: Any) -> Iterator[Any]:
+    """The classes of the file that it makes instances of."""
+    if isinstance(x, MadeModule):
+        yield x.written
+    parts = x if isinstance(x, list) else getattr(x, "items", ())
+    for part in parts.values() if isinstance(parts, dict) else parts:
+        yield from classes_in(part)
+
+
 _POSITIONS = {
     "Linear": ("in_features", "out_features"),
     "Conv": ("in_features", "out_features", "kernel_size"),

@@ -74,7 +74,7 @@ class LayerCalls:
 
     def is_layer(self, scope: Scope) -> bool:
         """Whether a call is of a layer that Flax has too, with tensors of its own."""
-        if scope.path not in self.texts or not scope.gives:
+        if scope.path not in self.texts or not scope.gives or self.is_elsewhere(scope.path):
             return False
         nesting = scope.call.nesting
         passed = {r.value for r in scope.call.results if isinstance(r, ValueRef)}
@@ -86,6 +86,15 @@ class LayerCalls:
         held = {v for n in scope.nodes() for v in self.tree.taken(n) if v in self.tree.placeholders}
         arrays = set(refs(given))
         return all(v in arrays or self.tree.own(v, scope.path) for v in held)
+
+    def is_elsewhere(self, path: str) -> bool:
+        """Whether the tensors of a layer are of a module that does not hold the one that has it
+        here: they come as arguments."""
+        first, owner = self.tree.first(path), path.rpartition(".")[0]
+        while type(self.tree.modules[owner]).__module__ == "torch.nn.modules.container" and owner:
+            owner = owner.rpartition(".")[0]
+        tensors = [*self.tree.modules[path].parameters(), *self.tree.modules[path].buffers()]
+        return bool(tensors) and not _is_below(first, owner)
 
     def call_text(self, scope: Scope, target: str, text: Callable[[Any], str]) -> str | None:
         """The call of a layer; None for one that it cannot be called with. Arguments behind one

@@ -48,6 +48,7 @@ class ModuleFile:
     model: str
     arrays: dict[str, np.ndarray]
     statements: tuple[int, int]
+    draws: frozenset[str]  # the operations that draw random numbers
     layers: frozenset[str]  # the modules that are torch's own layers there and are layers in it
 
 
@@ -103,7 +104,8 @@ class _File:
         statements = own, sum(b.source for b in bodies)
         source = formatted(text + "\n")
         layers = self.context.layers.exact()
-        return ModuleFile(source, model, self.context.held.arrays, statements, layers)
+        draws = frozenset(self.context.draws)
+        return ModuleFile(source, model, self.context.held.arrays, statements, draws, layers)
 
     def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
@@ -205,6 +207,8 @@ class _File:
         every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
         scope = every[0]
         given = [s.call.arguments.get(name) for s in every]
+        if name in self.context.signatures.stated[written.of]:
+            return _type(given)
         nested = any(isinstance(x, list | dict) for x in given)
         kind = (
             "Any"

@@ -86,7 +86,7 @@ def rms_norm(module: Any, view: View) -> LayerText | None:
 
 @renders("Dropout")
 def dropout(module: Any, view: View) -> LayerText | None:
-    return _dropout(module, ())
+    return _dropout(module, getattr(module, "shared_axes", ()))  # of functional_dropout.py
 
 
 @renders("Dropout1d", "Dropout2d", "Dropout3d")

@@ -22,20 +22,20 @@ class Signatures:
         self.classes: dict[type, list[Scope]] = {}
         for scope in tree.root.scopes():
             self.classes.setdefault(type(scope.module), []).append(scope)
+        self.stated = {of: list(_stated(scopes)) for of, scopes in self.classes.items()}
 
     def parameters_of(self, scope: Scope) -> list[str]:
         """The arguments of forward by which any call of this class takes arrays, in order."""
         found: dict[str, None] = {}
         extra = 0
         for one in self.classes[type(scope.module)]:
-            for name, tree in one.call.arguments.items():
-                if set(refs(tree)) & set(one.takes):
-                    found.setdefault(name)
+            found |= dict.fromkeys(n for n in one.call.arguments if n in self.given_to(one))
             extra = max(extra, len(self.extra(one)))
         order = list(scope.call.signature)
         names = sorted(found, key=lambda n: order.index(n) if n in order else len(order))
-        names += [f"extra{k or ''}" for k in range(extra)]
+        names += map(_extra_name, range(extra))
         names += self.size_names(scope)
+        names += self.stated[type(scope.module)]
         return sorted(names, key=lambda n: self.is_optional(n, scope))
 
     def size_names(self, scope: Scope) -> list[str]:
@@ -53,15 +53,18 @@ class Signatures:
 
     def is_optional(self, name: str, scope: Scope) -> bool:
         """Whether some calls of a class do not give this argument."""
-        if name.startswith("extra"):
+        if name in self.stated[type(scope.module)]:
             return False
         if name in (sizes := self.size_names(scope)):
             held = (len(self.sizes.get(id(s), ())) for s in self.classes[type(scope.module)])
             return min(held) <= sizes.index(name)
-        return any(
-            not set(refs(one.call.arguments.get(name))) & set(one.takes)
-            for one in self.classes[type(scope.module)]
-        )
+        return any(name not in self.given_to(one) for one in self.classes[type(scope.module)])
+
+    def given_to(self, scope: Scope) -> set[str]:
+        """The parameters by which a call takes arrays."""
+        taken = set(scope.takes)
+        found = {n for n, tree in scope.call.arguments.items() if taken.intersection(refs(tree))}
+        return found | {_extra_name(k) for k in range(len(self.extra(scope)))}
 
     def extra(self, scope: Scope) -> list[int]:
         """The arrays that a call takes by other ways than its arguments."""
@@ -106,7 +109,7 @@ class Signatures:
                 if value in scope.takes:
                     found.setdefault(value, text)
         for k, value in enumerate(self.extra(scope)):
-            found[value] = f"extra{k or ''}"
+            found[value] = _extra_name(k)
         return found
 
     def passed(self, scope: Scope) -> list[int]:
@@ -125,6 +128,24 @@ def _nested(nesting: Any, leaves: Iterator[Any], wanted: set[int]) -> Any:
         found = next(leaves)
         return found.value if isinstance(found, ValueRef) and found.value in wanted else -1
     return [_nested(part, leaves, wanted) for part in nesting.parts]
+
+
+def _stated(scopes: list[Scope]) -> Iterator[str]:
+    """The arguments that are words or numbers, and not the same at all calls of one module."""
+    for name in scopes[0].call.signature:
+        values: dict[str, set[str]] = {}
+        for one in scopes:
+            value = one.call.arguments.get(name)
+            if not isinstance(value, str | bool | int | float):
+                break
+            values.setdefault(one.path, set()).add(repr(value))
+        else:
+            if any(len(own) > 1 for own in values.values()):
+                yield name
+
+
+def _extra_name(k: int) -> str:
+    return f"extra{k or ''}"
 
 
 def size_name(k: int) -> str:

@@ -29,26 +29,33 @@ def _parts(index: ast.expr) -> list[ast.expr]:
 
 def _joined(first: list[ast.expr], second: list[ast.expr]) -> list[ast.expr] | None:
     from_end = _is_ellipsis(first[0]), _is_ellipsis(second[0])
+    if from_end == (False, True) and all(map(_is_new, second[1:])) and _are_plain(first):
+        return [*first, *second]
     if from_end[0] != from_end[1]:
         return None
     head = [first[0]] if from_end[0] else []
     a, b = first[len(head) :], second[len(head) :]
-    if not all(isinstance(x, ast.Slice) for x in (*a, *b)):
+    if not _are_plain([*a, *b]):
         return None
-    whole = ast.Slice()
-    count = max(len(a), len(b))
-    missing = [whole] * count
     if from_end[0]:
-        a, b = (missing + a)[-count:], (missing + b)[-count:]
-    else:
-        a, b = (a + missing)[:count], (b + missing)[:count]
-    made = []
-    for x, y in zip(a, b, strict=True):
-        if _is_whole(x) or _is_whole(y):
-            made.append(y if _is_whole(x) else x)
-        else:
+        a, b = a[::-1], b[::-1]
+    made: list[ast.expr] = []
+    axes = iter(a)  # of what the first gives
+    for y in b:
+        x = y if _is_new(y) else next(axes, ast.Slice())
+        if not (x is y or _is_whole(x) or _is_whole(y)):
             return None
-    return [*head, *made]
+        made.append(y if _is_whole(x) else x)
+    made += axes
+    return [*head, *(made[::-1] if from_end[0] else made)]
+
+
+def _are_plain(index: list[ast.expr]) -> bool:
+    return all(isinstance(x, ast.Slice) or _is_new(x) for x in index)
+
+
+def _is_new(x: ast.expr) -> bool:
+    return isinstance(x, ast.Constant) and x.value is None
 
 
 def _is_ellipsis(x: ast.expr) -> bool:

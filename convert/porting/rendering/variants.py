@@ -1,10 +1,11 @@
-"""Instances of one class that do not all do the same: statements under conditions."""
+"""Instances and calls of one class that do not all do the same: statements under conditions."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from convert.porting.rendering.source_lines import own_name, source_file
-from convert.porting.rendering.statements import Line
+from convert.porting.rendering.statements import Line, words
 
 _PLAIN = (ast.Attribute, ast.Name, ast.Load, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp,
           ast.Not, ast.And, ast.Or, ast.Is, ast.IsNot, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt,
@@ -23,32 +24,41 @@ ABSENT = object()  # the number of a part that an instance has not
 
 @dataclass(frozen=True)
 class Instance:
-    """One instance: torch's module, the attributes that `__init__` sets, and its statements."""
+    """One call of an instance: torch's module, the attributes that `__init__` sets, the statements,
+    the parameters that the call gives arrays for, and those that are words or numbers."""
 
     module: Any
     attributes: frozenset[str]
     lines: tuple[str, ...]
+    given: frozenset[str] = frozenset()
+    stated: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass
 class Condition:
     """A condition on `self`, by its text, and whether it holds for an instance. `values` are the
-    plain attributes that it mentions."""
+    plain attributes that it mentions; `far` is one that has nothing to do with the statements, and
+    tells the calls apart all the same."""
 
     text: str
     holds: Callable[[Instance], bool]
     values: tuple[str, ...] = ()
+    far: bool = False
 
     def negated(self) -> Condition:
         """The opposite."""
-        return Condition(negation(self.text), lambda one: not self.holds(one), self.values)
+        opposite = negation(self.text)
+        return Condition(opposite, lambda one: not self.holds(one), self.values, self.far)
 
 
 def negation(text: str) -> str:
     """The opposite of a condition."""
     if text.startswith("not ") and " and " not in text and " or " not in text:
         return text.removeprefix("not ")
-    for a, b in ((" is not None", " is None"), (" is None", " is not None")):
+    pairs = (" is not None", " is None"), (" is None", " is not None")
+    if found := re.fullmatch(r"(\w+) (==|!=) ('\w*'|[\d.]+|True|False)", text):
+        return f"{found[1]} {'!=' if found[2] == '==' else '=='} {found[3]}"
+    for a, b in pairs:
         if text.endswith(a) and text.count(" ") == a.count(" "):
             return text.removesuffix(a) + b
     return f"not {text}" if re.fullmatch(r"[\w.]+", text) else f"not ({text})"
@@ -77,6 +87,15 @@ class Union:
                 return None
         return made if made._holds() else None
 
+    def renamed(self, condition: Condition, text: str) -> None:
+        """Write a condition and its opposite in other words."""
+        del self.conditions[condition.text]
+        other = dataclasses.replace(condition, text=text, values=())
+        self.conditions[text] = other
+        for line in self.lines:
+            if line.guard == condition.text:
+                line.guard = text
+
     def _add(self, old: Sequence[Line], new: Sequence[Line], one: Instance) -> bool:
         before = self.instances[:-1]
         if any(line.guard for line in old):
@@ -87,11 +106,12 @@ class Union:
                 return False
             self.lines += old
             return True
-        found = next(_conditions(old, before, [one]), None)
-        opposite = next(_conditions(new, [one], before), None) if found is None else None
-        if found is None and opposite is None:
+        found = [*itertools.islice(_conditions(old, before, [one]), 1)]
+        if not found or found[0].far:
+            found += [c.negated() for c in itertools.islice(_conditions(new, [one], before), 1)]
+        if not found:
             return False
-        yes = found if found is not None else opposite.negated()  # type: ignore[union-attr]
+        yes = min(found, key=lambda c: c.far)
         no = yes.negated()
         self.conditions |= {yes.text: yes, no.text: no}
         self.lines += [dataclasses.replace(x, guard=yes.text) for x in old]
@@ -111,7 +131,10 @@ def _conditions(
     lines: Sequence[Line], having: Sequence[Instance], lacking: Sequence[Instance]
 ) -> Iterator[Condition]:
     """What tells instances that have these statements from those that have not."""
-    candidates = [*_of_source(lines, having[0].module), *_of_parts(lines, having)]
+    candidates = [
+        *_of_source(lines, having[0].module), *_of_parts(lines, having),
+        *_of_arguments(lines, having),
+    ]  # fmt: skip
     for found in candidates:
         try:
             right = all(map(found.holds, having)) and not any(map(found.holds, lacking))
@@ -154,3 +177,22 @@ def _of_parts(lines: Sequence[Line], having: Sequence[Instance]) -> Iterator[Con
 
 def _has(name: str, one: Instance) -> bool:
     return name in one.attributes
+
+
+def _of_arguments(lines: Sequence[Line], having: Sequence[Instance]) -> Iterator[Condition]:
+    """Whether an argument is given, those first that the statements mention."""
+    here = {w for line in lines for w in words(line.text)}
+    given = frozenset.intersection(*(one.given for one in having))
+    for name in sorted(given, key=lambda n: (n not in here, n)):
+        test = functools.partial(_is_given, name)
+        yield Condition(f"{name} is not None", test, far=name not in here)
+    for name, value in having[0].stated:
+        yield Condition(f"{name} == {value!r}", functools.partial(_is_stated, name, value))
+
+
+def _is_stated(name: str, value: Any, one: Instance) -> bool:
+    return (name, value) in one.stated
+
+
+def _is_given(name: str, one: Instance) -> bool:
+    return name in one.given

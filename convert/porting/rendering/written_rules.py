@@ -30,6 +30,7 @@ from convert.porting.rendering.syntax import (
     node_of,
     tree_of,
 )
+from convert.porting.rendering.templates.drawing import KEYS
 from convert.porting.rules import Rule, find
 from convert.program.graph import Dtype
 from zoo.containers.errors import ZooError
@@ -69,11 +70,11 @@ class WrittenRules:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> str:
-        """The expression that calls an operation's rule; one that draws takes keys of `rngs`."""
+        """The expression that calls an operation's rule; one that draws takes `self.rngs`."""
         given = [value_text(a) for a in args] + [f"{k}={value_text(v)}" for k, v in kwargs.items()]
         rule = _rule(op)
         if rule.random:
-            given.append(f"rng={'rngs' if _draws(rule, args, kwargs) else 'None'}")
+            given.append(f"rng={KEYS if _draws(rule, args, kwargs) else None}")
         return f"{self.functions[op]}({', '.join(given)})"
 
 

@@ -184,6 +184,8 @@ def lerp(a: Operand, b: Operand, weight: Any) -> str | None:
 
 def _operator(symbol: str) -> Any:
     def write(a: Any, b: Any) -> str | None:
+        if symbol in ("==", "!=") and kind(a) == 0 and type(b) in (int, bool) and b in (0, 1):
+            return str(a) if (symbol == "==") == bool(b) else f"~{a}"
         return combined(f"{{}} {symbol} {{}}", a, b)
 
     return write

@@ -104,6 +104,9 @@ def squeeze_dims(x: Operand, dim: Any) -> str:
 
 @template("aten.unsqueeze.default", "aten.unsqueeze_copy.default")
 def unsqueeze(x: Operand, dim: int) -> str:
+    dim %= len(x.shape) + 1
+    if dim == 2 < len(x.shape):
+        return f"{x}[:, :, None]"
     return f"{x}[{at(dim, len(x.shape) + 1, 'None')}]"
 
 
