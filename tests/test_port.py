@@ -211,7 +211,7 @@ def test_what_draws_is_compared_with_the_same_draws() -> None:
     port = convert.port(Draws, np.random.default_rng(0).normal(size=(2, 4)).astype("float32"))
     assert port.proved.verdict == "same"
     assert not any("random" in told for told in port.proved.notices)
-    assert "jax.random.normal(self.rngs()," in port.source
+    assert "jax.random.normal(self.rngs(), " in port.source
     assert "mu, logvar = " in port.source or "logvar = self.logvar(x)" in port.source
     net, x = port.net(), np.ones((2, 4), np.float32)
     assert not np.array_equal(net(x)[0], net(x)[0])

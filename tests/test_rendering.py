@@ -8,15 +8,18 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_rules as rules  # its cases, and not its tests
 import torch
 from torch.utils._pytree import tree_map
 
+from convert.porting.fixed_draws import jax_draws
 from convert.porting.rendering import templates
 from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.templates import expression
@@ -110,7 +113,39 @@ def test_expressions_have_their_rules_types_without_x64(letter: str) -> None:
 def test_every_expression_is_tried() -> None:
     tried = {templates.TEMPLATES[c.name] for calls in CALLS.values() for c in calls}
     untried = {n for n, write in templates.templates().items() if write not in tried}
-    assert untried <= {*ANY, "aten._is_all_true.default"}
+    assert untried <= {*ANY, "aten._is_all_true.default", *(op for op, *_ in DRAWN)}
+
+
+X = Operand("x", ArrayType((3, 4), "float32"))
+DRAWN: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("aten.randn.default", ([3, 4],), {"dtype": Dtype("float32")}),
+    ("aten.randn.default", ([5],), {}),
+    ("aten.rand.default", ([3, 4],), {}),
+    ("aten.randn_like.default", (X,), {}),
+    ("aten.randn_like.default", (X,), {"dtype": Dtype("float64")}),
+    ("aten.rand_like.default", (X,), {}),
+    ("aten.normal_functional.default", (X,), {}),
+    ("aten.normal_functional.default", (X, 2.0, 0.5), {}),
+    ("aten.normal_functional.default", (X, 0.0, 3.0), {}),
+    ("aten.uniform.default", (X,), {}),
+    ("aten.uniform.default", (X, -1.0, 2.0), {}),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "kwargs"), DRAWN)
+def test_what_draws_draws_as_its_rule(op: str, args: Any, kwargs: Any) -> None:
+    text = templates.expression(op, ArrayType((3, 4), "float32"), args, kwargs)
+    x = jnp.arange(12.0).reshape(3, 4)
+    keys = SimpleNamespace(rngs=lambda: jax.random.key(0))
+    with jax.enable_x64(True), jax_draws():
+        ours = eval(str(text), {"jax": jax, "jnp": jnp, "self": keys, "x": x.astype("float32")})
+    given = [x.astype("float32") if a is X else a for a in args]
+    named = {k: np.dtype(v.name) for k, v in kwargs.items()}
+    with jax.enable_x64(True), jax_draws():
+        theirs = table()[op](*given, **named, rng=keys.rngs)
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_a_wrong_expression_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +284,7 @@ def test_how_a_written_rule_is_called() -> None:
         "to_dtype(x, jnp.float16)"
     )
     assert made.call("aten.dropout.default", None, [x(3), 0.5, True], {}) == (
-        "dropout(x, 0.5, True, rng=rngs)"
+        "dropout(x, 0.5, True, rng=self.rngs)"
     )
     assert made.call("aten.dropout.default", None, [x(3), 0.5, False], {}).endswith("rng=None)")
     called = made.call("aten.pad.default", None, [x(3), [1, B], "constant", -math.inf], {})

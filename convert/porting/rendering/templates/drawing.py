@@ -13,15 +13,23 @@ from convert.program.graph import Dtype
 KEYS = "self.rngs"
 
 
-def _drawn(function: str, shape: str, dtype: str) -> str | None:
-    if dtype not in ("float32", "float64"):
-        return None
-    more = "" if dtype == "float32" else f", {dtype_text(dtype)}"
-    return f"jax.random.{function}({KEYS}(), {shape}{more})"
+def _drawn(function: str, shape: str, dtype: str) -> str:
+    return f"jax.random.{function}({KEYS}(), {shape}, {dtype})"
 
 
 def _of_size(function: str, size: Sequence[Any], dtype: Dtype | None) -> str | None:
-    return _drawn(function, sizes_text(size), dtype_name(dtype, "float32"))
+    name = dtype_name(dtype, "float32")
+    return _drawn(function, sizes_text(size), dtype_text(name)) if _is_wide(name) else None
+
+
+def _like(function: str, x: Operand, dtype: Dtype | None = None) -> str | None:
+    name = dtype_name(dtype, x.dtype)
+    own = f"{x}.dtype" if name == x.dtype else dtype_text(name)
+    return _drawn(function, f"{x}.shape", own) if _is_wide(name) else None
+
+
+def _is_wide(dtype: str) -> bool:
+    return dtype in ("float32", "float64")
 
 
 @template("aten.randn.default")
@@ -36,17 +44,17 @@ def rand(size: Sequence[Any], *, dtype: Dtype | None = None) -> str | None:
 
 @template("aten.randn_like.default")
 def randn_like(x: Operand, *, dtype: Dtype | None = None) -> str | None:
-    return _drawn("normal", f"{x}.shape", dtype_name(dtype, x.dtype))
+    return _like("normal", x, dtype)
 
 
 @template("aten.rand_like.default")
 def rand_like(x: Operand, *, dtype: Dtype | None = None) -> str | None:
-    return _drawn("uniform", f"{x}.shape", dtype_name(dtype, x.dtype))
+    return _like("uniform", x, dtype)
 
 
 @template("aten.normal_functional.default")
 def normal(x: Operand, mean: float = 0.0, std: float = 1.0) -> str | None:
-    drawn = _drawn("normal", f"{x}.shape", x.dtype)
+    drawn = _like("normal", x)
     plain = not isinstance(mean, SizeText) and not isinstance(std, SizeText)
     if drawn is None or not plain or (mean, std) == (0.0, 1.0):
         return drawn if plain else None
@@ -55,7 +63,7 @@ def normal(x: Operand, mean: float = 0.0, std: float = 1.0) -> str | None:
 
 @template("aten.uniform.default")
 def uniform(x: Operand, low: float = 0.0, high: float = 1.0) -> str | None:
-    drawn = _drawn("uniform", f"{x}.shape", x.dtype)
+    drawn = _like("uniform", x)
     if drawn is None or isinstance(low, SizeText) or isinstance(high, SizeText):
         return None
     return drawn if (low, high) == (0.0, 1.0) else f"({low} + {high - low} * {drawn})"
