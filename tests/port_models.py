@@ -245,6 +245,43 @@ class Masked(Residual):
         return y[y > 0]
 
 
+class Act(nn.Module):
+    """An activation of one's own."""
+
+    def forward(self, x: Any) -> Any:
+        return 0.5 * x * (1 + torch.tanh(x))
+
+
+ACT = Act()
+
+
+class Activated(nn.Module):
+    """Parts that share an activation, and are called otherwise by a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Spoken()
+        self.second = Spoken()
+
+    def forward(self, x: Any) -> Any:
+        return self.second(self.first(x, "plain"), "plain") + self.first(x, "squared")
+
+
+class Spoken(nn.Module):
+    """Does what it is told; only some have a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.act = ACT
+
+    def forward(self, x: Any, kind: str) -> Any:
+        x = self.act(self.fc(x))
+        if kind == "squared":
+            x = x * x
+        return x
+
+
 class Temporal(nn.Module):
     """Parts under two names, and one of them twice in a list."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from port_models import (
+    Activated,
     Decoder,
     Drawn,
     Draws,
@@ -222,6 +223,15 @@ def test_what_draws_otherwise_is_written_and_said_not_to_be_compared() -> None:
     port = convert.port(Throws, np.ones((2, 4), np.float32))
     assert any("not compared" in told for told in port.proved.notices)
     port.net()(np.ones((2, 4), np.float32))
+
+
+def test_calls_that_differ_by_a_word_are_told_it() -> None:
+    port = convert.port(Activated, np.ones((2, 4), np.float32))
+    assert port.proved.verdict == "same"
+    found = classes(port)["Spoken"]
+    assert "def __call__(self, x: Array, kind: str) -> Array:" in found
+    assert "if kind == 'squared':" in found
+    assert "self.first(x, 'plain')" in classes(port)["Activated"]
 
 
 def test_an_argument_may_be_left_out_and_an_embedding_be_shared() -> None:

@@ -56,6 +56,7 @@ class Tree:
         self.graph, self.home = graph, home
         self.placeholders: dict[int, Placeholder] = {p.value: p for p in graph.placeholders}
         self.modules: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
+        self._firsts: dict[int, str] = {}  # of modules, see `first`
         self.names: dict[int, list[str]] = {}  # every path of a module, the first one first
         for path, part in self.modules.items():
             self.names.setdefault(id(part), []).append(path)
@@ -67,8 +68,14 @@ class Tree:
         self._borders()
 
     def first(self, path: str) -> str:
-        """The first path of the module at a path: the one that its tensors have."""
-        return self.names[id(self.modules[path])][0]
+        """The first path of the module at a path: the one that its tensors have. What has none,
+        and is nobody's layer, is another at each of its paths."""
+        module = self.modules[path]
+        if id(module) not in self._firsts:
+            held = any(True for _ in (*module.parameters(), *module.buffers()))
+            shared = held or type(module).__module__.startswith("torch.nn.")
+            self._firsts[id(module)] = self.names[id(module)][0] if shared else ""
+        return self._firsts[id(module)] or path
 
     def path_below(self, path: str, owner: str) -> str:
         """The path of a module that lies below another's, if it has one."""

@@ -187,7 +187,8 @@ def _of_arguments(lines: Sequence[Line], having: Sequence[Instance]) -> Iterator
         test = functools.partial(_is_given, name)
         yield Condition(f"{name} is not None", test, far=name not in here)
     for name, value in having[0].stated:
-        yield Condition(f"{name} == {value!r}", functools.partial(_is_stated, name, value))
+        test = functools.partial(_is_stated, name, value)
+        yield Condition(f"{name} == {value!r}", test, far=not lines)
 
 
 def _is_stated(name: str, value: Any, one: Instance) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, SizeText
+from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import dtype_name, dtype_text, sizes_text
 from convert.program.graph import Dtype
@@ -17,9 +17,9 @@ def _drawn(function: str, shape: str, dtype: str) -> str:
     return f"jax.random.{function}({KEYS}(), {shape}, {dtype})"
 
 
-def _of_size(function: str, size: Sequence[Any], dtype: Dtype | None) -> str | None:
-    name = dtype_name(dtype, "float32")
-    return _drawn(function, sizes_text(size), dtype_text(name)) if _is_wide(name) else None
+def _of_size(function: str, size: Sequence[Any], out: ArrayType) -> str | None:
+    known = _is_wide(out.dtype)  # torch's default dtype, if none is given
+    return _drawn(function, sizes_text(size), dtype_text(out.dtype)) if known else None
 
 
 def _like(function: str, x: Operand, dtype: Dtype | None = None) -> str | None:
@@ -33,13 +33,13 @@ def _is_wide(dtype: str) -> bool:
 
 
 @template("aten.randn.default")
-def randn(size: Sequence[Any], *, dtype: Dtype | None = None) -> str | None:
-    return _of_size("normal", size, dtype)
+def randn(size: Sequence[Any], *, dtype: Dtype | None = None, out: ArrayType) -> str | None:
+    return _of_size("normal", size, out)
 
 
 @template("aten.rand.default")
-def rand(size: Sequence[Any], *, dtype: Dtype | None = None) -> str | None:
-    return _of_size("uniform", size, dtype)
+def rand(size: Sequence[Any], *, dtype: Dtype | None = None, out: ArrayType) -> str | None:
+    return _of_size("uniform", size, out)
 
 
 @template("aten.randn_like.default")
