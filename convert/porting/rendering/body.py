@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from convert.porting.rendering.context import Context
-from convert.porting.rendering.names import Frames, Names
+from convert.porting.rendering.names import Frames, Key, Names
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import composed, unpackings
-from convert.porting.rendering.source_lines import copies, forward_lines
+from convert.porting.rendering.source_lines import copies, forward_lines, source_file
 from convert.porting.rendering.statements import Body, Line, words
 from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import ArrayType, GraphNode, ValueRef
@@ -43,10 +43,13 @@ class _Writing:
         self.texts: dict[int, str] = {}  # of values that have a name, or are written as they stand
         self._find_uses()
         file, first, last = forward_lines(scope.module)
+        self.file = file
         self.unpackings = unpackings(file, first, last) if file else []
-        self.every_copy = copies(file, first, last) if file else []
+        lines = {self.frames.line(item) for item in self.items}
+        self.every_copy = copies(file, first, last, lines) if file else []
         self.copied = list(self.every_copy)
         self.at_line = 0
+        self.at_key: tuple[Key, int] = ((), 0)
         self.read: set[str] = set()  # the names that the statement of the source mentions
         self.local: dict[str, int | str] = {}
         self.unpacked: dict[str, tuple[Line, int]] = {}
@@ -148,7 +151,7 @@ class _Writing:
             return
         statement = self.frames.statement(item)
         self._read_sizes(item)
-        self._read_copies(item)
+        self._read_copies(i, item)
         self.read = self.frames.mentioned(item)
         text = self._text(i)
         shape = self._targets(item)
@@ -275,16 +278,25 @@ class _Writing:
                 continue
             self._unpack(found, kind.shape)
 
-    def _read_copies(self, item: GraphNode | Scope) -> None:
+    def _read_copies(self, i: int, item: GraphNode | Scope) -> None:
         """Give values their second names, where the source does before this line."""
         line = self.frames.line(item)
-        if line < self.at_line:  # another round of a loop
-            self.copied = list(self.every_copy)
-        self.at_line = line or self.at_line
-        while line and self.copied and self.copied[0][0] < line:
+        if not line:
+            return
+        again = self.keys[i][0] == self.at_key[0] and self.keys[i] != self.at_key
+        if line < self.at_line or again:  # another round of a loop: first the end of the last one
+            loop = source_file(self.file).loop_around(line)
+            first, end = (loop.lineno, loop.end_lineno or 0) if loop else (line, 0)
+            self._copy_before(end + 1, i)
+            self.copied = [c for c in self.every_copy if c[0] > first]
+        self.at_line, self.at_key = line, self.keys[i]
+        self._copy_before(line, i)
+
+    def _copy_before(self, line: int, now: int) -> None:
+        while self.copied and self.copied[0][0] < line:
             _, name, other = self.copied.pop(0)
             value = self.names.bound.get(other)
-            if value is None or not self.names.is_free(name, -1):
+            if value is None or not self.names.is_free(name, now - 1):
                 continue
             self.names.bind(name, value, self.last.get(value, -1))
             self.made.lines.append(Line([name], other))

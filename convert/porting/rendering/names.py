@@ -68,9 +68,11 @@ class Frames:
         return next((f.line for f in self.place(item)), 0)
 
     def mentioned(self, item: Item) -> set[str]:
-        """The names that the statement of an item reads, if it is forward's own."""
+        """The names that the statement of an item reads, if it is forward's own; the calls of parts
+        come by way of their `__call__`."""
         found = self.place(item)
-        return mentioned(_statement(found[0])) if len(found) == 1 else set()
+        own = len(found) == 1 or (isinstance(item, Scope) and found)
+        return mentioned(_statement(found[0])) if own else set()
 
     def returns(self, item: Item) -> bool:
         """Whether an item is of what forward returns."""

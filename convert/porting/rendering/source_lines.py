@@ -6,9 +6,10 @@ import ast
 import functools
 import inspect
 import linecache
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
+Copy = tuple[int, str, str]
 _Simple = ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr
 
 
@@ -90,16 +91,24 @@ def forward_lines(module: Any) -> tuple[str, int, int]:
     return code.co_filename, code.co_firstlineno, max(lines, default=code.co_firstlineno)
 
 
-def copies(file: str, first: int, last: int) -> list[tuple[int, str, str]]:
-    """The statements `name = other` of these lines: line, name, other."""
+def copies(file: str, first: int, last: int, computed: Collection[int]) -> list[Copy]:
+    """The statements `name = other` of these lines, and `name = other[0]` where a tuple of one is
+    opened: no line of `computed`. In order: line, name, other."""
     found = []
     for line in range(first, last + 1):
         s = source_file(file).statement(line)
         if not isinstance(s, ast.Assign) or s.lineno != line or len(s.targets) > 1:
             continue
-        if isinstance(s.value, ast.Name) and isinstance(s.targets[0], ast.Name):
-            found.append((line, s.targets[0].id, s.value.id))
+        value = s.value
+        if isinstance(value, ast.Subscript) and line not in computed and _is_zero(value.slice):
+            value = value.value
+        if isinstance(value, ast.Name) and isinstance(s.targets[0], ast.Name):
+            found.append((line, s.targets[0].id, value.id))
     return found
+
+
+def _is_zero(index: ast.expr) -> bool:
+    return isinstance(index, ast.Constant) and index.value == 0
 
 
 def mentioned(statement: ast.stmt | None) -> set[str]:

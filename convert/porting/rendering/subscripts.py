@@ -29,8 +29,10 @@ def _parts(index: ast.expr) -> list[ast.expr]:
 
 def _joined(first: list[ast.expr], second: list[ast.expr]) -> list[ast.expr] | None:
     from_end = _is_ellipsis(first[0]), _is_ellipsis(second[0])
-    if from_end == (False, True) and all(map(_is_new, second[1:])) and _are_plain(first):
-        return [*first, *second]
+    if from_end == (False, True) and all(map(_is_new, second[1:])):
+        has_rest = any(map(_is_ellipsis, first))
+        if _are_plain([x for x in first if not _is_ellipsis(x)]):
+            return [*first, *(second[1:] if has_rest else second)]
     if from_end[0] != from_end[1]:
         return None
     head = [first[0]] if from_end[0] else []
