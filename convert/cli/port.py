@@ -21,11 +21,13 @@ _SHOWN = 40  # lines of a difference
 @click.argument("module", metavar="MODULE:NAME")
 @click.option(
     "--inputs",
-    "inputs_file",
+    "inputs_files",
     type=click.Path(),
     required=True,
+    multiple=True,
     metavar="FILE",
-    help="One call of it: an .npz or .npy file, with PyTorch's axes.",
+    help="One call of it: an .npz or .npy file, with PyTorch's axes. Given again: a call for which "
+    "the source must be right too.",
 )
 @click.option(
     "-o",
@@ -45,15 +47,19 @@ _SHOWN = 40  # lines of a difference
     help="How far the report beside the file compares the two modules.",
 )
 @click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
+@click.option(
+    "--standalone", is_flag=True, help="Write what it uses of zoo.nn into it: no import of zoo."
+)
 @click.option("--no-verify", is_flag=True, help="Do not run and compare the result.")
 @output_options
 def port(
     module: str,
-    inputs_file: str,
+    inputs_files: tuple[str, ...],
     path: str,
     weights: str | None,
     level: Any,
     test: bool,
+    standalone: bool,
     no_verify: bool,
     as_json: bool,
     quiet: bool,
@@ -65,6 +71,9 @@ def port(
     pkg.mod:NAME or path/to/file.py:NAME. Runs its code. The source is imported afresh and held
     against torch at the sizes of the inputs and at others before anything is written. A file that
     you have edited since is left alone: the new source is NAME.py.new.
+
+    Arrays of an .npz go by the names of forward's arguments: x, mask; batch.x is an array of the
+    dict batch.
 
     \b
     Examples:
@@ -78,10 +87,13 @@ def port(
     from convert.runtime.inputs import read_inputs
 
     check_name(Path(path))
-    inputs = read_inputs(Path(inputs_file))
+    inputs, *others = (read_inputs(Path(file)) for file in inputs_files)
     with users_code() as load:
         compared = None if no_verify else level
-        made = run(load(module, make=False), inputs, weights, level=compared, verify=not no_verify)
+        made = run(
+            load(module, make=False), inputs, weights,
+            others=others, level=compared, verify=not no_verify, standalone=standalone,
+        )  # fmt: skip
         written = made.save(path, test=test)
     notices(made.proved.notices, quiet)
     if as_json:

@@ -78,7 +78,6 @@ _TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
 
 from pathlib import Path
 
-import numpy as np
 import {module}
 import {stem}
 
@@ -91,8 +90,7 @@ HERE = Path(__file__).parent
 def test_it_is_the_same_model() -> None:
     torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
     flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
-    with np.load(HERE / "{inputs}") as inputs:
-        assert_same(torch_net, flax_net, dict(inputs))
+    assert_same(torch_net, flax_net, HERE / "{inputs}")
 '''
 
 
