@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import ast
+import linecache
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from port_models import Lstm
 from torch import nn
 
 import convert
+from convert.porting import rules
+from convert.runtime.inputs import read_inputs
+from zoo.containers.errors import UsageError
 
 _RUN = """
 import sys
@@ -113,3 +119,99 @@ def test_every_block_can_be_written_alone() -> None:
         names: dict[str, Any] = {"__name__": "alone"}
         exec(compile(source, file.name, "exec"), names)
         assert set(public) <= set(names)
+
+
+_CELL = """
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, batch):
+        hidden = self.fc(batch["tokens"])
+        hidden = hidden * batch["mask"][..., None]
+        return hidden
+"""
+BATCH = {"tokens": np.ones((2, 3, 4), np.float32), "mask": np.ones((2, 3), np.float32)}
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> type:
+    """A class that a cell of a notebook defines, as IPython runs it."""
+    file = "<ipython-input-3-0123456789ab>"
+    lines = _CELL.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, file, (len(_CELL), None, lines, file))
+    notebook = types.ModuleType("__main__")
+    vars(notebook)["nn"] = nn
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    exec(compile(_CELL, file, "exec"), vars(notebook))
+    found: type = notebook.Scaled
+    return found
+
+
+def test_a_cell_of_a_notebook_keeps_its_names(scaled: type, tmp_path: Path) -> None:
+    port = convert.port(scaled, {"batch": BATCH}, verify=False)
+    assert 'hidden = self.fc(batch["tokens"])' in port.source
+    assert 'hidden = hidden * batch["mask"][..., None]' in port.source
+    assert "from a notebook" in port.source
+    assert "hidden = self.fc(batch[&quot;tokens" in port._repr_html_()
+    with pytest.raises(UsageError, match="from a notebook"):
+        port.save(tmp_path / "net.py", test=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_in_dicts_come_from_files_and_go_there(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **{f"batch.{n}": x for n, x in BATCH.items()})  # type: ignore[arg-type]
+    (read,) = read_inputs(tmp_path / "x.npz").values()
+    assert read.keys() == BATCH.keys()
+    np.savez(tmp_path / "y.npz", **{"xs.1": BATCH["mask"], "xs.0": BATCH["tokens"]})  # type: ignore[arg-type]
+    assert [x.ndim for x in read_inputs(tmp_path / "y.npz")["xs"]] == [3, 2]
+    np.savez(tmp_path / "z.npz", **{"x.y": BATCH["mask"], "x": BATCH["mask"]})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="x is there, and something in it"):
+        read_inputs(tmp_path / "z.npz")
+    np.savez(tmp_path / "z.npz", **{f"x.{10**12}": BATCH["mask"]})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is no index of a tuple"):
+        read_inputs(tmp_path / "z.npz")
+
+
+class Three(nn.Module):
+    """Does something else for rows of more than three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Any, more: Any = None) -> Any:
+        y = self.fc(x)
+        y = y * 2 if x.shape[0] > 3 else y
+        return y if more is None else y + more
+
+
+def test_every_call_that_is_given_is_shown_or_refused() -> None:
+    x = np.ones((2, 4), np.float32)
+    with pytest.raises(UsageError, match=r"x.shape\[0\] <= 3 does not hold"):
+        convert.port(Three, x, others=[np.ones((5, 4), np.float32)])
+    with pytest.raises(UsageError, match="was traced with x of 2 axes"):
+        convert.port(Three, x, others=[(x, x)])
+    port = convert.port(Three, x, others=[x[:1].repeat(3, 0)])
+    assert any("(3, 4)" in sizes for sizes in port.proved.rows)
+
+
+def airy(x: Any) -> Any:
+    return x * 3
+
+
+class Airy(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.special.airy_ai(x)
+
+
+def test_a_rule_of_ones_own_is_written_into_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.ones((2, 4), np.float32)
+    name = "aten.special_airy_ai.default"
+    with pytest.raises(Exception, match=r"register it with convert.porting.rules.rule"):
+        convert.port(Airy, x)
+    monkeypatch.setitem(rules.table(), name, rules.Rule(name, airy))
+    port = convert.port(Airy, x, verify=False)
+    assert "return special_airy_ai(x)" in port.source
+    assert "return x * 3" in port.source

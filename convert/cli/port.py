@@ -36,7 +36,8 @@ _SHOWN = 40  # lines of a difference
     type=click.Path(),
     required=True,
     metavar="NAME.py",
-    help="The file to write; NAME.layout.json, NAME.safetensors, ... lie beside it.",
+    help="The file to write; NAME.layout.json, NAME.safetensors, ... lie beside it. With --family "
+    "a new folder.",
 )
 @click.option("--weights", type=click.Path(), metavar="CKPT", help="Weights in place of its own.")
 @click.option(
@@ -50,6 +51,9 @@ _SHOWN = 40  # lines of a difference
 @click.option(
     "--standalone", is_flag=True, help="Write what it uses of zoo.nn into it: no import of zoo."
 )
+@click.option(
+    "--family", is_flag=True, help="Write a family of the zoo: a folder with both definitions."
+)
 @click.option("--no-verify", is_flag=True, help="Do not run and compare the result.")
 @output_options
 def port(
@@ -60,6 +64,7 @@ def port(
     level: Any,
     test: bool,
     standalone: bool,
+    family: bool,
     no_verify: bool,
     as_json: bool,
     quiet: bool,
@@ -80,21 +85,32 @@ def port(
       zooconvert port nets.py:Net --inputs x.npz -o net_flax.py
       zooconvert port nets.py:Net --inputs x.npz -o net_flax.py --weights last.pt --test
       zooconvert port torchvision.models:resnet18 --inputs image.npy -o resnet.py --level training
+      zooconvert port nets.py:Net --inputs x.npz -o zoo/models/my_net --family
     """
     from convert.api import port as run
     from convert.cli.user_modules import users_code
+    from convert.live.port_family import check_family, save_family
     from convert.live.port_files import check_name
     from convert.runtime.inputs import read_inputs
+    from zoo.containers.errors import UsageError
 
-    check_name(Path(path))
+    if family and (test or standalone):
+        raise UsageError(
+            "a family has its own tests, and blocks of zoo.nn", "leave --test and --standalone out"
+        )
+    if not family:
+        check_name(Path(path))
     inputs, *others = (read_inputs(Path(file)) for file in inputs_files)
     with users_code() as load:
         compared = None if no_verify else level
+        definition = load(module, make=False)
+        if family:
+            check_family(Path(path), definition)
         made = run(
-            load(module, make=False), inputs, weights,
+            definition, inputs, weights,
             others=others, level=compared, verify=not no_verify, standalone=standalone,
         )  # fmt: skip
-        written = made.save(path, test=test)
+        written = save_family(made, definition, path) if family else made.save(path, test=test)
     notices(made.proved.notices, quiet)
     if as_json:
         output.json(_data(made, written))

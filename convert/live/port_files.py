@@ -33,10 +33,15 @@ class Port(PortedSource):
         arrays, and with `test` test_NAME.py, a parity test for pytest. Gives what was written.
 
         A file of source that was edited since it was written is left alone: the new one is
-        NAME.py.new. UsageError for a name that cannot be imported.
+        NAME.py.new. UsageError for a name that cannot be imported, and for a `test` of a module
+        that a notebook defines.
         """
         path = Path(path)
         check_name(path)
+        if test and module_name(type(self.module)) == "__main__":
+            raise UsageError(
+                f"a test cannot import {self.model} from a notebook", "move it into a file"
+            )
         written = [_write_source(path, self.source)]
         if self.file.arrays:
             np.savez(path.with_suffix(".npz"), **self.file.arrays)  # type: ignore[arg-type]

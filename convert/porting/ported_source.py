@@ -194,18 +194,25 @@ _FACTS = ("License-Expression", "License", "Author", "Author-email")
 
 def _origin(of: type) -> str:
     """Package, version and licence of a class, as far as they are known."""
-    top = of.__module__.partition(".")[0]
-    names = importlib.metadata.packages_distributions().get(top)
-    if not names:
+    found = distribution_of(of)
+    if found is None:
         file = getattr(sys.modules.get(of.__module__), "__file__", None)
-        return f"{Path(file).name if file else of.__module__}, whose licence holds for this too"
-    data = importlib.metadata.metadata(names[0])
+        other = "a notebook" if of.__module__ == "__main__" else of.__module__
+        return f"{Path(file).name if file else other}, whose licence holds for this too"
+    data = importlib.metadata.metadata(found)
     told = {name: str(data[name] or "") for name in _FACTS if name in data}
     licence = told.get("License-Expression") or told.get("License") or ""
     licence = licence.splitlines()[0][:60] if licence.strip() else "see the package"
     author = told.get("Author") or told.get("Author-email") or ""
     by = f", {author.splitlines()[0][:60]}" if author else ""
-    return f"{names[0]} {data['Version']}{by} (licence: {licence})"
+    return f"{found} {data['Version']}{by} (licence: {licence})"
+
+
+def distribution_of(of: Any) -> str | None:
+    """The package that a class or function is installed with; None for somebody's own."""
+    top = of.__module__.partition(".")[0]
+    names = importlib.metadata.packages_distributions().get(top)
+    return names[0] if names else None
 
 
 def _version(package: str) -> str:

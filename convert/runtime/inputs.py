@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.runtime.arrays import nested
 from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
@@ -58,7 +59,9 @@ def read_inputs(path: Path) -> Any:
     try:
         return nested(values)
     except ValueError as e:
-        raise UsageError(f"{path}: {e}", "name each array once: batch.mask, not batch too") from None
+        raise UsageError(
+            f"{path}: {e}", "name each array once: batch.mask, not batch too"
+        ) from None
 
 
 def _plain(value: Any, path: str) -> Any:
