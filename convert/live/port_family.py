@@ -236,6 +236,9 @@ def _flax_source(port: Port, package: str) -> str:
 _LICENCES = re.compile(r"(^|/)(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECASE)
 
 
+_NAMED = ("License-Expression", "License")
+
+
 def _notice(of: type, name: str) -> str:
     """Whose work a family is, with the licence as its package has it."""
     lines = [f"{name} in Flax was derived from its PyTorch source by `zooconvert port`."]
@@ -250,5 +253,5 @@ def _notice(of: type, name: str) -> str:
     for path in texts:
         lines += ["", f"-- {path.name} --", "", Path(str(path.locate())).read_text().rstrip()]
     if not texts:
-        lines += ["", data.get("License-Expression") or data.get("License") or "see the package"]
+        lines += ["", next((data[k] for k in _NAMED if k in data), "see the package")]
     return "\n".join([*lines, ""])

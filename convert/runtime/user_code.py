@@ -64,8 +64,8 @@ def load(
 _OF_FILE = "zooconvert_user_"
 
 
-def module_name(of: type) -> str:
-    """The name by which a user knows the module of a class: of one that was loaded from a file by
+def module_name(of: Any) -> str:
+    """The name by which a user knows the module of a class or function: of one that was loaded from a file by
     its path, and of the script that runs, the file's; "__main__" is a notebook's."""
     name = of.__module__
     file = getattr(sys.modules.get(name), "__file__", None)
