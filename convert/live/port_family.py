@@ -69,6 +69,10 @@ MODEL = Model(
     flax="{package}.model_flax:make",
 )
 '''
+_KNOWN = {
+    True: "None known: its outputs are torch's, at sizes that were not traced too.",
+    False: "Nobody has looked: it was written without being run.",
+}
 _MAKE_TORCH = '''
 
 def make(c: Config, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -103,7 +107,7 @@ _README = """# {name}
 
 ## Known differences from upstream
 
-None known: the port was {verdict}, at sizes that were not traced too.
+{known}
 """
 
 
@@ -129,7 +133,7 @@ def save_family(port: Port, factory: Any, folder: str | Path) -> list[Path]:
         "model_torch.py": _torch_source(port, factory, package),
         "model_flax.py": _flax_source(port, package),
         "README.md": _README.format(
-            **told, upstream=f"`{of}`", count=count, verdict=port.proved.verdict
+            **told, upstream=f"`{of}`", count=count, known=_KNOWN[port.proved.verdict == "same"]
         ),
         "NOTICE": _notice(type(port.module), of),
     }
