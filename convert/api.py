@@ -321,6 +321,7 @@ def port(
     level: Level | None = None,
     verify: bool = True,
     untested: bool = False,
+    standalone: bool = False,
 ) -> Port:
     """A torch module as Flax source: readable NNX classes that are the same model.
 
@@ -328,7 +329,8 @@ def port(
     arguments of its parts' constructors keep their names); `inputs`, `others`, `weights` and
     `untested` are those of `to_flax`. What comes back has the `source`, the `layout` of its
     weights, and `save(path)`, which writes them with the weights: the file imports jax, flax and
-    zoo.nn only, and is yours.
+    zoo.nn only, and is yours. With `standalone` it holds what it uses of zoo.nn, and imports jax
+    and flax only.
 
     With `verify`, the source is imported afresh and its outputs are held against torch's in float32
     and float64, at these sizes and at others. With `level`, the two modules are compared by
@@ -345,7 +347,10 @@ def port(
         from convert.live.into_definition import with_weights
 
         module = with_weights(module, weights)
-    found = ported(module, inputs, arguments, others=others, verify=verify, untested=untested)
+    found = ported(
+        module, inputs, arguments,
+        others=others, verify=verify, untested=untested, standalone=standalone,
+    )  # fmt: skip
     made = Port(**vars(found))
     if level is None:
         return made

@@ -1,11 +1,15 @@
 """Write the skeleton of a family: one layer in both frameworks, complete and passing all tests.
 
 scripts/new_model NAME makes zoo/models/NAME/. Replace the layer by the model, file by file.
+scripts/new_model NAME --from-torch MODULE:NAME --inputs FILE makes it of a torch module, by
+`zooconvert port --family`.
 """
 
 from __future__ import annotations
 
+import argparse
 import keyword
+import subprocess
 import sys
 from pathlib import Path
 
@@ -160,23 +164,42 @@ None.
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or not arguments[0].isidentifier() or keyword.iskeyword(arguments[0]):
-        print("usage: scripts/new_model NAME, a Python identifier in lower case", file=sys.stderr)
-        return 2
-    name = arguments[0].lower()
+    parser = argparse.ArgumentParser("scripts/new_model", description=__doc__)
+    parser.add_argument("name", help="a Python identifier in lower case")
+    parser.add_argument("--from-torch", metavar="MODULE:NAME", help="what to port")
+    parser.add_argument("--inputs", metavar="FILE", help="one call of it, as an .npz or .npy file")
+    given = parser.parse_args(arguments)
+    name = given.name.lower()
     folder = MODELS / name
-    if folder.exists():
-        print(f"{folder} exists already", file=sys.stderr)
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    wrong = ""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        wrong = f"{name} is not a Python identifier"
+    elif bool(given.from_torch) != bool(given.inputs):
+        wrong = "--from-torch and --inputs go together"
+    elif folder.exists():
+        wrong = f"{folder} exists already"
+    if wrong:
+        print(wrong, file=sys.stderr)
         return 2
+    if given.from_torch:
+        command = [sys.executable, "-m", "convert", "port", given.from_torch, "--family"]
+        run = subprocess.run([*command, "--inputs", given.inputs, "-o", str(folder)])
+        if run.returncode:
+            return run.returncode
+    else:
+        write(folder, name)
+    print(f"wrote {shown}")
+    print(f"it passes as it is: scripts/test -k {name}; scripts/fix adds it to the README")
+    return 0
+
+
+def write(folder: Path, name: str) -> None:
+    """The skeleton."""
     folder.mkdir()
     title = "".join(part.capitalize() for part in name.split("_"))
     for file, text in FILES.items():
         (folder / file).write_text(text.format(name=name, title=title))
-    print(
-        f"wrote {folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}"
-    )
-    print(f"it passes as it is: scripts/test -k {name}; scripts/fix adds it to the README")
-    return 0
 
 
 if __name__ == "__main__":

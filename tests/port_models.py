@@ -100,6 +100,19 @@ class Stages(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class Pooled(nn.Module):
+    """A convolution, its norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
 class Residual(nn.Module):
     """As small as it goes."""
 

@@ -21,11 +21,13 @@ _SHOWN = 40  # lines of a difference
 @click.argument("module", metavar="MODULE:NAME")
 @click.option(
     "--inputs",
-    "inputs_file",
+    "inputs_files",
     type=click.Path(),
     required=True,
+    multiple=True,
     metavar="FILE",
-    help="One call of it: an .npz or .npy file, with PyTorch's axes.",
+    help="One call of it: an .npz or .npy file, with PyTorch's axes. Given again: a call for which "
+    "the source must be right too.",
 )
 @click.option(
     "-o",
@@ -34,7 +36,8 @@ _SHOWN = 40  # lines of a difference
     type=click.Path(),
     required=True,
     metavar="NAME.py",
-    help="The file to write; NAME.layout.json, NAME.safetensors, ... lie beside it.",
+    help="The file to write; NAME.layout.json, NAME.safetensors, ... lie beside it. With --family "
+    "a new folder.",
 )
 @click.option("--weights", type=click.Path(), metavar="CKPT", help="Weights in place of its own.")
 @click.option(
@@ -45,15 +48,23 @@ _SHOWN = 40  # lines of a difference
     help="How far the report beside the file compares the two modules.",
 )
 @click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
+@click.option(
+    "--standalone", is_flag=True, help="Write what it uses of zoo.nn into it: no import of zoo."
+)
+@click.option(
+    "--family", is_flag=True, help="Write a family of the zoo: a folder with both definitions."
+)
 @click.option("--no-verify", is_flag=True, help="Do not run and compare the result.")
 @output_options
 def port(
     module: str,
-    inputs_file: str,
+    inputs_files: tuple[str, ...],
     path: str,
     weights: str | None,
     level: Any,
     test: bool,
+    standalone: bool,
+    family: bool,
     no_verify: bool,
     as_json: bool,
     quiet: bool,
@@ -66,23 +77,40 @@ def port(
     against torch at the sizes of the inputs and at others before anything is written. A file that
     you have edited since is left alone: the new source is NAME.py.new.
 
+    Arrays of an .npz go by the names of forward's arguments: x, mask; batch.x is an array of the
+    dict batch.
+
     \b
     Examples:
       zooconvert port nets.py:Net --inputs x.npz -o net_flax.py
       zooconvert port nets.py:Net --inputs x.npz -o net_flax.py --weights last.pt --test
       zooconvert port torchvision.models:resnet18 --inputs image.npy -o resnet.py --level training
+      zooconvert port nets.py:Net --inputs x.npz -o zoo/models/my_net --family
     """
     from convert.api import port as run
     from convert.cli.user_modules import users_code
+    from convert.live.port_family import check_family, save_family
     from convert.live.port_files import check_name
     from convert.runtime.inputs import read_inputs
+    from zoo.containers.errors import UsageError
 
-    check_name(Path(path))
-    inputs = read_inputs(Path(inputs_file))
+    if family and (test or standalone):
+        raise UsageError(
+            "a family has its own tests, and blocks of zoo.nn", "leave --test and --standalone out"
+        )
+    if not family:
+        check_name(Path(path))
+    inputs, *others = (read_inputs(Path(file)) for file in inputs_files)
     with users_code() as load:
         compared = None if no_verify else level
-        made = run(load(module, make=False), inputs, weights, level=compared, verify=not no_verify)
-        written = made.save(path, test=test)
+        definition = load(module, make=False)
+        if family:
+            check_family(Path(path), definition)
+        made = run(
+            definition, inputs, weights,
+            others=others, level=compared, verify=not no_verify, standalone=standalone,
+        )  # fmt: skip
+        written = save_family(made, definition, path) if family else made.save(path, test=test)
     notices(made.proved.notices, quiet)
     if as_json:
         output.json(_data(made, written))

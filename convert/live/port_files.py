@@ -33,10 +33,15 @@ class Port(PortedSource):
         arrays, and with `test` test_NAME.py, a parity test for pytest. Gives what was written.
 
         A file of source that was edited since it was written is left alone: the new one is
-        NAME.py.new. UsageError for a name that cannot be imported.
+        NAME.py.new. UsageError for a name that cannot be imported, and for a `test` of a module
+        that a notebook defines.
         """
         path = Path(path)
         check_name(path)
+        if test and module_name(type(self.module)) == "__main__":
+            raise UsageError(
+                f"a test cannot import {self.model} from a notebook", "move it into a file"
+            )
         written = [_write_source(path, self.source)]
         if self.file.arrays:
             np.savez(path.with_suffix(".npz"), **self.file.arrays)  # type: ignore[arg-type]
@@ -78,7 +83,6 @@ _TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
 
 from pathlib import Path
 
-import numpy as np
 import {module}
 import {stem}
 
@@ -91,8 +95,7 @@ HERE = Path(__file__).parent
 def test_it_is_the_same_model() -> None:
     torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
     flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
-    with np.load(HERE / "{inputs}") as inputs:
-        assert_same(torch_net, flax_net, dict(inputs))
+    assert_same(torch_net, flax_net, HERE / "{inputs}")
 '''
 
 

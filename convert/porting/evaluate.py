@@ -159,14 +159,18 @@ def _failed(node: GraphNode, e: Exception) -> ZooError:
     if isinstance(e, NotImplementedError):
         return ZooError(
             f"{node.op} is not ported for these arguments: {reason}",
-            f"give it a rule of your own: rules={{{node.op!r}: a JAX function}}",
+            f"give it a rule of your own: {_own_rule(node.op)}",
             [where.strip()] if where else [],
         )
     return ZooError(
         f"the rule of {node.op} failed: {type(e).__name__}: {reason}",
-        f"mend the rule, or give another: rules={{{node.op!r}: a JAX function}}",
+        f"mend the rule, or give another: {_own_rule(node.op)}",
         [where.strip()] if where else [],
     )
+
+
+def _own_rule(op: str) -> str:
+    return f"convert.porting.rules.rule({op!r}), or rules={{{op!r}: f}} of convert.to_flax"
 
 
 def _no_rule(graph: Graph, missing: Mapping[str, list[GraphNode]]) -> NoRule:
@@ -180,8 +184,8 @@ def _no_rule(graph: Graph, missing: Mapping[str, list[GraphNode]]) -> NoRule:
     count = "an operation has" if len(missing) == 1 else f"{len(missing)} operations have"
     return NoRule(
         f"{count} no rule in JAX",
-        f"write it and give it as rules={{{first!r}: f}}, or register it with "
-        f"convert.porting.rules.rule({first!r}): {_skeleton(first, graph.schemas)}",
+        f"write it, and register it with convert.porting.rules.rule({first!r}), or give it to "
+        f"convert.to_flax alone by rules={{{first!r}: f}}: {_skeleton(first, graph.schemas)}",
         details,
     )
 

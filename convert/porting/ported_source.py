@@ -18,6 +18,7 @@ from convert.porting.evaluate import Evaluation
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import Ported
 from convert.porting.rendering.module_file import ModuleFile, module_file
+from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
 from convert.porting.to_flax import program_of_call, torch_module
@@ -84,6 +85,7 @@ def ported(
     others: Sequence[Any] = (),
     verify: bool = True,
     untested: bool = False,
+    standalone: bool = False,
 ) -> PortedSource:
     """What `convert.port` does of a torch module that holds its weights; `arguments` are those of
     `made_of`."""
@@ -93,26 +95,39 @@ def ported(
     with in_mode(module, training=False), with_dropout_layers(module, calls[0]):
         program, first = program_of_call(module, signature, calls[0], {}, "first")
         graph = traced_graph(module, first, (), calls=True)
+        if told := [t for one in calls[1:] for t in _misfits(graph, one)]:
+            raise NotRendered(f"its calls are not one graph: {'; '.join(told)}")
         program.evaluations[False] = Evaluation(graph, {})
 
         def render(graph: Graph) -> ModuleFile:
-            return module_file(graph, module, program.layout, "HEADER", arguments)
+            return module_file(graph, module, program.layout, "HEADER", arguments, standalone)
 
         file = render(graph)
         imported = Imported(file)
         if verify:
-            fitting = [one for one in calls if not graph.misfits(shapes_of(one))]
+            fitting = [one for one in calls if not _misfits(graph, one)]
             source = SourceProgram(program, imported, render)
             prove(LivePair(module, source), first, fitting, gradients=False)
         # A live module is traced anew for sizes that a graph is not for: a file is not.
         left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
         program.report.notices += _left_out(module, first, graph, file.layers)
-    text = file.source.replace("HEADER", _header(module, program.report), 1)
+    text = file.source.replace("HEADER", _header(module, program.report, standalone), 1)
     return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file,
         dict(calls[0].arguments),
     )  # fmt: skip
+
+
+def _misfits(graph: Graph, call: inspect.BoundArguments) -> list[str]:
+    """What of a call the graph is not for, in words."""
+    shapes = shapes_of(call)
+    wanted = {p.name: len(p.shape) for p in graph.of_kind("input")}
+    given = {name: len(shape) for name, shape in shapes.items()}
+    if wanted != given:
+        axes = [", ".join(f"{n} of {k} axes" for n, k in one.items()) for one in (given, wanted)]
+        return [f"it is called with {axes[0]}, and was traced with {axes[1]}"]
+    return graph.misfits(shapes)
 
 
 def _left_out(
@@ -145,11 +160,14 @@ def _left_out(
 _NO_MATTER = ("aten.clone", "aten.sym_", "operator.", "aten.alias", "aten.detach")
 
 
-def _header(module: Any, proved: Ported) -> str:
+def _header(module: Any, proved: Ported, standalone: bool) -> str:
     """What the file says of itself."""
     of = type(module)
     lines = [f"{of.__name__} of {module_name(of)}, in Flax NNX.", ""]
     lines += [f"Written by zooconvert {_version('zooconvert')} from {_origin(of)}."]
+    if standalone:
+        lines += ["What it uses of zooconvert is written into it, under zooconvert's own licence:"]
+        lines += ["  Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0"]
     lines += [
         f"Verified on {datetime.date.today()}, with torch {_version('torch')}, jax "
         f"{_version('jax')} and flax {_version('flax')}: {proved.verdict}"
@@ -175,18 +193,25 @@ _FACTS = ("License-Expression", "License", "Author", "Author-email")
 
 def _origin(of: type) -> str:
     """Package, version and licence of a class, as far as they are known."""
-    top = of.__module__.partition(".")[0]
-    names = importlib.metadata.packages_distributions().get(top)
-    if not names:
+    found = distribution_of(of)
+    if found is None:
         file = getattr(sys.modules.get(of.__module__), "__file__", None)
-        return f"{Path(file).name if file else of.__module__}, whose licence holds for this too"
-    data = importlib.metadata.metadata(names[0])
+        other = "a notebook" if of.__module__ == "__main__" else of.__module__
+        return f"{Path(file).name if file else other}, whose licence holds for this too"
+    data = importlib.metadata.metadata(found)
     told = {name: str(data[name] or "") for name in _FACTS if name in data}
     licence = told.get("License-Expression") or told.get("License") or ""
     licence = licence.splitlines()[0][:60] if licence.strip() else "see the package"
     author = told.get("Author") or told.get("Author-email") or ""
     by = f", {author.splitlines()[0][:60]}" if author else ""
-    return f"{names[0]} {data['Version']}{by} (licence: {licence})"
+    return f"{found} {data['Version']}{by} (licence: {licence})"
+
+
+def distribution_of(of: Any) -> str | None:
+    """The package that a class or function is installed with; None for somebody's own."""
+    top = of.__module__.partition(".")[0]
+    names = importlib.metadata.packages_distributions().get(top)
+    return names[0] if names else None
 
 
 def _version(package: str) -> str:

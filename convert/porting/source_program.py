@@ -20,7 +20,7 @@ from convert.porting.program_of import DrawsRandom, TorchProgram
 from convert.porting.rendering.module_file import ModuleFile
 from convert.program.graph import Graph
 from convert.program.nesting import taken_apart
-from convert.runtime.arrays import is_array
+from convert.runtime.arrays import is_array, nested
 from zoo.containers.errors import ZooError
 
 _NUMBERS = itertools.count()
@@ -84,7 +84,7 @@ class SourceProgram(TorchProgram):
         net = self.imported.net()
         fill(net, state | constants)
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
-        call = self.called(dict(zip(found, arrays, strict=True)))
+        call = nested(dict(zip(found, arrays, strict=True)))
         if others := self.imported.draws - KNOWN:
             raise DrawsRandom(f"{self.name} draws by {', '.join(others)}", "give it the numbers")
         try:
@@ -101,13 +101,6 @@ class SourceProgram(TorchProgram):
             ) from e
         _, leaves = taken_apart(result, "", lambda _, x: x)
         return [x for x in leaves if is_array(x)], {}
-
-    def called(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, of the arrays by their paths."""
-        made: dict[str, Any] = {}
-        for path, array in arrays.items():
-            place(made, path.split("."), array)
-        return {name: _closed(x) for name, x in made.items()}
 
 
 @contextlib.contextmanager
@@ -141,25 +134,6 @@ def _line_of(e: Exception) -> str:
     """The line of the port that an error comes from."""
     found = [f for f in traceback.extract_tb(e.__traceback__) if "_zooconvert_port_" in f.filename]
     return f"line {found[-1].lineno}: {found[-1].line}" if found else "in the layers that it uses"
-
-
-def place(tree: dict[str, Any], path: list[str], array: Any) -> None:
-    """An array at a path in nested dicts."""
-    *outer, last = path
-    for part in outer:
-        tree = tree.setdefault(part, {})
-    tree[last] = array
-
-
-def _closed(tree: Any) -> Any:
-    """Dicts of numbered parts as tuples."""
-    if not isinstance(tree, dict):
-        return tree
-    parts = {k: _closed(x) for k, x in tree.items()}
-    if all(k.isdigit() for k in parts):
-        count = 1 + max(map(int, parts))
-        return tuple(parts.get(str(i)) for i in range(count))
-    return parts
 
 
 def fill(net: Any, state: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from convert.program.graph import (
     refs,
 )
 from convert.program.nesting import Nesting
+from convert.program.stack_lines import is_made_up
 from convert.program.whole_recurrent import aten
 from convert.tensors import bits_of
 
@@ -221,7 +222,7 @@ def is_torchs(file: str) -> bool:
     installed = "site-packages" in parts or "dist-packages" in parts
     ours = Path(file).parent == Path(__file__).parent
     torchs = (installed and "torch" in parts) or parts[:1] == ("torch",)
-    return ours or torchs or file.startswith("<")
+    return ours or torchs or is_made_up(file)
 
 
 def _line_of(guard: Any) -> CodeLine | None:

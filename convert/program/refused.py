@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from convert.program.stack_lines import is_made_up
 from zoo.containers.errors import UsageError, ZooError
 
 _DATA = re.compile(r"data-dependent|DataDependent|unbacked|\bu\d+\b|_local_scalar_dense")
@@ -24,7 +25,9 @@ def line_of(e: BaseException) -> str:
     frames = [
         f
         for f in traceback.extract_tb(e.__traceback__)
-        if not f.filename.startswith((*inside, "<")) and "/sympy/" not in f.filename
+        if not f.filename.startswith(inside)
+        and not is_made_up(f.filename)
+        and "/sympy/" not in f.filename
     ]
     found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n +([^\n]+)', str(e))
     told = [f for f in found if not f[0].startswith(inside)]
@@ -50,13 +53,13 @@ def export_error(e: Exception, module: Any) -> ZooError:
         return NotExported(
             f"{name} cannot be traced: what it does next depends on the values of a tensor",
             "compute it without if, .item() or a size from a tensor, or give that function or "
-            "module a rule: rules={that: a JAX function}",
+            "module a rule: convert.to_flax(..., rules={that: a JAX function})",
             [d for d in (where, _first(e)) if d],
         )
     return NotExported(
         f"{name} cannot be traced by torch.export",
         "change that line, or give the function or module around it a rule: "
-        "rules={that: a JAX function}",
+        "convert.to_flax(..., rules={that: a JAX function})",
         [d for d in (where, _first(e)) if d],
     )
 

@@ -10,6 +10,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+_CELLS = ("<ipython-input-", "<python-input-")
+
+
+def is_made_up(file: str) -> bool:
+    """Whether a frame's file is none, nor a cell of a notebook: code that was generated."""
+    return file.startswith("<") and not file.startswith(_CELLS)
+
 
 @contextlib.contextmanager
 def every_line() -> Iterator[None]:
@@ -31,7 +38,7 @@ def every_line() -> Iterator[None]:
         for frame in summary[first:]:
             file = frame.filename
             inside = file.startswith(root) and not file.startswith(layers)
-            if not inside and file != machinery and not file.startswith("<"):
+            if not inside and file != machinery and not is_made_up(file):
                 made.append(frame)
         return made
 

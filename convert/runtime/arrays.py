@@ -28,6 +28,38 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+_LONGEST = 10_000
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What `leaves` took apart: dicts by the parts of dotted paths, tuples where these are numbers.
+    ValueError for a path that leads into another, and for a number that no tuple goes up to."""
+    made: dict[str, Any] = {}
+    for path, x in flat.items():
+        *outer, last = path.split(".")
+        inside = made
+        for part in outer:
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"{path} leads into an array")
+        if last in inside:
+            raise ValueError(f"{path} is there, and something in it")
+        inside[last] = x
+    return {name: _with_tuples(x) for name, x in made.items()}
+
+
+def _with_tuples(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    parts = {k: _with_tuples(x) for k, x in tree.items()}
+    if not all(k.isdigit() for k in parts):
+        return parts
+    count = 1 + max(map(int, parts))
+    if count > _LONGEST:  # a file may say anything
+        raise ValueError(f"{count - 1} is no index of a tuple")
+    return tuple(parts.get(str(i)) for i in range(count))
+
+
 def replaced(tree: Any, values: Mapping[str, Any], path: str = "") -> Any:
     """The tree with other arrays at these paths; everything else in it stays the same object."""
     if is_array(tree):

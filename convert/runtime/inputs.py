@@ -1,4 +1,8 @@
-"""What users give as inputs: one array, a tuple or list, or a dict; of any framework; files."""
+"""What users give as inputs: one array, a tuple or list, or a dict; of any framework; files.
+
+In a file a dot leads into an argument: `batch.mask` is an array of the dict `batch`, `xs.0` the
+first of a tuple.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from convert.runtime.arrays import nested
 from convert.runtime.call import Call
 from zoo.containers.errors import UsageError
 
 
 def as_call(inputs: Any) -> Call:
-    """Positional for an array, a tuple or a list; by name for a dict. Arrays become NumPy's."""
+    """Positional for an array, a tuple or a list; by name for a dict; of a file's Path what it
+    holds. Arrays become NumPy's."""
     if isinstance(inputs, Call):
         return inputs
+    if isinstance(inputs, Path):
+        inputs = read_inputs(inputs)
     if isinstance(inputs, Mapping):
         return Call(kwargs={str(k): _plain(v, str(k)) for k, v in inputs.items()})
     if isinstance(inputs, tuple | list):
@@ -48,7 +56,12 @@ def read_inputs(path: Path) -> Any:
     values = {k: v.item() if v.ndim == 0 and v.dtype.kind == "b" else v for k, v in arrays.items()}
     if all(name.startswith("arr_") and name[4:].isdigit() for name in values):
         return tuple(values[name] for name in sorted(values, key=lambda n: int(n[4:])))
-    return values
+    try:
+        return nested(values)
+    except ValueError as e:
+        raise UsageError(
+            f"{path}: {e}", "name each array once: batch.mask, not batch too"
+        ) from None
 
 
 def _plain(value: Any, path: str) -> Any:

@@ -64,12 +64,12 @@ def load(
 _OF_FILE = "zooconvert_user_"
 
 
-def module_name(of: type) -> str:
-    """The name by which a user knows the module of a class: of one that was loaded from a file by
-    its path, the file's."""
+def module_name(of: Any) -> str:
+    """The name by which a user knows the module of a class or function: of one that was loaded from
+    a file by its path, and of the script that runs, the file's; "__main__" is a notebook's."""
     name = of.__module__
     file = getattr(sys.modules.get(name), "__file__", None)
-    return Path(file).stem if name.startswith(_OF_FILE) and file else name
+    return Path(file).stem if name.startswith((_OF_FILE, "__main__")) and file else name
 
 
 def _import(where: str) -> ModuleType:

@@ -39,6 +39,12 @@ def build(
         module = nnx.eval_shape(lambda: with_config(definition(rngs=nnx.Rngs(seed)), config))
     graph, abstract = nnx.split(module)
 
+    @functools.cache
+    def tables() -> dict[str, jax.Array]:
+        """What the definition itself gives: of tables, which no checkpoint has."""
+        state = nnx.to_flat_state(nnx.state(definition(rngs=nnx.Rngs(seed))))
+        return {".".join(map(str, p)): v.get_value() for p, v in state}
+
     def fill(path: tuple[Any, ...], variable: Any) -> Any:
         name = ".".join(str(p) for p in path)
         if isinstance(variable, nnx.RngKey):
@@ -46,7 +52,7 @@ def build(
             return variable.replace(key)
         if isinstance(variable, nnx.RngCount):
             return variable.replace(jnp.zeros((), jnp.uint32))
-        return variable.replace(arrays[name])
+        return variable.replace(arrays[name] if name in arrays else tables()[name])
 
     filled = nnx.merge(graph, nnx.map_state(fill, abstract))
     filled.eval()

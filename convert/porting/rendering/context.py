@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from convert.porting.rendering.argument_text import numbers, reached, tree_text
@@ -15,7 +15,7 @@ from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.rendering.signatures import Signatures, size_name
 from convert.porting.rendering.templates import expression
 from convert.porting.rendering.templates.drawing import KEYS
-from convert.porting.rendering.written_rules import written
+from convert.porting.rendering.written_rules import WrittenRules, written
 from convert.porting.rules import find
 from convert.porting.rules.elementwise import COPIES
 from convert.porting.tensors_by_name import ByName
@@ -40,7 +40,11 @@ class Context:
         self.taken |= imported
         self._classes = {type(m).__name__ for m in tree.modules.values()}
         self._written = self._without_template()
-        self.rules = written(self._written, self.taken | self._classes)
+        self.rules = self.written()
+
+    def written(self, blocks: Iterable[tuple[str, str]] = ()) -> WrittenRules:
+        """The rules that the file holds, and these blocks of zoo.nn."""
+        return written(self._written, self.taken | self._classes, blocks)
 
     def call_text(
         self,
@@ -91,7 +95,7 @@ class Context:
             found = expression(op, out, args, kwargs)
         if found is None and op not in self.rules.functions:
             self._written = [*self._written, op]
-            self.rules = written(self._written, self.taken | self._classes)
+            self.rules = self.written()
             raise Again
         text = self.rules.call(op, out, args, kwargs) if found is None else found
         rule = find(op)

@@ -24,6 +24,7 @@ from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Tree, children
 from convert.porting.rendering.statements import Body, Line, without_dead_copies
 from convert.porting.rendering.subscripts import Subscripts
+from convert.porting.rendering.syntax import without_ours
 from convert.porting.rendering.variants import negation
 from convert.porting.tensors_by_name import ByName
 from convert.program.graph import Graph
@@ -58,9 +59,11 @@ def module_file(
     layout: Layout,
     header: str,
     constructed: Mapping[str, Mapping[str, Any]] | None = None,
+    standalone: bool = False,
 ) -> ModuleFile:
     """The port of a module whose graph has its calls noted. `constructed` are the plain arguments
-    that the constructors of its parts were given, by path."""
+    that the constructors of its parts were given, by path. `standalone`: what it uses of zoo.nn is
+    written into it."""
     by_name = ByName(layout)
 
     def home(name: str) -> str:
@@ -70,21 +73,30 @@ def module_file(
     context = Context(Tree(graph, module, home), by_name, module)
     for _ in range(_ROUNDS):
         with contextlib.suppress(Again):
-            return _File(context, Classes(context, constructed or {}), header).file()
+            classes = Classes(context, constructed or {})
+            return _File(context, classes, header, standalone).file()
     raise NotRendered("its parts need too many sizes of each other's arrays")
 
 
 class _File:
-    def __init__(self, context: Context, classes: Classes, header: str) -> None:
+    def __init__(
+        self, context: Context, classes: Classes, header: str, standalone: bool = False
+    ) -> None:
         self.context, self.classes, self.header = context, classes, header
+        self.standalone = standalone
         modules = context.tree.modules
         self.lengths = {p: len(children(m)) for p, m in modules.items()}
 
     def file(self) -> ModuleFile:
         """The whole file."""
-        rules = self.context.rules
-        parts = [self._kinds(), self._tuples(), rules.source.strip()]
-        parts += ["\n".join(self._class(c)) for c in self.classes.every]
+        classes = ["\n".join(self._class(c)) for c in self.classes.every]
+        rules, more = self.context.rules, list(self.classes.imports)
+        if self.standalone:
+            more, blocks = without_ours(more, "\n".join(classes))
+            rules = self.context.written(blocks)
+        ours = rules.source.strip()  # blocks come last: the model is what is read
+        parts = [*classes, ours] if self.standalone else [ours, *classes]
+        parts = [self._kinds(), self._tuples(), *parts]
         body = "\n\n\n".join(p for p in parts if p)
         arrays = ["with np.load(Path(__file__).with_suffix('.npz')) as _file:"]
         arrays += [f"{INDENT}ARRAYS = dict(_file)"]
@@ -92,7 +104,7 @@ class _File:
             p
             for p in (
                 f'"""{self.header}"""',
-                "\n".join(self._imports(body, rules.imports)),
+                "\n".join(self._imports(body, [*more, *rules.imports])),
                 "\n".join(arrays) if self.context.held.arrays else "",
                 body,
             )
@@ -107,7 +119,7 @@ class _File:
         draws = frozenset(self.context.draws)
         return ModuleFile(source, model, self.context.held.arrays, statements, draws, layers)
 
-    def _imports(self, body: str, more: tuple[str, ...] | list[str]) -> list[str]:
+    def _imports(self, body: str, more: list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
         known = {
             "Any": "from typing import Any",
@@ -122,7 +134,7 @@ class _File:
         }
         lines = {"from __future__ import annotations", "from flax import nnx"}
         lines |= {line for name, line in known.items() if name in words}
-        lines |= {*self.classes.imports, *more}
+        lines |= set(more)
         if self.context.held.arrays:
             lines |= {known["np"], known["Path"]}
         order = sorted(lines, key=lambda x: (not x.startswith("from __future__"), x))
@@ -251,7 +263,7 @@ def formatted(source: str) -> str:
     if ruff is None:
         return source
     for command in (
-        ["check", "--isolated", "--select", "I,F401", "--fix-only", "--quiet", "-"],
+        ["check", "--isolated", "--select", "I,F401,UP034", "--fix-only", "--quiet", "-"],
         ["format", "--isolated", "--line-length", "100", "--quiet", "-"],
     ):
         done = subprocess.run(

@@ -6,7 +6,9 @@ import ast
 import copy
 import importlib
 import inspect
+import re
 import types
+from collections.abc import Iterable
 from functools import cache
 from typing import TypeVar, cast
 
@@ -51,6 +53,19 @@ def import_line(node: ast.Import | ast.ImportFrom, name: str) -> str:
 
 def is_ours(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _OURS
+
+
+def without_ours(lines: Iterable[str], text: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Lines that import: those of others, and what a text uses of ours: (module, name) each."""
+    words = set(re.findall(r"\w+", text))
+    others, blocks = [], []
+    for line in lines:
+        (node,) = ast.parse(line).body
+        if isinstance(node, ast.ImportFrom) and is_ours(node.module):
+            blocks += [(str(node.module), a.name) for a in node.names if a.name in words]
+        else:
+            others.append(line)
+    return others, blocks
 
 
 def decorated_by(decorators: list[ast.expr]) -> str:

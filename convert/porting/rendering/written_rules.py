@@ -1,8 +1,9 @@
-"""Rules (convert/porting/rules) as the text of a file that stands alone.
+"""Rules (convert/porting/rules) and blocks (zoo/nn) as the text of a file that stands alone.
 
 Where an operation has no plain expression, a port holds its rule: the function itself with all that
 it uses of ours, without the decorators that entered it into the table. A rule that a function made
 is written as what it was made of: its body, with the values that it closed over in their places.
+A file without `zoo` holds the blocks that it uses in the same way.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import importlib.util
 import inspect
 import keyword
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.syntax import (
@@ -108,26 +110,35 @@ def _rule(op: str) -> Rule:
     return rule
 
 
-def written(ops: Iterable[str], taken: Iterable[str] = ()) -> WrittenRules:
-    """The rules of these operations as text. `taken` are names that it may not define.
+def written(
+    ops: Iterable[str], taken: Iterable[str] = (), blocks: Iterable[tuple[str, str]] = ()
+) -> WrittenRules:
+    """The rules of these operations as text. `taken` are names that it may not define; but for
+    those of `blocks`, (module, name) of ours each, which it defines by these very names.
 
     Raises ZooError where an operation has no rule, or one whose source is not at hand.
     """
-    writer = _Writer({*taken, *_RESERVED})
+    blocks = list(blocks)
+    writer = _Writer({*taken, *_RESERVED, *(name for _, name in blocks)}, set(blocks))
     functions = {}
     for op in dict.fromkeys(ops):
         _, name, overload = op.rsplit(".", 2)
         hints = (name.lstrip("_"), f"{name.lstrip('_')}_{overload}")
         functions[op] = ast.unparse(writer.value(_rule(op).function, hints))
+    for module, name in blocks:
+        importlib.import_module(module)
+        writer.of_module(module, name)
     imports = sorted(writer.imports, key=lambda line: (line != _FUTURE, line))
     source = "\n\n\n".join(map(ast.unparse, writer.statements))
     return WrittenRules(imports, source + "\n", frozenset(writer.names), functions)
 
 
 class _Writer:
-    """Statements in an order in which they run, each thing once. `taken`: names not to define."""
+    """Statements in an order in which they run, each thing once. `taken`: names not to define;
+    `given`: what has its own name although that is taken."""
 
-    def __init__(self, taken: set[str]) -> None:
+    def __init__(self, taken: set[str], given: Collection[tuple[str, str]] = ()) -> None:
+        self.given = given
         self.taken = taken | set(dir(builtins)) | set(keyword.kwlist)
         self.names: set[str] = set()
         self.imports: set[str] = {_FUTURE}
@@ -182,7 +193,8 @@ class _Writer:
             return ast.Name(name, ast.Load())
         key = (module, name)
         if key not in self._done:
-            self._done[key] = self._free(name)
+            private = () if name.startswith("_") else (f"_{name}",)
+            self._done[key] = name if key in self.given else self._free(name, *private)
             self._define(module, node, name, self._done[key])
         return ast.Name(self._done[key], ast.Load())
 
@@ -291,6 +303,17 @@ class _Names(ast.NodeTransformer):
         if hasattr(builtins, node.id) or node.id in self.writer.names:
             return node
         return self.writer.of_module(self.module, node.id)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        """What another module of ours has, by that module's name."""
+        held = node.value.id if isinstance(node.value, ast.Name) else ""
+        found = definitions(self.module).get(held) if held not in self.bound else None
+        if isinstance(found, ast.ImportFrom) and is_ours(found.module):
+            module = f"{found.module}.{held}"
+            if importlib.util.find_spec(module) is not None:
+                importlib.import_module(module)
+                return self.writer.of_module(module, node.attr)
+        return cast("ast.expr", self.generic_visit(node))
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | None:
         """What a function imports of ours is in the file."""
