@@ -127,8 +127,8 @@ def power(case: Case, times: int, rng: random.Random) -> Counter[str]:
 
 
 def faults(case: Case, times: int, rng: random.Random) -> Counter[str]:
-    """One call fails, or all from it on: an error of ours that names the target, and what was there
-    is there still; or it is done."""
+    """One call fails, or all from it on: an error that names the file, and what was there is there
+    still; or it is done."""
     read, write_end = os.pipe()
 
     def counted() -> None:
@@ -149,8 +149,9 @@ def faults(case: Case, times: int, rng: random.Random) -> Counter[str]:
             failing(at, number, lasting)
             try:
                 run(case.source, case.target)
-            except ZooError as e:
-                named = str(case.target) in e.problem and ".zooconvert-" not in str(e)
+            except (ZooError, OSError) as e:  # of a source that is not open yet
+                files = str(case.target), str(case.source)
+                named = any(f in str(e) for f in files) and ".zooconvert-" not in str(e)
                 os._exit(REFUSED if named else UNNAMED)
 
         code = in_child(tried)
@@ -356,7 +357,7 @@ config and optimizer differ. "old" and "new" are a checkpoint that is wholly the
   synced, any of a file's blocks, and the first changes of names or any of them. Once the conversion
   is done, only "new" counts; after every fourth the next conversion has to succeed.
 - *disk faults*: a call fails with EIO, ENOSPC or EDQUOT, or all from it on: an error that names the
-  target ("refused"), or it is done all the same.
+  source or the target ("refused"), or it is done all the same.
 - *resumes*: killed after a slab, then the same with `--resume`: every byte as if nothing had been.
 - *interrupts*: Ctrl-C from the entry point on, which has to give exit code 130 within two seconds,
   no traceback, and nothing left but what it names.

@@ -32,13 +32,16 @@ TARGETS = {
 }
 HOOKED = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "pwrite", "truncate")
 KILLED = 137
-SIZES = (64, 64, 64, 64, 64, 16)
+LAYERS = {"orbax": 32}  # so many that a conversion has 400 calls to crash after; else 96
+WIDTH = 32
 Seen = tuple[Any, ...]
 
 
-def make_source(path: Path, factor: float, steps: int, activation: Any, training: bool) -> Path:
+def make_source(
+    path: Path, layers: int, factor: float, steps: int, activation: Any, training: bool
+) -> Path:
     """A checkpoint whose weights, config and optimizer say which of the two it is."""
-    label = Label(MODEL, Config(SIZES, activation))
+    label = Label(MODEL, Config((WIDTH,) * layers + (16,), activation))
     shapes = MODEL.layout_of(label.config).shapes("torch")
     rng = np.random.default_rng(0)
     arrays = {n: np.asarray(factor * rng.standard_normal(s), np.float32) for n, s in shapes.items()}
@@ -132,8 +135,9 @@ class Case:
         self.name = f"{container}, {'with' if training else 'without'} an optimizer"
         self.folder, self.trial = folder, folder / "trial"
         torch = container in ("safetensors", "pt")
-        first = make_source(folder / "one.safetensors", 1.0, 5, "relu", training)
-        second = make_source(folder / "two.safetensors", 2.0, 9, "tanh", training)
+        n = LAYERS.get(container, 96)
+        first = make_source(folder / "one.safetensors", n, 1.0, 5, "relu", training)
+        second = make_source(folder / "two.safetensors", n, 2.0, 9, "tanh", training)
         (folder / "old").mkdir(parents=True)
         if torch:  # what goes to torch comes from Flax
             for source in (first, second):
