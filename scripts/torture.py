@@ -290,6 +290,7 @@ def main() -> int:
         parser.add_argument(f"--{name.replace(' ', '-')}", type=int, default=most, help=told)
     parser.add_argument("--libraries", type=int, default=200, help="kills of what libraries write")
     parser.add_argument("--containers", default=",".join(TARGETS))
+    parser.add_argument("--layers", type=int, help="of the checkpoints; None: for 400 crashes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
     options = vars(parser.parse_args())
@@ -312,7 +313,7 @@ def main() -> int:
             for training in (True, False):
                 place = Path(folder) / f"{container}-{training}"
                 place.mkdir()
-                case = Case(place, container, training)
+                case = Case(place, container, training, options["layers"])
                 for name, (trial, _) in TRIALS.items():
                     if times := options[name.replace(" ", "_")]:
                         found = trial(case, times, rng)

@@ -131,11 +131,13 @@ class Case:
     """A container, with or without an optimizer: a folder with what was converted before, and what
     readers see of the old and the new."""
 
-    def __init__(self, folder: Path, container: str, training: bool) -> None:
+    def __init__(
+        self, folder: Path, container: str, training: bool, layers: int | None = None
+    ) -> None:
         self.name = f"{container}, {'with' if training else 'without'} an optimizer"
         self.folder, self.trial = folder, folder / "trial"
         torch = container in ("safetensors", "pt")
-        n = LAYERS.get(container, 96)
+        n = layers or LAYERS.get(container, 96)
         first = make_source(folder / "one.safetensors", n, 1.0, 5, "relu", training)
         second = make_source(folder / "two.safetensors", n, 2.0, 9, "tanh", training)
         (folder / "old").mkdir(parents=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo.checkpoint.label import Label
+from zoo.checkpoint.likely import likely
 from zoo.checkpoint.peel import Peeled, levels
 from zoo.checkpoint.problems import Problems
 from zoo.checkpoint.request import Request
@@ -28,7 +29,6 @@ from zoo.layout import (
 )
 from zoo.layout.renames import below_collection
 from zoo.model import Config, Model, override
-from zoo.registry import families
 
 _AUTOMATIC = re.compile(r"\.[A-Z][A-Za-z0-9]*_\d+\.")  # what @nn.compact calls its modules
 
@@ -94,11 +94,14 @@ def readings(
     stated_by = label.source if request.config is None and label.config is not None else ""
     if stated_by and only is label.model:
         _refuse_absurd(label, len(tensors))
+    models = [only] if only else likely(tensors)
+    if not models:
+        return
     every = [
         (peeled, {n: tensors[s].shape for n, s in peeled.names.items()})
         for peeled in levels(tensors, request.prefix, found=True)
     ]
-    for model in [only] if only else families().values():
+    for model in models:
         dialects = [d.name for d in model.dialects if d.tree in trees]
         for peeled, shapes in every:
             for tree in (*trees, *dialects):
