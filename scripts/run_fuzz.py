@@ -56,7 +56,7 @@ def guided(reader: str, runs: int, inputs: Path) -> None:
     def one(data: bytes) -> None:
         fuzzing.run(reader, data, folder)
 
-    told = [f"-runs={runs}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=4096"]
+    told = [f"-runs={runs}", "-timeout=60", "-rss_limit_mb=2048", "-max_len=4096"]
     told += [f"-artifact_prefix={tempfile.gettempdir()}/fuzz-{reader}-", "-print_final_stats=1"]
     atheris.Setup([sys.argv[0], *told, str(inputs)], one)
     atheris.Fuzz()
@@ -167,7 +167,7 @@ def record(reader: str, runs: int, seconds: float, result: str) -> None:
 TITLE = "Fuzzing"
 _PAGE = """\
 Written by `scripts/fuzz READER --runs N --atheris DIR --write`: executions guided by coverage
-(atheris), of each reader's last run. Wrong is any exception but ours, more than 10 s, or 2 GB.
+(atheris), of each reader's last run. Wrong is any exception but ours, more than 60 s, or 2 GB.
 What covered something new and is small is kept in `tests/data/fuzz`, and replayed and mutated by
 `tests/test_fuzz.py`.
 

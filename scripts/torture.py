@@ -1,5 +1,6 @@
-"""What befalls a conversion: crashes after each call that changes the disk, kills, interrupted runs
-that are resumed, Ctrl-C, rot. Prints a table, and with --write makes it docs/reliability.md.
+"""What befalls a conversion: crashes after each call that changes the disk, kills, power cuts,
+disks that fail, interrupted runs that are resumed, Ctrl-C, rot. Prints a table, and with --write
+puts its rows into docs/reliability.md.
 
 Every trial replaces a checkpoint by another whose weights, config and optimizer all differ, and
 then asks what readers see: the old one whole, the new one whole, or something that never was.
@@ -8,7 +9,10 @@ then asks what readers see: the old one whole, the new one whole, or something t
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -23,156 +27,22 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-from reliability import write_section
+from disk_model import Recorder, left, write
+from reliability import section, write_section
 from rich.console import Console
 from rich.table import Table
+from torture_case import HOOKED, KILLED, TARGETS, Case, hook, in_child, run
+from torture_libraries import LIBRARIES
 
 import convert
 from convert.engine import commit as commit_module
-from convert.training_state import storage
-from convert.training_state.besides import read_training
-from convert.training_state.state import Group, OptimizerState, TrainingState
-from zoo.checkpoint import hashes, slabs
-from zoo.checkpoint.label import Label, read_label
-from zoo.containers import open_checkpoint
-from zoo.containers.base import TensorInfo
+from zoo.checkpoint import slabs
 from zoo.containers.errors import ZooError
-from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.models.mlp import MODEL
-from zoo.models.mlp.config import Config
 
-ROOT = Path(__file__).parents[1]
-TARGETS = {
-    "safetensors": "b.safetensors",
-    "msgpack": "b.msgpack",
-    "pt": "b.pt",
-    "orbax": "b.flax",
-    "shards": "b",
-}
-HOOKED = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "pwrite", "truncate")
-KILLED = 137
-SIZES = (64, 64, 64, 64, 64, 16)
-Seen = tuple[Any, ...]
-
-
-def make_source(path: Path, factor: float, steps: int, activation: Any, training: bool) -> Path:
-    """A checkpoint whose weights, config and optimizer say which of the two it is."""
-    label = Label(MODEL, Config(SIZES, activation))
-    shapes = MODEL.layout_of(label.config).shapes("torch")
-    rng = np.random.default_rng(0)
-    arrays = {n: np.asarray(factor * rng.standard_normal(s), np.float32) for n, s in shapes.items()}
-    infos = {n: TensorInfo("F32", a.shape) for n, a in arrays.items()}
-    with SafetensorsWriter(path, infos, {"format": "pt"} | label.to_metadata()) as writer:
-        for name, array in arrays.items():
-            writer.write(name, array)
-        writer.finish()
-    if training:
-        slots = {s: {n: a * factor for n, a in arrays.items()} for s in ("exp_avg", "exp_avg_sq")}
-        options = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-        groups = [Group(tuple(arrays), {**options, "amsgrad": False, "maximize": False})]
-        state = OptimizerState("AdamW", groups, slots, dict.fromkeys(arrays, steps))
-        file = path.with_name(f"{path.name}.optimizer.safetensors")
-        storage.write(file, TrainingState([state], data={"step": steps}))
-    return path
-
-
-def run(source: Path, target: Path, **told: Any) -> None:
-    """The conversion that is tried."""
-    framework = "torch" if target.suffix in (".safetensors", ".pt") else "flax"
-    if framework == "torch":
-        told |= {"dialect": None, "tree": "nnx"}
-    if target.name == TARGETS["shards"]:
-        told |= {"max_shard_size": 20_000, "to": "safetensors"}
-    convert.convert(source, target, framework=framework, force=True, **told)
-
-
-def see(target: Path) -> Seen:
-    """What a reader gets: weights, config, updates of the optimizer, and whether all are intact."""
-    with open_checkpoint(target, "flax") as reader:
-        weights = {n: hashes.of("sha256", reader.read(n)) for n in sorted(reader.tensors)}
-        label = read_label(reader)
-        if label.problem is not None:
-            raise label.problem
-    found = read_training(target)
-    steps = sorted({n for o in found.optimizers for n in o.steps.values()})
-    intact = convert.check(target).intact
-    return tuple(weights.items()), label.config, tuple(steps), intact
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """The exit status of a forked process: 0 where the work was done."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def hook(count: list[int], last: int) -> None:
-    """End the process after so many of the calls that change the disk."""
-
-    def hooked(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kw: Any) -> Any:
-            result = real(*args, **kw)
-            count[0] += 1
-            if count[0] == last:
-                os._exit(KILLED)
-            return result
-
-        return call
-
-    for name in HOOKED:
-        setattr(os, name, hooked(getattr(os, name)))
-    commit_module._exchange = hooked(commit_module._exchange)
-
-
-class Case:
-    """A container, with or without an optimizer: a folder with what was converted before, and what
-    readers see of the old and the new."""
-
-    def __init__(self, folder: Path, container: str, training: bool) -> None:
-        self.name = f"{container}, {'with' if training else 'without'} an optimizer"
-        self.folder, self.trial = folder, folder / "trial"
-        torch = container in ("safetensors", "pt")
-        first = make_source(folder / "one.safetensors", 1.0, 5, "relu", training)
-        second = make_source(folder / "two.safetensors", 2.0, 9, "tanh", training)
-        (folder / "old").mkdir(parents=True)
-        if torch:  # what goes to torch comes from Flax
-            for source in (first, second):
-                run(source, source.with_suffix(".msgpack"))
-        first, second = (s.with_suffix(".msgpack") if torch else s for s in (first, second))
-        self.source, name = second, TARGETS[container]
-        run(first, folder / "old" / name)
-        shutil.copytree(folder / "old", folder / "new")
-        run(second, folder / "new" / name)
-        self.old, self.new = see(folder / "old" / name), see(folder / "new" / name)
-        assert self.old[:3] != self.new[:3]
-        assert self.new[3]
-        self.target = self.trial / name
-
-    def fresh(self) -> None:
-        """The old checkpoint, as it was."""
-        shutil.rmtree(self.trial, ignore_errors=True)
-        shutil.copytree(self.folder / "old", self.trial)
-
-    def verdict(self) -> str:
-        """What is there now: "old", "new" or neither; and that the next one to clean up changes
-        nothing of that."""
-        try:
-            found = see(self.target)
-            convert.clean(self.trial)
-            if see(self.target) != found:
-                return "changed by clean"
-        except Exception as e:
-            return f"lost: {type(e).__name__}: {e}"
-        if [p.name for p in self.trial.iterdir() if p.name.startswith(".")]:
-            return "not cleaned"
-        return "old" if found == self.old else "new" if found == self.new else "mixed"
+TITLE = "Crashes, kills, power cuts, failing disks, resumes, interrupts, rot"
+Row = tuple[
+    str, str, int, str, bool
+]  # checkpoint, trial, times, what was found, whether it is right
 
 
 def crashes(case: Case, most: int, rng: random.Random) -> Counter[str]:
@@ -225,8 +95,102 @@ def kills(case: Case, times: int, rng: random.Random) -> Counter[str]:
     return found
 
 
+def power(case: Case, times: int, rng: random.Random) -> Counter[str]:
+    """The power is cut: what was not synced is there in parts, or not at all. Once a conversion has
+    said that it is done, only the new one will do; and the next conversion finds its way."""
+    file = case.folder / "disk.pickle"
+
+    def recorded() -> None:
+        recorder = Recorder(case.trial)
+        commit_module._exchange = recorder.hook(HOOKED)(commit_module._exchange)
+        run(case.source, case.target)
+        recorder.look()
+        file.write_bytes(pickle.dumps(recorder.disk))
+
+    case.fresh()
+    assert in_child(recorded) == 0
+    disk = pickle.loads(file.read_bytes())
+    found: Counter[str] = Counter()
+    for i in range(times):
+        end = disk.moments
+        moment = (end, rng.randint(max(1, end - 60), end), rng.randint(1, end))[i % 3]
+        shutil.rmtree(case.trial)
+        write(left(disk, moment, rng), case.trial)
+        verdict = case.verdict()
+        if verdict == "old" and moment == end:
+            verdict = "old, after it was done"
+        if verdict in ("old", "new") and i % 4 == 0:
+            code = in_child(lambda: run(case.source, case.target))
+            verdict = verdict if code == 0 and case.is_new() else f"{verdict}, and stuck"
+        found[verdict] += 1
+    return found
+
+
+def faults(case: Case, times: int, rng: random.Random) -> Counter[str]:
+    """One call fails, or all from it on: an error that names the file, and what was there is there
+    still; or it is done."""
+    read, write_end = os.pipe()
+
+    def counted() -> None:
+        calls = failing(-1, errno.EIO, lasting=False)
+        run(case.source, case.target)
+        os.write(write_end, b"%d" % calls[0])
+
+    case.fresh()
+    assert in_child(counted) == 0
+    calls = int(os.read(read, 20))
+    found: Counter[str] = Counter()
+    for _ in range(times):
+        case.fresh()
+        at, number = rng.randint(1, calls), rng.choice((errno.EIO, errno.ENOSPC, errno.EDQUOT))
+        lasting = rng.random() < 0.5
+
+        def tried(at: int = at, number: int = number, lasting: bool = lasting) -> None:
+            failing(at, number, lasting)
+            try:
+                run(case.source, case.target)
+            except (ZooError, OSError) as e:  # of a source that is not open yet
+                files = str(case.target), str(case.source)
+                named = any(f in str(e) for f in files) and ".zooconvert-" not in str(e)
+                os._exit(REFUSED if named else UNNAMED)
+
+        code = in_child(tried)
+        told = {0: "done", REFUSED: "refused"}.get(code, f"exit code {code}, call {at}, {number}")
+        found[f"{case.verdict()}, {told}"] += 1
+    return found
+
+
+REFUSED, UNNAMED = 3, 4
+
+
+def failing(last: int, number: int, lasting: bool) -> list[int]:
+    """Have the call of this number fail, and if it lasts all after it; the calls so far. A full
+    disk lets files be removed, and read."""
+    calls = [0]
+
+    def wrapped(real: Callable[..., Any], frees: bool, counts: Callable[..., bool]) -> Any:
+        def call(*args: Any, **kw: Any) -> Any:
+            if counts(*args, **kw):
+                calls[0] += 1
+                due = calls[0] == last or (lasting and 0 < last < calls[0])
+                if due and (number == errno.EIO or not frees):
+                    raise OSError(number, os.strerror(number))
+            return real(*args, **kw)
+
+        return call
+
+    for name in (*HOOKED, "preadv", "copy_file_range"):
+        frees = name in ("unlink", "rmdir", "preadv")
+        setattr(os, name, wrapped(getattr(os, name), frees, lambda *a, **kw: True))
+    creates = os.O_CREAT | os.O_WRONLY | os.O_RDWR
+    os.open = wrapped(os.open, False, lambda path, flags, *a, **kw: bool(flags & creates))
+    # pathlib's files; not what is only read
+    io.open = wrapped(io.open, False, lambda f, mode="r", *a, **kw: mode[0] in "wxa")
+    return calls
+
+
 def resumes(case: Case, times: int, rng: random.Random) -> Counter[str]:
-    """Killed after some slab, then resumed: as good as never interrupted."""
+    """Killed after some slab, then resumed: byte for byte as if never interrupted."""
     found: Counter[str] = Counter()
     if case.target.suffix == ".pt":  # is not resumed
         return found
@@ -243,7 +207,8 @@ def resumes(case: Case, times: int, rng: random.Random) -> Counter[str]:
         in_child(lambda k=killed: run(case.source, case.target, progress=k, **small))  # type: ignore[misc]
         there = [f.kind for f in convert.clean(case.trial, dry_run=True)]
         code = in_child(lambda: run(case.source, case.target, resume=True, **small))
-        found[f"{case.verdict()}, {'resumed' if 'resumable' in there else 'anew'}, {code}"] += 1
+        told = case.verdict() if case.is_new() else "other bytes"
+        found[f"{told}, {'resumed' if 'resumable' in there else 'anew'}, {code}"] += 1
     return found
 
 
@@ -301,50 +266,67 @@ def flips(case: Case, times: int, rng: random.Random) -> Counter[str]:
     return found
 
 
-TRIALS: dict[str, Callable[[Case, int, random.Random], Counter[str]]] = {
-    "crashes": crashes,
-    "kills": kills,
-    "resumes": resumes,
-    "interrupts": interrupts,
-    "flips": flips,
+TRIALS: dict[str, tuple[Callable[[Case, int, random.Random], Counter[str]], int]] = {
+    "crashes": (crashes, 400),
+    "kills": (kills, 100),
+    "power cuts": (power, 40),
+    "disk faults": (faults, 30),
+    "resumes": (resumes, 10),
+    "interrupts": (interrupts, 20),
+    "flips": (flips, 500),
 }
-GOOD = {"old", "new", "found", "new, resumed, 0", "new, anew, 0", "0, new", "130, old", "130, new"}
+GOOD = {
+    *("old", "new", "found"),
+    *("old, refused", "new, refused", "new, done"),
+    *("new, resumed, 0", "new, anew, 0"),
+    *("0, new", "130, old", "130, new"),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, most in zip(TRIALS, (400, 200, 50, 200, 1000), strict=True):
-        parser.add_argument(f"--{name}", type=int, default=most)
+    for name, (_, most) in TRIALS.items():
+        told = "of each checkpoint, with and without an optimizer"
+        parser.add_argument(f"--{name.replace(' ', '-')}", type=int, default=most, help=told)
+    parser.add_argument("--libraries", type=int, default=200, help="kills of what libraries write")
     parser.add_argument("--containers", default=",".join(TARGETS))
+    parser.add_argument("--layers", type=int, help="of the checkpoints; None: for 400 crashes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="write docs/reliability.md")
+    parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
     options = vars(parser.parse_args())
     rng = random.Random(options["seed"])
     slabs.COPIED = 4096  # a small checkpoint has many slabs
-    if "pt" in options["containers"]:
+    containers = [c for c in options["containers"].split(",") if c]
+    if "pt" in containers:
         import torch  # noqa: F401 - once, and not in every child
-    rows: list[tuple[str, str, int, str, bool]] = []
+    rows: list[Row] = []
+
+    def note(what: str, trial: str, found: Counter[str], good: bool) -> None:
+        if found:
+            told = "; ".join(f"{n} {told}" for told, n in sorted(found.items()))
+            rows.append((what, trial, found.total(), told, good))
+            if options["write"]:
+                record(rows[-1:])
+
     with tempfile.TemporaryDirectory() as folder:
-        for container in options["containers"].split(","):
+        for container in containers:
             for training in (True, False):
                 place = Path(folder) / f"{container}-{training}"
                 place.mkdir()
-                case = Case(place, container, training)
-                for name, trial in TRIALS.items():
-                    if options[name]:
-                        found = trial(case, options[name], rng)
-                        told = "; ".join(f"{n} {what}" for what, n in sorted(found.items()))
-                        if not found:
-                            continue
-                        good = found.keys() <= GOOD
-                        rows.append((case.name, name, found.total(), told, good))
+                case = Case(place, container, training, options["layers"])
+                for name, (trial, _) in TRIALS.items():
+                    if times := options[name.replace(" ", "_")]:
+                        found = trial(case, times, rng)
+                        note(case.name, name, found, found.keys() <= GOOD)
+        for library, kill in LIBRARIES.items():
+            if options["libraries"]:
+                place = Path(folder) / f"of-{library.split()[0]}"
+                note(library, "kills", kill(place, options["libraries"], rng), good=True)
     show(rows)
-    if options["write"]:
-        write_section("Crashes, kills, resumes, interrupts, rot", page(rows))
     return 0 if all(row[-1] for row in rows) else 1
 
 
-def show(rows: list[tuple[str, str, int, str, bool]]) -> None:
+def show(rows: list[Row]) -> None:
     """The table on the terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("checkpoint", "trial", "times", "found", ""):
@@ -354,10 +336,13 @@ def show(rows: list[tuple[str, str, int, str, bool]]) -> None:
     Console(highlight=False, width=160 if not sys.stdout.isatty() else None).print(table)
 
 
-def page(rows: list[tuple[str, str, int, str, bool]]) -> str:
-    """The section of docs/reliability.md."""
-    lines = [f"| {what} | {trial} | {times} | {told} |" for what, trial, times, told, _ in rows]
-    return _PAGE + "\n".join(lines) + "\n"
+def record(rows: list[Row]) -> None:
+    """Rows of docs/reliability.md, in place of those of the same trials."""
+    lines = [line for line in section(TITLE).splitlines() if line.startswith("| ")]
+    kept = {tuple(line.split(" | ")[:2]): line for line in lines if "| checkpoint" not in line}
+    for what, trial, times, told, _ in rows:
+        kept[f"| {what}", trial] = f"| {what} | {trial} | {times} | {told} |"
+    write_section(TITLE, _PAGE + "\n".join(kept.values()))
 
 
 _PAGE = """\
@@ -365,9 +350,16 @@ Written by `scripts/torture --write`. Each trial replaces a checkpoint by anothe
 config and optimizer differ. "old" and "new" are a checkpoint that is wholly the one or the other.
 
 - *crashes*: the process ends after one of its calls that change the disk (write, fsync, rename,
-  unlink, ...); at most so many of them, those of the commit among them.
-- *kills*: SIGKILL at a random time.
-- *resumes*: killed after a slab, then the same with `--resume`.
+  unlink, ...), or in the middle of a write; at most so many of them, those of the commit among
+  them.
+- *kills*: SIGKILL at a random time. The last rows are what libraries write over a file of their
+  own, killed likewise.
+- *power cuts*: a run is recorded, and then what a disk may be left with is built: of what was not
+  synced, any of a file's blocks, and the first changes of names or any of them. Once the conversion
+  is done, only "new" counts; after every fourth the next conversion has to succeed.
+- *disk faults*: a call fails with EIO, ENOSPC or EDQUOT, or all from it on: an error that names the
+  source or the target ("refused"), or it is done all the same.
+- *resumes*: killed after a slab, then the same with `--resume`: every byte as if nothing had been.
 - *interrupts*: Ctrl-C from the entry point on, which has to give exit code 130 within two seconds,
   no traceback, and nothing left but what it names.
 - *flips*: one bit of any of its files, then `check`.

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support import Arrays, canonical, write
+from support import Arrays, canonical, every_family, write
 from torch import nn
 
 import convert
 import zoo
 from convert.cli.main import cli
+from zoo.checkpoint import likely
 from zoo.checkpoint.identification import identify_header
 from zoo.checkpoint.label import Label
 from zoo.checkpoint.request import make_request
 from zoo.containers.base import TensorInfo
 from zoo.containers.errors import UsageError, ZooError
 from zoo.containers.safetensors_file import SafetensorsWriter
-from zoo.model import Config
+from zoo.layout import TREES
+from zoo.model import Config, Model
 from zoo.models.bert import MODEL as BERT
 from zoo.models.resnet import MODEL as RESNET
 from zoo.models.transformer import MODEL as TRANSFORMER
@@ -467,3 +469,19 @@ def test_absurd_prefixes_cost_nothing() -> None:
     names = {f"{'a.' * 5000}{i}.weight": TensorInfo("F32", (1,)) for i in range(2)}
     with pytest.raises(ZooError):
         identify_header(names, Label())
+
+
+@every_family()
+def test_a_large_header_is_tried_on_the_families_that_it_may_be_of(
+    model: Model, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the spelling, a family is not left out; and one whose names end otherwise is."""
+    monkeypatch.setattr(likely, "LARGE", 0)
+    layout = model.layout_of(config)
+    for tree in (*TREES, *(d.name for d in model.dialects)):
+        names = [t.name for view in layout.view(tree) for t in view.tensors]
+        below = [f"state.model.{n}" for n in names if all("." in n for n in names)]
+        for said in (names, [f"{n}.value" for n in names], below or names):  # no handful of tensors
+            assert model in likely.likely(said), tree
+    foreign = [f"model.layers.{i}.mlp.experts.{i}.up_proj.weight" for i in range(200)]
+    assert model not in likely.likely(foreign)

@@ -98,7 +98,7 @@ def test_frameworks_are_imported_at_the_top_only_where_they_belong() -> None:
         ):
             assert not below(heavy, "jax", "flax"), f"{path} imports both"
         elif (
-            path.stem in ("model_flax", "into_flax")
+            path.stem in ("model_flax", "into_flax", "into_shards")
             or "porting" in path.parts
             or ("nn" in path.parts and framework == "flax")
         ):

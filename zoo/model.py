@@ -96,6 +96,10 @@ class Model:
         for one of more tensors than any model has."""
         return _layout_of(self.layout, self.dialects, config)
 
+    def asks_for_more(self, config: Config, tensors: int) -> bool:
+        """Whether the layout of a configuration has more than so many tensors; it is not built."""
+        return next(itertools.islice(self.layout(config), tensors, None), None) is not None
+
     @functools.cached_property
     def flax_names(self) -> frozenset[str]:
         """What NNX calls the tensors of the small configurations."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ def load(
     *,
     layout: Any = None,
     seed: int = 0,
+    sharding: Any = None,
 ) -> Any:
     """The checkpoint at `path`, of any container and either framework, in a module of your own.
 
@@ -51,14 +52,17 @@ def load(
     with the checkpoint, else, for torch, by `convert.layout_of(definition)`, and for Flax by
     `convert.match(path, definition)`. `inputs`, as `verify` takes them, are for torch's lazy
     layers, which have their sizes from one run; and for a torch definition that is wanted in Flax,
-    which is then made live by `convert.to_flax(definition, inputs)`. What a user should know is a
-    `zoo.loading.LoadNotice`. Raises ZooError with everything that does not fit, before anything is
-    filled.
+    which is then made live by `convert.to_flax(definition, inputs)`. `sharding`, for a definition
+    in Flax, says which devices hold what, as `zoo.load` takes it: a process reads what its own
+    hold. What a user should know is a `zoo.loading.LoadNotice`. Raises ZooError with everything
+    that does not fit, before anything is filled.
     """
     if framework not in FRAMEWORKS:
         raise UsageError(f"there is no framework {framework!r}", "it is 'torch' or 'flax'")
     name = getattr(definition, "__qualname__", type(definition).__name__)
     module = made(definition, name, seed)
+    if sharding is not None and (framework != "flax" or framework_of(module) != "flax"):
+        raise UsageError("sharding is for a definition in Flax", "leave it out, or give one")
     if framework == "flax" and framework_of(module) == "torch":
         return _live(path, module, inputs, layout)
     if framework_of(module) != framework:
@@ -71,10 +75,12 @@ def load(
     given = None if layout is None else as_layout(layout)
     with open_checkpoint(hub.locate(path), prefer=framework) as reader:
         plan = _planned(reader, module, framework, given)
-        fill = _fill_torch if framework == "torch" else _fill_flax
         notices = [*plan.told, *plan.left.unused()]
         refuse_broken_ties(reader, plan)
-        notices += fill(module, plan, reader)
+        if framework == "torch":
+            _fill_torch(module, plan, reader)
+        else:
+            notices += _fill_flax(module, plan, reader, sharding)
     for notice in notices:
         warnings.warn(notice, LoadNotice, stacklevel=2)
     module.eval()
@@ -137,7 +143,7 @@ def _planned(reader: Reader, module: Any, framework: str, given: Layout | None) 
     return dataclasses.replace(plan, told=(*plan.told, *notices))
 
 
-def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
+def _fill_torch(module: Any, plan: Plan, reader: Reader) -> None:
     from zoo.loading import into_torch
 
     module = unwrapped(module)
@@ -156,12 +162,11 @@ def _fill_torch(module: Any, plan: Plan, reader: Reader) -> list[str]:
     if any(t.is_meta for t in state.values()):
         _check_computed(module)
         into_torch.fill(module, derive_layout(module)[0], values)
-        return []
+        return
     for name, array in values:
         if name in state:
             tensor = into_torch.owned(array)
             state[name].data = tensor.to(state[name].device)
-    return []
 
 
 def _repeated(
@@ -200,16 +205,22 @@ class _FlaxSide:
         return _problems(given, held)
 
 
-def _fill_flax(module: Any, plan: Plan, reader: Reader) -> list[str]:
-    from zoo.loading.into_flax import place
+def _fill_flax(module: Any, plan: Plan, reader: Reader, sharding: Any) -> list[str]:
+    from zoo.loading.into_flax import check_width, place
+    from zoo.loading.into_shards import read_shards, shardings
 
     side = _FlaxSide(module, plan)
     _check(reader, module, side.problems())
     for name in side.variables:  # what JAX would cut is refused before anything is filled
-        place(name, np.empty(0, dtypes.NUMPY[side.targets[name].dtype]))
-    for name, array in read_tree(plan, reader):
-        if name in side.variables:
-            side.variables[name].set_value(place(name, array))
+        check_width(name, dtypes.NUMPY[side.targets[name].dtype])
+    read: Iterable[tuple[str, Any]]
+    if sharding is None:
+        read = ((n, place(n, x)) for n, x in read_tree(plan, reader) if n in side.variables)
+    else:
+        shapes = {n: i.shape for n, i in side.targets.items() if n in side.variables}
+        read = read_shards(plan, reader, shardings(sharding, shapes))
+    for name, array in read:
+        side.variables[name].set_value(array)
     told = ", ".join(side.unwanted)
     return [f"buffers that the Flax definition does not have: {told}"] if told else []
 

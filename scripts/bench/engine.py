@@ -1,4 +1,5 @@
-"""The engine against a plain copy: every kind of conversion, `check`, `inspect` and loading.
+"""The engine against a plain copy: every kind of conversion, `check`, `inspect` and loading; with
+--growth what conversions of 1, 2, 4 and 8 GB take instead.
 
 Every job is a process of its own, run in turn with what it is held against: `cp` and `sync` of the
 same bytes for a conversion, the libraries' own way for the others. Only the ratio within a round
@@ -23,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from bench import snippets  # noqa: E402
-from bench.checkpoints import make  # noqa: E402
+from bench import growth, snippets  # noqa: E402
+from bench.checkpoints import make, make_many  # noqa: E402
 
 _MEASURE = """
 import resource, subprocess, sys, time
@@ -122,10 +123,21 @@ def others(folder: Path, path: Path, forms: dict[str, Path]) -> Iterator[Job]:
     yield inside("bert: load torch, against load_file", "load torch", "load_file", 0.7, path)
     yield inside("bert: load torch, against a read", "load torch", "read torch", 1.5, path)
     yield inside("bert: load flax, against by hand", "load flax", "by hand flax", 1.0, path)
+    yield inside(
+        "bert: load flax onto 8 devices, against by hand", "load shards", "by hand shards", 1, path
+    )
     yield inside("bert: to Orbax, against its save", "write orbax", "orbax save", 0.5, path)
     yield inside(
         "bert: from Orbax, against its restore", "read orbax", "orbax restore", 1.0, forms["orbax"]
     )
+
+
+def inspections(folder: Path) -> Iterator[Job]:
+    """What is asked for in seconds: the ratio to one second."""
+    path = make_many(folder / "many")
+    command = [sys.executable, "-m", "convert", "inspect", str(path)]
+    label = "many: inspect, 1,000 shards, 100,000 tensors, seconds"
+    yield Job(label, command, 2.0, 256, path, ["sleep", "1"])
 
 
 def measure(job: Job, folder: Path, tree: Path, idle: float) -> tuple[float, float, float]:
@@ -145,44 +157,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="jobs whose label has this")
-    parser.add_argument("--checkpoints", default="bert,decoder,single")
+    parser.add_argument("--checkpoints", default="bert,decoder,single,many")
     parser.add_argument("--shrink", type=int, default=1, help="fewer layers of the decoder")
     parser.add_argument("--tree", type=Path, default=ROOT, help="another version's source tree")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--machine", default="", help="a remark on where it was measured")
+    parser.add_argument("--growth", action="store_true", help="1, 2, 4 and 8 GB instead")
     given = parser.parse_args()
-    idle = run([sys.executable, "-c", "pass"], given.tree)[1]
-    found: dict[str, dict[str, object]] = {}
+    file = ROOT / "docs" / "performance.json"
+    if given.growth:
+        points = growth.grow(run, copy, clean, given.rounds, given.shrink, given.folder, given.tree)
+        if given.write:
+            growth.write(points, given.rounds, given.machine, file)
+        return
     for name in given.checkpoints.split(","):
-        folder = Path(tempfile.mkdtemp(dir=given.folder))
-        try:
-            jobs = [j for j in conversions(name, folder, given.shrink) if given.only in j.label]
-            rows: dict[str, list[tuple[float, float, float]]] = {j.label: [] for j in jobs}
-            for _ in range(given.rounds):
-                for job in jobs:
-                    rows[job.label].append(measure(job, folder, given.tree, idle))
-                    print(f"  {job.label}: {rows[job.label][-1][0]:.2f}", flush=True)
-        finally:
-            shutil.rmtree(folder)
-        for job in jobs:
-            ratios = sorted(r for r, _, _ in rows[job.label])
-            found[job.label] = {
-                "ratios": ratios,
-                "seconds": statistics.median(s for _, s, _ in rows[job.label]),
-                "peak": max(p for _, _, p in rows[job.label]),
-                "target": job.target,
-                "memory": job.memory,
-            }
-            middle = statistics.median(ratios)
-            print(
-                f"{job.label:44} {ratios[0]:5.2f} {middle:5.2f} {ratios[-1]:5.2f}  "
-                f"asked {job.target}  peak {found[job.label]['peak']:.0f} MB",
-                flush=True,
-            )
-    if given.write:
-        told = {"rounds": given.rounds, "machine": given.machine, "jobs": found}
-        (ROOT / "docs" / "performance.json").write_text(json.dumps(told, indent=1) + "\n")
+        found = bench(name, given)
+        if given.write:
+            told = json.loads(file.read_text()) if file.is_file() else {"jobs": {}}
+            told |= {"rounds": given.rounds, "machine": given.machine}
+            told["jobs"] |= found
+            file.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def bench(name: str, given: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """What is measured on one checkpoint: each job in each round, in turn with what it is held
+    against."""
+    idle = run([sys.executable, "-c", "pass"], given.tree)[1]
+    folder = Path(tempfile.mkdtemp(dir=given.folder))
+    try:
+        every = inspections(folder) if name == "many" else conversions(name, folder, given.shrink)
+        jobs = [j for j in every if given.only in j.label]
+        rows: dict[str, list[tuple[float, float, float]]] = {j.label: [] for j in jobs}
+        for _ in range(given.rounds):
+            for job in jobs:
+                rows[job.label].append(measure(job, folder, given.tree, idle))
+                print(f"  {job.label}: {rows[job.label][-1][0]:.2f}", flush=True)
+    finally:
+        shutil.rmtree(folder)
+    found: dict[str, dict[str, object]] = {}
+    for job in jobs:
+        ratios = sorted(r for r, _, _ in rows[job.label])
+        peak = max(p for _, _, p in rows[job.label])
+        found[job.label] = {
+            "ratios": ratios,
+            "seconds": statistics.median(s for _, s, _ in rows[job.label]),
+            "peak": peak,
+            "target": job.target,
+            "memory": job.memory,
+        }
+        print(
+            f"{job.label:44} {ratios[0]:5.2f} {statistics.median(ratios):5.2f} {ratios[-1]:5.2f}  "
+            f"asked {job.target}  peak {peak:.0f} MB",
+            flush=True,
+        )
+    return found
 
 
 if __name__ == "__main__":

@@ -36,8 +36,62 @@ def main() -> None:
         rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {limits[1]} |")
     where = f", {told['machine']}" if told.get("machine") else ""
     text = _HEAD.format(rounds=told["rounds"], where=where) + "\n".join(rows) + "\n"
+    if "growth" in told:
+        text += grown(told["growth"])
+        plot_growth(told["growth"]["points"])
     (DOCS / "performance.md").write_text(text)
     plot(jobs)
+
+
+def grown(told: dict[str, Any]) -> str:
+    """The section on size: a row for each job, a column for each size."""
+    points = told["points"]
+    sizes = sorted({p["gb"] for p in points})
+    lines = []
+    for job in dict.fromkeys(p["job"] for p in points):
+        mine = {p["gb"]: p for p in points if p["job"] == job}
+        each = [mine[s]["seconds"] / s for s in sizes]
+        seconds = " | ".join(f"{mine[s]['seconds']:.1f}" for s in sizes)
+        peak = max(p["peak"] for p in mine.values())
+        lines.append(f"| {job} | {seconds} | {min(each):.2f} to {max(each):.2f} | {peak:.0f} |")
+    head = " | ".join(f"{s:.1f} GB" for s in sizes)
+    where = f", {told['machine']}" if told.get("machine") else ""
+    return (
+        _GROWTH.format(rounds=told["rounds"], where=where)
+        + f"| job, seconds | {head} | seconds a GB | peak, MB |\n"
+        + f"|---|{'---:|' * (len(sizes) + 2)}\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+_GROWTH = """
+## Size
+
+By `scripts/bench/engine.py --growth`: decoder-shaped checkpoints in bfloat16, in shards of 1 GB,
+medians of {rounds} rounds{where}.
+
+![Seconds and size](growth.png)
+
+"""
+
+
+def plot_growth(points: list[dict[str, Any]]) -> None:
+    """Seconds against GB, a line for each job."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for job in dict.fromkeys(p["job"] for p in points):
+        mine = sorted((p["gb"], p["seconds"]) for p in points if p["job"] == job)
+        axes.plot(*zip(*mine, strict=True), "o-", label=job)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("GB")
+    axes.set_ylabel("seconds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(DOCS / "growth.png", dpi=110)
 
 
 def plot(jobs: dict[str, dict[str, Any]]) -> None:

@@ -55,6 +55,19 @@ for entry in layout.entries:
     flat[key] = flat[key].replace(jnp.asarray(array))
 nnx.update(abstract, nnx.from_flat_state(flat.items()))
 """
+_EIGHT = """
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("model",))
+def spec(name, shape):
+    axes = [a for a, n in enumerate(shape) if n % 8 == 0]
+    return P(*(None,) * axes[-1], "model") if axes else P()
+"""
+_BY_HAND_ON_EIGHT = _BY_HAND.replace(
+    "jnp.asarray(array)",
+    "jax.device_put(array, NamedSharding(mesh, spec('', array.shape)))",
+)
 _ORBAX = """
 import numpy as np, orbax.checkpoint as ocp
 from safetensors.numpy import load_file
@@ -98,6 +111,17 @@ SNIPPETS: dict[str, dict[str, str]] = {
         f"from safetensors.numpy import load_file\n{_BERT}"
         "definition = found.model.definition('flax')",
         "job": _BY_HAND,
+    },
+    "load shards": {
+        "setup": f"{_EIGHT}import zoo, zoo.loading.into_flax\n{_BERT}"
+        "found.model.definition('flax')",
+        "job": "net = zoo.load(path, 'flax', model='bert_large_uncased', sharding=(mesh, spec))",
+    },
+    "by hand shards": {
+        "setup": f"{_EIGHT}import jax.numpy as jnp\nfrom flax import nnx\n"
+        f"from safetensors.numpy import load_file\n{_BERT}"
+        "definition = found.model.definition('flax')",
+        "job": _BY_HAND_ON_EIGHT,
     },
     "write orbax": {
         "setup": "import convert.api",

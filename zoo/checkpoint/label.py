@@ -195,8 +195,11 @@ def read_config_file(path: Path, weights: Path | None = None) -> Label:
         if ours and model.hf_type and model.from_hf:
             try:
                 config = override(model.from_hf(data), {})
-            except (TypeError, ValueError, ArithmeticError, UsageError) as e:
-                e = ValueError(e.problem) if isinstance(e, UsageError) else e
+            except UsageError as e:
+                raise _bad(str(path), e.problem) from None
+            except (TypeError, ArithmeticError) as e:
+                raise _bad(str(path), f"it describes an impossible {model.name}: {e}") from None
+            except ValueError as e:
                 raise UsageError(
                     f"{path} describes a {model.name} that is not in the zoo: {e}",
                     "convert another checkpoint, or say what this one is with --config",
@@ -272,7 +275,10 @@ def _from_zoo(data: Mapping[str, Any], source: str, where: Path) -> Label:
         # Earlier versions wrote null instead of a list.
         unknown = listed | {k for k, v in fields.items() if v is None and k in model.unknown}
         known = {k: v for k, v in fields.items() if k not in unknown}
-        config = override(model.config(), {**model.placeholders, **known})
+        try:
+            config = override(model.config(), {**model.placeholders, **known})
+        except UsageError as e:
+            raise _bad(source, e.problem) from None
         return Label(model, config, unknown, **_besides_config(data), source=source)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _bad(source, f"{type(e).__name__}: {e}") from None

@@ -20,13 +20,14 @@ def parts(names: Collection[str], total: int, what: Callable[[str], str | None])
     below it, and not all of the tensors, nor next to none. Nothing is returned where what is found
     is less than a third of `names`.
     """
+    weights = [n for n in names if all(map(is_weight, n.split(".", 2)[:2]))]
+    bare = [n.partition(".")[2] if n.partition(".")[0] in COLLECTIONS else n for n in weights]
     sizes: Counter[str] = Counter()
-    weights = [n for n in names if all(map(is_weight, n.split(".")[:2]))]
-    for name in weights:
-        head, *path = name.split(".")
-        path = path if head in COLLECTIONS else [head, *path]
-        for depth in range(1, min(len(path) - 1, _DEEPEST + 1)):
-            sizes[".".join(path[:depth])] += 1
+    for depth in range(1, _DEEPEST + 1):  # below what is too small nothing is looked at
+        above = [_above(n, depth) for n in bare]
+        sizes.update(prefix for prefix in above if prefix)
+        pairs = zip(bare, above, strict=True)
+        bare = [n for n, prefix in pairs if prefix and sizes[prefix] * _LEAST >= total]
     found: dict[str, str] = {}
     for prefix, size in sorted(sizes.items(), key=lambda item: (item[0].count("."), item[0])):
         within = any(prefix.startswith(f"{other}.") for other in found)
@@ -35,6 +36,12 @@ def parts(names: Collection[str], total: int, what: Callable[[str], str | None])
         if told := what(prefix):
             found[prefix] = told
     return found if 3 * sum(sizes[p] for p in found) >= len(weights) else {}
+
+
+def _above(name: str, depth: int) -> str:
+    """The first parts of a name, so many; nothing where there is no module below them."""
+    path = name.split(".", depth + 1)
+    return ".".join(path[:depth]) if len(path) == depth + 2 else ""
 
 
 def several(offered: Mapping[str, str]) -> ZooError:

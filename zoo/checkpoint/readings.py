@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zoo.checkpoint.label import Label
+from zoo.checkpoint.likely import likely
 from zoo.checkpoint.peel import Peeled, levels
 from zoo.checkpoint.problems import Problems
 from zoo.checkpoint.request import Request
 from zoo.containers.base import TensorInfo
-from zoo.containers.errors import UsageError
+from zoo.containers.errors import CorruptInput, UsageError
 from zoo.layout import (
     COLLECTED,
     STACKED,
@@ -28,7 +29,6 @@ from zoo.layout import (
 )
 from zoo.layout.renames import below_collection
 from zoo.model import Config, Model, override
-from zoo.registry import families
 
 _AUTOMATIC = re.compile(r"\.[A-Z][A-Za-z0-9]*_\d+\.")  # what @nn.compact calls its modules
 
@@ -92,11 +92,16 @@ def readings(
         return
     only = request.model or label.model
     stated_by = label.source if request.config is None and label.config is not None else ""
+    if stated_by and only is label.model:
+        _refuse_absurd(label, len(tensors))
+    models = [only] if only else likely(tensors)
+    if not models:
+        return
     every = [
         (peeled, {n: tensors[s].shape for n, s in peeled.names.items()})
         for peeled in levels(tensors, request.prefix, found=True)
     ]
-    for model in [only] if only else families().values():
+    for model in models:
         dialects = [d.name for d in model.dialects if d.tree in trees]
         for peeled, shapes in every:
             for tree in (*trees, *dialects):
@@ -106,6 +111,18 @@ def readings(
                     yield replace(
                         bare, model=model, config=config, unknown=unknown, stated_by=stated_by
                     )
+
+
+def _refuse_absurd(label: Label, tensors: int) -> None:
+    """CorruptInput where a file's config asks for far more tensors than the checkpoint has, before
+    they are all named: a config may say 10^9 layers."""
+    most = 4096 + 64 * tensors  # layers may be stacked
+    if label.model is not None and label.model.asks_for_more(label.config, most):
+        raise CorruptInput(
+            f"{label.source} asks for a model of more than {most} tensors, and the checkpoint has "
+            f"{tensors}",
+            "mend or remove it, and say what it is with --model or --config",
+        )
 
 
 def _readings_of(

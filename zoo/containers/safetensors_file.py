@@ -11,6 +11,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -69,9 +70,9 @@ class SafetensorsReader(SpanReader):
         data = 8 + length
         spans = []
         for name, item in header.items():
-            self.tensors[name], start = self._parse_item(name, item)
-            self._spans[name] = (Span(data + start, self.tensors[name].nbytes),)
-            spans.append((start, start + self.tensors[name].nbytes, name))
+            self.tensors[name], start, stop = self._parse_item(name, item)
+            self._spans[name] = (Span(data + start, stop - start),)
+            spans.append((start, stop, name))
         end = 0
         for start, stop, name in sorted(spans):
             if start != end:
@@ -90,7 +91,7 @@ class SafetensorsReader(SpanReader):
             raise CorruptInput(f"{self.path}: __metadata__ is not a map of strings", _AGAIN)
         return metadata
 
-    def _parse_item(self, name: str, item: Any) -> tuple[TensorInfo, int]:
+    def _parse_item(self, name: str, item: Any) -> tuple[TensorInfo, int, int]:
         match item:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]} if (
                 type(start) is type(stop) is int
@@ -111,7 +112,7 @@ class SafetensorsReader(SpanReader):
                 f"{self.path}: {name} needs {info.nbytes} bytes, its range has {stop - start}",
                 _AGAIN,
             )
-        return info, start
+        return info, start, stop
 
 
 class SafetensorsWriter(SpanWriter):
@@ -198,7 +199,8 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
     Stricter than `json.loads`: UTF-8 only, no name twice in one object, no lone surrogates.
     """
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_object)
+        # UTF-8 has no lone surrogates; an escape may be one.
+        value = json.loads(raw.decode(), object_pairs_hook=_object if b"\\u" in raw else _unique)
     except (ValueError, RecursionError) as e:
         raise CorruptInput(f"{what} cannot be read: {e}", _AGAIN) from None
     if not isinstance(value, dict):
@@ -207,14 +209,17 @@ def parse_json(raw: bytes, what: str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the name {name!r} stands twice")
-        for text in (name, value):
-            if isinstance(text, str) and not _is_unicode(text):
-                raise ValueError(f"{text!r} is not valid Unicode")
-        result[name] = value
+    for text in (text for pair in pairs for text in pair):
+        if isinstance(text, str) and not _is_unicode(text):
+            raise ValueError(f"{text!r} is not valid Unicode")
+    return _unique(pairs)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise ValueError(f"the name {twice!r} stands twice")
     return result
 
 

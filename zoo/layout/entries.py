@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,17 +70,19 @@ class View:
 
 def of_kind(kind: str, module: str, leaf: str, shape: Shape) -> Entry:
     """The entry of tensor `module.leaf`, whose counterpart follows from its kind."""
+    ops, flax, flax_shape, collection = _counterpart(kind, leaf, shape)
+    prefix = f"{module}." if module else ""
+    torch = Tensor(prefix + leaf, shape)
+    return Entry(kind, (torch,), (Tensor(prefix + flax, flax_shape),), ops, collection)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counterpart(kind: str, leaf: str, shape: Shape) -> tuple[Ops, str, Shape, str]:
+    """Of a leaf, what layers of one size share: the ops, name and shape in Flax, the collection."""
     there = kinds()[kind].leaves[leaf]
     ops: Ops = (Permute(there.axes),) if there.axes else ()
-    prefix = f"{module}." if module else ""
     (flax_shape,) = run_shapes(ops, [shape])
-    return Entry(
-        kind,
-        (Tensor(prefix + leaf, shape),),
-        (Tensor(prefix + there.nnx, flax_shape),),
-        ops,
-        there.collection,
-    )
+    return ops, there.nnx, flax_shape, there.collection
 
 
 def linear(module: str, n_in: int, n_out: int, bias: bool = True) -> Iterator[Entry]:

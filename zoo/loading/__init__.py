@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from zoo.containers.dtypes import dtype_code
 from zoo.containers.errors import MissingExtra, UsageError
 from zoo.containers.regions import whole
 from zoo.containers.strided import copy
-from zoo.layout import Shape, Tree
+from zoo.layout import Tree
 from zoo.layout.ops import run
 from zoo.loading.fresh import initial
+from zoo.loading.memory import Empty, aligned
 from zoo.model import Config, Model, override
 
 FRAMEWORKS = ("torch", "flax")
-_LINE = 64  # bytes to which JAX wants its memory aligned
-Empty = Callable[[Shape, np.dtype], np.ndarray]  # memory for a tensor
 
 
 class LoadNotice(UserWarning):
@@ -84,6 +82,7 @@ def load(
     seed: int = 0,
     prefix: str | None = None,
     check_hashes: bool = False,
+    sharding: Any = None,
     **overrides: Any,
 ) -> Any:
     """The model in a checkpoint of any container and either framework, in eval mode.
@@ -95,9 +94,19 @@ def load(
     no longer fits starts afresh from `seed`, and a LoadNotice names it. `check_hashes` holds it
     against its certificate first (see `zoo.checkpoint.intact.check`).
 
+    `sharding`, in Flax, says which devices hold what, and a process then reads only what its own
+    hold. It is a jax.sharding.Sharding for every tensor; or `(mesh, rules)`, where rules are pairs
+    of a regular expression, looked for in the tensor's NNX path joined with dots, and a
+    PartitionSpec, and the first that is found counts; or a tree of Shardings, as
+    `nnx.get_named_sharding(state, mesh)` gives it; or a function of name and shape. In place of
+    rules, `(mesh, ...)` takes one PartitionSpec, a tree of them or a function too. Axes are those
+    of the Flax tensor.
+
     Raises ZooError (see `zoo.containers.errors`) with everything that does not fit, in one message.
     """
     _framework(framework)
+    if sharding is not None and framework != "flax":
+        raise UsageError("sharding is JAX's", 'give it with framework="flax"')
     request = make_request(model, config, prefix=prefix)
     path = hub.locate(source)
     if check_hashes:
@@ -111,10 +120,12 @@ def load(
         plan = transfer(plan, override(plan.config, overrides)) if overrides else plan
         for notice in (*plan.told, *plan.left.unused()):
             warnings.warn(notice, LoadNotice, stacklevel=2)
-        refuse_broken_ties(reader, plan)
-        values = itertools.chain(
-            read_tree(plan, reader, memory_of(framework)), _fresh(plan, seed, code)
-        )
+        fresh = _fresh(plan, seed, code)
+        if sharding is not None:
+            values: Iterable[tuple[str, Any]] = _sharded(plan, reader, sharding, fresh)
+        else:
+            refuse_broken_ties(reader, plan)
+            values = itertools.chain(read_tree(plan, reader, memory_of(framework)), fresh)
         return build_from_tree(family, plan.config, framework, values, dtype, seed)
 
 
@@ -146,16 +157,17 @@ def build_from_tree(
     model: Model,
     config: Config,
     framework: str,
-    values: Iterable[tuple[str, np.ndarray]],
+    values: Iterable[tuple[str, Any]],
     dtype: Any = None,
     seed: int = 0,
 ) -> Any:
-    """A module in eval mode from the tensors of its framework's tree, which it takes over one by
-    one: no more than one is held twice. UsageError for dtypes in which no layer computes."""
+    """A module in eval mode from the tensors of its framework's tree, NumPy's or JAX's, which it
+    takes over one by one: no more than one is held twice. UsageError for dtypes in which no layer
+    computes."""
     entries = model.layout_of(config).entries
     weights = {t.name for e in entries if e.constant is None for t in (*e.torch, *e.flax)}
 
-    def checked() -> Iterator[tuple[str, np.ndarray]]:
+    def checked() -> Iterator[tuple[str, Any]]:
         for name, array in values:
             code = dtypes.code_of(array.dtype)
             if name in weights and (code.startswith("F8") or not dtypes.is_float(code)):
@@ -180,6 +192,28 @@ def build_from_tree(
         raise
 
 
+def _sharded(
+    plan: Plan, reader: Reader, asked: Any, fresh: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, Any]]:
+    """The target's tensors on their devices. All that does not fit is an error before any is."""
+    try:
+        from zoo.loading import into_flax, into_shards
+    except ModuleNotFoundError:
+        raise MissingExtra("loading into flax", "flax") from None
+    infos = plan.target_tensors()
+    shapes = {name: info.shape for name, info in infos.items()}
+    for view in plan.layout.view(plan.target_tree) if plan.fresh else ():
+        if view.entry.torch[0].name in plan.fresh:
+            shapes |= {t.name: t.shape for t in view.tensors}
+    found = into_shards.shardings(asked, shapes)
+    for name, info in infos.items():
+        into_flax.check_width(name, dtypes.NUMPY[info.dtype])
+    refuse_broken_ties(reader, plan)
+    return itertools.chain(
+        into_shards.read_shards(plan, reader, found), into_shards.spread(fresh, found)
+    )
+
+
 def memory_of(framework: str) -> Empty:
     """What gives the memory in which a framework keeps its tensors. MissingExtra without it."""
     if framework == "flax":
@@ -202,14 +236,6 @@ def read_tree(
         yield from zip(step.targets, arrays, strict=True)
     for made in plan.made:
         yield made.name, made.value()
-
-
-def aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """An array in memory that JAX takes over without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _LINE, np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _read(reader: Reader, own: Buffers, step: Step, empty: Empty) -> list[np.ndarray]:

@@ -13,21 +13,30 @@ import numpy as np
 from flax import nnx
 
 from zoo.containers.errors import UsageError
+from zoo.loading.into_shards import on_every_device
 from zoo.model import Config, Model, with_config
 
 
 def build(
     model: Model,
     config: Config,
-    values: Iterable[tuple[str, np.ndarray]],
+    values: Iterable[tuple[str, np.ndarray | jax.Array]],
     dtype: str | None,
     seed: int,
 ) -> Any:
     """The NNX twin holding `values` (paths joined with dots), in eval mode.
 
+    Arrays of JAX's stay where they are; random keys are then on all devices that hold the first.
     Raises UsageError where JAX would change a dtype behind the caller's back.
     """
-    arrays = {name: place(name, array) for name, array in values}
+    arrays: dict[str, jax.Array] = {}
+    like: jax.sharding.Sharding | None = None
+    for name, array in values:
+        if isinstance(array, jax.Array):
+            like = like or array.sharding
+            arrays[name] = array
+        else:
+            arrays[name] = place(name, array)
     floats = {a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
     param_dtype = jnp.result_type(*floats) if floats else jnp.float32
     compute = None if dtype is None else jnp.dtype(dtype)
@@ -49,24 +58,33 @@ def build(
         name = ".".join(str(p) for p in path)
         if isinstance(variable, nnx.RngKey):
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-            return variable.replace(key)
+            return variable.replace(key if like is None else on_every_device(key, like))
         if isinstance(variable, nnx.RngCount):
-            return variable.replace(jnp.zeros((), jnp.uint32))
-        return variable.replace(arrays[name] if name in arrays else tables()[name])
+            count = jnp.zeros((), jnp.uint32)
+            return variable.replace(count if like is None else on_every_device(count, like))
+        if name not in arrays:
+            table = tables()[name]
+            return variable.replace(table if like is None else on_every_device(table, like))
+        return variable.replace(arrays[name])
 
     filled = nnx.merge(graph, nnx.map_state(fill, abstract))
     filled.eval()
     return filled
 
 
-def place(name: str, array: np.ndarray) -> jax.Array:
-    """The array as JAX's; UsageError where JAX would change its dtype."""
-    wide = array.dtype.itemsize == 8 and array.dtype.kind != "c"
+def check_width(name: str, dtype: np.dtype) -> None:
+    """UsageError where JAX would change the dtype."""
+    wide = dtype.itemsize == 8 and dtype.kind != "c"
     if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UsageError(
-            f"{name} is {array.dtype.name}: JAX would cut its 64 bits to 32",
+            f"{name} is {dtype.name}: JAX would cut its 64 bits to 32",
             "set jax_enable_x64 to keep them, or give param_dtype='float32'",
         )
+
+
+def place(name: str, array: np.ndarray) -> jax.Array:
+    """The array as JAX's; UsageError where JAX would change its dtype."""
+    check_width(name, array.dtype)
     # Aligned memory becomes JAX's without a copy.
     made: jax.Array = jax.device_put(array)
     return made

@@ -76,7 +76,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.num_labels > 1 << 20:  # a config.json names each
-            raise ValueError(f"num_labels {self.num_labels} is more than {1 << 20}")
+            raise OverflowError(f"num_labels {self.num_labels} is more than {1 << 20}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by "

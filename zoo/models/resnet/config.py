@@ -28,7 +28,7 @@ class Config:
         if not all(type(n) is int and n > 0 for n in self.layers):
             raise ValueError(f"{self.layers} are not all whole numbers above zero")
         if self.num_classes > 1 << 20:  # a config.json names each
-            raise ValueError(f"num_classes {self.num_classes} is more than {1 << 20}")
+            raise OverflowError(f"num_classes {self.num_classes} is more than {1 << 20}")
         if self.block not in EXPANSION:
             raise ValueError(f"block {self.block!r} is none of {', '.join(EXPANSION)}")
         if len(self.layers) != 4:

@@ -43,7 +43,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.num_experts > 1 << 16:
-            raise ValueError(f"num_experts {self.num_experts} is more than {1 << 16}")
+            raise OverflowError(f"num_experts {self.num_experts} is more than {1 << 16}")
         if self.dense_act_fn not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise ValueError(f"dense_act_fn {self.dense_act_fn!r} is none of {known}")
