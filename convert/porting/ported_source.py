@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.porting.evaluate import Evaluation
+from convert.porting.image_axes.moved import Moved
+from convert.porting.image_axes.writer import Writer
 from convert.porting.port_proof import LivePair, flax_state, prove
-from convert.porting.program_of import Ported
-from convert.porting.rendering.module_file import ModuleFile, module_file
+from convert.porting.program_of import ImageAxes, Ported
+from convert.porting.rendering.module_file import ModuleFile
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
@@ -48,6 +50,7 @@ class PortedSource:
     imported: Imported = field(repr=False)
     file: ModuleFile = field(repr=False)
     inputs: Any = field(repr=False)
+    moved: Moved = field(repr=False)  # what lies otherwise than in torch
 
     def __str__(self) -> str:
         return self.source
@@ -58,6 +61,7 @@ class PortedSource:
 
         made = self.imported.net()
         state = flax_state(self.module, ByName(self.layout))
+        state = self.moved.state(state, self.layout)
         fill(made, {n: placed(n, x.copy()) for n, x in state.items()})
         return made
 
@@ -82,6 +86,7 @@ def ported(
     arguments: dict[str, dict[str, Any]],
     *,
     others: Sequence[Any] = (),
+    image_axes: ImageAxes = "last",
     verify: bool = True,
     untested: bool = False,
 ) -> PortedSource:
@@ -95,25 +100,26 @@ def ported(
         graph = traced_graph(module, first, (), calls=True)
         program.evaluations[False] = Evaluation(graph, {})
 
-        def render(graph: Graph) -> ModuleFile:
-            return module_file(graph, module, program.layout, "HEADER", arguments)
-
-        file = render(graph)
+        writer = Writer(module, program.layout, arguments, image_axes)
+        file, moved = writer.first(graph)
+        program.layout = moved.layout(program.layout)
+        program.by_name = ByName(program.layout)
         if "rng=rngs" in file.source:
             raise NotRendered("it draws random numbers in eval mode")
         imported = Imported(file)
         if verify:
             fitting = [one for one in calls if not graph.misfits(shapes_of(one))]
-            source = SourceProgram(program, imported, render)
+            source = SourceProgram(program, imported, writer.file, moved)
             prove(LivePair(module, source), first, fitting, gradients=False)
         # A live module is traced anew for sizes that a graph is not for: a file is not.
         left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
+        program.report.notices += [*writer.notices, *moved.told()]
         program.report.notices += _left_out(module, first, graph, file.layers)
     text = file.source.replace("HEADER", _header(module, program.report), 1)
     return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file,
-        dict(calls[0].arguments),
+        dict(calls[0].arguments), moved,
     )  # fmt: skip
 
 

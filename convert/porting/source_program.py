@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.porting.image_axes.moved import Moved
 from convert.porting.program_of import TorchProgram
 from convert.porting.rendering.module_file import ModuleFile
 from convert.program.graph import Graph
@@ -59,11 +60,15 @@ class SourceProgram(TorchProgram):
     """A program that runs what was written, and not its graph."""
 
     def __init__(
-        self, program: TorchProgram, imported: Imported, render: Callable[[Graph], ModuleFile]
+        self,
+        program: TorchProgram,
+        imported: Imported,
+        render: Callable[[Graph], ModuleFile],
+        moved: Moved,
     ) -> None:
         vars(self).update(vars(program))
         vars(self).pop("_jitted", None)
-        self.imported, self.render = imported, render
+        self.imported, self.render, self.moved = imported, render, moved
 
     @property
     def states_precision(self) -> bool:
@@ -75,15 +80,15 @@ class SourceProgram(TorchProgram):
         differs in dtypes alone."""
         own = graph is self.evaluation(False).graph
         imported = self.imported if own else Imported(self.render(graph))
-        return SourceProgram(super().twin(graph, training), imported, self.render)
+        return SourceProgram(super().twin(graph, training), imported, self.render, self.moved)
 
     def _traced(
         self, training: bool, state: dict[str, Any], constants: dict, arrays: list, key: Any
     ) -> tuple[list[Any], dict[str, Any]]:
         net = self.imported.net()
-        fill(net, state | constants)
+        fill(net, self.moved.state(state | constants, self.layout))
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
-        call = self.called(dict(zip(found, arrays, strict=True)))
+        call = self.called(self.moved.given(dict(zip(found, arrays, strict=True))))
         try:
             with _exact_attention():
                 result = net(**call)
@@ -97,7 +102,7 @@ class SourceProgram(TorchProgram):
                 [_line_of(e)],
             ) from e
         _, leaves = taken_apart(result, "", lambda _, x: x)
-        return [x for x in leaves if is_array(x)], {}
+        return self.moved.back(self.paths(), [x for x in leaves if is_array(x)]), {}
 
     def called(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call, of the arrays by their paths."""

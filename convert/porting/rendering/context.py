@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from convert.porting.image_axes.moved import Moved
 from convert.porting.rendering.argument_text import numbers, reached, tree_text
 from convert.porting.rendering.held_arrays import HeldArrays
 from convert.porting.rendering.layer_calls import LayerCalls
@@ -23,13 +24,14 @@ from convert.program.nesting import LEAF, Nesting
 
 class Context:
     """See the module's first lines. `taken` are names that the file has from elsewhere, and that no
-    class of it can have; `tuples` the NamedTuples that the model returns."""
+    class of it can have; `tuples` the NamedTuples that the model returns; `moved` says what has other
+    axes than in torch."""
 
-    def __init__(self, tree: Tree, by_name: ByName, module: Any) -> None:
-        self.tree, self.by_name = tree, by_name
-        self.layers = LayerCalls(tree)
+    def __init__(self, tree: Tree, by_name: ByName, module: Any, moved: Moved) -> None:
+        self.tree, self.by_name, self.moved = tree, by_name, moved
+        self.layers = LayerCalls(tree, moved.layers)
         self.signatures = Signatures(tree, self.layers)
-        self.held = HeldArrays(tree, by_name, module)
+        self.held = HeldArrays(tree, by_name, module, moved.tensors)
         self.tuples: dict[str, tuple[str, ...]] = {}
         lines = {line for layer in self.layers.texts.values() for line in layer.imports}
         imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}

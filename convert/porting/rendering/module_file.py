@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.porting.image_axes.moved import Moved
 from convert.porting.rendering.class_arguments import WrittenClass
 from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
@@ -57,16 +58,19 @@ def module_file(
     layout: Layout,
     header: str,
     constructed: Mapping[str, Mapping[str, Any]] | None = None,
+    moved: Moved | None = None,
 ) -> ModuleFile:
     """The port of a module whose graph has its calls noted. `constructed` are the plain arguments
-    that the constructors of its parts were given, by path."""
+    that the constructors of its parts were given, by path. `moved` says what of the graph and the
+    layout has other axes than torch's."""
     by_name = ByName(layout)
 
     def home(name: str) -> str:
         entry = by_name.flax_of(name)
         return entry.flax[0].name if entry is not None else name
 
-    context = Context(Tree(graph, module, home), by_name, module)
+    moved = moved or Moved(graph)
+    context = Context(Tree(graph, module, home, moved.orders), by_name, module, moved)
     for _ in range(_ROUNDS):
         with contextlib.suppress(Again):
             return _File(context, Classes(context, constructed or {}), header).file()
@@ -119,6 +123,10 @@ class _File:
             "Array": "from jax import Array",
         }
         lines = {"from __future__ import annotations", "from flax import nnx"}
+        if self.context.moved.layers:
+            names = ("adaptive_avg_pool", "avg_pool", "interpolate", "max_pool", "pixel_shuffle")
+            called = {n for n in names if re.search(rf"(?<![.\w]){n}\(", body)}
+            known |= {n: f"from zoo.nn.pool_flax import {n}" for n in called - self.context.rules.names}
         lines |= {line for name, line in known.items() if name in words}
         lines |= {*self.classes.imports, *more}
         if self.context.held.arrays:
@@ -197,9 +205,9 @@ class _File:
             if isinstance(line, Loop):
                 yield f"{margin}{line.header()}"
                 for one in line.lines:
-                    yield f"{margin}{INDENT}{_plain(str(one))}"
+                    yield from _written(one, margin + INDENT)
             else:
-                yield f"{margin}{_plain(str(line))}"
+                yield from _written(line, margin)
 
     def _parameter(self, name: str, written: WrittenClass) -> str:
         every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
@@ -226,6 +234,12 @@ class _File:
             kind = self.context.tree.type_of(values[0])
             return "Array" if isinstance(kind, ArrayType) else "Any"
         return "tuple[Any, ...]" if values else "None"
+
+
+def _written(line: Line, margin: str) -> Iterator[str]:
+    if line.comment:
+        yield f"{margin}# {line.comment}"
+    yield f"{margin}{_plain(str(line))}"
 
 
 def _type(values: Any) -> str:
