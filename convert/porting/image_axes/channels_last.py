@@ -10,7 +10,7 @@ with channels last (`Wishes`) are turned where they are made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert.porting.image_axes.emitting import Emitting
@@ -18,7 +18,7 @@ from convert.porting.image_axes.image_layer_axes import NoSuchAxes
 from convert.porting.image_axes.moved import Moved
 from convert.porting.image_axes.moves import Moves
 from convert.porting.image_axes.orders import Order, channels_moved, in_order, plain
-from convert.porting.image_axes.traversal import shape_of, steps
+from convert.porting.image_axes.traversal import Step, steps
 from convert.porting.image_axes.wishes import Wishes
 from convert.porting.rendering.layer_calls import LayerCalls
 from convert.porting.rendering.scopes import Tree
@@ -40,28 +40,29 @@ def channels_last(graph: Graph, module: Any, layout: Layout) -> Moved | None:
     layers = LayerCalls(tree)
     every = list(steps(tree.root, layers))
     try:
-        wishes = Wishes(tree, every)
-        if not wishes.images:
+        if not Wishes(tree, every).images:
             return None
+        alone = _run(tree, every, {}, {})
+        wishes = Wishes(tree, every, alone.lies())
         inputs = {
             p.value: order
             for p in graph.of_kind("input")
             if (order := wishes.of.get(p.value)) is not None and channels_moved(order)
         }
-        first = _run(tree, layers, wishes, inputs)
+        first = _run(tree, every, wishes.of, inputs)
         held = _turned(tree, first, by_name)
-        done = _run(tree, layers, wishes, inputs | held) if held else first
+        done = _run(tree, every, wishes.of, inputs | held) if held else first
     except NoSuchAxes:
         return None
     return _moved(tree, done, inputs | held)
 
 
 def _run(
-    tree: Tree, layers: LayerCalls, wishes: Wishes, placed: Mapping[int, Order]
+    tree: Tree, every: Sequence[Step], wanted: Mapping[int, Order], placed: Mapping[int, Order]
 ) -> Emitting:
-    out = Emitting(tree, wishes.of, placed)
+    out = Emitting(tree, wanted, placed)
     moves = Moves(out)
-    for step in steps(tree.root, layers):
+    for step in every:
         moves.step(step)
     return out
 
@@ -123,8 +124,3 @@ def _moved(tree: Tree, out: Emitting, placed: Mapping[int, Order]) -> Moved:
         {name: order for (kind, name), order in told if kind != "input"},
         out.reasons,
     )
-
-
-def shapes(tree: Tree, values: list[int]) -> list[tuple[Any, ...]]:
-    """The shapes of arrays in torch's axes."""
-    return [shape_of(tree, v) for v in values]

@@ -55,6 +55,10 @@ class Emitting:
         """The order in which an array lies."""
         return self.orders.get(self.now[value], plain(len(shape_of(self.tree, value))))
 
+    def lies(self) -> dict[int, Order]:
+        """The orders of the arrays that do not lie as in torch, by their old values."""
+        return {v: self.orders[new] for v, new in self.now.items() if new in self.orders}
+
     def _lies(self, new: int, shape: Sequence[Any], order: Order) -> None:
         kind = self.types[new]
         self.types[new] = ArrayType(tuple(in_order(shape, order)), kind.dtype)

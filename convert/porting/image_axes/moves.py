@@ -321,7 +321,8 @@ class Moves:
         gone = listed(dims, len(lies))
         if "squeeze" in node.op:
             shape = shape_of(self.tree, node.args[0].value)
-            gone = [d for d in gone if shape[d] == 1]
+            if len(shape_of(self.tree, node.made)) != len(shape) - len(gone):
+                gone = [d for d in gone if shape[d] == 1]
         args, kwargs = self._with(step, node, (1, "dim"), self._counted(dims, lies))
         order = without(lies, gone)
         self.out.give(step, node.op, args, kwargs, self._orders(node, order))
@@ -339,8 +340,7 @@ class Moves:
     def _padded(self, step: Step, node: GraphNode, lies: Order) -> bool:
         """torch counts pads from the last axis on."""
         n, pads = len(lies), argument(node, (1, "pad"), argument(node, (1, "padding")))
-        if not all(isinstance(p, int) for p in pads):
-            return False
+        pads = mapped(list(pads), lambda r: ValueRef(self.out.now[r.value]), lambda d: d)
         around = [(0, 0)] * (n - len(pads) // 2)
         around += list(zip(pads[::2], pads[1::2], strict=True))[::-1]
         kept = in_order(around, lies)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
 
-from convert.program.graph import evaluate
+from convert.porting.rendering.sizes import sampled
 
 Order = tuple[int, ...]
 Size = int | str
@@ -65,26 +64,12 @@ def before_permuted(order: Order, axes: Order) -> Order:
 # -- reshapes -----------------------------------------------------------------------------------
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]  # axes before and after, of one product
-_SYMBOL = re.compile(r"\b[a-z]+\d+\b")
-_SAMPLES = (64 * 3, 64 * 5, 64 * 7, 64 * 11, 64 * 13, 64 * 17, 64 * 19)
-
-
-def _number(size: Size) -> int:
-    """A size of these symbols, each some number: two sizes that are equal for it are equal."""
-    if isinstance(size, int):
-        return size
-    names = sorted(set(_SYMBOL.findall(size)))
-    known = {n: _SAMPLES[sum(map(ord, n)) % 7] * (1 + int(n.lstrip("abcdefghijklmnopqrstuvwxyz")))
-             for n in names}  # fmt: skip
-    return int(evaluate(size, known))
-
-
 def blocks(before: Sequence[Size], after: Sequence[Size]) -> list[Block] | None:
     """The smallest groups of axes that a reshape makes into one another; axes of size 1 are in
     none. None where the sizes do not tell."""
     try:
-        old = [(a, n) for a, s in enumerate(before) if (n := _number(s)) != 1]
-        new = [(a, n) for a, s in enumerate(after) if (n := _number(s)) != 1]
+        old = [(a, n) for a, s in enumerate(before) if (n := sampled(s)) != 1]
+        new = [(a, n) for a, s in enumerate(after) if (n := sampled(s)) != 1]
     except Exception:  # an expression that these numbers are not for
         return None
     made: list[Block] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from convert.porting.image_axes.axis_operations import (
     ALONG,
@@ -34,10 +34,13 @@ from convert.program.graph import GraphNode
 
 class Wishes:
     """`of` are the orders that arrays are wanted in, by value: where several are, that of the
-    first who asks. `images`: whether anything asks by itself."""
+    first who asks. `images`: whether anything asks by itself. `lies` are the orders that arrays
+    have where nobody asks."""
 
-    def __init__(self, tree: Tree, every: Sequence[Step]) -> None:
-        self.tree = tree
+    def __init__(
+        self, tree: Tree, every: Sequence[Step], lies: Mapping[int, Order] | None = None
+    ) -> None:
+        self.tree, self.lies = tree, lies or {}
         self.of: dict[int, Order] = {}
         self.images = False
         for step in reversed(every):
@@ -70,9 +73,12 @@ class Wishes:
         if n > 2 and image_operation(node, self.tree) is not None:
             self.images = True
             self._ask(taken[0], last(n))
-        elif wanted is None:
             return
-        elif node.op == GETITEM:
+        if node.op in elementwise() or node.op == "aten.cat.default":
+            wanted = wanted or self.lies.get(node.made)  # what stands beside an image follows it
+        if wanted is None:
+            return
+        if node.op == GETITEM:
             self.of[taken[0]] = wanted  # of a list: of all its arrays
         elif node.op in elementwise():
             for value in taken:

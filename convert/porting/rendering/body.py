@@ -12,7 +12,7 @@ from convert.porting.rendering.context import Context
 from convert.porting.rendering.names import Frames, Names
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
-from convert.porting.rendering.sizes import Unpacked, composed, unpackings
+from convert.porting.rendering.sizes import Unpacked, composed, same_size, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines
 from convert.porting.rendering.statements import Body, Line, words
 from convert.porting.rules.elementwise import COPIES
@@ -239,7 +239,7 @@ class _Writing:
         for text, attributes in self.frames.sizes(node, self.local):
             known = self.made.attributes
             clash = any(known.get(name, value) != value for name, value in attributes.items())
-            if type(text.value) is type(wanted) and text.value == wanted and not clash:
+            if same_size(text.value, wanted) and not clash:
                 known |= attributes
                 return text
         return (
@@ -250,7 +250,25 @@ class _Writing:
         return self._axis(wanted) or composed(wanted, self._symbol)
 
     def _symbol(self, symbol: str) -> str:
-        return self._axis(symbol) or self.context.signatures.size(self.scope, symbol)
+        if (found := self._axis(symbol)) is not None:
+            return found
+        if self.scope.path:
+            return self.context.signatures.size(self.scope, symbol)
+        return self._size_of_input(symbol)
+
+    def _size_of_input(self, symbol: str) -> str:
+        """A name for an axis of an input of the model, which no array that has a name has now."""
+        path, axis = self.tree.graph.symbols[symbol]
+        value = next(p.value for p in self.tree.graph.of_kind("input") if p.name == path)
+        order = self.tree.orders.get(value)
+        text = self.context.signatures.argument_texts(self.scope)[value]
+        name = self.names.free("size", len(self.items))
+        line = Line([name], f"{text}.shape[{axis if order is None else order.index(axis)}]")
+        self.made.lines.insert(0, line)
+        self.local[name] = symbol
+        self.names.hold(name, len(self.items) + 1)
+        self.unpacked[name] = (line, 0)
+        return name
 
     def _axis(self, wanted: str) -> str | None:
         """`x.shape[1]`, of an array that has a name now."""
