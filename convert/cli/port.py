@@ -44,6 +44,13 @@ _SHOWN = 40  # lines of a difference
     show_default=True,
     help="How far the report beside the file compares the two modules.",
 )
+@click.option(
+    "--image-axes",
+    type=click.Choice(["last", "first"]),
+    default="last",
+    show_default=True,
+    help="Where images have their channels in the source: last as in Flax, first as in PyTorch.",
+)
 @click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
 @click.option("--no-verify", is_flag=True, help="Do not run and compare the result.")
 @output_options
@@ -53,6 +60,7 @@ def port(
     path: str,
     weights: str | None,
     level: Any,
+    image_axes: Any,
     test: bool,
     no_verify: bool,
     as_json: bool,
@@ -81,7 +89,10 @@ def port(
     inputs = read_inputs(Path(inputs_file))
     with users_code() as load:
         compared = None if no_verify else level
-        made = run(load(module, make=False), inputs, weights, level=compared, verify=not no_verify)
+        made = run(
+            load(module, make=False), inputs, weights,
+            level=compared, image_axes=image_axes, verify=not no_verify,
+        )  # fmt: skip
         written = made.save(path, test=test)
     notices(made.proved.notices, quiet)
     if as_json:

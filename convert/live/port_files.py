@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Port(PortedSource):
         made = path.with_name(f"test_{path.stem}.py")
         text = _TEST.format(
             stem=path.stem, model=self.model, module=module_name(of), name=of.__qualname__,
-            inputs=inputs.name, weights=path.with_suffix(".safetensors").name,
+            inputs=inputs.name, call=_call(self.moved.inputs), weights=path.with_suffix(".safetensors").name,
         )  # fmt: skip
         return [_write_source(made, text), inputs]
 
@@ -91,9 +92,21 @@ HERE = Path(__file__).parent
 def test_it_is_the_same_model() -> None:
     torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
     flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
-    with np.load(HERE / "{inputs}") as inputs:
-        assert_same(torch_net, flax_net, dict(inputs))
+    with np.load(HERE / "{inputs}") as file:
+        inputs = dict(file)
+{call}
 '''
+
+
+def _call(moved: Mapping[str, tuple[int, ...]]) -> str:
+    """The line that compares; with images as the port takes them."""
+    if not moved:
+        return "    assert_same(torch_net, flax_net, inputs)"
+    images = ", ".join(f'"{n}": inputs["{n}"].transpose{o}' for n, o in moved.items())
+    return (
+        f"    images = {{{images}}}  # channels last\n"
+        "    assert_same(torch_net, flax_net, inputs, flax_inputs=inputs | images)"
+    )
 
 
 def _write_source(path: Path, text: str) -> Path:

@@ -29,7 +29,7 @@ from convert.program.constructed import Constructed
 from convert.program.export import check_version, traced_graph
 from convert.program.graph import Graph
 from convert.runtime.user_code import module_name
-from zoo.containers.errors import ZooError, printable
+from zoo.containers.errors import UsageError, ZooError, printable
 from zoo.layout import Layout
 
 
@@ -65,6 +65,12 @@ class PortedSource:
         fill(made, {n: placed(n, x.copy()) for n, x in state.items()})
         return made
 
+    def flax_inputs(self) -> Any:
+        """The first call, as the module of the source takes it."""
+        from convert.runtime.arrays import leaves, replaced
+
+        return replaced(self.inputs, self.moved.given(leaves(self.inputs)))
+
     def _repr_html_(self) -> str:
         from html import escape
 
@@ -91,8 +97,10 @@ def ported(
     untested: bool = False,
 ) -> PortedSource:
     """What `convert.port` does of a torch module that holds its weights; `arguments` are those of
-    `made_of`."""
+    `made_of`. With `image_axes` "last" the source takes and gives images with channels last."""
     check_version(untested)
+    if image_axes not in ("first", "last"):
+        raise UsageError(f"there is no image_axes {image_axes!r}", "it is 'last' or 'first'")
     signature = inspect.signature(module.forward)
     calls = [bound(signature, module, one) for one in (inputs, *others)]
     with in_mode(module, training=False):

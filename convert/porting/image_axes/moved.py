@@ -52,8 +52,10 @@ class Moved:
 
     def given(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of torch's module by path, as the port takes them."""
-        return {n: x.transpose(self.inputs[n]) if n in self.inputs else x
-                for n, x in arrays.items()}  # fmt: skip
+        def placed(x: Any, order: Order) -> Any:
+            return x.permute(order) if hasattr(x, "permute") else x.transpose(order)
+
+        return {n: placed(x, self.inputs[n]) if n in self.inputs else x for n, x in arrays.items()}
 
     def back(self, paths: Sequence[str], arrays: Sequence[Any]) -> list[Any]:
         """What the port gives, at these paths, in torch's axes."""
