@@ -67,22 +67,22 @@ class Moved:
 
     def told(self) -> list[str]:
         """What to know of the inputs and outputs, in words."""
-        def shape(order: Order) -> str:
-            letters = _letters(order)
-            return f"({', '.join(letters[a] for a in order)})"
-
-        found = [
-            f"{name or 'the output'} is {shape(order)}, where torch's is {shape(plain(len(order)))}"
-            for name, order in (*self.inputs.items(), *self.outputs.items())
+        return [
+            f"{path or 'the output'} is {_shape(order, order)}, where torch's is "
+            f"{_shape(order, plain(len(order)))}"
+            for path, order in (*self.inputs.items(), *self.outputs.items())
         ]
-        return found
 
 
 _AXES = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
 
 
-def _letters(order: Order) -> str:
-    n = len(order)
-    if order == last(n):
-        return _AXES.get(n, "")[:n]
-    return "BTCHW" if order == (0, 1, 3, 4, 2) else "".join(chr(ord("I") + a) for a in range(n))
+def _shape(image: Order, order: Order) -> str:
+    """The axes of an image, as they lie in an order; `image` says which are its channels."""
+    n = len(image)
+    letters = _AXES.get(n, "")
+    if image == (0, 1, 3, 4, 2):
+        letters = "BTCHW"
+    elif image != last(n) or not letters:
+        letters = "IJKLMNOP"
+    return f"({', '.join(letters[a] for a in order)})"
