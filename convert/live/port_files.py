@@ -62,7 +62,8 @@ class Port(PortedSource):
         made = path.with_name(f"test_{path.stem}.py")
         text = _TEST.format(
             stem=path.stem, model=self.model, module=module_name(of), name=of.__qualname__,
-            inputs=inputs.name, call=_call(self.moved.inputs), weights=path.with_suffix(".safetensors").name,
+            inputs=inputs.name, weights=path.with_suffix(".safetensors").name,
+            call=_call(self.moved.inputs),
         )  # fmt: skip
         return [_write_source(made, text), inputs]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.porting.evaluate import Evaluation
-from convert.porting.image_axes.moved import Moved
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.image_axes.writer import Writer
 from convert.porting.port_proof import LivePair, flax_state, prove
 from convert.porting.program_of import ImageAxes, Ported
@@ -50,7 +50,7 @@ class PortedSource:
     imported: Imported = field(repr=False)
     file: ModuleFile = field(repr=False)
     inputs: Any = field(repr=False)
-    moved: Moved = field(repr=False)  # what lies otherwise than in torch
+    moved: Relaid = field(repr=False)  # what lies otherwise than in torch
 
     def __str__(self) -> str:
         return self.source

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.porting.image_axes.moved import Moved
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.program_of import TorchProgram
 from convert.porting.rendering.module_file import ModuleFile
 from convert.program.graph import Graph
@@ -64,7 +64,7 @@ class SourceProgram(TorchProgram):
         program: TorchProgram,
         imported: Imported,
         render: Callable[[Graph], ModuleFile],
-        moved: Moved,
+        moved: Relaid,
     ) -> None:
         vars(self).update(vars(program))
         vars(self).pop("_jitted", None)

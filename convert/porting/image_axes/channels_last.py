@@ -15,10 +15,10 @@ from typing import Any
 
 from convert.porting.image_axes.emitting import Emitting
 from convert.porting.image_axes.image_layer_axes import NoSuchAxes
-from convert.porting.image_axes.moved import Moved
-from convert.porting.image_axes.moves import Moves
+from convert.porting.image_axes.moved import Relaid
+from convert.porting.image_axes.moves import Relaying
 from convert.porting.image_axes.orders import Order, channels_moved, in_order, plain
-from convert.porting.image_axes.traversal import Step, steps
+from convert.porting.image_axes.traversal import GraphStep, steps
 from convert.porting.image_axes.wishes import Wishes
 from convert.porting.rendering.layer_calls import LayerCalls
 from convert.porting.rendering.scopes import Tree
@@ -27,7 +27,7 @@ from convert.program.graph import Graph, ValueRef
 from zoo.layout import Layout
 
 
-def channels_last(graph: Graph, module: Any, layout: Layout) -> Moved | None:
+def channels_last(graph: Graph, module: Any, layout: Layout) -> Relaid | None:
     """The graph with channels last, whose calls were noted; None where nothing in it has images, or
     one has them without a batch."""
     by_name = ByName(layout)
@@ -58,10 +58,10 @@ def channels_last(graph: Graph, module: Any, layout: Layout) -> Moved | None:
 
 
 def _run(
-    tree: Tree, every: Sequence[Step], wanted: Mapping[int, Order], placed: Mapping[int, Order]
+    tree: Tree, every: Sequence[GraphStep], wanted: Mapping[int, Order], placed: Mapping[int, Order]
 ) -> Emitting:
     out = Emitting(tree, wanted, placed)
-    moves = Moves(out)
+    moves = Relaying(out)
     for step in every:
         moves.step(step)
     return out
@@ -86,7 +86,7 @@ def _turned(tree: Tree, done: Emitting, by_name: ByName) -> dict[int, Order]:
     return found
 
 
-def _moved(tree: Tree, out: Emitting, placed: Mapping[int, Order]) -> Moved:
+def _moved(tree: Tree, out: Emitting, placed: Mapping[int, Order]) -> Relaid:
     """The new graph, and what lies otherwise in it."""
     graph = tree.graph
     results = [out.result(r) for r in graph.results]
@@ -115,7 +115,7 @@ def _moved(tree: Tree, out: Emitting, placed: Mapping[int, Order]) -> Moved:
     )
     names = {p.value: (p.kind, p.name) for p in graph.placeholders}
     told = [(names[v], order) for v, order in placed.items()]
-    return Moved(
+    return Relaid(
         new,
         out.orders,
         frozenset(out.layers),

@@ -15,7 +15,7 @@ from convert.porting.image_axes.orders import (
     trailing,
     turn,
 )
-from convert.porting.image_axes.traversal import Step, shape_of
+from convert.porting.image_axes.traversal import GraphStep, shape_of
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.program.called_modules import ModuleCall
 from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef, mapped
@@ -72,7 +72,7 @@ class Emitting:
         assert not isinstance(x, ValueRef) or self.now[x.value] not in self.orders
         return mapped(x, lambda ref: ValueRef(self.now[ref.value]), lambda d: d)
 
-    def fitted(self, value: int, order: Order, step: Step, why: str) -> int:
+    def fitted(self, value: int, order: Order, step: GraphStep, why: str) -> int:
         """The new value that is an array in this order, turned before the step if it lies in
         another."""
         if value in self._outer:
@@ -92,7 +92,7 @@ class Emitting:
         self._versions.setdefault((value, order), []).append((new, step.scope))
         return new
 
-    def beside(self, value: int, order: Order, step: Step) -> int:
+    def beside(self, value: int, order: Order, step: GraphStep) -> int:
         """The new value that broadcasts as an array does in torch, beside one in this order."""
         shape = shape_of(self.tree, value)
         if all(s == 1 for s in shape):
@@ -112,7 +112,9 @@ class Emitting:
 
     # -- operations -----------------------------------------------------------------------------
 
-    def put_in(self, step: Step, op: str, args: list[Any], dtype: str, after: bool = False) -> int:
+    def put_in(
+        self, step: GraphStep, op: str, args: list[Any], dtype: str, after: bool = False
+    ) -> int:
         """An operation of ours just before a step, or behind it; its type is to be said."""
         if step.node is not None:
             base = self.number(step.node.made)
@@ -141,7 +143,7 @@ class Emitting:
 
     def give(
         self,
-        step: Step,
+        step: GraphStep,
         op: str,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
@@ -166,7 +168,7 @@ class Emitting:
             self._lies(new, kind.shape, order)
         self.settle(step, node.made)
 
-    def settle(self, step: Step, value: int) -> None:
+    def settle(self, step: GraphStep, value: int) -> None:
         """Turn what a step gave into the order in which it is asked for, if it lies as in torch."""
         wanted = self.wanted.get(value)
         kind = self.tree.type_of(value)
@@ -186,7 +188,7 @@ class Emitting:
 
     # -- calls and results ----------------------------------------------------------------------
 
-    def called(self, step: Step, given: Mapping[int, int]) -> None:
+    def called(self, step: GraphStep, given: Mapping[int, int]) -> None:
         """A layer's call, with new values for the arrays that it is given."""
         assert step.layer is not None
         self._arguments[id(step.layer.call)] = dict(given)
@@ -203,9 +205,7 @@ class Emitting:
             )
             kwargs = dict(zip(node.kwargs, kwargs, strict=True))
             new = self.number(node.made)
-            self.nodes.append(
-                dataclasses.replace(node, args=tuple(args), kwargs=kwargs, made=new)
-            )
+            self.nodes.append(dataclasses.replace(node, args=tuple(args), kwargs=kwargs, made=new))
 
     def call(self, call: ModuleCall) -> ModuleCall:
         """A call in the new graph."""
@@ -229,7 +229,7 @@ class Emitting:
             results=placed(call.results),
         )
 
-    def laid(self, step: Step, value: int, order: Order) -> None:
+    def laid(self, step: GraphStep, value: int, order: Order) -> None:
         """Say in which order a layer's result lies."""
         self._lies(self.now[value], shape_of(self.tree, value), order)
         self.settle(step, value)

@@ -14,7 +14,7 @@ from zoo.layout.ops import Permute
 
 
 @dataclass(frozen=True)
-class Moved:
+class Relaid:
     """`orders` are those of the values that lie in another order than torch's; `layers` the modules
     whose data has channels last; `inputs`, `outputs` and `tensors` (parameters, buffers, constants)
     what of the module's own lies otherwise, by path and name; `reasons` say of each transpose that
@@ -52,6 +52,7 @@ class Moved:
 
     def given(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of torch's module by path, as the port takes them."""
+
         def placed(x: Any, order: Order) -> Any:
             return x.permute(order) if hasattr(x, "permute") else x.transpose(order)
 

@@ -36,20 +36,20 @@ from convert.porting.image_axes.orders import (
     reshaped,
     without,
 )
-from convert.porting.image_axes.traversal import Step, layer_kind, shape_of
+from convert.porting.image_axes.traversal import GraphStep, layer_kind, shape_of
 from convert.porting.rendering.layer_text import layer_text
 from convert.program.graph import GraphNode, ValueRef, mapped
 
 _COPY = "aten.alias.default"
 
 
-class Moves:
+class Relaying:
     """One step after the other into a new graph."""
 
     def __init__(self, out: Emitting) -> None:
         self.out, self.tree = out, out.tree
 
-    def step(self, step: Step) -> None:
+    def step(self, step: GraphStep) -> None:
         """Enter a step."""
         if step.layer is not None:
             self._layer(step)
@@ -58,7 +58,7 @@ class Moves:
 
     # -- layers ---------------------------------------------------------------------------------
 
-    def _layer(self, step: Step) -> None:
+    def _layer(self, step: GraphStep) -> None:
         out, layer = self.out, step.layer
         assert layer is not None
         given, made = step.arrays(self.tree), step.made()
@@ -112,7 +112,7 @@ class Moves:
 
     # -- operations -----------------------------------------------------------------------------
 
-    def _node(self, step: Step, node: GraphNode) -> None:
+    def _node(self, step: GraphStep, node: GraphNode) -> None:
         out = self.out
         taken = self.tree.taken(node)
         image = image_operation(node, self.tree) if taken else None
@@ -125,7 +125,7 @@ class Moves:
             args, kwargs = self._given(step, node)
             out.give(step, node.op, args, kwargs)
 
-    def _follows(self, step: Step, node: GraphNode, taken: Sequence[int]) -> bool:
+    def _follows(self, step: GraphStep, node: GraphNode, taken: Sequence[int]) -> bool:
         """Enter an operation that is of arrays as they lie; False if it cannot be."""
         out = self.out
         lies = out.order(taken[0]) if not isinstance(self.tree.type_of(taken[0]), list) else ()
@@ -159,7 +159,7 @@ class Moves:
         return True
 
     def _given(
-        self, step: Step, node: GraphNode, keep: bool = False
+        self, step: GraphStep, node: GraphNode, keep: bool = False
     ) -> tuple[list[Any], dict[str, Any]]:
         """The arguments of an operation in torch's order, or as they lie."""
         why = f"{node.op.split('.')[1].strip('_')} takes torch's axes"
@@ -174,7 +174,7 @@ class Moves:
         return args, dict(zip(node.kwargs, values, strict=True))
 
     def _with(
-        self, step: Step, node: GraphNode, place: Place, value: Any
+        self, step: GraphStep, node: GraphNode, place: Place, value: Any
     ) -> tuple[list[Any], dict[str, Any]]:
         args, kwargs = self._given(step, node, keep=True)
         return with_argument(args, kwargs, place, value)
@@ -190,7 +190,7 @@ class Moves:
         kind = self.tree.type_of(node.made)
         return [order] * len(kind) if isinstance(kind, list) else order
 
-    def _image(self, step: Step, node: GraphNode, op: str) -> None:
+    def _image(self, step: GraphStep, node: GraphNode, op: str) -> None:
         value = node.args[0].value
         n = len(shape_of(self.tree, value))
         x = ValueRef(self.out.fitted(value, last(n), step, f"{op.split('.')[1]}: channels last"))
@@ -201,12 +201,12 @@ class Moves:
             orders = [last(n), *(plain(len(t.shape)) for t in kind[1:])]
         self.out.give(step, op, [x, *args], kwargs, orders)
 
-    def _rest(self, step: Step, node: GraphNode) -> tuple[list[Any], dict[str, Any]]:
+    def _rest(self, step: GraphStep, node: GraphNode) -> tuple[list[Any], dict[str, Any]]:
         """The arguments behind the first, in torch's order."""
         whole = GraphNode(node.op, node.args[1:], node.kwargs, node.made)
         return self._given(step, whole)
 
-    def _pointwise(self, step: Step, node: GraphNode, taken: Sequence[int]) -> bool:
+    def _pointwise(self, step: GraphStep, node: GraphNode, taken: Sequence[int]) -> bool:
         n = len(shape_of(self.tree, node.made))
         orders = [o for v in taken if len(o := self.out.order(v)) == n and o != plain(n)]
         wanted = self.out.wanted.get(node.made)
@@ -226,7 +226,7 @@ class Moves:
         self.out.give(step, node.op, args, kwargs, target)
         return True
 
-    def _joined(self, step: Step, node: GraphNode, taken: Sequence[int]) -> bool:
+    def _joined(self, step: GraphStep, node: GraphNode, taken: Sequence[int]) -> bool:
         n = len(shape_of(self.tree, node.made))
         orders = [o for v in taken if len(o := self.out.order(v)) == n and o != plain(n)]
         target = orders[0] if orders else self.out.wanted.get(node.made)
@@ -241,7 +241,7 @@ class Moves:
         self.out.give(step, node.op, args, kwargs, target)
         return True
 
-    def _permuted(self, step: Step, node: GraphNode, value: int, axes: Order) -> bool:
+    def _permuted(self, step: GraphStep, node: GraphNode, value: int, axes: Order) -> bool:
         """torch's permute: nothing, where what it gives may lie as its array does."""
         lies = self.out.order(value)
         n = len(lies)
@@ -264,7 +264,7 @@ class Moves:
         self.out.give(step, PERMUTE, [now, moves], {}, target)
         return True
 
-    def _viewed(self, step: Step, node: GraphNode, value: int) -> bool:
+    def _viewed(self, step: GraphStep, node: GraphNode, value: int) -> bool:
         """torch's reshape, of the array as it lies where that gives the same elements."""
         out, lies = self.out, self.out.order(value)
         before, after = shape_of(self.tree, value), shape_of(self.tree, node.made)
@@ -287,7 +287,7 @@ class Moves:
         out.give(step, VIEW, args, {}, order)
         return True
 
-    def _unsqueezed(self, step: Step, node: GraphNode, value: int) -> bool:
+    def _unsqueezed(self, step: GraphStep, node: GraphNode, value: int) -> bool:
         lies = self.out.order(value)
         n = len(lies) + 1
         (new,) = listed(argument(node, (1, "dim")), n)
@@ -303,7 +303,7 @@ class Moves:
         self.out.give(step, node.op, args, {}, order)
         return True
 
-    def _reduced(self, step: Step, node: GraphNode, lies: Order) -> bool:
+    def _reduced(self, step: GraphStep, node: GraphNode, lies: Order) -> bool:
         place, stays = REDUCE[node.op]
         dims = argument(node, place)
         args, kwargs = self._given(step, node, keep=True)
@@ -316,7 +316,7 @@ class Moves:
         self.out.give(step, node.op, args, kwargs, self._orders(node, order))
         return True
 
-    def _dropped(self, step: Step, node: GraphNode, lies: Order) -> bool:
+    def _dropped(self, step: GraphStep, node: GraphNode, lies: Order) -> bool:
         dims = argument(node, (1, "dim"), 0)
         gone = listed(dims, len(lies))
         if "squeeze" in node.op:
@@ -328,7 +328,7 @@ class Moves:
         self.out.give(step, node.op, args, kwargs, self._orders(node, order))
         return True
 
-    def _sized(self, step: Step, node: GraphNode, lies: Order) -> bool:
+    def _sized(self, step: GraphStep, node: GraphNode, lies: Order) -> bool:
         sizes = argument(node, (1, "size"))
         if not isinstance(sizes, list | tuple) or len(sizes) != len(lies):
             return False
@@ -337,7 +337,7 @@ class Moves:
         self.out.give(step, node.op, args, kwargs, lies)
         return True
 
-    def _padded(self, step: Step, node: GraphNode, lies: Order) -> bool:
+    def _padded(self, step: GraphStep, node: GraphNode, lies: Order) -> bool:
         """torch counts pads from the last axis on."""
         n, pads = len(lies), argument(node, (1, "pad"), argument(node, (1, "padding")))
         pads = mapped(list(pads), lambda r: ValueRef(self.out.now[r.value]), lambda d: d)

@@ -64,6 +64,8 @@ def before_permuted(order: Order, axes: Order) -> Order:
 # -- reshapes -----------------------------------------------------------------------------------
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]  # axes before and after, of one product
+
+
 def blocks(before: Sequence[Size], after: Sequence[Size]) -> list[Block] | None:
     """The smallest groups of axes that a reshape makes into one another; axes of size 1 are in
     none. None where the sizes do not tell."""
@@ -113,9 +115,7 @@ def reshaped(
     return tuple(sequence)
 
 
-def before_reshaped(
-    order: Order, before: Sequence[Size], after: Sequence[Size]
-) -> Order | None:
+def before_reshaped(order: Order, before: Sequence[Size], after: Sequence[Size]) -> Order | None:
     """The order of x in which torch's reshape of it lies in `order` without a move."""
     found = reshaped(order, after, before, None)
     return found if found is not None and len(found) == len(before) else None

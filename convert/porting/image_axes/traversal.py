@@ -13,7 +13,7 @@ from convert.program.graph import ArrayType, CodeLine, GraphNode, ValueRef, refs
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class GraphStep:
     """One operation (`node`) or call of a layer (`layer`), in the call `scope`."""
 
     scope: Scope
@@ -46,13 +46,13 @@ class Step:
         return list(dict.fromkeys(results))
 
 
-def steps(scope: Scope, layers: LayerCalls) -> Iterator[Step]:
+def steps(scope: Scope, layers: LayerCalls) -> Iterator[GraphStep]:
     """Every step of a call, calls inside it opened but for layers."""
     for item in scope.items:
         if isinstance(item, GraphNode):
-            yield Step(scope, node=item)
+            yield GraphStep(scope, node=item)
         elif layers.is_layer(item):
-            yield Step(scope, layer=item)
+            yield GraphStep(scope, layer=item)
         else:
             yield from steps(item, layers)
 

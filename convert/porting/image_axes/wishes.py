@@ -27,7 +27,7 @@ from convert.porting.image_axes.orders import (
     trailing,
     without,
 )
-from convert.porting.image_axes.traversal import Step, layer_kind, shape_of
+from convert.porting.image_axes.traversal import GraphStep, layer_kind, shape_of
 from convert.porting.rendering.scopes import Tree
 from convert.program.graph import GraphNode
 
@@ -38,7 +38,7 @@ class Wishes:
     have where nobody asks."""
 
     def __init__(
-        self, tree: Tree, every: Sequence[Step], lies: Mapping[int, Order] | None = None
+        self, tree: Tree, every: Sequence[GraphStep], lies: Mapping[int, Order] | None = None
     ) -> None:
         self.tree, self.lies = tree, lies or {}
         self.of: dict[int, Order] = {}
@@ -54,7 +54,7 @@ class Wishes:
         if order is not None and len(order) == n and order != plain(n):
             self.of[value] = order
 
-    def _layer(self, step: Step) -> None:
+    def _layer(self, step: GraphStep) -> None:
         assert step.layer is not None
         given, made = step.arrays(self.tree), step.made()
         kind = layer_kind(step.layer, self.tree)

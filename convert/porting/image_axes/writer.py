@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.porting.image_axes.channels_last import channels_last
-from convert.porting.image_axes.moved import Moved
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.rendering.module_file import ModuleFile, module_file
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.program.graph import Graph
@@ -28,7 +28,7 @@ class Writer:
         self.last = image_axes == "last"
         self.notices: list[str] = []
 
-    def first(self, graph: Graph) -> tuple[ModuleFile, Moved]:
+    def first(self, graph: Graph) -> tuple[ModuleFile, Relaid]:
         """The file of the first graph, and what lies otherwise in it."""
         try:
             return self._written(graph)
@@ -46,9 +46,9 @@ class Writer:
         """The file of another graph."""
         return self._written(graph)[0]
 
-    def _written(self, graph: Graph) -> tuple[ModuleFile, Moved]:
+    def _written(self, graph: Graph) -> tuple[ModuleFile, Relaid]:
         found = channels_last(graph, self.module, self.layout) if self.last else None
-        moved = found or Moved(graph)
+        moved = found or Relaid(graph)
         layout = moved.layout(self.layout)
         file = module_file(moved.graph, self.module, layout, "HEADER", self.arguments, moved)
         return file, moved

@@ -295,7 +295,8 @@ class _Writing:
             kind = self.tree.type_of(value) if value is not None else None
             if not isinstance(kind, ArrayType):
                 continue
-            self._unpack(_as_it_lies(found, self.tree.orders.get(value, ())), kind.shape)
+            order = self.tree.orders.get(value, ()) if value is not None else ()
+            self._unpack(_as_it_lies(found, order), kind.shape)
 
     def _read_copies(self, item: GraphNode | Scope) -> None:
         """Give values their second names, where the source does before this line."""

@@ -64,8 +64,9 @@ class LayerCalls:
         found: dict[str, bool] = {}
         for scope in self.tree.root.scopes():
             copied = [n.op in COPIES for n in scope.nodes()]
-            whole = len(scope.call.arguments) == len(scope.call.results) == 1 and not scope.path == ""
-            good = bool(copied) and all(copied) and whole and not list(scope.module.children())
+            alone = len(scope.call.arguments) == len(scope.call.results) == 1 and scope.path
+            holds = scope.module._modules or scope.module._parameters or scope.module._buffers
+            good = bool(copied) and all(copied) and bool(alone) and not holds
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good and path not in self.texts}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.porting.image_axes.moved import Moved
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.rendering.class_arguments import WrittenClass
 from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
@@ -33,6 +33,7 @@ from zoo.layout import Layout
 
 INDENT = "    "
 _ROUNDS = 200
+_POOLS = ("adaptive_avg_pool", "avg_pool", "interpolate", "max_pool", "pixel_shuffle")
 _KINDS = {
     "Buffer": "A tensor that is saved and not trained.",
     "Constant": "A tensor that is neither saved nor trained.",
@@ -58,7 +59,7 @@ def module_file(
     layout: Layout,
     header: str,
     constructed: Mapping[str, Mapping[str, Any]] | None = None,
-    moved: Moved | None = None,
+    moved: Relaid | None = None,
 ) -> ModuleFile:
     """The port of a module whose graph has its calls noted. `constructed` are the plain arguments
     that the constructors of its parts were given, by path. `moved` says what of the graph and the
@@ -69,7 +70,7 @@ def module_file(
         entry = by_name.flax_of(name)
         return entry.flax[0].name if entry is not None else name
 
-    moved = moved or Moved(graph)
+    moved = moved or Relaid(graph)
     context = Context(Tree(graph, module, home, moved.orders), by_name, module, moved)
     for _ in range(_ROUNDS):
         with contextlib.suppress(Again):
@@ -124,9 +125,9 @@ class _File:
         }
         lines = {"from __future__ import annotations", "from flax import nnx"}
         if self.context.moved.layers:
-            names = ("adaptive_avg_pool", "avg_pool", "interpolate", "max_pool", "pixel_shuffle")
-            called = {n for n in names if re.search(rf"(?<![.\w]){n}\(", body)}
-            known |= {n: f"from zoo.nn.pool_flax import {n}" for n in called - self.context.rules.names}
+            called = {n for n in _POOLS if re.search(rf"(?<![.\w]){n}\(", body)}
+            called -= self.context.rules.names
+            known |= {n: f"from zoo.nn.pool_flax import {n}" for n in called}
         lines |= {line for name, line in known.items() if name in words}
         lines |= {*self.classes.imports, *more}
         if self.context.held.arrays:
