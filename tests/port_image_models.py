@@ -68,6 +68,17 @@ class Scaled(nn.Module):
         return x + self.gamma * F.gelu(self.norm(self.dw(x)))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A norm with its activation, as timm has it."""
+
+    def forward(self, x: Any) -> Any:
+        training = self.training or not self.track_running_stats
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, self.eps
+        )
+        return F.silu(x)
+
+
 class Gate(nn.Module):
     """Squeeze and excitation."""
 
@@ -87,12 +98,13 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 2, stride=2)
+        self.norm = NormAct(4)
         self.blocks = nn.ModuleList([Scaled(4) for _ in range(2)])
         self.gate = Gate(4)
         self.fc = nn.Linear(4 * 4 * 4, 5)
 
     def forward(self, x: Any) -> Any:
-        x = self.stem(x)
+        x = self.norm(self.stem(x))
         for block in self.blocks:
             x = block(x)
         x = self.gate(x)

@@ -79,6 +79,7 @@ def test_parameters_of_channels_lie_as_they_are_used(unet: Port, classifier: Por
 def test_norms_of_channels_are_layers_without_permutations(classifier: Port) -> None:
     assert "self.norm = nnx.LayerNorm(4" in classifier.source
     assert "class LayerNorm2d" not in classifier.source
+    assert "(x - self.mean[...]) * lax.rsqrt(self.var[...] + 1e-05) *" in plainly(classifier)
 
 
 def test_a_reshape_that_needs_torchs_order_says_so(classifier: Port) -> None:
@@ -167,6 +168,7 @@ def test_where_one_part_is_for_both_the_axes_stay_and_it_says_so() -> None:
 
 def test_an_image_without_a_batch_keeps_torchs_axes() -> None:
     port = convert.port(Unbatched, images(2, 3, 4, 4), verify=False)
+    assert any("a Conv2d takes an array of 3 axes" in told for told in port.proved.notices)
     assert "channels_first_flax" in port.source
 
 

@@ -18,7 +18,7 @@ from convert.porting.image_axes.image_layer_axes import NoSuchAxes
 from convert.porting.image_axes.moved import Relaid
 from convert.porting.image_axes.moves import Relaying
 from convert.porting.image_axes.orders import Order, channels_moved, in_order, plain
-from convert.porting.image_axes.traversal import GraphStep, steps
+from convert.porting.image_axes.traversal import GraphStep, steps, with_plain_norms
 from convert.porting.image_axes.wishes import Wishes
 from convert.porting.rendering.layer_calls import LayerCalls
 from convert.porting.rendering.scopes import Tree
@@ -28,8 +28,8 @@ from zoo.layout import Layout
 
 
 def channels_last(graph: Graph, module: Any, layout: Layout) -> Relaid | None:
-    """The graph with channels last, whose calls were noted; None where nothing in it has images, or
-    one has them without a batch."""
+    """The graph with channels last, whose calls were noted; None where nothing in it has images.
+    NoSuchAxes where a layer has them without a batch, or is called with other arrays too."""
     by_name = ByName(layout)
 
     def home(name: str) -> str:
@@ -38,22 +38,21 @@ def channels_last(graph: Graph, module: Any, layout: Layout) -> Relaid | None:
 
     tree = Tree(graph, module, home)
     layers = LayerCalls(tree)
-    every = list(steps(tree.root, layers))
-    try:
-        if not Wishes(tree, every).images:
-            return None
-        alone = _run(tree, every, {}, {})
-        wishes = Wishes(tree, every, alone.lies())
-        inputs = {
-            p.value: order
-            for p in graph.of_kind("input")
-            if (order := wishes.of.get(p.value)) is not None and channels_moved(order)
-        }
-        first = _run(tree, every, wishes.of, inputs)
-        held = _turned(tree, first, by_name)
-        done = _run(tree, every, wishes.of, inputs | held) if held else first
-    except NoSuchAxes:
+    every = with_plain_norms(tree, list(steps(tree.root, layers)))
+    if not Wishes(tree, every).images:
         return None
+    alone = _run(tree, every, {}, {})
+    wishes = Wishes(tree, every, alone.lies())
+    inputs = {
+        p.value: order
+        for p in graph.of_kind("input")
+        if (order := wishes.of.get(p.value)) is not None and channels_moved(order)
+    }
+    first = _run(tree, every, wishes.of, inputs)
+    held = _turned(tree, first, by_name)
+    done = _run(tree, every, wishes.of, inputs | held) if held else first
+    if both := sorted(done.layers & done.others):
+        raise NoSuchAxes(f"{both[0]} is called with images and with other arrays")
     return _moved(tree, done, inputs | held)
 
 

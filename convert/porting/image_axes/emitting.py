@@ -36,7 +36,8 @@ class Emitting:
         self.orders: dict[int, Order] = {}  # of new values that lie in another order than torch's
         self.reasons: dict[int, str] = {}
         self.lists: dict[int, list[Order]] = {}  # of the arrays in a list, by its old value
-        self.layers: set[str] = set()
+        self.layers: set[str] = set()  # whose data has channels last
+        self.others: set[str] = set()  # whose data has torch's order
         self.asked: dict[int, set[Order]] = {}  # of what comes from outside
         self.now = {v: self.number(v) for v in tree.graph.types}  # old value -> the new one
         self._arguments: dict[int, dict[int, int]] = {}  # of a layer's call

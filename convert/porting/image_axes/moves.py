@@ -73,6 +73,8 @@ class Relaying:
             kind = "plain"
         if kind in ("image", "bare"):
             out.layers.add(layer.path)
+        elif kind == "plain":
+            out.others.add(layer.path)
         if kind == "image":
             order = last(len(order))
         elif kind != "same":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from convert.porting.image_axes.axis_operations import GETITEM
 from convert.porting.image_axes.image_layer_axes import Kind, kind_of
 from convert.porting.rendering.layer_calls import LayerCalls
 from convert.porting.rendering.scopes import Scope, Tree
@@ -55,6 +56,32 @@ def steps(scope: Scope, layers: LayerCalls) -> Iterator[GraphStep]:
             yield GraphStep(scope, layer=item)
         else:
             yield from steps(item, layers)
+
+
+_NORM = "aten._native_batch_norm_legit_no_training.default"
+
+
+def with_plain_norms(tree: Tree, every: Sequence[GraphStep]) -> list[GraphStep]:
+    """The steps with F.batch_norm of evaluation as one operation, where only what it normalises is
+    taken of all that it gives."""
+    norms = {s.node.made: s.node for s in every if s.node is not None and s.node.op == _NORM}
+    for step in every:
+        node = step.node
+        picks = node is not None and node.op == GETITEM and node.args[1] == 0
+        for value in () if picks else step.arrays(tree):
+            norms.pop(value, None)
+    made = []
+    for step in every:
+        node = step.node
+        if node is not None and node.made in norms:
+            continue
+        if node is not None and node.op == GETITEM and node.args[0].value in norms:
+            norm = norms[node.args[0].value]
+            args = (*norm.args[:5], False, *norm.args[5:])
+            node = replace(norm, op="aten.batch_norm.default", args=args, made=node.made)
+            step = replace(step, node=node)
+        made.append(step)
+    return made
 
 
 def layer_kind(layer: Scope, tree: Tree) -> Kind:

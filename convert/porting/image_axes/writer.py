@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.porting.image_axes.channels_last import channels_last
+from convert.porting.image_axes.image_layer_axes import NoSuchAxes
 from convert.porting.image_axes.moved import Relaid
 from convert.porting.rendering.module_file import ModuleFile, module_file
 from convert.porting.rendering.not_rendered import NotRendered
@@ -32,14 +33,15 @@ class Writer:
         """The file of the first graph, and what lies otherwise in it."""
         try:
             return self._written(graph)
+        except NoSuchAxes as e:
+            why = str(e)
         except NotRendered:
             if not self.last:
                 raise
-            self.last = False
-            made = self._written(graph)
-        self.notices.append(
-            "images have torch's axes: a part of it is called with images and with others"
-        )
+            why = "a part of it is called with images and with other arrays"
+        self.last = False
+        made = self._written(graph)
+        self.notices.append(f"images have torch's axes: {why}")
         return made
 
     def file(self, graph: Graph) -> ModuleFile:
