@@ -95,6 +95,7 @@ def test_a_reshape_that_needs_torchs_order_says_so(classifier: Port) -> None:
     assert any(".reshape(b, 1, 1, c)" in x for x in lines)
 
 
+@pytest.mark.filterwarnings("ignore:no weights, not saved")
 def test_weights_go_there_and_back_and_the_parity_test_passes(
     classifier: Port, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
