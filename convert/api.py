@@ -319,7 +319,7 @@ def port(
     *,
     others: Sequence[Any] = (),
     level: Level | None = None,
-    image_axes: Literal["first", "last"] = "last",
+    image_axes: Literal["first", "last"] = "first",
     verify: bool = True,
     untested: bool = False,
 ) -> Port:

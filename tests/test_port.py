@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from port_models import (
+    Activated,
     Decoder,
     Drawn,
     Draws,
@@ -24,6 +25,8 @@ from port_models import (
     Residual,
     Stages,
     Temporal,
+    Throws,
+    Translator,
 )
 
 import convert
@@ -72,7 +75,7 @@ def test_arguments_of_constructors_are_what_differs_under_torchs_names(
     assert "def __init__(self, *, rngs: nnx.Rngs)" in block
     assert "self.n_head = 4" in block
     assert "def __init__(self, inplanes: int, planes: int, stride: int=1" in basic
-    assert "nnx.Conv(inplanes, planes, (3, 3), strides=stride, padding=1" in " ".join(basic.split())
+    assert "Conv2d(inplanes, planes, 3, stride=stride, padding=1" in basic
 
 
 def test_a_tied_head_has_no_weights_of_its_own(decoder: Port) -> None:
@@ -99,7 +102,7 @@ def test_it_is_a_module_that_trains_and_has_torchs_weights(stages: Port) -> None
     assert np.array_equal(kernel, held.transpose(2, 3, 1, 0))
     before = np.asarray(net.bn1.mean[...])
     net.train()
-    net(np.ones((2, 8, 8, 3), np.float32))
+    net(np.ones((2, 3, 8, 8), np.float32))
     assert not np.array_equal(before, np.asarray(net.bn1.mean[...]))
     assert nnx.state(net, nnx.BatchStat)
 
@@ -158,7 +161,7 @@ def test_a_name_that_cannot_be_imported_is_refused_before_work(name: str, tmp_pa
 def test_what_train_mode_does_besides_is_told() -> None:
     port = convert.port(OnlyInTraining(), np.ones((2, 4), np.float32))
     (told,) = [n for n in port.proved.notices if "train mode" in n]
-    assert "dropout.default at port_models.py:" in told
+    assert "randn_like.default at port_models.py:" in told
     assert "what train mode does besides is left out" in " ".join(port.source.split())
     assert str(Path(__file__).parent) not in port.source
 
@@ -199,10 +202,49 @@ def test_a_recurrent_layer_stays_one() -> None:
     assert "x, (h, _) = self.lstm(x)" in port.source
 
 
-@pytest.mark.parametrize("model", [Draws, Masked], ids=lambda m: m.__name__)
-def test_what_cannot_be_source_is_refused(model: type) -> None:
+def test_what_cannot_be_source_is_refused() -> None:
     with pytest.raises(ZooError):
-        convert.port(model, np.ones((2, 4), np.float32))
+        convert.port(Masked, np.ones((2, 4), np.float32))
+
+
+def test_what_draws_is_compared_with_the_same_draws() -> None:
+    torch.manual_seed(0)
+    port = convert.port(Draws, np.random.default_rng(0).normal(size=(2, 4)).astype("float32"))
+    assert port.proved.verdict == "same"
+    assert not any("random" in told for told in port.proved.notices)
+    assert "jax.random.normal(self.rngs(), " in port.source
+    assert "mu, logvar = " in port.source or "logvar = self.logvar(x)" in port.source
+    net, x = port.net(), np.ones((2, 4), np.float32)
+    assert not np.array_equal(net(x)[0], net(x)[0])
+    assert np.array_equal(net(x)[1], net(x)[1])
+
+
+def test_what_draws_otherwise_is_written_and_said_not_to_be_compared() -> None:
+    port = convert.port(Throws, np.ones((2, 4), np.float32))
+    assert any("not compared" in told for told in port.proved.notices)
+    port.net()(np.ones((2, 4), np.float32))
+
+
+def test_calls_that_differ_by_a_word_are_told_it() -> None:
+    port = convert.port(Activated, np.ones((2, 4), np.float32))
+    assert port.proved.verdict == "same"
+    found = classes(port)["Spoken"]
+    assert "def __call__(self, x: Array, kind: str) -> Array:" in found
+    assert "if kind == 'squared':" in found
+    assert "self.first(x, 'plain')" in classes(port)["Activated"]
+
+
+def test_an_argument_may_be_left_out_and_an_embedding_be_shared() -> None:
+    torch.manual_seed(0)
+    ids = np.arange(1, 15).reshape(2, 7) % 20
+    port = convert.port(Translator, (ids, ids[:, :5]))
+    assert port.proved.verdict == "same"
+    found = classes(port)
+    attending = found["Attending"]
+    assert "context: Array | None=None, mask: Array | None=None" in attending
+    assert "if mask is not None:" in attending
+    assert "if context is None:" in attending or "if context is not None:" in attending
+    assert port.source.count("nnx.Embed(") == 1
 
 
 def test_what_is_no_torch_module_is_refused() -> None:

@@ -38,13 +38,13 @@ def plainly(port: Port) -> str:
 @pytest.fixture(scope="module")
 def unet() -> Port:
     torch.manual_seed(0)
-    return convert.port(UNet, images(2, 3, 6, 8))
+    return convert.port(UNet, images(2, 3, 6, 8), image_axes="last")
 
 
 @pytest.fixture(scope="module")
 def classifier() -> Port:
     torch.manual_seed(0)
-    return convert.port(Classifier, images(2, 3, 16, 16), level="outputs")
+    return convert.port(Classifier, images(2, 3, 16, 16), image_axes="last", level="outputs")
 
 
 def test_layers_are_flaxs_own_and_nothing_is_moved(unet: Port) -> None:
@@ -116,14 +116,14 @@ def test_weights_go_there_and_back_and_the_parity_test_passes(
 
 
 def test_tokens_and_images_are_reshapes_of_each_other() -> None:
-    port = convert.port(Tokens, images(2, 3, 8, 12), verify=False)
+    port = convert.port(Tokens, images(2, 3, 8, 12), image_axes="last", verify=False)
     assert "transpose" not in port.source
     assert "B, H, W, C = x.shape" in port.source
     assert ".reshape(B, H, W, C)" in port.source
 
 
 def test_groups_of_channels_and_unknown_operations() -> None:
-    port = convert.port(Shuffled, images(2, 4, 4, 6))
+    port = convert.port(Shuffled, images(2, 4, 4, 6), image_axes="last")
     assert port.proved.verdict == "same"
     assert "x.reshape(b, h, w, 2, -1).transpose(0, 1, 2, 4, 3)" in port.source
     assert "# bmm takes torch's axes" in port.source
@@ -131,14 +131,14 @@ def test_groups_of_channels_and_unknown_operations() -> None:
 
 
 def test_columns_of_an_image_are_a_sequence() -> None:
-    port = convert.port(Crnn, images(2, 1, 4, 10), verify=False)
+    port = convert.port(Crnn, images(2, 1, 4, 10), image_axes="last", verify=False)
     assert "x.transpose(0, 2, 3, 1).reshape(b, w, -1)" in port.source
     assert "#" not in port.source  # the source moves axes there too
 
 
 def test_videos_and_sound() -> None:
     inputs = {"x": images(2, 3, 3, 6, 8), "wave": images(2, 21)}
-    port = convert.port(Frames, inputs, verify=False)
+    port = convert.port(Frames, inputs, image_axes="last", verify=False)
     assert "b, t, h, w, c = x.shape" in port.source
     assert "transpose" not in port.source
     assert "x is (B, T, H, W, C), where torch's is (B, T, C, H, W)" in plainly(port)
@@ -162,13 +162,13 @@ def test_a_model_without_images_is_untouched() -> None:
 
 
 def test_where_one_part_is_for_both_the_axes_stay_and_it_says_so() -> None:
-    port = convert.port(Shared, images(2, 3, 4, 4), verify=False)
+    port = convert.port(Shared, images(2, 3, 4, 4), image_axes="last", verify=False)
     assert any("torch's axes" in told for told in port.proved.notices)
     assert "channels_first_flax" in port.source
 
 
 def test_an_image_without_a_batch_keeps_torchs_axes() -> None:
-    port = convert.port(Unbatched, images(2, 3, 4, 4), verify=False)
+    port = convert.port(Unbatched, images(2, 3, 4, 4), image_axes="last", verify=False)
     assert any("a Conv2d takes an array of 3 axes" in told for told in port.proved.notices)
     assert "channels_first_flax" in port.source
 

@@ -47,7 +47,7 @@ _SHOWN = 40  # lines of a difference
 @click.option(
     "--image-axes",
     type=click.Choice(["last", "first"]),
-    default="last",
+    default="first",
     show_default=True,
     help="Where images have their channels in the source: last as in Flax, first as in PyTorch.",
 )

@@ -92,7 +92,7 @@ def ported(
     arguments: dict[str, dict[str, Any]],
     *,
     others: Sequence[Any] = (),
-    image_axes: ImageAxes = "last",
+    image_axes: ImageAxes = "first",
     verify: bool = True,
     untested: bool = False,
 ) -> PortedSource:
