@@ -319,6 +319,7 @@ def port(
     *,
     others: Sequence[Any] = (),
     level: Level | None = None,
+    image_axes: Literal["first", "last"] = "first",
     verify: bool = True,
     untested: bool = False,
     standalone: bool = False,
@@ -331,6 +332,12 @@ def port(
     weights, and `save(path)`, which writes them with the weights: the file imports jax, flax and
     zoo.nn only, and is yours. With `standalone` it holds what it uses of zoo.nn, and imports jax
     and flax only.
+
+    With `image_axes` "last", images have their channels last in it, as Flax's layers want them: the
+    convolutions are Flax's own, and the source takes (B, H, W, C) where torch's module takes
+    (B, C, H, W), and gives images so; `inputs` have torch's axes all the same. Where torch's order
+    is needed inside, a transpose says why. "first" leaves all axes. A model without layers of
+    images has torch's axes in either case.
 
     With `verify`, the source is imported afresh and its outputs are held against torch's in float32
     and float64, at these sizes and at others. With `level`, the two modules are compared by
@@ -349,12 +356,14 @@ def port(
         module = with_weights(module, weights)
     found = ported(
         module, inputs, arguments,
-        others=others, verify=verify, untested=untested, standalone=standalone,
+        others=others, image_axes=image_axes, verify=verify, untested=untested,
+        standalone=standalone,
     )  # fmt: skip
     made = Port(**vars(found))
     if level is None:
         return made
-    report = _verify(made.module, made.net(), inputs, level, layout=made.layout, flax_inputs=inputs)
+    theirs = made.flax_inputs() if made.moved.inputs else inputs
+    report = _verify(made.module, made.net(), inputs, level, layout=made.layout, flax_inputs=theirs)
     if report.verdict != "same":
         raise NotEquivalent(
             f"the port of {type(made.module).__name__} differs from it at level {level}",

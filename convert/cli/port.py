@@ -47,6 +47,13 @@ _SHOWN = 40  # lines of a difference
     show_default=True,
     help="How far the report beside the file compares the two modules.",
 )
+@click.option(
+    "--image-axes",
+    type=click.Choice(["last", "first"]),
+    default="first",
+    show_default=True,
+    help="Where images have their channels in the source: last as in Flax, first as in PyTorch.",
+)
 @click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
 @click.option(
     "--standalone", is_flag=True, help="Write what it uses of zoo.nn into it: no import of zoo."
@@ -62,6 +69,7 @@ def port(
     path: str,
     weights: str | None,
     level: Any,
+    image_axes: Any,
     test: bool,
     standalone: bool,
     family: bool,
@@ -94,9 +102,10 @@ def port(
     from convert.runtime.inputs import read_inputs
     from zoo.containers.errors import UsageError
 
-    if family and (test or standalone):
+    if family and (test or standalone or image_axes == "last"):
         raise UsageError(
-            "a family has its own tests, and blocks of zoo.nn", "leave --test and --standalone out"
+            "a family has its own tests, blocks of zoo.nn, and torch's axes",
+            "leave --test, --standalone and --image-axes out",
         )
     if not family:
         check_name(Path(path))
@@ -108,7 +117,8 @@ def port(
             check_family(Path(path), definition)
         made = run(
             definition, inputs, weights,
-            others=others, level=compared, verify=not no_verify, standalone=standalone,
+            others=others, level=compared, image_axes=image_axes, verify=not no_verify,
+            standalone=standalone,
         )  # fmt: skip
         written = save_family(made, definition, path) if family else made.save(path, test=test)
     notices(made.proved.notices, quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,6 +68,8 @@ class Port(PortedSource):
         text = _TEST.format(
             stem=path.stem, model=self.model, module=module_name(of), name=of.__qualname__,
             inputs=inputs.name, weights=path.with_suffix(".safetensors").name,
+            call=_call(self.moved.inputs, inputs.name),
+            numpy="import numpy as np\n" if self.moved.inputs else "",
         )  # fmt: skip
         return [_write_source(made, text), inputs]
 
@@ -95,8 +98,21 @@ HERE = Path(__file__).parent
 def test_it_is_the_same_model() -> None:
     torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
     flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
-    assert_same(torch_net, flax_net, HERE / "{inputs}")
+{call}
 '''
+
+
+def _call(moved: Mapping[str, tuple[int, ...]], inputs: str) -> str:
+    """The lines that compare; with images as the port takes them."""
+    if not moved:
+        return f'    assert_same(torch_net, flax_net, HERE / "{inputs}")'
+    images = ", ".join(f'"{n}": inputs["{n}"].transpose{o}' for n, o in moved.items())
+    return (
+        f'    with np.load(HERE / "{inputs}") as file:\n'
+        "        inputs = dict(file)\n"
+        f"    images = {{{images}}}  # channels last\n"
+        "    assert_same(torch_net, flax_net, inputs, flax_inputs=inputs | images)"
+    )
 
 
 def _write_source(path: Path, text: str) -> Path:

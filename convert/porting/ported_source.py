@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.porting.evaluate import Evaluation
+from convert.porting.image_axes.moved import Relaid
+from convert.porting.image_axes.writer import Writer
 from convert.porting.port_proof import LivePair, flax_state, prove
-from convert.porting.program_of import Ported
-from convert.porting.rendering.module_file import ModuleFile, module_file
+from convert.porting.program_of import ImageAxes, Ported
+from convert.porting.rendering.module_file import ModuleFile
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
@@ -28,7 +30,7 @@ from convert.program.export import check_version, traced_graph
 from convert.program.functional_dropout import with_dropout_layers
 from convert.program.graph import Graph
 from convert.runtime.user_code import module_name
-from zoo.containers.errors import ZooError, printable
+from zoo.containers.errors import UsageError, ZooError, printable
 from zoo.layout import Layout
 
 
@@ -49,6 +51,7 @@ class PortedSource:
     imported: Imported = field(repr=False)
     file: ModuleFile = field(repr=False)
     inputs: Any = field(repr=False)
+    moved: Relaid = field(repr=False)  # what lies otherwise than in torch
 
     def __str__(self) -> str:
         return self.source
@@ -59,8 +62,15 @@ class PortedSource:
 
         made = self.imported.net()
         state = flax_state(self.module, ByName(self.layout))
+        state = self.moved.state(state, self.layout)
         fill(made, {n: placed(n, x.copy()) for n, x in state.items()})
         return made
+
+    def flax_inputs(self) -> Any:
+        """The first call, as the module of the source takes it."""
+        from convert.runtime.arrays import leaves, replaced
+
+        return replaced(self.inputs, self.moved.given(leaves(self.inputs)))
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -83,13 +93,16 @@ def ported(
     arguments: dict[str, dict[str, Any]],
     *,
     others: Sequence[Any] = (),
+    image_axes: ImageAxes = "first",
     verify: bool = True,
     untested: bool = False,
     standalone: bool = False,
 ) -> PortedSource:
     """What `convert.port` does of a torch module that holds its weights; `arguments` are those of
-    `made_of`."""
+    `made_of`. With `image_axes` "last" the source takes and gives images with channels last."""
     check_version(untested)
+    if image_axes not in ("first", "last"):
+        raise UsageError(f"there is no image_axes {image_axes!r}", "it is 'last' or 'first'")
     signature = inspect.signature(module.forward)
     calls = [bound(signature, module, one) for one in (inputs, *others)]
     with in_mode(module, training=False), with_dropout_layers(module, calls[0]):
@@ -99,23 +112,24 @@ def ported(
             raise NotRendered(f"its calls are not one graph: {'; '.join(told)}")
         program.evaluations[False] = Evaluation(graph, {})
 
-        def render(graph: Graph) -> ModuleFile:
-            return module_file(graph, module, program.layout, "HEADER", arguments, standalone)
-
-        file = render(graph)
+        writer = Writer(module, program.layout, arguments, image_axes, standalone)
+        file, moved = writer.first(graph)
+        program.layout = moved.layout(program.layout)
+        program.by_name = ByName(program.layout)
         imported = Imported(file)
         if verify:
             fitting = [one for one in calls if not _misfits(graph, one)]
-            source = SourceProgram(program, imported, render)
+            source = SourceProgram(program, imported, writer.file, moved)
             prove(LivePair(module, source), first, fitting, gradients=False)
         # A live module is traced anew for sizes that a graph is not for: a file is not.
         left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
+        program.report.notices += [*writer.notices, *moved.told()]
         program.report.notices += _left_out(module, first, graph, file.layers)
     text = file.source.replace("HEADER", _header(module, program.report, standalone), 1)
     return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file,
-        dict(calls[0].arguments),
+        dict(calls[0].arguments), moved,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.porting.fixed_draws import KNOWN, jax_draws
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.program_of import DrawsRandom, TorchProgram
 from convert.porting.rendering.module_file import ModuleFile
 from convert.program.graph import Graph
@@ -60,11 +61,15 @@ class SourceProgram(TorchProgram):
     """A program that runs what was written, and not its graph."""
 
     def __init__(
-        self, program: TorchProgram, imported: Imported, render: Callable[[Graph], ModuleFile]
+        self,
+        program: TorchProgram,
+        imported: Imported,
+        render: Callable[[Graph], ModuleFile],
+        moved: Relaid,
     ) -> None:
         vars(self).update(vars(program))
         vars(self).pop("_jitted", None)
-        self.imported, self.render = imported, render
+        self.imported, self.render, self.moved = imported, render, moved
 
     @property
     def states_precision(self) -> bool:
@@ -76,15 +81,15 @@ class SourceProgram(TorchProgram):
         differs in dtypes alone."""
         own = graph is self.evaluation(False).graph
         imported = self.imported if own else Imported(self.render(graph))
-        return SourceProgram(super().twin(graph, training), imported, self.render)
+        return SourceProgram(super().twin(graph, training), imported, self.render, self.moved)
 
     def _traced(
         self, training: bool, state: dict[str, Any], constants: dict, arrays: list, key: Any
     ) -> tuple[list[Any], dict[str, Any]]:
         net = self.imported.net()
-        fill(net, state | constants)
+        fill(net, self.moved.state(state | constants, self.layout))
         found = [p.name for p in self.evaluation(training).graph.of_kind("input")]
-        call = nested(dict(zip(found, arrays, strict=True)))
+        call = nested(self.moved.given(dict(zip(found, arrays, strict=True))))
         if others := self.imported.draws - KNOWN:
             raise DrawsRandom(f"{self.name} draws by {', '.join(others)}", "give it the numbers")
         try:
@@ -100,7 +105,7 @@ class SourceProgram(TorchProgram):
                 [_line_of(e)],
             ) from e
         _, leaves = taken_apart(result, "", lambda _, x: x)
-        return [x for x in leaves if is_array(x)], {}
+        return self.moved.back(self.paths(), [x for x in leaves if is_array(x)]), {}
 
 
 @contextlib.contextmanager

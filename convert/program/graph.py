@@ -134,7 +134,7 @@ class Graph:
                     meant = wanted if isinstance(wanted, int) else self.worded(wanted)
                     told.append(f"axis {axis} of {p.name} is {size}, and was traced as {meant}")
         for guard in self.guards:
-            if not told and not evaluate(guard.condition, sizes):
+            if not told and not _holds(guard.condition, sizes):
                 where = f" ({guard.site})" if guard.site else ""
                 told.append(f"{self.worded(guard.condition)} does not hold{where}")
         return told
@@ -144,6 +144,13 @@ class Graph:
         for symbol, (name, axis) in sorted(self.symbols.items(), key=lambda s: -len(s[0])):
             expression = expression.replace(symbol, f"{name}.shape[{axis}]")
         return expression
+
+
+def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    try:
+        return bool(evaluate(condition, sizes))
+    except ZeroDivisionError:  # of a size that became 0
+        return False
 
 
 def evaluate(expression: int | str, sizes: Mapping[str, int]) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import keyword
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.names import Frames, Key, Names
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
-from convert.porting.rendering.sizes import composed, unpackings
+from convert.porting.rendering.sizes import Unpacked, composed, same_size, unpackings
 from convert.porting.rendering.source_lines import copies, forward_lines, source_file
 from convert.porting.rendering.statements import Body, Line, words
 from convert.porting.rules.elementwise import COPIES
@@ -129,7 +130,7 @@ class _Writing:
         for i, item in enumerate(self.items):
             if i not in self.inlined:
                 self._statement(i, item)
-        self.made.lines.append(Line([], self._returned()))
+        self.made.lines.append(Line([], self._returned(), comment=self._reason(len(self.items))))
         self._keep_used_sizes()
         self.made.source = len({key[-1] for key, _ in self.keys})
         return self.made
@@ -172,7 +173,14 @@ class _Writing:
             self.local.pop(name, None)
             self.texts[value] = name
             names.append(name)
-        self.made.lines.append(Line(_grouped(shape, iter(names)), text, statement))
+        line = Line(_grouped(shape, iter(names)), text, statement, comment=self._reason(i))
+        self.made.lines.append(line)
+
+    def _reason(self, i: int) -> str:
+        """Why the statement of an item moves axes where the source does not."""
+        parts = [self.items[k] for k, root in self.root.items() if root == i]
+        told = [self.context.moved.reasons.get(v, "") for x in parts for v in _made(x)]
+        return "; ".join(dict.fromkeys(t for t in told if t))
 
     def _results(self, item: GraphNode | Scope) -> list[Any]:
         """What the expression of an item gives: -1 for what only other calls of its class do."""
@@ -238,7 +246,7 @@ class _Writing:
         for text, attributes in self.frames.sizes(node, self.local):
             known = self.made.attributes
             clash = any(known.get(name, value) != value for name, value in attributes.items())
-            if type(text.value) is type(wanted) and text.value == wanted and not clash:
+            if same_size(text.value, wanted) and not clash:
                 known |= attributes
                 return text
         return (
@@ -249,7 +257,25 @@ class _Writing:
         return self._axis(wanted) or composed(wanted, self._symbol)
 
     def _symbol(self, symbol: str) -> str:
-        return self._axis(symbol) or self.context.signatures.size(self.scope, symbol)
+        if (found := self._axis(symbol)) is not None:
+            return found
+        if self.scope.path:
+            return self.context.signatures.size(self.scope, symbol)
+        return self._size_of_input(symbol)
+
+    def _size_of_input(self, symbol: str) -> str:
+        """A name for an axis of an input of the model, which no array that has a name has now."""
+        path, axis = self.tree.graph.symbols[symbol]
+        value = next(p.value for p in self.tree.graph.of_kind("input") if p.name == path)
+        order = self.tree.orders.get(value)
+        text = self.context.signatures.argument_texts(self.scope)[value]
+        name = self.names.free("size", len(self.items))
+        line = Line([name], f"{text}.shape[{axis if order is None else order.index(axis)}]")
+        self.made.lines.insert(0, line)
+        self.local[name] = symbol
+        self.names.hold(name, len(self.items) + 1)
+        self.unpacked[name] = (line, 0)
+        return name
 
     def _axis(self, wanted: str) -> str | None:
         """`x.shape[1]`, of an array that has a name now."""
@@ -276,7 +302,8 @@ class _Writing:
             kind = self.tree.type_of(value) if value is not None else None
             if not isinstance(kind, ArrayType):
                 continue
-            self._unpack(found, kind.shape)
+            order = self.tree.orders.get(value, ()) if value is not None else ()
+            self._unpack(_as_it_lies(found, order), kind.shape)
 
     def _read_copies(self, i: int, item: GraphNode | Scope) -> None:
         """Give values their second names, where the source does before this line."""
@@ -335,6 +362,18 @@ class _Writing:
         self.read = set()
         texts = {v: self._value_text(v) for v in self.results}
         return self.context.returned(self.scope, lambda v: texts[self.source(v)])
+
+
+def _as_it_lies(found: Unpacked, order: tuple[int, ...]) -> Unpacked:
+    """The names of the sizes of an array whose axes are in another order than torch's."""
+    if not order:
+        return found
+    if found.axis is not None:
+        wanted = found.axis % len(order) if -len(order) <= found.axis < len(order) else None
+        return found if wanted is None else replace(found, axis=order.index(wanted))
+    if len(found.names) != len(order):
+        return found
+    return replace(found, names=tuple(found.names[a] for a in order))
 
 
 def _is_getitem(item: GraphNode | Scope) -> TypeGuard[GraphNode]:

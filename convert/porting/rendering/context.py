@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.rendering.argument_text import numbers, reached, tree_text
 from convert.porting.rendering.held_arrays import HeldArrays
 from convert.porting.rendering.layer_calls import LayerCalls
@@ -25,13 +26,14 @@ from convert.program.nesting import LEAF, Nesting
 
 class Context:
     """See the module's first lines. `taken` are names that the file has from elsewhere, and that no
-    class of it can have; `tuples` the NamedTuples that the model returns."""
+    class of it can have; `tuples` the NamedTuples that the model returns; `moved` says what has
+    other axes than in torch."""
 
-    def __init__(self, tree: Tree, by_name: ByName, module: Any) -> None:
-        self.tree, self.by_name = tree, by_name
-        self.layers = LayerCalls(tree)
+    def __init__(self, tree: Tree, by_name: ByName, module: Any, moved: Relaid) -> None:
+        self.tree, self.by_name, self.moved = tree, by_name, moved
+        self.layers = LayerCalls(tree, moved.layers)
         self.signatures = Signatures(tree, self.layers)
-        self.held = HeldArrays(tree, by_name, module)
+        self.held = HeldArrays(tree, by_name, module, moved.tensors)
         self.tuples: dict[str, tuple[str, ...]] = {}
         self.draws: set[str] = set()  # the operations that take keys
         lines = {line for layer in self.layers.texts.values() for line in layer.imports}

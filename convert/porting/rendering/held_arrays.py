@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,22 @@ from zoo.layout.ops import Concat, Flip, Permute, inverse
 
 class HeldArrays:
     """The parameters, buffers and constants of a module. `arrays` are those that the source cannot
-    say, which are kept beside it; `kinds` the variables that are not Flax's own."""
+    say, which are kept beside it; `kinds` the variables that are not Flax's own. `turned` are the
+    orders of axes of those that are not as in torch."""
 
-    def __init__(self, tree: Tree, by_name: ByName, module: Any) -> None:
-        self.tree, self.by_name = tree, by_name
+    def __init__(
+        self, tree: Tree, by_name: ByName, module: Any, turned: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.tree, self.by_name, self.turned = tree, by_name, turned
         self.tensors = dict(module.named_parameters(remove_duplicate=False))
         self.trained = set(self.tensors)
         self.tensors |= dict(module.named_buffers(remove_duplicate=False))
+        self.tensors |= {n: self.tensors[n].permute(o) for n, o in turned.items()}
         self.arrays: dict[str, np.ndarray] = {}
         self.kinds: dict[str, None] = {}
 
     def held_text(self, scope: Scope, value: int) -> str:
-        """A tensor that the module at a path holds, in torch's axes."""
+        """A tensor that the module at a path holds, in the axes that the graph has it in."""
         p = self.tree.placeholders[value]
         if p.kind == "constant":
             return f"jnp.asarray({self._array(p.name, self.tree.graph.constants[p.name])})"
@@ -41,6 +46,8 @@ class HeldArrays:
         arrays = [f"{reached(origin, t.name, self.tree.modules)}[...]" for t in entry.flax]
         if len(entry.torch) > 1:
             raise NotRendered(f"{p.name} is one of several tensors of one in Flax")
+        if p.name in self.turned:
+            return arrays[0]
         for op in inverse(entry.ops, [t.shape for t in entry.torch]):
             if isinstance(op, Permute):
                 arrays = [permuted(a, op.axes) for a in arrays]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText
-from convert.porting.rendering.layer_text import layer_text
+from convert.porting.rendering.layer_text import ImageAxes, layer_text
 from convert.porting.rendering.not_rendered import NotRendered
+from convert.porting.rendering.renderers import computed
 from convert.porting.rendering.scopes import Scope, Tree, children
 from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import GraphNode, ValueRef, refs
@@ -26,16 +27,21 @@ _OPERATIONS = {
 
 
 class LayerCalls:
-    """The layers of a module, by path; `gone` are those that hand their argument on."""
+    """The layers of a module, by path; `gone` are those that hand their argument on. `last`: those
+    whose data has channels last."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, last: Collection[str] = ()) -> None:
         self.tree = tree
         self.texts: dict[str, LayerText] = {}
         self._sequences: dict[str, bool] = {}
         self.derived = self._derived()
         for path, module in tree.modules.items():
-            if path and (layer := layer_text(module, checked=path in self.derived)) is not None:
+            axes: ImageAxes = "last" if tree.first(path) in last or path in last else "first"
+            layer = layer_text(module, axes, checked=path in self.derived) if path else None
+            if layer is not None:
                 self.texts[path] = layer
+        if last:
+            self.texts |= dict.fromkeys(self._handed_on(), computed(lambda x: x))
         self.gone = {p for p in self.texts if self._is_gone(p)}
 
     def _derived(self) -> set[str]:
@@ -52,6 +58,17 @@ class LayerCalls:
             good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
+
+    def _handed_on(self) -> set[str]:
+        """The modules that only hand their array on: of a permutation nothing may be left."""
+        found: dict[str, bool] = {}
+        for scope in self.tree.root.scopes():
+            copied = [n.op in COPIES for n in scope.nodes()]
+            alone = len(scope.call.arguments) == len(scope.call.results) == 1 and scope.path
+            holds = scope.module._modules or scope.module._parameters or scope.module._buffers
+            good = bool(copied) and all(copied) and bool(alone) and not holds
+            found[scope.path] = found.get(scope.path, True) and good
+        return {path for path, good in found.items() if good and path not in self.texts}
 
     def exact(self) -> frozenset[str]:
         """The modules of torch's own layers that every call of is written as one: what they do in

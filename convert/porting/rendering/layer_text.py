@@ -18,10 +18,12 @@ from convert.porting.rendering import activation_layers, image_layers, plain_lay
 from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.renderers import RENDERERS, View
 
+ImageAxes = Literal["first", "last"]
+
 
 def layer_text(
     module: Any,
-    image_axes: Literal["first", "last"] = "first",
+    image_axes: ImageAxes = "first",
     training: bool = True,
     checked: bool = False,
 ) -> LayerText | None:
@@ -31,13 +33,13 @@ def layer_text(
     of one axis (B, C, T) too. With `training` False a text will do that is right in eval mode only.
     `checked`: somebody has seen that it computes what its class of torch's does.
     """
-    base = _base(module)
+    base = torch_class(module)
     if base is None or not (checked or _as_its_class(module, base)):
         return None
     return RENDERERS[base.__name__](module, View(image_axes == "last", training))
 
 
-def _base(module: Any) -> type | None:
+def torch_class(module: Any) -> type | None:
     """The class of torch's, or transformers' Conv1D, that the module is of."""
     for cls in type(module).__mro__:
         torchs = cls.__module__.startswith("torch.nn.modules.")

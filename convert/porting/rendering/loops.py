@@ -102,7 +102,12 @@ def _loop(
         targets.append(wanted)
     names = dict(zip(found.lists, targets, strict=True))
     inside = [
-        Line(line.targets, _INDEXED.sub(lambda m: names[m[1]], line.text), line.site)
+        Line(
+            line.targets,
+            _INDEXED.sub(lambda m: names[m[1]], line.text),
+            line.site,
+            comment=line.comment,
+        )
         for line in own
     ]
     lists = []

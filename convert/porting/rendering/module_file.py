@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.porting.image_axes.moved import Relaid
 from convert.porting.rendering.class_arguments import WrittenClass
 from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
@@ -33,6 +34,7 @@ from zoo.layout import Layout
 
 INDENT = "    "
 _ROUNDS = 200
+_POOLS = ("adaptive_avg_pool", "avg_pool", "interpolate", "max_pool", "pixel_shuffle")
 _KINDS = {
     "Buffer": "A tensor that is saved and not trained.",
     "Constant": "A tensor that is neither saved nor trained.",
@@ -60,17 +62,19 @@ def module_file(
     header: str,
     constructed: Mapping[str, Mapping[str, Any]] | None = None,
     standalone: bool = False,
+    moved: Relaid | None = None,
 ) -> ModuleFile:
     """The port of a module whose graph has its calls noted. `constructed` are the plain arguments
     that the constructors of its parts were given, by path. `standalone`: what it uses of zoo.nn is
-    written into it."""
+    written into it. `moved` says what of the graph and the layout has other axes than torch's."""
     by_name = ByName(layout)
 
     def home(name: str) -> str:
         entry = by_name.flax_of(name)
         return entry.flax[0].name if entry is not None else name
 
-    context = Context(Tree(graph, module, home), by_name, module)
+    moved = moved or Relaid(graph)
+    context = Context(Tree(graph, module, home, moved.orders), by_name, module, moved)
     for _ in range(_ROUNDS):
         with contextlib.suppress(Again):
             classes = Classes(context, constructed or {})
@@ -133,6 +137,10 @@ class _File:
             "Array": "from jax import Array",
         }
         lines = {"from __future__ import annotations", "from flax import nnx"}
+        if self.context.moved.layers:
+            called = {n for n in _POOLS if re.search(rf"(?<![.\w]){n}\(", body)}
+            called -= self.context.rules.names
+            known |= {n: f"from zoo.nn.pool_flax import {n}" for n in called}
         lines |= {line for name, line in known.items() if name in words}
         lines |= set(more)
         if self.context.held.arrays:
@@ -211,9 +219,9 @@ class _File:
             if isinstance(line, Loop):
                 yield f"{margin}{line.header()}"
                 for one in line.lines:
-                    yield f"{margin}{INDENT}{_plain(str(one))}"
+                    yield from _written(one, margin + INDENT)
             else:
-                yield f"{margin}{_plain(str(line))}"
+                yield from _written(line, margin)
 
     def _parameter(self, name: str, written: WrittenClass) -> str:
         every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
@@ -242,6 +250,12 @@ class _File:
             kind = self.context.tree.type_of(values[0])
             return "Array" if isinstance(kind, ArrayType) else "Any"
         return "tuple[Any, ...]" if values else "None"
+
+
+def _written(line: Line, margin: str) -> Iterator[str]:
+    if line.comment:
+        yield f"{margin}# {line.comment}"
+    yield f"{margin}{_plain(str(line))}"
 
 
 def _type(values: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,17 @@ class Scope:
 
 class Tree:
     """The scopes of a graph of `module`, whose calls were noted. `home` gives the name that one of
-    its tensors has in Flax."""
+    its tensors has in Flax; `orders` say of a value which of torch's axes stands where, if not as
+    in torch."""
 
-    def __init__(self, graph: Graph, module: Any, home: Callable[[str], str]) -> None:
-        self.graph, self.home = graph, home
+    def __init__(
+        self,
+        graph: Graph,
+        module: Any,
+        home: Callable[[str], str],
+        orders: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.graph, self.home, self.orders = graph, home, orders or {}
         self.placeholders: dict[int, Placeholder] = {p.value: p for p in graph.placeholders}
         self.modules: dict[str, Any] = dict(module.named_modules(remove_duplicate=False))
         self._firsts: dict[int, str] = {}  # of modules, see `first`

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from convert.porting.rendering.operands import SizeText, inside
 from convert.porting.rendering.source_lines import source_file
+from convert.program.graph import evaluate
 
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -145,6 +147,8 @@ class _Reading:
                     return apply(left, right)
                 except (ArithmeticError, ValueError):
                     return None
+            if isinstance(left, int | str) and isinstance(right, int | str):
+                return _unknown(part.op, left, right)
         return None
 
     def attribute(self, part: ast.Attribute) -> Any:
@@ -163,6 +167,32 @@ class _Reading:
             except Exception:  # whatever a stranger's property raises
                 return None
         return found
+
+
+def _unknown(of: ast.operator, left: int | str, right: int | str) -> str | None:
+    """An expression of sizes that are no numbers."""
+    sign = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//"}.get(type(of))
+    return None if sign is None else f"({left}) {sign} ({right})"
+
+
+_SYMBOL = re.compile(r"\b[a-z]+\d+\b")
+_PRIMES = (3, 5, 7, 11, 13, 17, 19)
+
+
+def sampled(size: int | str) -> int:
+    """A size where each symbol in it is some number of its own, the same at every call."""
+    if isinstance(size, int):
+        return size
+    names = set(_SYMBOL.findall(size))
+    known = {n: 64 * _PRIMES[sum(map(ord, n)) % 7] * (1 + int(re.sub(r"\D", "", n))) for n in names}
+    return int(evaluate(size, known))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes, numbers or expressions, are the same."""
+    if type(a) is not type(b) or not isinstance(a, str) or a == b:
+        return type(a) is type(b) and bool(a == b)
+    return set(_SYMBOL.findall(a)) == set(_SYMBOL.findall(b)) and sampled(a) == sampled(b)
 
 
 class _Flat(ast.NodeTransformer):

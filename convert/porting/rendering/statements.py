@@ -13,12 +13,14 @@ from convert.program.graph import CodeLine
 @dataclass
 class Line:
     """One statement: `targets = text`, or `return text` where there are none. `guard` is the
-    condition that it is under: not every instance of the class has it."""
+    condition that it is under: not every instance of the class has it. `comment` stands above
+    it."""
 
     targets: list[str]
     text: str
     site: CodeLine | None = None
     guard: str = ""
+    comment: str = ""
 
     @property
     def is_bare(self) -> bool:

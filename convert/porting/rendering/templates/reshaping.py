@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, SizeText
+from convert.porting.rendering.operands import ArrayType, Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     at,
@@ -98,8 +98,11 @@ def squeeze(x: Operand) -> str:
 
 
 @template("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze_copy.dims")
-def squeeze_dims(x: Operand, dim: Any) -> str:
-    return _squeezed(x, dim if isinstance(dim, list | tuple) else [dim])
+def squeeze_dims(x: Operand, dim: Any, *, out: ArrayType) -> str:
+    dims = list(dim) if isinstance(dim, list | tuple) else [dim]
+    if x.shape and len(out.shape) == len(x.shape) - len(dims):  # a size may be an expression
+        return f"{x}.squeeze({axis_text(dims)})"
+    return _squeezed(x, dims)
 
 
 @template("aten.unsqueeze.default", "aten.unsqueeze_copy.default")

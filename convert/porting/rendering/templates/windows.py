@@ -18,7 +18,8 @@ from convert.porting.rendering.templates.writing import (
 )
 
 
-def _tupled(value: Any, n: int) -> tuple[Any, ...]:
+def tupled(value: Any, n: int) -> tuple[Any, ...]:
+    """One number for each axis."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     return values * n if len(values) == 1 else values
 
@@ -39,13 +40,13 @@ def conv(
     n = len(weight.shape) - 2
     if not one_dtype(x, weight, bias) or len(x.shape) != n + 2 or n > 3 or kind(x) != 2:
         return None
-    stride, dilation = _tupled(stride, n), _tupled(dilation, n)
+    stride, dilation = tupled(stride, n), tupled(dilation, n)
     if isinstance(padding, str):
         pads = f'"{padding.upper()}"'
         if padding == "same" and stride != (1,) * n:
             return None
     else:
-        sides = _tupled(padding, n)
+        sides = tupled(padding, n)
         pads = pairs([(p, p) for p in sides]) if any(sides) else '"VALID"'
     more = "" if dilation == (1,) * n else f", rhs_dilation={sizes_text(dilation)}"
     more += "" if groups == 1 else f", feature_group_count={groups}"
@@ -64,9 +65,9 @@ def _outputs(size: int, k: int, s: int, p: int, ceil: bool) -> int:
 
 def _windows(x: Operand, n: int, kernel: Any, stride: Any, padding: Any, ceil: bool) -> Any:
     """What lax.reduce_window is told: windows, strides, and pads, "VALID" where there are none."""
-    kernel = _tupled(kernel, n)
-    stride = _tupled(stride, n) if stride not in (None, [], ()) else kernel
-    padding = _tupled(padding, n)
+    kernel = tupled(kernel, n)
+    stride = tupled(stride, n) if stride not in (None, [], ()) else kernel
+    padding = tupled(padding, n)
     lead = (1,) * (len(x.shape) - n)
     space = x.shape[-n:]
     behind = list(padding)
@@ -91,7 +92,7 @@ def _enter_pools(n: int) -> None:
         ceil: bool = False,
     ) -> str | None:
         made = _windows(x, n, kernel, stride, padding, ceil)
-        if made is None or kind(x) != 2 or _tupled(dilation, n) != (1,) * n:
+        if made is None or kind(x) != 2 or tupled(dilation, n) != (1,) * n:
             return None
         return f"lax.reduce_window({x}, -jnp.inf, lax.max, {made[2]})"
 
@@ -120,7 +121,7 @@ def _enter_pools(n: int) -> None:
 
     @template(*(f"aten.{name}.default" for name in names))
     def adaptive(x: Operand, output_size: Any) -> str | None:
-        sizes = _tupled(output_size, n)
+        sizes = tupled(output_size, n)
         lead, space = x.shape[:-n], x.shape[-n:]
         if kind(x) != 2:
             return None
