@@ -86,7 +86,7 @@ _TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
 
 from pathlib import Path
 
-import {module}
+{numpy}import {module}
 import {stem}
 
 import convert
