@@ -6,6 +6,7 @@ Two parameters of torch's that are one in Flax: torch is trained with one of the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from convert.compare.flax_side import FlaxSide
 from convert.compare.report import Report
+from convert.compare.settings import Settings
 from convert.compare.steps import compare_training
+from convert.compare.stopped import stopped
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.causes import Reason, found
 from convert.diagnose.divergence import Divergence
@@ -23,16 +26,27 @@ from convert.runtime.call import Call
 _ASIDE = 2.0**-12  # of the largest value
 
 
-def by_trial(report: Report, reference: TorchSide, flax: FlaxSide, steps: int) -> Divergence | None:
-    """The report's first divergence, with its cause where it has none and a trial tells it."""
+def by_trial(
+    report: Report, reference: TorchSide, flax: FlaxSide, options: Settings
+) -> Divergence | None:
+    """The report's first divergence, with its cause where it has none and a trial tells it; with
+    another one where that explains every gradient."""
     first = report.first_divergence
+    if first is not None and first.direction == "backward" and options.explain:
+        with contextlib.suppress(Exception):  # what was found stands
+            if (place := stopped(report, reference, flax, options.explain)) is not None:
+                return dataclasses.replace(
+                    first, layer=place.module, cause=place.reason.cause, between=None,
+                    diagnosis=place.reason.diagnosis, advice=place.reason.advice,
+                    source=place.source, tensor=None,
+                )  # fmt: skip
     if first is None or first.cause != "unknown":
         return first
     reason, layer = None, first.layer
     if first.direction == "backward":
         reason = _kink(report, reference, flax)
     elif first.direction == "training":
-        reason, layer = _summed(reference, flax, steps)
+        reason, layer = _summed(reference, flax, options.steps)
     if reason is None:
         return first
     return dataclasses.replace(

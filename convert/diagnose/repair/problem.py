@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ import numpy as np
 from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
-from convert.diagnose.repair.edit import short
 from convert.diagnose.repair.frontier import LONG, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
 from convert.diagnose.repair.search import Answer, Near, Problem
@@ -224,9 +222,7 @@ def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
     if site is None:
         leaf = program.leaves.get(next(iter(operation.refs), -1))
         return leaf.name if leaf else operation.name, None
-    file = os.path.relpath(site.file)
-    file = site.file if file.startswith("..") else file
-    return short(site.text, 90), f"{file}:{site.line}"
+    return site.shown, site.place
 
 
 _ROUNDED = {"bfloat16": (2.0**-14, 2.0**-7), "float16": (2.0**-18, 2.0**-14)}
