@@ -1,4 +1,4 @@
-"""A gradient that is stopped on one side only is found in the operation, all gradients explained."""
+"""A gradient that is stopped on one side only is placed: all gradients are explained at once."""
 
 from __future__ import annotations
 

@@ -142,9 +142,9 @@ class _Search:
         for chosen in (*range(count), *([None] if count > 1 else [])):
             with contextlib.suppress(Exception):
                 trial = _Run(self.reference, self.precision, through=(chosen,))
-                yield self._freed(chosen) if self._explains(trial.total) else None
+                yield self._detached(chosen) if self._explains(trial.total) else None
 
-    def _freed(self, chosen: int | None) -> Place:
+    def _detached(self, chosen: int | None) -> Place:
         """The value that torch detaches; all of several are told by the first."""
         detached = [o for o in self.operations if o.name == "detach"]
         before = self.first.freed[: chosen or 0].count("detach")
@@ -182,6 +182,7 @@ class _Run:
 
         self.stop, self.through = stop, through
         self.freed: list[str] = []  # in their order: "detach", or "stretch" without gradients
+        self.users = False
         self.mode = tape(_Run.__init__.__code__)
         self._call, self.mode.call = self.mode.call, self._operation
         module = reference.prepare(precision)
@@ -202,7 +203,7 @@ class _Run:
         with torch.enable_grad():
             args, kwargs, floats = reference.given(module, precision)
             torch.manual_seed(0)
-            with hooked(module, enter, leave), _Freed(self), self.mode:
+            with hooked(module, enter, leave), _freed(self), self.mode:
                 self.mode.muted = 0
                 output = module(*args, **kwargs)
                 self.mode.muted = 1
@@ -215,7 +216,7 @@ class _Run:
 
         site = (self.mode.site or self.mode.place()) if self.stop else None
         if site is None or (site.position, short_name(name)) != self.stop[0]:
-            return self._call(name, func, args, kwargs)
+            return self._call(name, self._users(func), args, kwargs)
         where = self.stop[1]
         tensors = list(find((args, kwargs), torch.Tensor))
 
@@ -226,6 +227,18 @@ class _Run:
         if where >= 0:
             return func(*mapped(tuple(args), free), **mapped(dict(kwargs), free))
         return mapped(func(*args, **kwargs), free)
+
+    def _users(self, func: Any) -> Any:
+        """The function, known to be called by the user's code and not by the tape's own."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.users = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.users = False
+
+        return called
 
     def of(self, tensor: Any, cotangent: Any) -> Arrays:
         """The gradients of a value, by parameter and input."""
@@ -246,7 +259,7 @@ class _Run:
         return list(torch.autograd.grad(self.loss, tensors, retain_graph=True, allow_unused=True))
 
 
-def _Freed(run: _Run) -> Any:
+def _freed(run: _Run) -> Any:
     """Counts what torch frees from gradients: values detached, stretches without; and frees not."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -254,7 +267,7 @@ def _Freed(run: _Run) -> Any:
     class Freed(TorchFunctionMode):
         def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             stretch = f is torch._C._set_grad_enabled and args == (False,)
-            if f is torch.Tensor.detach or f is torch.detach or stretch:
+            if (run.users and f in (torch.Tensor.detach, torch.detach)) or stretch:
                 kept = run.through is not None and run.through[0] in (None, len(run.freed))
                 run.freed.append("stretch" if stretch else "detach")
                 if kept:

@@ -183,7 +183,7 @@ class Noise:
         """The row, judged by the noise of all runs where those of one run make it different."""
         rough = within(row.error, row.noise, row.scale)
         exact = row.error64 <= EXACT * row.scale
-        if rough and exact or not np.isfinite(row.error):
+        if (rough and exact) or not np.isfinite(row.error):
             return row
         if not rough and not self._lucky(row, exact):
             return row

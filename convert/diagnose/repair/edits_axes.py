@@ -40,9 +40,7 @@ def rearranged(node: Node) -> Iterator[Edit]:
 def _permuted(node: Node) -> Iterator[Edit]:
     x, out = node.tensors[0], node.out
     n = x.ndim
-    if n > 4:
-        return
-    for order in itertools.permutations(range(n)):
+    for order in itertools.permutations(range(n)) if n <= 4 else _exchanged(node):
         if [x.shape[i] for i in order] == list(out.shape) and x.permute(
             order
         ).stride() == out.stride():
@@ -55,6 +53,20 @@ def _permuted(node: Node) -> Iterator[Edit]:
     shape = tuple(out.shape)
     yield node.edit(1.0, "rearranged", f"a reshape to {shape} in place of {node.name}",
                     lambda at: at.args[0].reshape(shape))  # fmt: skip
+
+
+def _exchanged(node: Node) -> Iterator[tuple[int, ...]]:
+    """The axes as torch has them, but for two."""
+    n = node.out.ndim
+    strides, sizes = node.tensors[0].stride(), node.tensors[0].shape
+    lying = [next((i for i in range(n) if (strides[i], sizes[i]) == held), None)
+             for held in zip(node.out.stride(), node.out.shape, strict=True)]  # fmt: skip
+    if len(set(lying)) < n or None in lying:
+        return
+    for a, b in itertools.combinations(range(n), 2):
+        order = [int(i) for i in lying if i is not None]
+        order[a], order[b] = order[b], order[a]
+        yield tuple(order)
 
 
 def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]:
@@ -226,7 +238,7 @@ def _indexed(node: Node) -> Iterator[Edit]:
             continue
         size = x.shape[axis] if axis < x.ndim else 0
         window = of_window(node)
-        for said, cause, other in _others(item, size):
+        for said, cause, other in (*_others(item, size), *(_windows(item, size) if window else ())):
             cause = window if window and cause == "offset" else cause
             new = (*items[:i], other, *items[i + 1 :])
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
@@ -314,6 +326,15 @@ def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
         elif (start, stop) != (0, size):
             yield "", "offset", slice(0, stop - start)
             yield "", "offset", slice(size - (stop - start), None)
+
+
+def _windows(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
+    """As many elements from every other place: padding that lies before in place of after."""
+    if isinstance(item, slice):
+        start, stop, step = item.indices(size)
+        for other in range(min(size - (stop - start) + 1, 16)):
+            if abs(other - start) > 1 and step == 1:
+                yield "", "padding", slice(other, other + stop - start)
 
 
 def _shown(item: Any) -> str:

@@ -64,7 +64,9 @@ def _swapped(
 def _alone(name: str, family: Family, values: Values, at: int) -> Iterator[Edit]:
     held = [family[k] for k in sorted(family, key=lambda k: [int(n) for n in k])]
     shape = values[held[0]].shape
+    names = sorted(range(len(held)), key=str)
     orders = {
+        "in the order of their names, 10 before 2": [held[i] for i in names],
         "in the other order": held[::-1],
         "one further": held[1:] + held[:1],
         "one back": held[-1:] + held[:-1],

@@ -91,7 +91,14 @@ def insertions(node: Node) -> Iterator[Edit]:
         x = node.values.get(other)
         if x is None or x.dtype != out.dtype or out.ndim < 2 or not x.numel():
             continue
-        if _broadcasts(x, out) and node.program.leaves.get(other) is not None:
+        leaf = node.program.leaves.get(other)
+        bias = leaf is not None and leaf.kind == "parameter" and x.ndim == 1
+        if bias and leaf is not None and leaf.name.endswith("bias") and _broadcasts(x, out):
+            again = other in node.program.users or other in node.program.before.get(
+                node.operation.made[0], ())  # fmt: skip
+            yield node.edit(1.6, "bias_twice" if again else "operand",
+                            f"{leaf.name} added to it", _adding(other))  # fmt: skip
+        if _broadcasts(x, out) and leaf is not None:
 
             def scaled(at: At, other: int = other) -> Any:
                 return at.run() * at.values[other]
@@ -105,6 +112,10 @@ def insertions(node: Node) -> Iterator[Edit]:
             return at.run() + at.values[other]
 
         yield node.edit(2.2, "residual", f"{named(node.program, other)} added to it", added)
+
+
+def _adding(other: int) -> Change:
+    return lambda at: at.run() + at.values[other]
 
 
 def _broadcasts(x: Any, out: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
 from convert.program.record import Goal, NotSeen, Recording, record
 from convert.program.replay import replay
+from convert.runtime.call import Call
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.jax_values import values_of
 from convert.runtime.torch_calls import copied
@@ -42,6 +43,7 @@ class Repair:
     module: str  # the innermost torch module around the operation
     source: str | None  # "nets.py:42"
     omits: bool = False  # whether Flax has an operation less here
+    spent: float = 0.0  # seconds of computing
 
 
 @dataclass
@@ -73,8 +75,10 @@ def _solved(make: Callable[[], Problem | None]) -> Repair | None:
     try:
         if (problem := make()) is None:
             return None
-        found = _said(problem.program, worker.solve(problem), problem.samples[0])
-        return found or Repair(None, _around(problem.program), None)
+        answer = worker.solve(problem)
+        found = _said(problem.program, answer, problem.samples[0])
+        found = found or Repair(None, _around(problem.program), None)
+        return replace(found, spent=answer.spent if answer.finished else problem.seconds)
     except Exception:  # the verdict and its place stand without it
         LOG.debug("repair failed", exc_info=True)
         return None
@@ -89,7 +93,7 @@ def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
         LOG.debug("%s", e)
         return None
 
-    def same(reference: Reference) -> Event | None:
+    def same(runs: Runs, reference: Reference) -> Event | None:
         walk = Forward(reference, runs.side, runs.pairing, lambda e: e, chosen=event.place)
         return walk.run(runs.pair.flax_call)  # type: ignore[no-any-return]
 
@@ -101,7 +105,7 @@ def _farther(runs: Runs, event: Event, seconds: float) -> Problem | None:
     if goal is None or first is None:
         return None
 
-    def same(reference: Reference) -> Event | None:
+    def same(runs: Runs, reference: Reference) -> Event | None:
         return next((e for e in _later(runs, reference, event) if e.place == goal.place), None)
 
     return _in_two_samples(runs, event, goal, first, same, seconds)
@@ -133,27 +137,44 @@ def _goal(runs: Runs, event: Event) -> tuple[Event | None, Recording | None]:
 
 def _in_two_samples(
     runs: Runs, event: Event, goal: Event, first: Recording,
-    same: Callable[[Reference], Event | None], seconds: float,
+    same: Callable[[Runs, Reference], Event | None], seconds: float,
 ) -> Problem:  # fmt: skip
     """The problem, with the goal in a run in which every layer before the event gave other values,
-    where there is one; `same` finds it in that run."""
+    or, where there is none, in one on other inputs; `same` finds it in that run."""
     samples = [_sample(first, runs.case(runs.reference, goal), goal is not event)]
     done = {n for n in event.past if not any(o.startswith(f"{n}.") for o in event.past)}
     if event.where == "output":
         done -= {event.pair.torch}
     try:
-        if done:
-            precision = runs.reference.precision
-            reference = Reference(runs.pair.torch, runs.pair.call, precision, disturbed=done)
-            reference.step(runs.pairing.of_torch())
-            found = same(reference)
-            again = _recorded(runs, reference, event.past, goal)
-            if found is not None and _alike(first.program, again.program):
-                case = runs.case(reference, found)
-                samples.append(_sample(again, case, goal is not event))
+        pair = runs.pair
+        if not done:
+            calls = _beside(pair.call), _beside(pair.flax_call)
+            pair = replace(pair, call=calls[0], flax_call=calls[1])
+        precision = runs.reference.precision
+        reference = Reference(pair.torch, pair.call, precision, disturbed=done)
+        reference.step(runs.pairing.of_torch())
+        other = replace(runs, pair=pair, reference=reference)
+        found = same(other, reference)
+        again = _recorded(other, reference, event.past, goal)
+        if found is not None and _alike(first.program, again.program):
+            case = runs.case(reference, found)
+            samples.append(_sample(again, case, goal is not event))
     except Exception:  # one sample is still a sample
         LOG.debug("no second sample", exc_info=True)
     return Problem(first.program, samples, seconds, near=_near(runs, first))
+
+
+def _beside(call: Call) -> Call:
+    """The call with other numbers of the same signs, zeros and whole numbers as they are; alike for
+    both sides, however their axes lie."""
+
+    def moved(x: np.ndarray) -> np.ndarray:
+        if x.dtype.kind != "f" or not x.size or (x == np.rint(x)).all():
+            return x
+        scale = float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) or 1.0
+        return (x * (1 + 0.4 * np.sin(9 * x.astype(np.float64) / scale))).astype(x.dtype)
+
+    return Call(*call.replaced({k: moved(np.asarray(x)) for k, x in call.arrays().items()}))
 
 
 def _near(runs: Runs, recording: Recording) -> Near | None:

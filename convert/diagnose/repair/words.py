@@ -69,9 +69,11 @@ def of_one_added(node: Node) -> str | None:
 
 def of_window(node: Node) -> str | None:
     """Where a slice cuts what a convolution or a pool gives, its padding is at stake."""
-    maker = node.program.makers.get(node.operation.refs[0])
+    value = node.operation.refs[0]
+    maker = node.program.makers.get(value)
     name = "" if maker is None else node.program.operations[maker].name
-    return "padding" if _WINDOWS.match(name) else None
+    layer = node.program.layers.get(value, ("",))[0].rpartition(".")[2]  # one that was not opened
+    return "padding" if _WINDOWS.match(name) or re.search("conv|pool", layer.lower()) else None
 
 
 def is_image(node: Node) -> bool:
