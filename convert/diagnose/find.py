@@ -90,6 +90,7 @@ def _as_written(found: Divergence, reference: Reference) -> Divergence:
     module of its own there, and the sentence says which it is."""
 
     def name(layer: str) -> str:
+        layer = layer.partition(".parametrizations")[0]  # what computes a layer's weight is its own
         return whole(layer) if is_single(reference.modules.get(layer)) else layer
 
     if name(found.layer) == found.layer and (

@@ -7,7 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import NAMELESS, Edit, Node, dims_of, with_scalar, with_values
+from convert.diagnose.repair.edit import (
+    NAMELESS,
+    Edit,
+    Node,
+    dims_of,
+    named,
+    with_scalar,
+    with_values,
+)
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
 from convert.diagnose.repair.words import is_image, of_window
 from convert.program.operations import Ref
@@ -35,6 +43,8 @@ def rearranged(node: Node) -> Iterator[Edit]:
         yield from _products(node)
     elif node.name == "unsqueeze":
         yield from _unsqueezed(node)
+    elif node.name in ("add", "sub", "mul", "masked_fill", "where"):
+        yield from _repeated_otherwise(node)
 
 
 def _permuted(node: Node) -> Iterator[Edit]:
@@ -192,6 +202,40 @@ def _repeated(node: Node) -> Iterator[Edit]:
         yield node.edit(1.0, "rearranged", "the whole repeated, not each element", blocks)
     else:
         yield node.edit(1.0, "rearranged", "each element repeated, not the whole", each)
+
+
+def _repeated_otherwise(node: Node) -> Iterator[Edit]:
+    """An operand that is repeated along an axis beside its own: element by element in place of as a
+    whole, or the other way round."""
+    out = node.out
+    for ref in dict.fromkeys(node.operation.refs):
+        x = node.values[ref]
+        shape = (1,) * (out.ndim - x.ndim) + tuple(x.shape)
+        for d in range(out.ndim - 1):
+            sizes = shape[d], shape[d + 1]
+            full = out.shape[d], out.shape[d + 1]
+            if 1 not in sizes or max(sizes) == 1 or min(full) == 1 or set(sizes) == {1}:
+                continue
+            if (sizes[0] == 1) != (sizes[1] == full[1]):
+                continue
+
+            def change(at: At, ref: int = ref, d: int = d, shape: Any = shape) -> Any:
+                held = at.values[ref].reshape(shape)
+                return with_values(at, {ref: _dealt(held, d, out.shape)})
+
+            said = f"{named(node.program, ref)} repeated in the other order along axes {d} and"
+            yield node.edit(1.1, "rearranged", f"{said} {d + 1}", change)
+
+
+def _dealt(x: Any, d: int, shape: Any) -> Any:
+    """x repeated along axes d and d + 1, one of which it has, each element of that one in turn."""
+    a, b = shape[d], shape[d + 1]
+    flat = x.squeeze(d) if x.shape[d] == 1 else x.squeeze(d + 1)
+    each = x.shape[d] == 1  # as a whole so far
+    n = a if each else b
+    made = flat.repeat_interleave(n, d) if each else flat.repeat(
+        *(n if i == d else 1 for i in range(flat.ndim)))  # fmt: skip
+    return made.unflatten(d, (a, b))
 
 
 def _unsqueezed(node: Node) -> Iterator[Edit]:

@@ -43,8 +43,8 @@ class Loops:
         for turn in range(1, len(runs[0])):
             names = self._names(runs, turn)
             for run, (_, change) in zip(runs, list(changes.items()), strict=True):
-                there = self.program.operations[run[turn]]
-                made[run[turn]] = _translated(change, there, names)
+                first = self.program.operations[run[0]]
+                made[run[turn]] = _translated(change, first, names)
         yield made
 
     def _names(self, runs: list[list[int]], turn: int) -> dict[int, int]:

@@ -254,7 +254,8 @@ def _spaced(at: At) -> Any:
 
     made = at.run()
     first, last = (float(made[i]) for i in (0, -1))
-    made = torch.logspace(math.log(first), math.log(last), made.numel(), base=math.e)
+    made = torch.logspace(math.log(first), math.log(last), made.numel(), base=math.e,
+                          dtype=torch.float64)  # fmt: skip
     return made.to(at.run().dtype)
 
 

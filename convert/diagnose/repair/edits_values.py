@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from convert.diagnose.repair.edit import (
@@ -176,6 +177,9 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)
+            if leaf.kind in ("buffer", "constant"):
+                for said, why, f in _indices(x):
+                    yield edit(1.25, why, f"{name} {said}", f)
             continue
         if x.dtype == torch.bool:
             yield edit(1.2, "mask", f"{name} inverted", torch.logical_not)
@@ -209,6 +213,35 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _indices(x: Any) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
+    """A table of indices otherwise: its axes exchanged, back to front, rows counted as columns."""
+    for a, b in itertools.combinations(range(x.ndim), 2):
+        if x.shape[a] == x.shape[b] > 1:
+            said = f"with axes {a} and {b} exchanged"
+            yield said, "transposed", partial(_swapped, a=a, b=b)
+    for d in range(x.ndim):
+        if x.shape[d] > 1:
+            yield f"back to front along axis {d}", "reversed", partial(_back, d=d)
+    if x.numel() > 3:
+        count = int(x.max()) + 1
+        for rows in (n for n in range(2, count) if count % n == 0):
+            if rows * rows == count or count // rows < 64:
+                said = f"with rows and columns of {rows} x {count // rows} exchanged"
+                yield said, "rearranged", partial(_regrid, rows=rows, count=count)
+
+
+def _swapped(t: Any, a: int, b: int) -> Any:
+    return t.transpose(a, b)
+
+
+def _back(t: Any, d: int) -> Any:
+    return t.flip(d)
+
+
+def _regrid(t: Any, rows: int, count: int) -> Any:
+    return (t % (count // rows)) * rows + t // (count // rows)
 
 
 def _is_met(program: Program, value: int) -> bool:

@@ -118,7 +118,7 @@ class _Search:
         if not self.answer.fits and not self._late():
             self._pairs(edits, helped)
         fits = self.answer.fits
-        fits.sort(key=lambda f: (_leaves_much(f, fits), f.cause == NAMELESS, f.cost))
+        fits.sort(key=lambda f: (_leaves_much(f, fits), f.cause == NAMELESS, f.cost, -f.place))
         return self.answer
 
     def _singles(
@@ -175,7 +175,8 @@ class _Search:
         cause = b.cause if a.cost < _NEUTRAL else of_both(a.cause, b.cause)
         both = replace(
             b, cause=cause, changes={**a.changes, **b.changes}, leaves={**a.leaves, **b.leaves},
-            cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}", at=b.place,
+            cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}",
+            at=a.place if cause == a.cause != b.cause else b.place,
         )  # fmt: skip
         self._note(-1)
         if (fit := self._fit(both, self.first.error(both))) is None:

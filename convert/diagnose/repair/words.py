@@ -17,6 +17,8 @@ _PASSED = ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "batch_norm", "
 
 def of_both(one: str, other: str) -> str:
     """The word for two edits at once: theirs if it is one, "rearranged" being any order."""
+    if {one, other} in ({"padding", "dilation"}, {"padding", "stride"}):
+        return "dilation" if "dilation" in (one, other) else "stride"  # the padding follows from it
     words = {one, other} - {"rearranged"} or {"rearranged"}
     orders = {"heads", "rope", "blocks", "flatten", "rearranged"}
     alike = one == other or (len(words) == 1 and words <= orders)
