@@ -148,7 +148,7 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     ("triu(1)", "triu(0)", "causal"),
     ("q = (x @ w[0]).view(B, T, 2, d)", "q = (x @ w[0]).view(B, T, d, 2).transpose(2, 3)", "heads"),
     ("q, k = turned(q, angles), turned(k, angles)", "q, k = q, turned(k, angles)", "left_out"),
-    ("a, b = (x", "b, a = (x", "blocks"),
+    ("a, b = (x", "b, a = (x", "swapped"),
     ("functional.silu(a)", "functional.gelu(a)", "activation"),
     ("clamp(-3.0, 3.0)", "clamp(-3.0, 1.0)", "constant"),
     ("x.mean(1)", "x.amax(1)", "operation"),

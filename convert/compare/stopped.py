@@ -48,9 +48,16 @@ def stopped(report: Report, reference: TorchSide, flax: FlaxSide, seconds: float
     precision = "float64" if both else "float32"
     rows = {r.name: r for r in report.gradients if r.judged}
     theirs = flax.run(precision, backward=True).gradients
+    idle = sorted(n for n in flax.untrained() & rows.keys() if not rows[n].same)
+    if idle and all(row.same for n, row in rows.items() if n not in idle):
+        return Place(found("stop_gradient", "untrained", name=idle[0]), _owner(idle[0]), None)
     with precision_of(precision):
         search = _Search(reference, precision, {n: theirs[n] for n in rows if n in theirs}, rows)
         return search.run(time.monotonic() + seconds)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 class _Search:

@@ -427,6 +427,8 @@ CAUSES: Mapping[str, Cause] = {
                 "({place})", "remove stop_gradient there in Flax"),
         "detached": ("torch detaches in `{expression}` ({place}); all gradients are Flax's where "
                      "it does not", _DETACH),
+        "untrained": ("{name} is trained in torch; Flax holds it, and not as a parameter",
+                      "make it an nnx.Param, or put it among Linen's params"),
         "no_grad": ("torch computes a part without gradients (no_grad); all gradients are Flax's "
                     "where it does not", _DETACH),
     }),

@@ -89,8 +89,10 @@ def _as_written(found: Divergence, reference: Reference) -> Divergence:
     """The divergence by the names that torch's module has: one layer of a recurrent stack is not a
     module of its own there, and the sentence says which it is."""
 
+    # What computes a layer's weight is a part of the layer.
+    found = dataclasses.replace(found, layer=found.layer.partition(".parametrizations")[0])
+
     def name(layer: str) -> str:
-        layer = layer.partition(".parametrizations")[0]  # what computes a layer's weight is its own
         return whole(layer) if is_single(reference.modules.get(layer)) else layer
 
     if name(found.layer) == found.layer and (

@@ -21,6 +21,7 @@ from convert.diagnose.repair.edits_omitted import MASKED, leave_out, solved_afte
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
+from convert.diagnose.repair.edits_series import series
 from convert.diagnose.repair.edits_siblings import COMPARED, siblings
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
@@ -44,7 +45,7 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
     makers = (
         leaf_edits, families, partial(exchanges, near=near), tables, sinusoids,
         partial(functions, near=near), partial(orders, near=near), interleavings, slices,
-        norms, partial(aligned, masking=masks), carried,
+        norms, series, partial(aligned, masking=masks), carried,
     )  # fmt: skip
     loops = Loops(program)
     for maker in makers:

@@ -43,6 +43,19 @@ _WORDS = {
     "reduce": ("sum", "prod", "mean", "amax", "amin"),
     "padding": ("same", "valid"),
 }  # fmt: skip
+# Arguments that are often left at their defaults, and what they are elsewhere.
+_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "stft": {"pad_mode": ("constant", "replicate"), "center": (False,), "onesided": (False,)},
+    "pad": {"mode": ("reflect", "replicate", "circular")},
+    "grid_sample": {"align_corners": (True,), "padding_mode": ("border", "reflection")},
+    "avg_pool1d": {"count_include_pad": (False,)},
+    "avg_pool2d": {"count_include_pad": (False,)},
+    "searchsorted": {"right": (True,)},
+    "bucketize": {"right": (True,)},
+    "conv_transpose1d": {"output_padding": (1,)},
+    "conv_transpose2d": {"output_padding": (1,)},
+}
+_PADS = ("pad_mode", "padding_mode", "center")
 # Numbers that stand in code: factors, slopes, bounds, bases, epsilons.
 _GRID = (
     0.0, 1.0, -1.0, 2.0, 0.5, 0.25, 3.0, 4.0, 6.0, 10.0, 0.1, 0.2, 0.01, 0.3, 0.9, 0.99, 1.702,
@@ -67,6 +80,13 @@ def numbers(node: Node) -> Iterator[Edit]:
             yield from _strings(node, path, value)
     yield from _alike(node)
     yield from _axes(node)
+    for name, others in _DEFAULTS.get(node.name, {}).items():
+        for other in others if name not in node.operation.kwargs else ():
+
+            def change(at: At, name: str = name, other: Any = other) -> Any:
+                return resolve(at.operation.function)(*at.args, **{**at.kwargs, name: other})
+
+            yield node.edit(1.0, cause(node, ("kwargs", name)), f"{name} {other!r}", change)
     if node.name in ("conv1d", "conv2d", "conv3d"):
         yield from _dilations(node)
 
@@ -122,6 +142,8 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
     if isinstance(value, bool) and name in ("topk", "sort", "argsort"):
         return "reversed"
     key = path[1] if path[0] == "kwargs" else path[0]
+    if key in _PADS:
+        return "padding"
     if name.startswith(("conv", "_conv")):
         return str(_CONVOLUTION.get(key, "size"))
     if "pool" in name:

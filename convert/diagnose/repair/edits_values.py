@@ -174,6 +174,14 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                 # What other layers are given all the same is by-passed, not left out.
                 why = "wiring" if _is_met(program, value) else "left_out"
                 yield Edit(1.0, why, f"{name} left out", changes, at=at, omits=True)
+        if layer and (other := _outputs_of(program, values, value)) is not None:
+
+            def last(at: At, value: int = value, other: int = other) -> Any:
+                made = _last_step(at.values[value], at.values[other])
+                return with_values(at, {value: made})
+
+            said = f"the last step of its outputs in place of {name}"
+            yield Edit(1.1, "token", said, dict.fromkeys(program.users[value], last), at=at)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)
@@ -213,6 +221,32 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _outputs_of(program: Program, values: Values, value: int) -> int | None:
+    """What a recurrent layer gives at all steps, if `value` are its last states."""
+    x = values[value]
+    for other, layer in program.layers.items():
+        out = values.get(other)
+        if layer != program.layers[value] or other == value or out is None:
+            continue
+        if x.ndim != 3 or out.ndim != 3 or x.shape[1] not in out.shape[:2]:
+            continue
+        if (
+            out.shape[-1] in (x.shape[-1], 2 * x.shape[-1])
+            and len(x) % (out.shape[-1] // x.shape[-1]) == 0
+        ):
+            return other
+    return None
+
+
+def _last_step(states: Any, out: Any) -> Any:
+    import torch
+
+    ways = out.shape[-1] // states.shape[-1]
+    last = out[:, -1] if out.shape[0] == states.shape[1] else out[-1]
+    made = last.unflatten(-1, (ways, states.shape[-1])).transpose(0, 1)
+    return torch.cat((states[: len(states) - ways], made))
 
 
 def _indices(x: Any) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:

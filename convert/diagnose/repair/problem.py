@@ -14,7 +14,7 @@ from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
 from convert.diagnose.repair.frontier import LONG, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
-from convert.diagnose.repair.search import Answer, Near, Problem
+from convert.diagnose.repair.search import Answer, Fit, Near, Problem
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.unseen import SeenValues
 from convert.diagnose.walk import Event, Forward, Onward
@@ -61,22 +61,23 @@ class Runs:
 def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
     """The smallest edit of torch's own computation that gives Flax's value; None where none does
     within the time."""
-    return _solved(lambda: _problem(runs, event, seconds))
+    return _solved(runs, lambda: _problem(runs, event, seconds))
 
 
 def repair_onward(runs: Runs, event: Event, seconds: float) -> Repair | None:
     """As `repair`, of a value farther on, that layers after the event have a part in: what is done
     before a layer in torch and after it in Flax shows there."""
-    return _solved(lambda: _farther(runs, event, seconds))
+    return _solved(runs, lambda: _farther(runs, event, seconds))
 
 
-def _solved(make: Callable[[], Problem | None]) -> Repair | None:
+def _solved(runs: Runs, make: Callable[[], Problem | None]) -> Repair | None:
     worker = Worker()
     try:
         if (problem := make()) is None:
             return None
         answer = worker.solve(problem)
         found = _said(problem.program, answer, problem.samples[0])
+        found = found and _known(runs, problem, answer.fits[0], found)
         found = found or Repair(None, _around(problem.program), None)
         return replace(found, spent=answer.spent if answer.finished else problem.seconds)
     except Exception:  # the verdict and its place stand without it
@@ -183,8 +184,7 @@ def _near(runs: Runs, recording: Recording) -> Near | None:
     if len(program.operations) < LONG:
         return None
     with contextlib.suppress(Exception):  # all are tried in their order then
-        side = flax_module(runs.pair.flax, "float64")
-        seen = SeenValues(values_of(side, runs.pair.flax_call))
+        seen = _flax_values(runs)
         values = replay(program, copied(recording.leaves))
         return frontier(program, values, seen, runs.layer)
     return None
@@ -211,6 +211,32 @@ def _alike(a: Program, b: Program) -> bool:
         and [(o.function, o.made) for o in a.operations]
         == [(o.function, o.made) for o in b.operations]
     )
+
+
+def _known(runs: Runs, problem: Problem, fit: Fit, made: Repair) -> Repair:
+    """What is left out is not left out if Flax computes it all the same: then something else takes
+    another value. A parameter without effect is not left out if Flax holds it as it was made."""
+    reason = made.reason
+    if reason is None or reason.cause not in ("left_out", "residual"):
+        return made
+    program = problem.program
+    if fit.omits:
+        values = replay(program, copied(problem.samples[0].leaves))
+        x = values[program.operations[fit.place].made[0]]
+        if _flax_values(runs).has(x):
+            return replace(made, reason=replace(reason, cause="operand"))
+        return made
+    for leaf in program.leaves.values():
+        for word, number in (("ones", 1), ("zeros", 0)):
+            if leaf.kind == "parameter" and fit.said == f"no {leaf.name}: {word}":
+                held = [v for v in runs.side.values.values() if v.size > 1 and (v == number).all()]
+                again = found("default", name=leaf.name, value=word)
+                return replace(made, reason=again) if held else made
+    return made
+
+
+def _flax_values(runs: Runs) -> SeenValues:
+    return SeenValues(values_of(flax_module(runs.pair.flax, "float64"), runs.pair.flax_call))
 
 
 # --- In words ---

@@ -277,8 +277,8 @@ def _rounded(c: float) -> Iterator[float]:
         for number in (n**0.5, n**-0.5, 1 / n):
             if c and abs(number - abs(c)) < 1e-4 * number:
                 yield number if c > 0 else -number
-    for n in (1, 2, 3, 4, 0.5):
-        if c and abs(n * np.pi - abs(c)) < 1e-4 * abs(c):
-            yield float(np.sign(c) * n * np.pi)
+    for times in (1.0, 2.0, 3.0, 4.0, 0.5):
+        if c and abs(times * np.pi - abs(c)) < 1e-4 * abs(c):
+            yield float(np.sign(c) * times * np.pi)
     if abs(c) < 1e-7:
         yield 0.0
