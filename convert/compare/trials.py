@@ -40,6 +40,7 @@ def by_trial(
                     diagnosis=place.reason.diagnosis, advice=place.reason.advice,
                     source=place.source, tensor=None,
                 )  # fmt: skip
+        first = _of_a_row(report, first)
     if first is None or first.cause != "unknown":
         return first
     reason, layer = None, first.layer
@@ -52,6 +53,19 @@ def by_trial(
     return dataclasses.replace(
         first, layer=layer, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
     )
+
+
+def _of_a_row(report: Report, first: Divergence) -> Divergence:
+    """The divergence, without its cause where it is of a gradient that is the same after all, or
+    nothing but rounding."""
+    row = next((r for r in report.gradients if r.name == first.tensor), None)
+    if row is None or (row.judged and not row.same) or first.cause == "unknown":
+        return first
+    wrong = next((r for r in report.gradients if r.judged and not r.same), None)
+    if wrong is None:
+        return first
+    reason = found("unknown", "row", name=f"the gradient of {wrong.name}")
+    return Divergence.of(wrong.name.rpartition(".")[0], reason, wrong, direction="backward")
 
 
 def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:

@@ -16,7 +16,8 @@ from convert.diagnose.repair.edit import (
     with_scalar,
     word,
 )
-from convert.program.replay import At, Change, resolve
+from convert.program.operations import Program
+from convert.program.replay import At, Change, Values, resolve
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
@@ -89,6 +90,24 @@ def numbers(node: Node) -> Iterator[Edit]:
             yield node.edit(1.0, cause(node, ("kwargs", name)), f"{name} {other!r}", change)
     if node.name in ("conv1d", "conv2d", "conv3d"):
         yield from _dilations(node)
+
+
+def shared(program: Program, values: Values) -> Iterator[Edit]:
+    """A whole number that several operations of one call take, another one in all of them."""
+    taken: dict[Any, dict[int, Path]] = {}
+    for index, operation in enumerate(program.operations):
+        if operation.name in _SHAPES or operation.site is None:
+            continue
+        for path, value in scalars(operation):
+            if isinstance(value, int) and not isinstance(value, bool) and value > 3:
+                taken.setdefault((operation.site.calls, value), {}).setdefault(index, path)
+    for (_, value), paths in taken.items():
+        if len(paths) < 2 or len({program.operations[i].name for i in paths}) < 2:
+            continue
+        for other in (value // 2, 2 * value, value + 1, value - 1):
+            changes = {i: with_scalar(path, other) for i, path in paths.items()}
+            said = f"{other} in place of {value}, wherever it is taken"
+            yield Edit(1.3, "size", said, changes)
 
 
 def _alike(node: Node) -> Iterator[Edit]:

@@ -38,6 +38,10 @@ def bypasses_layers(program: Program, one: int, other: int) -> bool:
 
 def of_negated(node: Node) -> str:
     """The word for a sign: of what is only put in order, or of positions, it is their order."""
+    users = [node.program.operations[i].name for v in node.operation.made
+             for i in node.program.users.get(v, ())]  # fmt: skip
+    if users and set(users) <= {"sigmoid"}:
+        return "swapped"  # the gate's complement
     in_order = node.name == "arange" or _only_ordered(node.program, node.operation.made[0])
     return "reversed" if in_order else "scale"
 
