@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch import nn
 
 import convert
@@ -88,3 +89,45 @@ def test_a_stop_on_one_side_is_placed(old: str, new: str, layers: set[str], word
     assert found.layer in layers
     assert words in found.diagnosis
     assert found.source is None or "test_stopped.py" in found.source
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rate = nn.Embedding(7, 4, padding_idx=0), nn.Parameter(torch.rand(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.table(ids) * self.rate)  # type: ignore[no-any-return]
+
+
+class FlaxTable(nnx.Module):
+    def __init__(self, net: Table, trained: bool, padded: bool) -> None:
+        self.table = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
+        self.table.embedding[...] = jnp.asarray(net.table.weight.detach().numpy())
+        kind = nnx.Param if trained else nnx.Variable
+        self.rate = kind(jnp.asarray(net.rate.detach().numpy()))
+        self.padded = padded
+
+    def __call__(self, ids: Any) -> Any:
+        x = self.table(ids)
+        x = jnp.where((ids == 0)[..., None], jax.lax.stop_gradient(x), x) if self.padded else x
+        return jnp.tanh(x * self.rate[...])
+
+
+@pytest.mark.parametrize(("trained", "padded", "cause", "layer"), [
+    (True, True, None, ""),
+    (False, True, "stop_gradient", ""),
+    (True, False, "padding_idx", "table"),
+])  # fmt: skip
+def test_what_is_not_trained_on_one_side_is_named(
+    trained: bool, padded: bool, cause: str | None, layer: str
+) -> None:
+    torch.manual_seed(0)
+    net = Table().eval()
+    with torch.no_grad():
+        net.table.weight[0] = torch.rand(4)
+    ids = np.array([[0, 1, 2], [3, 4, 0]])
+    report = convert.verify(net, FlaxTable(net, trained, padded), ids, level="gradients")
+    found = report.first_divergence
+    assert (found and found.cause) == cause
+    assert found is None or found.layer == layer
