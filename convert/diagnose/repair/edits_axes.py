@@ -17,7 +17,7 @@ from convert.diagnose.repair.edit import (
     with_values,
 )
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
-from convert.diagnose.repair.words import is_image, of_window
+from convert.diagnose.repair.words import is_fixed, is_image, of_window
 from convert.program.operations import Ref
 from convert.program.replay import At
 
@@ -59,7 +59,9 @@ def _permuted(node: Node) -> Iterator[Edit]:
         def change(at: At, order: tuple[int, ...] = order) -> Any:
             return at.args[0].permute(order)
 
-        yield node.edit(1.3, "transposed", f"the axes in the order {order}", change)
+        # Of relative positions: of queries to keys, or of keys to queries.
+        why = "operand" if is_fixed(node.program, node.operation.refs[0]) else "transposed"
+        yield node.edit(1.3, why, f"the axes in the order {order}", change)
     shape = tuple(out.shape)
     yield node.edit(1.0, "rearranged", f"a reshape to {shape} in place of {node.name}",
                     lambda at: at.args[0].reshape(shape))  # fmt: skip

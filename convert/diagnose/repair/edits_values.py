@@ -18,7 +18,7 @@ from convert.diagnose.repair.edit import (
     with_values,
 )
 from convert.diagnose.repair.edits_siblings import ALONG_LAST, inserted
-from convert.diagnose.repair.words import bypasses, bypasses_layers, of_negated
+from convert.diagnose.repair.words import bypasses, bypasses_layers, of_layer, of_negated
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
@@ -172,7 +172,11 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             if given in values and values[given].shape == x.shape:
                 changes = dict.fromkeys(program.users[value], replacing(value, given))
                 # What other layers are given all the same is by-passed, not left out.
-                why = "wiring" if _is_met(program, value) else "left_out"
+                why = (
+                    "wiring"
+                    if _is_met(program, value)
+                    else of_layer(program, program.layers[value][0])
+                )
                 yield Edit(1.0, why, f"{name} left out", changes, at=at, omits=True)
         if layer and (other := _outputs_of(program, values, value)) is not None:
 

@@ -43,7 +43,8 @@ def of_negated(node: Node) -> str:
     if users and set(users) <= {"sigmoid"}:
         return "swapped"  # the gate's complement
     in_order = node.name == "arange" or _only_ordered(node.program, node.operation.made[0])
-    return "reversed" if in_order else "scale"
+    # A difference may be taken the other way round, far before it: that is not told from a factor.
+    return "reversed" if in_order else NAMELESS
 
 
 def _only_ordered(program: Program, value: int) -> bool:
@@ -55,9 +56,30 @@ def _only_ordered(program: Program, value: int) -> bool:
     )
 
 
+def is_fixed(program: Program, value: int) -> bool:
+    """Whether a value follows from parameters and numbers in the code alone, as a bias looked up by
+    relative positions does."""
+    layer = program.layers.get(value)
+    if value in program.leaves:
+        given = layer[1] if layer else ()
+        fixed = program.leaves[value].kind in ("parameter", "buffer", "constant")
+        return fixed or (bool(given) and all(is_fixed(program, v) for v in given))
+    maker = program.makers.get(value)
+    return maker is not None and all(is_fixed(program, v) for v in program.operations[maker].refs)
+
+
+def of_layer(program: Program, name: str) -> str:
+    """The word for a layer that is given, but not used: one with parameters is by-passed."""
+    held = any(leaf.kind == "parameter" and leaf.name.startswith(f"{name}.")
+               for leaf in program.leaves.values())  # fmt: skip
+    return "wiring" if held else "left_out"
+
+
 def of_sum(node: Node) -> str:
     """A summand: the residual is what by-passes the others."""
     refs = node.operation.refs
+    if any(is_fixed(node.program, r) for r in refs):
+        return "left_out"  # a bias of positions
     pairs = ((a, b) for a in refs for b in refs if a != b)
     return "residual" if any(bypasses(node.program, a, b) for a, b in pairs) else "left_out"
 
