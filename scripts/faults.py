@@ -82,8 +82,8 @@ LATER = """
 Eighteen more pairs with 90 faults were written without sight of the detector, after what the first
 sealed half taught was mended. On a machine with eight times as many processes as processors the
 search got a tenth of its seconds, and the time was over before all were scored: the second column
-says of how many faults, in the order of the files' names. The open half was scored before anybody
-read it, the sealed half with all but the last changes of words; it is still unread. Most of its right pairs had not been checked by
+says of how many faults. The open half was scored before anybody read it, the sealed half with all
+but the last changes of words; it is still unread. Most of its right pairs had not been checked by
 who wrote them by then, so the figures are those of a part, and not the last word.
 
 | | faults | flagged | placed | named | named wrongly |
