@@ -226,6 +226,10 @@ def test_dropout_that_differs() -> None:
     )
     (told,) = attributes(Drops(), DropsNnx(early=True))
     assert told == "dropout at another place in Flax: drop1"
+    channels = Drops()
+    channels.drop1 = nn.Dropout1d(0.1)
+    (told,) = attributes(channels, DropsNnx())
+    assert told == "dropout of whole channels in torch (drop1), of single values in Flax"
 
 
 def test_functional_dropout_is_dropout() -> None:

@@ -484,3 +484,35 @@ def test_of_a_function_the_layer_at_fault_is_told_by_its_values() -> None:
     report = convert.verify(a, (gated, params), X, explain=0)
     assert report.first_divergence is not None
     assert report.first_divergence.layer == "act"
+
+
+def test_of_a_function_what_is_cut_off_later_is_no_fault() -> None:
+    """torch's convolution gives more steps than are kept, which Flax never computes."""
+
+    class Filter(nn.Module):
+        def forward(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x).cumsum(-1) * k
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short = nn.Conv1d(E, E, 3, padding=2)
+            self.filter, self.down = Filter(), nn.Linear(E, E)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.short(x.transpose(1, 2))[..., : x.shape[1]]
+            return self.down(self.filter(y, y.mean(-1, keepdim=True)).transpose(1, 2))
+
+    def causal(p: Array, x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (2, 0), (0, 0)))
+        y = sum(padded[:, i : i + x.shape[1]] @ p["short"][i] for i in range(3)) + p["short_bias"]
+        y = jnp.cumsum(jax.nn.sigmoid(y), 1) * y.mean(1, keepdims=True)
+        return y @ p["down"] + p["down_bias"]
+
+    a = Causal()
+    w = seeded(a)
+    params = {"short": w["short.weight"].transpose(2, 1, 0), "short_bias": w["short.bias"],
+              "down": w["down.weight"].T, "down_bias": w["down.bias"]}  # fmt: skip
+    found = convert.verify(a, (causal, params), X, explain=0).first_divergence
+    assert found is not None
+    assert found.layer == "filter"

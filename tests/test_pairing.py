@@ -207,3 +207,39 @@ def test_code_that_asks_for_numbers_while_it_is_traced_is_taken() -> None:
     assert report.verdict == "same"
     theirs.head.bias[...] += 1.0
     assert convert.verify(ours, theirs, X, level="outputs").verdict == "different"
+
+
+class Levels(nn.Module):
+    """Levels of a pyramid, smoothed from the coarsest to the finest; Flax goes the other way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        levels = [x, x[..., ::2, ::2], x[..., ::4, ::4]]
+        return [self.blocks[i](levels[i]) for i in (2, 1, 0)][::-1]
+
+
+class FlaxLevels(nnx.Module):
+    def __init__(self) -> None:
+        self.smooth = nnx.List(
+            [nnx.Conv(3, 3, (3, 3), padding=1, rngs=nnx.Rngs(0)) for _ in range(3)]
+        )
+
+    def __call__(self, x: Any) -> Any:
+        levels = [x, x[:, ::2, ::2], x[:, ::4, ::4]]
+        return [conv(level) for conv, level in zip(self.smooth, levels, strict=True)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shapes_tell_layers_that_are_called_in_another_order(reverse: bool) -> None:
+    ours, theirs = seeded(Levels()), FlaxLevels()
+    held = list(ours.blocks)  # type: ignore[arg-type]
+    for layer, module in zip(theirs.smooth, held[::-1] if reverse else held, strict=True):
+        layer.kernel[...] = jnp.asarray(np.moveaxis(module.weight.detach().numpy(), (0, 1), (3, 2)))
+        layer.bias[...] = jnp.asarray(module.bias.detach().numpy())
+    x = probe.normal("image", (2, 3, 16, 8)).astype(np.float32)
+    report = convert.verify(ours, theirs, x, flax_inputs=x.transpose(0, 2, 3, 1), level="outputs")
+    found = report.first_divergence
+    assert (found and found.cause) == ("swapped" if reverse else None)

@@ -69,6 +69,29 @@ def forward(x, w, theta=10000.0):
     return torch.cat((y, picked, y[torch.arange(2), last][:, None]), 1)
 """
 
+    met = """
+def forward(x, w, theta=10000.0):
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    seen = torch.hstack([torch.zeros(6, 2), torch.full((6, 6), -1e9).triu(1)]).to(x)
+    keys = torch.cat((x[:, :2] * 0.5, x), 1)
+    shares = (x @ keys.transpose(1, 2) + seen).softmax(-1)
+    blocks = x.view(2, 3, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(2, 6, 8)
+    bands = torch.linspace(1.0, 1000.0, 4).to(x)
+    return torch.cat((shares @ keys, blocks, functional.glu(x, -1) * bands), -1)
+"""
+    turns = """
+def forward(x, w, theta=10000.0):
+    h, made = torch.zeros(2, 8).to(x), []
+    for t in range(6):
+        h = h * torch.sigmoid(x[:, t] @ w[0]) + x[:, t]
+        made.append(h * torch.tanh(x[:, t] @ w[1]))
+    mixed = torch.zeros_like(x[:, 0])
+    for e in range(3):
+        mixed = mixed + torch.sin(x[:, e] @ w[0]) * x[:, e + 3]
+    windows = torch.arange(3, dtype=x.dtype)[None, :, None] + x.view(2, 1, 48).expand(2, 3, 48)
+    return torch.cat((torch.stack(made, 1).flatten(1), mixed, windows.flatten(1)), 1)
+"""
+
     def __init__(self, source: str = source) -> None:
         super().__init__()
         make = torch.Generator().manual_seed(0)
@@ -107,7 +130,7 @@ def observed(
 
 
 def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
-    sources = (Block.source, Block.gated, Block.told)
+    sources = (Block.source, Block.gated, Block.told, Block.met, Block.turns)
     source = next(s for s in sources if all(old in s for old, _ in changes))
     net = Block(source)
     for old, new in changes:
@@ -125,7 +148,7 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     ("triu(1)", "triu(0)", "causal"),
     ("q = (x @ w[0]).view(B, T, 2, d)", "q = (x @ w[0]).view(B, T, d, 2).transpose(2, 3)", "heads"),
     ("q, k = turned(q, angles), turned(k, angles)", "q, k = q, turned(k, angles)", "left_out"),
-    ("a, b = (x", "b, a = (x", "blocks"),
+    ("a, b = (x", "b, a = (x", "swapped"),
     ("functional.silu(a)", "functional.gelu(a)", "activation"),
     ("clamp(-3.0, 3.0)", "clamp(-3.0, 1.0)", "constant"),
     ("x.mean(1)", "x.amax(1)", "operation"),
@@ -138,6 +161,19 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
     (" - torch.tensor([1, 2])", "", "offset"),
     ("(torch.ones_like(y[:, :1]), y[:, :-1])", "(y[:, :-1], torch.ones_like(y[:, :1]))", "offset"),
     ("[torch.arange(2), last]", "[torch.arange(2), last * 0]", "token"),
+    ("x = x * torch.rsqrt", "x = x - x.mean(-1, keepdim=True)\n    x = x * torch.rsqrt",
+     "norm_kind"),
+    ("torch.full((6, 6), -1e9).triu(1)])", "torch.zeros(6, 6)]) + torch.full((6, 8), -1e9).triu(1)",
+     "causal"),
+    (".permute(0, 1, 3, 2, 4)", "", "rearranged"),
+    ("functional.glu(x, -1)", "(x[..., :4].sigmoid() * x[..., 4:])", "operand"),
+    ("torch.linspace(1.0, 1000.0, 4)", "torch.logspace(0, 3, 4)", "constant"),
+    ("h = h * torch.sigmoid(x[:, t] @ w[0]) + x[:, t]\n        made.append(h * ",
+     "b, h = h, h * torch.sigmoid(x[:, t] @ w[0]) + x[:, t]\n        made.append(b * ", "operand"),
+    ("torch.sin(x[:, e] @ w[0]) * x[:, e + 3]", "torch.sin((x[:, e] * x[:, e + 3]) @ w[0])",
+     "order"),
+    ("torch.arange(3, dtype=x.dtype)[None, :, None] +",
+     "torch.arange(3, dtype=x.dtype).repeat_interleave(2).view(2, 3, 1) +", "rearranged"),
 ])  # fmt: skip
 def test_an_edit_is_found(old: str, new: str, cause: str) -> None:
     fits = answer([(old, new)]).fits

@@ -110,7 +110,7 @@ def test_statistics_count_every_element_once() -> None:
     assert (found.minimum, found.maximum) == (-4.0, 2.0)
 
 
-def test_noise_is_measured_again_only_where_one_precision_alone_differs() -> None:
+def test_noise_is_measured_again_only_where_rounding_may_explain_the_difference() -> None:
     exact = {"x": np.ones(3)}
     ran: list[tuple[str, int]] = []
 
@@ -137,6 +137,11 @@ def test_noise_is_measured_again_only_where_one_precision_alone_differs() -> Non
     assert noise.again(cancels).same
     assert not noise.again(dataclasses.replace(cancels, error64=9e-9)).same
     assert not Noise(exact, rerun).again(cancels).same, "outputs are strict in float64"
+    both = dataclasses.replace(lucky, error64=7e-9)
+    assert noise.again(both).same, "constants of float32 on one side: each within its own noise"
+    assert not noise.again(dataclasses.replace(both, error64=9e-9)).same
+    assert not noise.again(dataclasses.replace(both, error=9e-5)).same
+    assert not Noise(exact, rerun).again(both).same
 
 
 def test_reruns_move_weights_by_one_unit_in_the_last_place() -> None:

@@ -21,6 +21,7 @@ _PLACED = (
     *("linear", "embedding", "norm", "batchnorm", "attention", "recurrent", "conv_transpose"),
     *of_group("conv"),
 )
+_CHANNELS = ("Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout")
 _FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout")
 
 
@@ -67,7 +68,7 @@ def training_attributes(
     theirs = _drops(flax_modules, flax_trace, _flax_rates, {p.flax: p.torch for p in paired})
     hidden = bool(flax_trace.notes)
     spot = _compare(pair, ours, theirs, hidden)
-    if spot is not None:
+    if spot is not None or (spot := _channels(ours, theirs, modules, flax_modules)) is not None:
         yield spot
     if level != "training":
         yield from _momenta(modules, flax_modules, layers)
@@ -93,6 +94,23 @@ def _compare(pair: Pair, ours: _Drops, theirs: _Drops, hidden: bool) -> BlindSpo
         return BlindSpot("training attribute", names, f"dropout rates differ: {told}")
     told = f"torch drops {_places(ours)}, Flax {_places(theirs)}"
     return BlindSpot("training attribute", names, f"dropout differs: {told}")
+
+
+def _channels(
+    ours: _Drops, theirs: _Drops, modules: Mapping[str, Any], flax_modules: Mapping[str, Any]
+) -> BlindSpot | None:
+    """Dropouts of whole channels on one side, where every one drops single values on the other."""
+    held = [modules.get(d.name) for d in ours.called], [
+        flax_modules.get(d.name) for d in theirs.called]  # fmt: skip
+    whole = [d.name for d, m in zip(ours.called, held[0], strict=True)
+             if type(m).__name__ in _CHANNELS]  # fmt: skip
+    other = [d.name for d, m in zip(theirs.called, held[1], strict=True)
+             if getattr(m, "broadcast_dims", ())]  # fmt: skip
+    if bool(whole) == bool(other) or not ours.called or not theirs.called:
+        return None
+    sides = ("torch", "Flax") if whole else ("Flax", "torch")
+    told = f"dropout of whole channels in {sides[0]} ({listed(whole or other)}), of single values"
+    return BlindSpot("training attribute", tuple(whole or other), f"{told} in {sides[1]}")
 
 
 def _places(drops: _Drops) -> str:

@@ -76,12 +76,21 @@ class FlaxSide(Side):
             module, compiled = self._gradients(precision, False)
             found = compiled(self._trained(module), module.statistics, given, floats)
             (loss, (output, seen, _)), (of_params, of_inputs) = jax.device_get(found)
-        gradients = self.to_torch(_as_torchs(of_params))
+        idle = {n: np.zeros(v.shape, v.dtype) for n, v in module.values.items()
+                if n not in of_params and n not in module.statistics and is_inexact(v)}  # fmt: skip
+        gradients = self.to_torch(idle | _as_torchs(of_params))
         given = _as_torchs(of_inputs)
         for path, name in self.inputs.items():
             if path in given:
                 gradients[f"in.{name}"] = self.axes.from_flax(name, np.asarray(given[path]))
         return Run(self._back(output), self._back(self.named(seen)), float(loss), gradients)
+
+    def untrained(self) -> set[str]:
+        """torch's names of what Flax holds, and not as parameters: it is differentiated by
+        nobody."""
+        module = flax_module(self.module)
+        idle = module.values.keys() - module.params.keys() - module.statistics.keys()
+        return {n for m in self.matches if set(m.flax) <= idle for n in m.torch}
 
     def train(self, precision: str, optimizer: Optimizer, steps: int) -> Trained:
         import jax

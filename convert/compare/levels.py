@@ -57,7 +57,7 @@ def compare_sides(
     locate(report, pair, options.explain)
     if isinstance(b, FlaxSide):
         with contextlib.suppress(Exception):  # the divergence stands without a cause
-            report.first_divergence = by_trial(report, reference, b, options.steps)
+            report.first_divergence = by_trial(report, reference, b, options)
 
 
 def _outputs_decide(rows: list[Row]) -> list[Row]:

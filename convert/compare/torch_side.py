@@ -58,8 +58,7 @@ class TorchSide(Side):
         seen: dict[Place, np.ndarray] = {}
         with precision_of(precision), torch.set_grad_enabled(backward):
             module = self.prepare(precision)
-            given, floats = self._inputs(module, precision, backward)
-            args, kwargs = self.call.replaced(given)
+            args, kwargs, floats = self.given(module, precision, backward)
             torch.manual_seed(0)  # a module that draws numbers draws the same ones in every run
             with watched(module, seen):
                 output = module(*args, **kwargs)
@@ -71,8 +70,7 @@ class TorchSide(Side):
             loss = scalar(named, self.seed)
             parameters = dict(module.named_parameters())
             wanted = {n: p for n, p in parameters.items() if p.requires_grad}
-            wanted |= {f"in.{self.names[k]}": x for k, x in floats.items()}
-            return Run(outputs, intermediates, loss.item(), _gradients(loss, wanted))
+            return Run(outputs, intermediates, loss.item(), _gradients(loss, wanted | floats))
 
     def train(self, precision: str, optimizer: Optimizer, steps: int) -> Trained:
         import torch
@@ -124,6 +122,16 @@ class TorchSide(Side):
         if self.moved is not None:
             shake(module, self.moved, self.combined)
         return module
+
+    def given(self, module: Any, precision: str, backward: bool = True) -> tuple[Any, Any, Any]:
+        """The arguments, args and kwargs, and those that are differentiated, as `in.NAME`."""
+        given, floats = self._inputs(module, precision, backward)
+        args, kwargs = self.call.replaced(given)
+        return args, kwargs, {f"in.{self.names[k]}": x for k, x in floats.items()}
+
+    def compared(self, output: Any) -> dict[str, Any]:
+        """The outputs that are compared, by name."""
+        return self._named(output, None)
 
     def _named(self, output: Any, generator: Any) -> dict[str, Any]:
         """The outputs that are compared, by name; moved where `moved` says so."""

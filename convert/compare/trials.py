@@ -6,6 +6,7 @@ Two parameters of torch's that are one in Flax: torch is trained with one of the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from convert.compare.flax_side import FlaxSide
 from convert.compare.report import Report
+from convert.compare.settings import Settings
 from convert.compare.steps import compare_training
+from convert.compare.stopped import stopped
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.causes import Reason, found
 from convert.diagnose.divergence import Divergence
@@ -23,21 +26,46 @@ from convert.runtime.call import Call
 _ASIDE = 2.0**-12  # of the largest value
 
 
-def by_trial(report: Report, reference: TorchSide, flax: FlaxSide, steps: int) -> Divergence | None:
-    """The report's first divergence, with its cause where it has none and a trial tells it."""
+def by_trial(
+    report: Report, reference: TorchSide, flax: FlaxSide, options: Settings
+) -> Divergence | None:
+    """The report's first divergence, with its cause where it has none and a trial tells it; with
+    another one where that explains every gradient."""
     first = report.first_divergence
+    if first is not None and first.direction == "backward" and options.explain:
+        with contextlib.suppress(Exception):  # what was found stands
+            if (place := stopped(report, reference, flax, options.explain)) is not None:
+                return dataclasses.replace(
+                    first, layer=place.module, cause=place.reason.cause, between=None,
+                    diagnosis=place.reason.diagnosis, advice=place.reason.advice,
+                    source=place.source, tensor=None,
+                )  # fmt: skip
+        first = _of_a_row(report, first)
     if first is None or first.cause != "unknown":
         return first
     reason, layer = None, first.layer
     if first.direction == "backward":
         reason = _kink(report, reference, flax)
     elif first.direction == "training":
-        reason, layer = _summed(reference, flax, steps)
+        reason, layer = _summed(reference, flax, options.steps)
     if reason is None:
         return first
     return dataclasses.replace(
         first, layer=layer, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
     )
+
+
+def _of_a_row(report: Report, first: Divergence) -> Divergence:
+    """The divergence, without its cause where it is of a gradient that is the same after all, or
+    nothing but rounding."""
+    row = next((r for r in report.gradients if r.name == first.tensor), None)
+    if row is None or (row.judged and not row.same) or first.cause == "unknown":
+        return first
+    wrong = next((r for r in report.gradients if r.judged and not r.same), None)
+    if wrong is None:
+        return first
+    reason = found("unknown", "row", name=f"the gradient of {wrong.name}")
+    return Divergence.of(wrong.name.rpartition(".")[0], reason, wrong, direction="backward")
 
 
 def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:

@@ -419,6 +419,18 @@ CAUSES: Mapping[str, Cause] = {
                  "remove stop_gradient from that path in Flax"),
         "path in torch": ("{gradient} has in Flax what comes back through {path}, "
                           "in torch it does not", _DETACH),
+        "value": ("all gradients are Flax's where what torch computes as `{expression}` ({place}) "
+                  "is detached", "remove stop_gradient there in Flax"),
+        "operand": ("all gradients are Flax's where operand {which} of `{expression}` ({place}) is "
+                    "detached in torch", "remove stop_gradient from it there in Flax"),
+        "use": ("all gradients are Flax's where {name} is detached in torch's `{expression}` "
+                "({place})", "remove stop_gradient there in Flax"),
+        "detached": ("torch detaches in `{expression}` ({place}); all gradients are Flax's where "
+                     "it does not", _DETACH),
+        "untrained": ("{name} is trained in torch; Flax holds it, and not as a parameter",
+                      "make it an nnx.Param, or put it among Linen's params"),
+        "no_grad": ("torch computes a part without gradients (no_grad); all gradients are Flax's "
+                    "where it does not", _DETACH),
     }),
     "kink": Cause("a gradient at a point that has none: a bound met exactly, a root at zero", {
         "": ("the gradient of {names} is another at these very inputs only: where they lie "

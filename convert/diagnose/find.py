@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Mapping
 from typing import Literal
 
@@ -90,6 +89,9 @@ def _as_written(found: Divergence, reference: Reference) -> Divergence:
     """The divergence by the names that torch's module has: one layer of a recurrent stack is not a
     module of its own there, and the sentence says which it is."""
 
+    # What computes a layer's weight is a part of the layer.
+    found = dataclasses.replace(found, layer=found.layer.partition(".parametrizations")[0])
+
     def name(layer: str) -> str:
         return whole(layer) if is_single(reference.modules.get(layer)) else layer
 
@@ -172,11 +174,12 @@ def _repaired(
     nameless = found.cause in ("unknown", "shape")
     if not nameless and not explain.guessed and found.cause not in _PASSED_BY:
         return found
-    event, end = explain.first[0], time.monotonic() + seconds
+    event = explain.first[0]
     runs = Runs(pair, explain.reference, explain.side, explain.pairing, explain.case, found.layer)
     fitting = repair(runs, event, seconds) if nameless or explain.guessed else None
     if fitting is None or fitting.reason is None or fitting.omits:
-        onward = repair_onward(runs, event, max(0.0, end - time.monotonic()))
+        left = seconds - (fitting.spent if fitting is not None else 0.0)
+        onward = repair_onward(runs, event, left) if left > 0 else None
         fitting = onward if onward and onward.reason else fitting
     if fitting is not None and (reason := fitting.reason) is not None:
         layer = fitting.module

@@ -39,10 +39,10 @@ class _Call:
 
 def first_unseen(pair: Pair, inside: str) -> Place | None:
     """The place, in the calls of the module `inside`; None where every value is seen, or none."""
-    calls = _calls(pair)
+    calls, made = _calls(pair)
     seen = SeenValues(values_of(flax_module(pair.flax, "float64"), pair.flax_call))
     ended = sorted(calls, key=lambda c: c.end)
-    ancestors = _ancestors(t for c in ended for t in c.outputs if seen.has(t))
+    ancestors = _ancestors(t for t in made if seen.has(t))
     right = {c.order for c in ended if any(seen.has(t) or t.grad_fn in ancestors
                                            for t in c.outputs)}  # fmt: skip
     within = [c for c in ended if not inside or c.name.startswith(f"{inside}.") or c.name == inside]
@@ -63,9 +63,11 @@ def first_unseen(pair: Pair, inside: str) -> Place | None:
     return around, (beside[-1].name if beside else "the input", wrong.name)
 
 
-def _calls(pair: Pair) -> list[_Call]:
-    """One run of torch in float64, with what its values are made of."""
+def _calls(pair: Pair) -> tuple[list[_Call], list[Any]]:
+    """One run of torch in float64, with what its values are made of: the calls of modules, and
+    every value that an operation gives."""
     import torch
+    from torch.overrides import TorchFunctionMode
 
     module = replica(pair.torch, "float64")
     for p in module.parameters():
@@ -90,10 +92,18 @@ def _calls(pair: Pair) -> list[_Call]:
         done.end = count
         return output
 
+    made: list[Any] = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = f(*args, **(kwargs or {}))
+            made.extend(x for x in leaves(output).values() if isinstance(x, torch.Tensor))
+            return output
+
     args, kwargs = arguments(pair.call, "float64")
-    with torch_as_written(), torch.enable_grad(), hooked(module, enter, leave):
+    with torch_as_written(), torch.enable_grad(), hooked(module, enter, leave), Watch():
         module(*args, **kwargs)
-    return calls
+    return calls, _made(made)
 
 
 def _made(tensors: Iterable[Any]) -> list[Any]:

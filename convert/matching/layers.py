@@ -21,7 +21,7 @@ from convert.matching.called import (
     torch_layers,
 )
 from convert.matching.pair import LayerPair, Pair
-from convert.matching.revalued import revalued
+from convert.matching.revalued import reshaped, revalued
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
@@ -43,6 +43,7 @@ def pair_layers(
     _given(pair, ours, theirs, found)
     _by_name(side, ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
+    found |= reshaped(ours, theirs, found)
     found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
     _containers(ours, theirs, found)
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))

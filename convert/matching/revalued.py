@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.matching.alignment import moves
 from convert.matching.called import CalledLayer, Found, Layers, alike
 from convert.matching.effect import helps
 from convert.matching.pair import Pair
@@ -37,6 +38,25 @@ def revalued(
     if exchanged is None or helps(traces[0], side, pair.flax_call, exchanged, traces[1])[0] > 0:
         return {}
     return {t: (f, "values") for t, f in moved.items()}
+
+
+def reshaped(ours: Layers, theirs: Layers, found: Found) -> Found:
+    """Pairs by order of layers that give arrays of other shapes, exchanged so that shapes fit: one
+    side calls them in another order."""
+
+    def fits(t: str, f: str) -> bool:
+        return alike(ours[t], theirs[f]) and bool(moves(ours[t].shape, theirs[f].shape))
+
+    wrong = {
+        t: f
+        for t, (f, why) in found.items()
+        if why == "order" and ours[t].kind != "other" and not fits(t, f)
+    }
+    able = {t: [f for f in wrong.values() if fits(t, f)] for t in wrong}
+    moved = {t: fitting[0] for t, fitting in able.items() if len(fitting) == 1}
+    while left := _alone(wrong, moved):
+        moved = {t: f for t, f in moved.items() if t not in left}
+    return {t: (f, "order") for t, f in moved.items()}
 
 
 def _holds(theirs: CalledLayer, ours: CalledLayer) -> bool:

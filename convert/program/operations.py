@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+_SHOWN = 90  # characters of an expression
 LeafKind = Literal["input", "layer", "parameter", "buffer", "constant"]
 
 
@@ -27,6 +29,17 @@ class Site:
     function: str  # around it, "Attention.forward"
     position: tuple[str, int, int]  # the same for every run of one expression
     calls: tuple[int, ...]  # the calls of functions around it, from outside, numbered
+
+    @property
+    def shown(self) -> str:
+        """The expression, cut where it is long."""
+        return self.text if len(self.text) <= _SHOWN else f"{self.text[: _SHOWN - 3]}..."
+
+    @property
+    def place(self) -> str:
+        """File and line."""
+        file = os.path.relpath(self.file)
+        return f"{self.file if file.startswith('..') else file}:{self.line}"
 
 
 @dataclass(frozen=True)

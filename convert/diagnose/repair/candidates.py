@@ -12,12 +12,16 @@ from typing import Any
 
 from convert.diagnose.repair.edit import Changes, Edit, Node
 from convert.diagnose.repair.edits_axes import rearranged
-from convert.diagnose.repair.edits_families import families
-from convert.diagnose.repair.edits_numbers import numbers
+from convert.diagnose.repair.edits_families import families, in_all
+from convert.diagnose.repair.edits_loops import Loops, carried
+from convert.diagnose.repair.edits_masks import masks as aligned
+from convert.diagnose.repair.edits_norms import norms
+from convert.diagnose.repair.edits_numbers import numbers, shared
 from convert.diagnose.repair.edits_omitted import MASKED, leave_out, solved_after
 from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings, slices
 from convert.diagnose.repair.edits_recurrent import recurrent
+from convert.diagnose.repair.edits_series import series
 from convert.diagnose.repair.edits_siblings import COMPARED, siblings
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
@@ -41,7 +45,9 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
     makers = (
         leaf_edits, families, partial(exchanges, near=near), tables, sinusoids,
         partial(functions, near=near), partial(orders, near=near), interleavings, slices,
+        norms, series, shared, partial(aligned, masking=masks), carried,
     )  # fmt: skip
+    loops = Loops(program)
     for maker in makers:
         with contextlib.suppress(Exception):  # as below
             for edit in maker(program, values):
@@ -51,6 +57,14 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
                         edit.cause = _of_rotation(program.operations[edit.place], edit.cause)
                     yield edit
                     yield from parallels.of(edit)
+                    yield from in_all(program, edit)
+                    if len(edit.changes) > 1 and not edit.leaves and edit.free is None:
+                        for changes in loops.several(edit.changes):
+                            cost = edit.cost + _TURNS
+                            yield replace(edit, changes=changes, cost=cost, at=edit.place)
+
+
+_TURNS = 0.06  # what an edit of all turns of a loop costs more than one of a single turn
 
 
 def _all_alike(

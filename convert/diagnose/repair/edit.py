@@ -171,7 +171,11 @@ def named(program: Program, value: int) -> str:
         return program.leaves[value].name
     maker = program.makers.get(value)
     site = None if maker is None else program.operations[maker].site
-    return f"`{short(site.text)}`" if site else "another value"
+    if maker is None or site is None:
+        return "another value"
+    made = program.operations[maker].made
+    part = f"part {made.index(value) + 1} of " if len(made) > 1 else ""
+    return f"{part}`{short(site.text)}`"
 
 
 def short(text: str, width: int = 60) -> str:

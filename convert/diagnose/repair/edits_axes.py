@@ -7,9 +7,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convert.diagnose.repair.edit import NAMELESS, Edit, Node, dims_of, with_scalar, with_values
+from convert.diagnose.repair.edit import (
+    NAMELESS,
+    Edit,
+    Node,
+    dims_of,
+    named,
+    with_scalar,
+    with_values,
+)
 from convert.diagnose.repair.edits_parts import VIEWS, joined, parts
-from convert.diagnose.repair.words import is_image, of_window
+from convert.diagnose.repair.words import is_fixed, is_image, of_window
 from convert.program.operations import Ref
 from convert.program.replay import At
 
@@ -35,14 +43,14 @@ def rearranged(node: Node) -> Iterator[Edit]:
         yield from _products(node)
     elif node.name == "unsqueeze":
         yield from _unsqueezed(node)
+    elif node.name in ("add", "sub", "mul", "masked_fill", "where"):
+        yield from _repeated_otherwise(node)
 
 
 def _permuted(node: Node) -> Iterator[Edit]:
     x, out = node.tensors[0], node.out
     n = x.ndim
-    if n > 4:
-        return
-    for order in itertools.permutations(range(n)):
+    for order in itertools.permutations(range(n)) if n <= 4 else _exchanged(node):
         if [x.shape[i] for i in order] == list(out.shape) and x.permute(
             order
         ).stride() == out.stride():
@@ -51,10 +59,26 @@ def _permuted(node: Node) -> Iterator[Edit]:
         def change(at: At, order: tuple[int, ...] = order) -> Any:
             return at.args[0].permute(order)
 
-        yield node.edit(1.3, "transposed", f"the axes in the order {order}", change)
+        # Of relative positions: of queries to keys, or of keys to queries.
+        why = "operand" if is_fixed(node.program, node.operation.refs[0]) else "transposed"
+        yield node.edit(1.3, why, f"the axes in the order {order}", change)
     shape = tuple(out.shape)
     yield node.edit(1.0, "rearranged", f"a reshape to {shape} in place of {node.name}",
                     lambda at: at.args[0].reshape(shape))  # fmt: skip
+
+
+def _exchanged(node: Node) -> Iterator[tuple[int, ...]]:
+    """The axes as torch has them, but for two."""
+    n = node.out.ndim
+    strides, sizes = node.tensors[0].stride(), node.tensors[0].shape
+    lying = [next((i for i in range(n) if (strides[i], sizes[i]) == held), None)
+             for held in zip(node.out.stride(), node.out.shape, strict=True)]  # fmt: skip
+    if len(set(lying)) < n or None in lying:
+        return
+    for a, b in itertools.combinations(range(n), 2):
+        order = [int(i) for i in lying if i is not None]
+        order[a], order[b] = order[b], order[a]
+        yield tuple(order)
 
 
 def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]:
@@ -182,6 +206,40 @@ def _repeated(node: Node) -> Iterator[Edit]:
         yield node.edit(1.0, "rearranged", "each element repeated, not the whole", each)
 
 
+def _repeated_otherwise(node: Node) -> Iterator[Edit]:
+    """An operand that is repeated along an axis beside its own: element by element in place of as a
+    whole, or the other way round."""
+    out = node.out
+    for ref in dict.fromkeys(node.operation.refs):
+        x = node.values[ref]
+        shape = (1,) * (out.ndim - x.ndim) + tuple(x.shape)
+        for d in range(out.ndim - 1):
+            sizes = shape[d], shape[d + 1]
+            full = out.shape[d], out.shape[d + 1]
+            if 1 not in sizes or max(sizes) == 1 or min(full) == 1 or set(sizes) == {1}:
+                continue
+            if (sizes[0] == 1) != (sizes[1] == full[1]):
+                continue
+
+            def change(at: At, ref: int = ref, d: int = d, shape: Any = shape) -> Any:
+                held = at.values[ref].reshape(shape)
+                return with_values(at, {ref: _dealt(held, d, out.shape)})
+
+            said = f"{named(node.program, ref)} repeated in the other order along axes {d} and"
+            yield node.edit(1.1, "rearranged", f"{said} {d + 1}", change)
+
+
+def _dealt(x: Any, d: int, shape: Any) -> Any:
+    """x repeated along axes d and d + 1, one of which it has, each element of that one in turn."""
+    a, b = shape[d], shape[d + 1]
+    flat = x.squeeze(d) if x.shape[d] == 1 else x.squeeze(d + 1)
+    each = x.shape[d] == 1  # as a whole so far
+    n = a if each else b
+    made = flat.repeat_interleave(n, d) if each else flat.repeat(
+        *(n if i == d else 1 for i in range(flat.ndim)))  # fmt: skip
+    return made.unflatten(d, (a, b))
+
+
 def _unsqueezed(node: Node) -> Iterator[Edit]:
     found = dims_of(node.operation)
     n = node.out.ndim
@@ -226,7 +284,7 @@ def _indexed(node: Node) -> Iterator[Edit]:
             continue
         size = x.shape[axis] if axis < x.ndim else 0
         window = of_window(node)
-        for said, cause, other in _others(item, size):
+        for said, cause, other in (*_others(item, size), *(_windows(item, size) if window else ())):
             cause = window if window and cause == "offset" else cause
             new = (*items[:i], other, *items[i + 1 :])
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
@@ -314,6 +372,15 @@ def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
         elif (start, stop) != (0, size):
             yield "", "offset", slice(0, stop - start)
             yield "", "offset", slice(size - (stop - start), None)
+
+
+def _windows(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
+    """As many elements from every other place: padding that lies before in place of after."""
+    if isinstance(item, slice):
+        start, stop, step = item.indices(size)
+        for other in range(min(size - (stop - start) + 1, 16)):
+            if abs(other - start) > 1 and step == 1:
+                yield "", "padding", slice(other, other + stop - start)
 
 
 def _shown(item: Any) -> str:

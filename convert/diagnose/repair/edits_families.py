@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, first_users
@@ -29,6 +30,19 @@ def families(program: Program, values: Values) -> Iterator[Edit]:
         if len(family) > 1 and len({values[v].shape for v in family.values()}) == 1:
             yield from _alone(name, family, values, min(users[v] for v in family.values()))
     yield from _exchanged(program, values, users)
+
+
+def in_all(program: Program, edit: Edit) -> Iterator[Edit]:
+    """The edit of one parameter in all of its family: layers of a stack that one code loads."""
+    if len(edit.leaves) != 1 or edit.changes or edit.free is not None:
+        return
+    ((value, form),) = edit.leaves.items()
+    leaf, users = program.leaves[value], program.users
+    pattern = re.sub(r"\d+", "*", leaf.name)
+    alike = [v for v, other in program.leaves.items()
+             if v in users and re.sub(r"\d+", "*", other.name) == pattern]  # fmt: skip
+    if len(alike) > 1 and alike[0] == value and leaf.kind in ("parameter", "buffer"):
+        yield replace(edit, leaves=dict.fromkeys(alike, form), cost=edit.cost + 0.08)
 
 
 def _exchanged(program: Program, values: Values, users: dict[int, int]) -> Iterator[Edit]:
@@ -64,7 +78,9 @@ def _swapped(
 def _alone(name: str, family: Family, values: Values, at: int) -> Iterator[Edit]:
     held = [family[k] for k in sorted(family, key=lambda k: [int(n) for n in k])]
     shape = values[held[0]].shape
+    names = sorted(range(len(held)), key=str)
     orders = {
+        "in the order of their names, 10 before 2": [held[i] for i in names],
         "in the other order": held[::-1],
         "one further": held[1:] + held[:1],
         "one back": held[-1:] + held[:-1],

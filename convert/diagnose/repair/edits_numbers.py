@@ -16,7 +16,8 @@ from convert.diagnose.repair.edit import (
     with_scalar,
     word,
 )
-from convert.program.replay import At, Change, resolve
+from convert.program.operations import Program
+from convert.program.replay import At, Change, Values, resolve
 
 _SHAPES = {
     "view", "reshape", "expand", "zeros", "ones", "full", "empty", "to", "size", "flatten",
@@ -43,6 +44,19 @@ _WORDS = {
     "reduce": ("sum", "prod", "mean", "amax", "amin"),
     "padding": ("same", "valid"),
 }  # fmt: skip
+# Arguments that are often left at their defaults, and what they are elsewhere.
+_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "stft": {"pad_mode": ("constant", "replicate"), "center": (False,), "onesided": (False,)},
+    "pad": {"mode": ("reflect", "replicate", "circular")},
+    "grid_sample": {"align_corners": (True,), "padding_mode": ("border", "reflection")},
+    "avg_pool1d": {"count_include_pad": (False,)},
+    "avg_pool2d": {"count_include_pad": (False,)},
+    "searchsorted": {"right": (True,)},
+    "bucketize": {"right": (True,)},
+    "conv_transpose1d": {"output_padding": (1,)},
+    "conv_transpose2d": {"output_padding": (1,)},
+}
+_PADS = ("pad_mode", "padding_mode", "center")
 # Numbers that stand in code: factors, slopes, bounds, bases, epsilons.
 _GRID = (
     0.0, 1.0, -1.0, 2.0, 0.5, 0.25, 3.0, 4.0, 6.0, 10.0, 0.1, 0.2, 0.01, 0.3, 0.9, 0.99, 1.702,
@@ -67,8 +81,33 @@ def numbers(node: Node) -> Iterator[Edit]:
             yield from _strings(node, path, value)
     yield from _alike(node)
     yield from _axes(node)
+    for name, others in _DEFAULTS.get(node.name, {}).items():
+        for other in others if name not in node.operation.kwargs else ():
+
+            def change(at: At, name: str = name, other: Any = other) -> Any:
+                return resolve(at.operation.function)(*at.args, **{**at.kwargs, name: other})
+
+            yield node.edit(1.0, cause(node, ("kwargs", name)), f"{name} {other!r}", change)
     if node.name in ("conv1d", "conv2d", "conv3d"):
         yield from _dilations(node)
+
+
+def shared(program: Program, values: Values) -> Iterator[Edit]:
+    """A whole number that several operations of one call take, another one in all of them."""
+    taken: dict[Any, dict[int, Path]] = {}
+    for index, operation in enumerate(program.operations):
+        if operation.name in _SHAPES or operation.site is None:
+            continue
+        for path, value in scalars(operation):
+            if isinstance(value, int) and not isinstance(value, bool) and value > 3:
+                taken.setdefault((operation.site.calls, value), {}).setdefault(index, path)
+    for (_, value), paths in taken.items():
+        if len(paths) < 2 or len({program.operations[i].name for i in paths}) < 2:
+            continue
+        for other in (value // 2, 2 * value, value + 1, value - 1):
+            changes = {i: with_scalar(path, other) for i, path in paths.items()}
+            said = f"{other} in place of {value}, wherever it is taken"
+            yield Edit(1.3, "size", said, changes)
 
 
 def _alike(node: Node) -> Iterator[Edit]:
@@ -122,6 +161,8 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
     if isinstance(value, bool) and name in ("topk", "sort", "argsort"):
         return "reversed"
     key = path[1] if path[0] == "kwargs" else path[0]
+    if key in _PADS:
+        return "padding"
     if name.startswith(("conv", "_conv")):
         return str(_CONVOLUTION.get(key, "size"))
     if "pool" in name:

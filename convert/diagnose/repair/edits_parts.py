@@ -28,8 +28,7 @@ def parts(node: Node) -> Iterator[Edit]:
             return tuple(made[i] for i in order)
 
         said = f"its parts in the order {tuple(order)}"
-        why = "blocks" if node.out.is_floating_point() else "swapped"
-        yield node.edit(1.0, why, said, change)
+        yield node.edit(1.0, "swapped", said, change)
     if node.name != "unbind":
         yield from _otherwise_apart(node)
 

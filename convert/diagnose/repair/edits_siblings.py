@@ -85,6 +85,12 @@ def siblings(node: Node) -> Iterator[Edit]:
         yield from _padding(node)
     if name == "interpolate":
         yield from _resized(node)
+    if name == "glu":
+        yield node.edit(1.0, "operand", "the first half taken as the gate, not the second",
+                        _other_gate)  # fmt: skip
+    if name == "linspace":
+        yield node.edit(1.0, "constant", "the same number of values spaced by equal factors",
+                        _spaced)  # fmt: skip
 
 
 def _activation(node: Node) -> Iterator[Edit]:
@@ -211,6 +217,15 @@ def _operator(node: Node) -> Iterator[Edit]:
 def _pools(node: Node) -> Iterator[Edit]:
     from torch.nn import functional
 
+    x, out = node.tensors[0], node.out
+    whole = x.ndim == out.ndim == 4 and not any(
+        a % b for a, b in zip(x.shape, out.shape, strict=True)
+    )
+    if "avg" in node.name and whole and out.shape[2:] != x.shape[2:]:
+        (h, w), (n, m) = out.shape[2:], (x.shape[2] // out.shape[2], x.shape[3] // out.shape[3])
+        yield node.edit(1.0, "rearranged", "means over pixels that lie apart, not over blocks",
+                        lambda at: at.args[0].unflatten(3, (m, w)).unflatten(2, (n, h))
+                        .mean((2, 4)))  # fmt: skip
     for other in ("max", "avg"):
         for n in (1, 2, 3):
             name = f"{other}_pool{n}d"
@@ -226,6 +241,22 @@ def _pools(node: Node) -> Iterator[Edit]:
                 return function(*at.args[:4], **kwargs)
 
             yield node.edit(1.0, "pooling", f"{other} pooling in place of {node.name}", change)
+
+
+def _other_gate(at: At) -> Any:
+    dim = at.kwargs.get("dim", at.args[1] if len(at.args) > 1 else -1)
+    a, b = at.args[0].chunk(2, dim)
+    return a.sigmoid() * b
+
+
+def _spaced(at: At) -> Any:
+    import torch
+
+    made = at.run()
+    first, last = (float(made[i]) for i in (0, -1))
+    made = torch.logspace(math.log(first), math.log(last), made.numel(), base=math.e,
+                          dtype=torch.float64)  # fmt: skip
+    return made.to(at.run().dtype)
 
 
 def _resized(node: Node) -> Iterator[Edit]:
@@ -331,6 +362,8 @@ def inserted() -> dict[str, tuple[str, Unary]]:
         "replaced by its sign": ("operation", torch.sign),
         "divided by its length": ("left_out", lambda x: functional.normalize(x, dim=-1)),
         "normalised": ("left_out", normed),
+        "spread over -1 to 1, not 0 to 1": ("scale", lambda x: 2 * x - 1),
+        "spread over 0 to 1, not -1 to 1": ("scale", lambda x: (x + 1) / 2),
         "centred": ("left_out", lambda x: x - x.mean(-1, keepdim=True)),
         "with its last two axes exchanged": ("transposed", lambda x: x.transpose(-1, -2)),
         "with its first two axes exchanged": ("transposed", lambda x: x.transpose(0, 1)),

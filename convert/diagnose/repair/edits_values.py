@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from convert.diagnose.repair.edit import (
@@ -17,7 +18,7 @@ from convert.diagnose.repair.edit import (
     with_values,
 )
 from convert.diagnose.repair.edits_siblings import ALONG_LAST, inserted
-from convert.diagnose.repair.words import bypasses, bypasses_layers, of_negated
+from convert.diagnose.repair.words import bypasses, bypasses_layers, of_layer, of_negated
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values
 
@@ -91,7 +92,14 @@ def insertions(node: Node) -> Iterator[Edit]:
         x = node.values.get(other)
         if x is None or x.dtype != out.dtype or out.ndim < 2 or not x.numel():
             continue
-        if _broadcasts(x, out) and node.program.leaves.get(other) is not None:
+        leaf = node.program.leaves.get(other)
+        bias = leaf is not None and leaf.kind == "parameter" and x.ndim == 1
+        if bias and leaf is not None and leaf.name.endswith("bias") and _broadcasts(x, out):
+            again = other in node.program.users or other in node.program.before.get(
+                node.operation.made[0], ())  # fmt: skip
+            yield node.edit(1.6, "bias_twice" if again else "operand",
+                            f"{leaf.name} added to it", _adding(other))  # fmt: skip
+        if _broadcasts(x, out) and leaf is not None:
 
             def scaled(at: At, other: int = other) -> Any:
                 return at.run() * at.values[other]
@@ -105,6 +113,10 @@ def insertions(node: Node) -> Iterator[Edit]:
             return at.run() + at.values[other]
 
         yield node.edit(2.2, "residual", f"{named(node.program, other)} added to it", added)
+
+
+def _adding(other: int) -> Change:
+    return lambda at: at.run() + at.values[other]
 
 
 def _broadcasts(x: Any, out: Any) -> bool:
@@ -160,11 +172,26 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
             if given in values and values[given].shape == x.shape:
                 changes = dict.fromkeys(program.users[value], replacing(value, given))
                 # What other layers are given all the same is by-passed, not left out.
-                why = "wiring" if _is_met(program, value) else "left_out"
+                why = (
+                    "wiring"
+                    if _is_met(program, value)
+                    else of_layer(program, program.layers[value][0])
+                )
                 yield Edit(1.0, why, f"{name} left out", changes, at=at, omits=True)
+        if layer and (other := _outputs_of(program, values, value)) is not None:
+
+            def last(at: At, value: int = value, other: int = other) -> Any:
+                made = _last_step(at.values[value], at.values[other])
+                return with_values(at, {value: made})
+
+            said = f"the last step of its outputs in place of {name}"
+            yield Edit(1.1, "token", said, dict.fromkeys(program.users[value], last), at=at)
         if x.dtype in (torch.int64, torch.int32):
             yield edit(1.2, "offset", f"1 added to {name}", lambda t: t + 1)
             yield edit(1.2, "offset", f"1 taken from {name}", lambda t: t - 1)
+            if leaf.kind in ("buffer", "constant"):
+                for said, why, f in _indices(x):
+                    yield edit(1.25, why, f"{name} {said}", f)
             continue
         if x.dtype == torch.bool:
             yield edit(1.2, "mask", f"{name} inverted", torch.logical_not)
@@ -198,6 +225,61 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
                            lambda t, a=a, b=b: t.transpose(a, b))  # fmt: skip
         if x.is_complex():
             yield edit(1.0, "operation", f"the conjugate of {name}", torch.conj_physical)
+
+
+def _outputs_of(program: Program, values: Values, value: int) -> int | None:
+    """What a recurrent layer gives at all steps, if `value` are its last states."""
+    x = values[value]
+    for other, layer in program.layers.items():
+        out = values.get(other)
+        if layer != program.layers[value] or other == value or out is None:
+            continue
+        if x.ndim != 3 or out.ndim != 3 or x.shape[1] not in out.shape[:2]:
+            continue
+        if (
+            out.shape[-1] in (x.shape[-1], 2 * x.shape[-1])
+            and len(x) % (out.shape[-1] // x.shape[-1]) == 0
+        ):
+            return other
+    return None
+
+
+def _last_step(states: Any, out: Any) -> Any:
+    import torch
+
+    ways = out.shape[-1] // states.shape[-1]
+    last = out[:, -1] if out.shape[0] == states.shape[1] else out[-1]
+    made = last.unflatten(-1, (ways, states.shape[-1])).transpose(0, 1)
+    return torch.cat((states[: len(states) - ways], made))
+
+
+def _indices(x: Any) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
+    """A table of indices otherwise: its axes exchanged, back to front, rows counted as columns."""
+    for a, b in itertools.combinations(range(x.ndim), 2):
+        if x.shape[a] == x.shape[b] > 1:
+            said = f"with axes {a} and {b} exchanged"
+            yield said, "transposed", partial(_swapped, a=a, b=b)
+    for d in range(x.ndim):
+        if x.shape[d] > 1:
+            yield f"back to front along axis {d}", "reversed", partial(_back, d=d)
+    if x.numel() > 3:
+        count = int(x.max()) + 1
+        for rows in (n for n in range(2, count) if count % n == 0):
+            if rows * rows == count or count // rows < 64:
+                said = f"with rows and columns of {rows} x {count // rows} exchanged"
+                yield said, "rearranged", partial(_regrid, rows=rows, count=count)
+
+
+def _swapped(t: Any, a: int, b: int) -> Any:
+    return t.transpose(a, b)
+
+
+def _back(t: Any, d: int) -> Any:
+    return t.flip(d)
+
+
+def _regrid(t: Any, rows: int, count: int) -> Any:
+    return (t % (count // rows)) * rows + t // (count // rows)
 
 
 def _is_met(program: Program, value: int) -> bool:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
-from convert.diagnose.repair.edit import short
 from convert.diagnose.repair.frontier import LONG, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
-from convert.diagnose.repair.search import Answer, Near, Problem
+from convert.diagnose.repair.search import Answer, Fit, Near, Problem
 from convert.diagnose.repair.worker import Worker
 from convert.diagnose.unseen import SeenValues
 from convert.diagnose.walk import Event, Forward, Onward
@@ -25,6 +23,7 @@ from convert.matching.pairing import Pairing
 from convert.program.operations import Operation, Program
 from convert.program.record import Goal, NotSeen, Recording, record
 from convert.program.replay import replay
+from convert.runtime.call import Call
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.jax_values import values_of
 from convert.runtime.torch_calls import copied
@@ -44,6 +43,7 @@ class Repair:
     module: str  # the innermost torch module around the operation
     source: str | None  # "nets.py:42"
     omits: bool = False  # whether Flax has an operation less here
+    spent: float = 0.0  # seconds of computing
 
 
 @dataclass
@@ -61,22 +61,25 @@ class Runs:
 def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
     """The smallest edit of torch's own computation that gives Flax's value; None where none does
     within the time."""
-    return _solved(lambda: _problem(runs, event, seconds))
+    return _solved(runs, lambda: _problem(runs, event, seconds))
 
 
 def repair_onward(runs: Runs, event: Event, seconds: float) -> Repair | None:
     """As `repair`, of a value farther on, that layers after the event have a part in: what is done
     before a layer in torch and after it in Flax shows there."""
-    return _solved(lambda: _farther(runs, event, seconds))
+    return _solved(runs, lambda: _farther(runs, event, seconds))
 
 
-def _solved(make: Callable[[], Problem | None]) -> Repair | None:
+def _solved(runs: Runs, make: Callable[[], Problem | None]) -> Repair | None:
     worker = Worker()
     try:
         if (problem := make()) is None:
             return None
-        found = _said(problem.program, worker.solve(problem), problem.samples[0])
-        return found or Repair(None, _around(problem.program), None)
+        answer = worker.solve(problem)
+        found = _said(problem.program, answer, problem.samples[0])
+        found = found and _known(runs, problem, answer.fits[0], found)
+        found = found or Repair(None, _around(problem.program), None)
+        return replace(found, spent=answer.spent if answer.finished else problem.seconds)
     except Exception:  # the verdict and its place stand without it
         LOG.debug("repair failed", exc_info=True)
         return None
@@ -91,7 +94,7 @@ def _problem(runs: Runs, event: Event, seconds: float) -> Problem | None:
         LOG.debug("%s", e)
         return None
 
-    def same(reference: Reference) -> Event | None:
+    def same(runs: Runs, reference: Reference) -> Event | None:
         walk = Forward(reference, runs.side, runs.pairing, lambda e: e, chosen=event.place)
         return walk.run(runs.pair.flax_call)  # type: ignore[no-any-return]
 
@@ -103,7 +106,7 @@ def _farther(runs: Runs, event: Event, seconds: float) -> Problem | None:
     if goal is None or first is None:
         return None
 
-    def same(reference: Reference) -> Event | None:
+    def same(runs: Runs, reference: Reference) -> Event | None:
         return next((e for e in _later(runs, reference, event) if e.place == goal.place), None)
 
     return _in_two_samples(runs, event, goal, first, same, seconds)
@@ -135,27 +138,44 @@ def _goal(runs: Runs, event: Event) -> tuple[Event | None, Recording | None]:
 
 def _in_two_samples(
     runs: Runs, event: Event, goal: Event, first: Recording,
-    same: Callable[[Reference], Event | None], seconds: float,
+    same: Callable[[Runs, Reference], Event | None], seconds: float,
 ) -> Problem:  # fmt: skip
     """The problem, with the goal in a run in which every layer before the event gave other values,
-    where there is one; `same` finds it in that run."""
+    or, where there is none, in one on other inputs; `same` finds it in that run."""
     samples = [_sample(first, runs.case(runs.reference, goal), goal is not event)]
     done = {n for n in event.past if not any(o.startswith(f"{n}.") for o in event.past)}
     if event.where == "output":
         done -= {event.pair.torch}
     try:
-        if done:
-            precision = runs.reference.precision
-            reference = Reference(runs.pair.torch, runs.pair.call, precision, disturbed=done)
-            reference.step(runs.pairing.of_torch())
-            found = same(reference)
-            again = _recorded(runs, reference, event.past, goal)
-            if found is not None and _alike(first.program, again.program):
-                case = runs.case(reference, found)
-                samples.append(_sample(again, case, goal is not event))
+        pair = runs.pair
+        if not done:
+            calls = _beside(pair.call), _beside(pair.flax_call)
+            pair = replace(pair, call=calls[0], flax_call=calls[1])
+        precision = runs.reference.precision
+        reference = Reference(pair.torch, pair.call, precision, disturbed=done)
+        reference.step(runs.pairing.of_torch())
+        other = replace(runs, pair=pair, reference=reference)
+        found = same(other, reference)
+        again = _recorded(other, reference, event.past, goal)
+        if found is not None and _alike(first.program, again.program):
+            case = runs.case(reference, found)
+            samples.append(_sample(again, case, goal is not event))
     except Exception:  # one sample is still a sample
         LOG.debug("no second sample", exc_info=True)
     return Problem(first.program, samples, seconds, near=_near(runs, first))
+
+
+def _beside(call: Call) -> Call:
+    """The call with other numbers of the same signs, zeros and whole numbers as they are; alike for
+    both sides, however their axes lie."""
+
+    def moved(x: np.ndarray) -> np.ndarray:
+        if x.dtype.kind != "f" or not x.size or (x == np.rint(x)).all():
+            return x
+        scale = float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) or 1.0
+        return (x * (1 + 0.4 * np.sin(9 * x.astype(np.float64) / scale))).astype(x.dtype)
+
+    return Call(*call.replaced({k: moved(np.asarray(x)) for k, x in call.arrays().items()}))
 
 
 def _near(runs: Runs, recording: Recording) -> Near | None:
@@ -164,8 +184,7 @@ def _near(runs: Runs, recording: Recording) -> Near | None:
     if len(program.operations) < LONG:
         return None
     with contextlib.suppress(Exception):  # all are tried in their order then
-        side = flax_module(runs.pair.flax, "float64")
-        seen = SeenValues(values_of(side, runs.pair.flax_call))
+        seen = _flax_values(runs)
         values = replay(program, copied(recording.leaves))
         return frontier(program, values, seen, runs.layer)
     return None
@@ -192,6 +211,32 @@ def _alike(a: Program, b: Program) -> bool:
         and [(o.function, o.made) for o in a.operations]
         == [(o.function, o.made) for o in b.operations]
     )
+
+
+def _known(runs: Runs, problem: Problem, fit: Fit, made: Repair) -> Repair:
+    """What is left out is not left out if Flax computes it all the same: then something else takes
+    another value. A parameter without effect is not left out if Flax holds it as it was made."""
+    reason = made.reason
+    if reason is None or reason.cause not in ("left_out", "residual"):
+        return made
+    program = problem.program
+    if fit.omits:
+        values = replay(program, copied(problem.samples[0].leaves))
+        x = values[program.operations[fit.place].made[0]]
+        if _flax_values(runs).has(x):
+            return replace(made, reason=replace(reason, cause="operand"))
+        return made
+    for leaf in program.leaves.values():
+        for word, number in (("ones", 1), ("zeros", 0)):
+            if leaf.kind == "parameter" and fit.said == f"no {leaf.name}: {word}":
+                held = [v for v in runs.side.values.values() if v.size > 1 and (v == number).all()]
+                again = found("default", name=leaf.name, value=word)
+                return replace(made, reason=again) if held else made
+    return made
+
+
+def _flax_values(runs: Runs) -> SeenValues:
+    return SeenValues(values_of(flax_module(runs.pair.flax, "float64"), runs.pair.flax_call))
 
 
 # --- In words ---
@@ -224,9 +269,7 @@ def _place(program: Program, operation: Operation) -> tuple[str, str | None]:
     if site is None:
         leaf = program.leaves.get(next(iter(operation.refs), -1))
         return leaf.name if leaf else operation.name, None
-    file = os.path.relpath(site.file)
-    file = site.file if file.startswith("..") else file
-    return short(site.text, 90), f"{file}:{site.line}"
+    return site.shown, site.place
 
 
 _ROUNDED = {"bfloat16": (2.0**-14, 2.0**-7), "float16": (2.0**-18, 2.0**-14)}

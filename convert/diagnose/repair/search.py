@@ -26,6 +26,7 @@ from convert.program.operations import Program
 
 _PAIRED = 1.35  # edits that cost more are not tried in pairs
 _NEUTRAL = 0.5  # edits that cost less change nothing by themselves
+BUSY = 3  # times the budget by the clock, where other processes take the processor
 _SPREAD = 0.25  # after a first fit, how much dearer edits are still looked at
 
 
@@ -35,7 +36,7 @@ class Problem:
 
     program: Program
     samples: list[Observation]
-    seconds: float = 20.0
+    seconds: float = 20.0  # of computing; by the clock it may take BUSY times as long
     skip: frozenset[int] = frozenset()  # candidates that ended the process before
     near: Near | None = None  # where to begin, in a long program
 
@@ -71,21 +72,26 @@ class Answer:
     tried: int = 0
     reproduced: bool = True  # whether the record gives torch's own values again
     finished: bool = True  # whether all was tried in time
+    spent: float = 0.0  # seconds of computing
 
 
 def search(problem: Problem, note: Callable[[int], None] = lambda number: None) -> Answer:
     """The edits that explain the fault; `note` gets the number of each before it is tried."""
     import torch
 
+    start = time.process_time()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Search(problem, note).run()
+        answer = _Search(problem, note).run()
+    answer.spent = time.process_time() - start
+    return answer
 
 
 class _Search:
     def __init__(self, problem: Problem, note: Callable[[int], None]) -> None:
         self.problem, self.note = problem, note
-        self.end = time.monotonic() + problem.seconds
+        self.end = time.process_time() + problem.seconds
+        self.latest = time.monotonic() + BUSY * problem.seconds
         self.answer = Answer()
         self.trials: list[Replayed] = []
 
@@ -112,7 +118,7 @@ class _Search:
         if not self.answer.fits and not self._late():
             self._pairs(edits, helped)
         fits = self.answer.fits
-        fits.sort(key=lambda f: (_leaves_much(f, fits), f.cause == NAMELESS, f.cost))
+        fits.sort(key=lambda f: (_leaves_much(f, fits), f.cause == NAMELESS, f.cost, -f.place))
         return self.answer
 
     def _singles(
@@ -169,7 +175,8 @@ class _Search:
         cause = b.cause if a.cost < _NEUTRAL else of_both(a.cause, b.cause)
         both = replace(
             b, cause=cause, changes={**a.changes, **b.changes}, leaves={**a.leaves, **b.leaves},
-            cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}", at=b.place,
+            cost=a.cost + b.cost + 2, said=f"{b.said}, and {a.said}",
+            at=a.place if cause == a.cause != b.cause else b.place,
         )  # fmt: skip
         self._note(-1)
         if (fit := self._fit(both, self.first.error(both))) is None:
@@ -182,7 +189,7 @@ class _Search:
         self.note(number)
 
     def _late(self) -> bool:
-        late = time.monotonic() > self.end
+        late = time.process_time() > self.end or time.monotonic() > self.latest
         self.answer.finished = self.answer.finished and not late
         return late
 
@@ -270,5 +277,8 @@ def _rounded(c: float) -> Iterator[float]:
         for number in (n**0.5, n**-0.5, 1 / n):
             if c and abs(number - abs(c)) < 1e-4 * number:
                 yield number if c > 0 else -number
+    for times in (1.0, 2.0, 3.0, 4.0, 0.5):
+        if c and abs(times * np.pi - abs(c)) < 1e-4 * abs(c):
+            yield float(np.sign(c) * times * np.pi)
     if abs(c) < 1e-7:
         yield 0.0

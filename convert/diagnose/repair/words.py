@@ -17,6 +17,8 @@ _PASSED = ("relu", "gelu", "silu", "tanh", "sigmoid", "dropout", "batch_norm", "
 
 def of_both(one: str, other: str) -> str:
     """The word for two edits at once: theirs if it is one, "rearranged" being any order."""
+    if {one, other} in ({"padding", "dilation"}, {"padding", "stride"}):
+        return "dilation" if "dilation" in (one, other) else "stride"  # the padding follows from it
     words = {one, other} - {"rearranged"} or {"rearranged"}
     orders = {"heads", "rope", "blocks", "flatten", "rearranged"}
     alike = one == other or (len(words) == 1 and words <= orders)
@@ -36,8 +38,13 @@ def bypasses_layers(program: Program, one: int, other: int) -> bool:
 
 def of_negated(node: Node) -> str:
     """The word for a sign: of what is only put in order, or of positions, it is their order."""
+    users = [node.program.operations[i].name for v in node.operation.made
+             for i in node.program.users.get(v, ())]  # fmt: skip
+    if users and set(users) <= {"sigmoid"}:
+        return "swapped"  # the gate's complement
     in_order = node.name == "arange" or _only_ordered(node.program, node.operation.made[0])
-    return "reversed" if in_order else "scale"
+    # A difference may be taken the other way round, far before it: that is not told from a factor.
+    return "reversed" if in_order else NAMELESS
 
 
 def _only_ordered(program: Program, value: int) -> bool:
@@ -49,9 +56,30 @@ def _only_ordered(program: Program, value: int) -> bool:
     )
 
 
+def is_fixed(program: Program, value: int) -> bool:
+    """Whether a value follows from parameters and numbers in the code alone, as a bias looked up by
+    relative positions does."""
+    layer = program.layers.get(value)
+    if value in program.leaves:
+        given = layer[1] if layer else ()
+        fixed = program.leaves[value].kind in ("parameter", "buffer", "constant")
+        return fixed or (bool(given) and all(is_fixed(program, v) for v in given))
+    maker = program.makers.get(value)
+    return maker is not None and all(is_fixed(program, v) for v in program.operations[maker].refs)
+
+
+def of_layer(program: Program, name: str) -> str:
+    """The word for a layer that is given, but not used: one with parameters is by-passed."""
+    held = any(leaf.kind == "parameter" and leaf.name.startswith(f"{name}.")
+               for leaf in program.leaves.values())  # fmt: skip
+    return "wiring" if held else "left_out"
+
+
 def of_sum(node: Node) -> str:
     """A summand: the residual is what by-passes the others."""
     refs = node.operation.refs
+    if any(is_fixed(node.program, r) for r in refs):
+        return "left_out"  # a bias of positions
     pairs = ((a, b) for a in refs for b in refs if a != b)
     return "residual" if any(bypasses(node.program, a, b) for a, b in pairs) else "left_out"
 
@@ -69,9 +97,11 @@ def of_one_added(node: Node) -> str | None:
 
 def of_window(node: Node) -> str | None:
     """Where a slice cuts what a convolution or a pool gives, its padding is at stake."""
-    maker = node.program.makers.get(node.operation.refs[0])
+    value = node.operation.refs[0]
+    maker = node.program.makers.get(value)
     name = "" if maker is None else node.program.operations[maker].name
-    return "padding" if _WINDOWS.match(name) else None
+    layer = node.program.layers.get(value, ("",))[0].rpartition(".")[2]  # one that was not opened
+    return "padding" if _WINDOWS.match(name) or re.search("conv|pool", layer.lower()) else None
 
 
 def is_image(node: Node) -> bool:

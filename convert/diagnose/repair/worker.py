@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from convert.diagnose.repair.search import Answer, Problem, search
+from convert.diagnose.repair.search import BUSY, Answer, Problem, search
 
 _STARTS = 3  # processes at most
 _STARTING = 20.0  # seconds that a process may take to start, beside its search
@@ -40,12 +40,14 @@ class Worker:
 
     def solve(self, problem: Problem) -> Answer:
         """The answer; an empty one where every process died of a candidate."""
-        end = time.monotonic() + problem.seconds
+        end = time.monotonic() + BUSY * problem.seconds
         for _ in range(_STARTS):
             left = max(1.0, end - time.monotonic())
+            seconds = min(problem.seconds, left)
             try:
                 data, _ = self.process.communicate(
-                    pickle.dumps(replace(problem, seconds=left)), timeout=left + _STARTING
+                    pickle.dumps(replace(problem, seconds=seconds)),
+                    timeout=left + BUSY * _STARTING,
                 )
             except subprocess.TimeoutExpired:
                 return Answer(finished=False)
