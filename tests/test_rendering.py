@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import test_rules as rules  # its cases, and not its tests
 import torch
+from flax import nnx
 from torch.utils._pytree import tree_map
 
 from convert.porting.fixed_draws import jax_draws
@@ -27,6 +28,7 @@ from convert.porting.rendering.written_rules import written
 from convert.porting.rules import RULES, Rule, table
 from convert.program.graph import Dtype
 from zoo.containers.errors import ZooError
+from zoo.nn import pool_flax
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import check_rules
@@ -113,7 +115,61 @@ def test_expressions_have_their_rules_types_without_x64(letter: str) -> None:
 def test_every_expression_is_tried() -> None:
     tried = {templates.TEMPLATES[c.name] for calls in CALLS.values() for c in calls}
     untried = {n for n, write in templates.templates().items() if write not in tried}
-    assert untried <= {*ANY, "aten._is_all_true.default", *(op for op, *_ in DRAWN)}
+    drawn = {op for op, *_ in DRAWN}
+    assert untried <= {*ANY, "aten._is_all_true.default", *drawn, *(op for op, *_ in LAST)}
+
+
+def _images(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).normal(size=shape).astype("float32"))
+
+
+def _of_images(n: int) -> list[tuple[str, tuple[Any, ...]]]:
+    """Operations on arrays (B, C, *D) with n sizes D."""
+    x, sizes = _images(2, 4, *(4, 6, 8)[:n]), [8, 12, 16][:n]
+    weight, bias = _images(6, 4, *[3] * n), _images(6)
+    linear = ("linear1d", "bilinear2d", "trilinear3d")[n - 1]
+    found: list[tuple[str, tuple[Any, ...]]] = [
+        (f"conv{n}d.default", (x, weight, bias, [2] * n, [1] * n)),
+        (f"conv{n}d.padding", (x, weight, bias, [1] * n, "same")),
+        (f"max_pool{n}d.default", (x, [2] * n)),
+        (f"avg_pool{n}d.default", (x, [2] * n, [2] * n)),
+        (f"adaptive_avg_pool{n}d.default", (x, [1] * n)),
+        (f"upsample_nearest{n}d.vec", (x, sizes, None)),
+        (f"upsample_nearest{n}d.default", (x, sizes)),
+        (f"_upsample_nearest_exact{n}d.vec", (x, sizes, None)),
+        (f"_upsample_nearest_exact{n}d.default", (x, sizes)),
+        (f"upsample_{linear}.vec", (x, sizes, False, None)),
+        (f"upsample_{linear}.default", (x, sizes, False)),
+    ]
+    if n > 1:
+        found.append((f"_adaptive_avg_pool{n}d.default", (x, [1] * n)))
+    if n == 2:
+        norm = (bias[:4], bias[:4], bias[:4], bias[:4] ** 2, False, 0.1, 1e-5, False)
+        found += [("pixel_shuffle.default", (x, 2)), ("batch_norm.default", (x, *norm))]
+        found += [("prelu.default", (x, bias[:4]))]
+    return found
+
+
+LAST = [(f"last.{name}", args) for n in (1, 2, 3) for name, args in _of_images(n)]
+
+
+@pytest.mark.parametrize(("op", "args"), LAST, ids=lambda x: x if isinstance(x, str) else "")
+def test_channels_last_is_torch_with_its_axes_moved(op: str, args: tuple[Any, ...]) -> None:
+    _, name, overload = op.split(".")
+    theirs = getattr(getattr(torch.ops.aten, name), overload)(*args).numpy()
+    arrays = {f"x{i}": a.numpy() for i, a in enumerate(args) if isinstance(a, torch.Tensor)}
+    arrays["x0"] = np.moveaxis(arrays["x0"], 1, -1)
+    given = [
+        Operand(f"x{i}", ArrayType(arrays[f"x{i}"].shape, "float32"))
+        if isinstance(a, torch.Tensor) else a
+        for i, a in enumerate(args)
+    ]  # fmt: skip
+    out = ArrayType(np.moveaxis(theirs, 1, -1).shape, "float32")
+    text = templates.expression(op, out, given, {})
+    assert text is not None
+    names = {"jax": jax, "jnp": jnp, "lax": jax.lax, "nnx": nnx, "np": np, **vars(pool_flax)}
+    ours = eval(text, names | {k: jnp.asarray(x) for k, x in arrays.items()})
+    np.testing.assert_allclose(np.moveaxis(ours, -1, 1), theirs, atol=2e-5)
 
 
 X = Operand("x", ArrayType((3, 4), "float32"))

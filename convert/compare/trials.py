@@ -35,6 +35,8 @@ def by_trial(
     if first is not None and first.direction == "backward" and options.explain:
         with contextlib.suppress(Exception):  # what was found stands
             if (place := stopped(report, reference, flax, options.explain)) is not None:
+                if (root := _root(report, flax)) is not None:
+                    return _of_reason(first, root)
                 return dataclasses.replace(
                     first, layer=place.module, cause=place.reason.cause, between=None,
                     diagnosis=place.reason.diagnosis, advice=place.reason.advice,
@@ -50,8 +52,12 @@ def by_trial(
         reason, layer = _summed(reference, flax, options.steps)
     if reason is None:
         return first
+    return _of_reason(dataclasses.replace(first, layer=layer), reason)
+
+
+def _of_reason(first: Divergence, reason: Reason) -> Divergence:
     return dataclasses.replace(
-        first, layer=layer, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
+        first, cause=reason.cause, diagnosis=reason.diagnosis, advice=reason.advice
     )
 
 
@@ -70,12 +76,9 @@ def _of_a_row(report: Report, first: Divergence) -> Divergence:
 
 def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:
     """Gradients that Flax has not at these inputs, or that agree a little beside them."""
-    names = [r.name for r in report.gradients if r.judged and not r.same]
-    rough = flax.run("float32", backward=True).gradients
-    for name in names:
-        if count := int(np.isnan(rough[name]).sum()):
-            size = rough[name].size
-            return found("kink", "root", name=name.removeprefix("in."), count=count, size=size)
+    if (root := _root(report, flax)) is not None:
+        return root
+    names = _wrong(report)
     if "float64" not in reference.precisions or "float64" not in flax.precisions:
         return None
     sides = _aside(reference, flax)
@@ -83,6 +86,20 @@ def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None
     if any(gap(ours[n], theirs[n]) > EXACT * largest(ours[n]) for n in names):
         return None
     return found("kink", names=", ".join(n.removeprefix("in.") for n in names), aside=_ASIDE)
+
+
+def _wrong(report: Report) -> list[str]:
+    return [r.name for r in report.gradients if r.judged and not r.same]
+
+
+def _root(report: Report, flax: FlaxSide) -> Reason | None:
+    """Gradients that are no numbers in Flax."""
+    rough = flax.run("float32", backward=True).gradients
+    for name in _wrong(report):
+        if count := int(np.isnan(rough[name]).sum()):
+            size = rough[name].size
+            return found("kink", "root", name=name.removeprefix("in."), count=count, size=size)
+    return None
 
 
 def _aside(reference: TorchSide, flax: FlaxSide) -> tuple[TorchSide, FlaxSide]:

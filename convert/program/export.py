@@ -71,6 +71,7 @@ def export(
                 flat, tuple(tensors), dynamic_shapes=(sizes,) if sizes else None, strict=False
             )
             _detach_no_grad(exported.graph_module)
+            _open_no_grad(exported.graph_module)
             exported = exported.run_decompositions({})
         except Exception as e:
             raise refused.export_error(e, module) from e
@@ -198,6 +199,34 @@ def _detach_no_grad(root: Any) -> None:
                     stop = part.graph.call_function(torch.ops.aten.detach.default, (taken,))
                 stop.meta = dict(taken.meta)
                 taken.replace_all_uses_with(stop, delete_user_cb=lambda u, stop=stop: u is not stop)
+        part.recompile()
+
+
+def _open_no_grad(root: Any) -> None:
+    """Put what ran under no_grad in the place of its region: the decomposition would lose the lines
+    of code in there."""
+    import operator
+
+    import torch
+
+    parts = [m for m in root.modules() if isinstance(m, torch.fx.GraphModule)]
+    for part in reversed(parts):  # the innermost first
+        for node in list(part.graph.nodes):
+            if "wrap_with_set_grad_enabled" not in str(node.target):
+                continue
+            _, held, *args = node.args
+            inside: Any = part.get_submodule(held.target)
+            plain = all(n.op != "get_attr" for n in inside.graph.nodes)
+            if not plain or any(u.target is not operator.getitem for u in node.users):
+                continue
+            starts = [n for n in inside.graph.nodes if n.op == "placeholder"]
+            with part.graph.inserting_before(node):
+                given = dict(zip(starts, args, strict=True))
+                made: Any = part.graph.graph_copy(inside.graph, given)
+            for taken in list(node.users):
+                taken.replace_all_uses_with(made[taken.args[1]])
+                part.graph.erase_node(taken)
+            part.graph.erase_node(node)
         part.recompile()
 
 

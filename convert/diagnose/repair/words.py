@@ -62,7 +62,9 @@ def is_fixed(program: Program, value: int) -> bool:
     layer = program.layers.get(value)
     if value in program.leaves:
         given = layer[1] if layer else ()
-        fixed = program.leaves[value].kind in ("parameter", "buffer", "constant")
+        leaf = program.leaves[value]
+        taken = leaf.name.startswith("`")  # a value of the run that this program begins behind
+        fixed = leaf.kind in ("parameter", "buffer", "constant") and not taken
         return fixed or (bool(given) and all(is_fixed(program, v) for v in given))
     maker = program.makers.get(value)
     return maker is not None and all(is_fixed(program, v) for v in program.operations[maker].refs)

@@ -168,7 +168,7 @@ class _Writing:
                 names.append("_")
                 continue
             hint = wanted[k] if len(wanted) == len(values) else wanted[0] if wanted else ""
-            name = self.names.free(hint or _fallback(item), i)
+            name = self.names.free(hint if hint.strip("_") else _fallback(item), i)
             self.names.bind(name, value, last)
             self.local.pop(name, None)
             self.texts[value] = name

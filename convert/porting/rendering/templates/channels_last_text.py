@@ -87,7 +87,7 @@ def _enter_pools(n: int) -> None:
             return _ours("avg_pool", x, kernel, stride, padding, *more)
         return f"nnx.avg_pool({_window(x, n, kernel, stride, padding)})"
 
-    names = (f"adaptive_avg_pool{n}d", f"_adaptive_avg_pool{n}d")
+    names = (f"adaptive_avg_pool{n}d", *([f"_adaptive_avg_pool{n}d"] if n > 1 else []))
 
     @template(*(f"last.{name}.default" for name in names))
     def adaptive(x: Operand, output_size: Any) -> str | None:

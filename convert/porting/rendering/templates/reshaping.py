@@ -98,9 +98,11 @@ def squeeze(x: Operand) -> str:
 
 
 @template("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze_copy.dims")
-def squeeze_dims(x: Operand, dim: Any, *, out: ArrayType) -> str:
+def squeeze_dims(x: Operand, dim: Any, *, out: ArrayType | None) -> str:
     dims = list(dim) if isinstance(dim, list | tuple) else [dim]
-    if x.shape and len(out.shape) == len(x.shape) - len(dims):  # a size may be an expression
+    if (
+        x.shape and out is not None and len(out.shape) == len(x.shape) - len(dims)
+    ):  # a size may be an expression
         return f"{x}.squeeze({axis_text(dims)})"
     return _squeezed(x, dims)
 
