@@ -20,7 +20,7 @@ from inspect import BoundArguments
 from types import FrameType
 from typing import Any
 
-from convert.program.calls import fresh, in_mode
+from convert.program.calls import buffers_kept, fresh, in_mode
 
 _DROPOUTS = {
     "dropout": "Dropout",
@@ -48,8 +48,11 @@ def with_dropout_layers(module: Any, call: BoundArguments) -> contextlib.Abstrac
     of its parts, where they are the same at every call of a part. Elsewhere, and where the module
     does not run in train mode, nothing is changed."""
     made = _Layers(module)
-    with in_mode(module, training=True), contextlib.suppress(Exception):
-        made.note(call)
+    try:
+        with in_mode(module, training=True):
+            made.note(call)
+    except Exception:  # whatever a stranger's module raises
+        return contextlib.nullcontext()
     return made.installed()
 
 
@@ -66,78 +69,22 @@ class _Layers:
         """Run the module, and note what drops."""
         import torch
 
-        from convert.program.calls import buffers_kept
-
         def noted(running: _Running, function: str, rate: float, caller: FrameType) -> None:
+            place = running.place(caller)
             if rate:
-                place, text = running.place(caller)
-                running.seen[place] = Dropped(function, rate, _called(text, function))
+                running.seen[place] = Dropped(function, rate, _called(_text(caller), function))
+
+        def began(part: Any, args: Any) -> None:
+            if len(args) == 1 and isinstance(args[0], torch.Tensor):
+                self.axes[part] = args[0].ndim
+
+        def ended(running: _Running) -> None:
+            self.calls.setdefault(running.part, []).append(running.seen)
 
         with torch.no_grad(), torch.random.fork_rng([]), buffers_kept(self.module):
             given = fresh(call)
-            with self._functions(noted), self._every_call():
+            with _functions(noted, began, ended):
                 self.module(*given.args, **given.kwargs)
-
-    @contextlib.contextmanager
-    def _every_call(self) -> Iterator[None]:
-        """While it lasts, the calls of parts are counted and measured."""
-        import torch
-
-        def before(part: Any, args: Any) -> None:
-            one = args[0] if len(args) == 1 else None
-            if isinstance(one, torch.Tensor):
-                self.axes[part] = one.ndim
-
-        handles = [m.register_forward_pre_hook(before) for m in self.module.modules()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def _functions(self, seen: Callable[..., Any]) -> Iterator[None]:
-        """While it lasts, functions that drop say so first: `seen` may give their result."""
-        import torch
-
-        functional: Any = torch.nn.functional
-        running: list[_Running] = []
-        originals = {n: getattr(functional, n) for n in (*_DROPOUTS, _ATTENTION)}
-
-        def enter(part: Any, args: Any) -> None:
-            running.append(_Running(part))
-
-        def leave(part: Any, args: Any, output: Any) -> None:
-            self.calls.setdefault(part, []).append(running.pop().seen)
-
-        def instead(function: str) -> Callable[..., Any]:
-            original = originals[function]
-
-            def called(*args: Any, **kwargs: Any) -> Any:
-                caller = sys._getframe(1)
-                own = running and not type(running[-1].part).__module__.startswith("torch.nn")
-                if not own:
-                    return original(*args, **kwargs)
-                rate = _rate(function, args, kwargs)
-                made = seen(running[-1], function, rate, caller)
-                return original(*args, **kwargs) if made is None else made(*args, **kwargs)
-
-            return called
-
-        hooks = torch.nn.modules.module
-        handles = [
-            hooks.register_module_forward_pre_hook(enter),
-            hooks.register_module_forward_hook(leave, always_call=True),
-        ]
-        for name in originals:
-            setattr(functional, name, instead(name))
-        try:
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(functional, name, original)
-            for handle in handles:
-                handle.remove()
 
     # As layers.
 
@@ -150,9 +97,7 @@ class _Layers:
         plans = {part: self._plan(part, found) for part, found in places.items() if found}
 
         def routed(running: _Running, function: str, rate: float, caller: FrameType) -> Any:
-            place, _ = running.place(caller)
-            running.seen[place] = Dropped(function, rate, "")
-            layer = plans.get(running.part, {}).get(place)
+            layer = plans.get(running.part, {}).get(running.place(caller))
             if layer is None:
                 return None
             if function == _ATTENTION:
@@ -174,7 +119,7 @@ class _Layers:
                 elif other is not None and type(held) in (torch.nn.Identity, *map(type, swapped)):
                     part._modules[name] = _dropout_of(0.0, other.shared_axes)
         try:
-            with self._functions(routed):
+            with _functions(routed):
                 yield
         finally:
             for part, parts in before.items():
@@ -191,10 +136,13 @@ class _Layers:
         import torch
 
         made: dict[tuple[str, str, float], Any] = {}
+        plan: dict[Place, Any] = {}
         taken = {*part._modules, *part._parameters, *part._buffers}
-        for one in places.values():
+        for place, one in places.items():
             kind = _DROPOUTS.get(one.function, "Dropout")
-            if (one.name, kind, one.rate) in made:
+            key = one.name, kind, one.rate
+            if key in made:
+                plan[place] = made[key]
                 continue
             held = part._modules.get(one.name)
             if type(held).__name__ == kind and held.p == one.rate:
@@ -205,11 +153,8 @@ class _Layers:
                 name = next(n for n in numbered if n not in taken)
             taken.add(name)
             self.names[layer] = name
-            made[one.name, kind, one.rate] = layer
-        return {
-            place: made[one.name, _DROPOUTS.get(one.function, "Dropout"), one.rate]
-            for place, one in places.items()
-        }
+            made[key] = plan[place] = layer
+        return plan
 
     def _dropping(self, part: Any) -> Any:
         """The Dropout that a module is by what it does to numbers; None for others."""
@@ -232,9 +177,9 @@ class _Layers:
             return None
         if not all(isinstance(t, torch.Tensor) and t.shape == x.shape for t in (same, dropped)):
             return None
-        left = Counter([*dropped.unique().tolist(), *(doubled / 2).unique().tolist()])
+        left = {*dropped.unique().tolist(), *(doubled / 2).unique().tolist()}
         scale = max(left)
-        if not torch.equal(same, x) or set(left) != {0.0, scale} or scale <= 1:
+        if not torch.equal(same, x) or left != {0.0, scale} or scale <= 1:
             return None
         rate = next(
             (p for p in vars(part).values() if type(p) is float and abs(1 - 1 / scale - p) < 1e-5),
@@ -254,11 +199,60 @@ class _Running:
         self.seen: dict[Place, Dropped] = {}
         self.times: Counter[tuple[str, int]] = Counter()
 
-    def place(self, caller: FrameType) -> tuple[Place, str]:
-        """Where a function is called from, and the text of that call."""
+    def place(self, caller: FrameType) -> Place:
+        """Where a function is called from, this time."""
         file, line = caller.f_code.co_filename, caller.f_lineno
         self.times[file, line] += 1
-        return (file, line, self.times[file, line]), _text(caller)
+        return file, line, self.times[file, line]
+
+
+@contextlib.contextmanager
+def _functions(
+    seen: Callable[..., Any],
+    began: Callable[[Any, Any], None] = lambda part, args: None,
+    ended: Callable[[_Running], None] = lambda running: None,
+) -> Iterator[None]:
+    """While it lasts, functions that drop say so first: `seen` may give what is called instead.
+    `began` and `ended` are told of every call of a part."""
+    import torch
+
+    functional: Any = torch.nn.functional
+    running: list[_Running] = []
+    originals = {n: getattr(functional, n) for n in (*_DROPOUTS, _ATTENTION)}
+
+    def enter(part: Any, args: Any) -> None:
+        running.append(_Running(part))
+        began(part, args)
+
+    def leave(part: Any, args: Any, output: Any) -> None:
+        ended(running.pop())
+
+    def instead(function: str) -> Callable[..., Any]:
+        original = originals[function]
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1)
+            if not running or type(running[-1].part).__module__.startswith("torch.nn"):
+                return original(*args, **kwargs)
+            made = seen(running[-1], function, _rate(function, args, kwargs), caller)
+            return original(*args, **kwargs) if made is None else made(*args, **kwargs)
+
+        return called
+
+    hooks = torch.nn.modules.module
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    for name in originals:
+        setattr(functional, name, instead(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(functional, name, original)
+        for handle in handles:
+            handle.remove()
 
 
 def _dropout_of(rate: float, shared: tuple[int, ...]) -> Any:
@@ -330,7 +324,8 @@ def _attention(
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-    logits = query @ key.transpose(-2, -1) * (scale or query.size(-1) ** -0.5)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    logits = query @ key.transpose(-2, -1) * scale
     if is_causal:
         attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.diagnose.repair.edit import Edit, named, with_values
-from convert.program.operations import Operation, Program
-from convert.program.replay import At, Change, Values
+from convert.diagnose.repair.parallel import translated
+from convert.program.operations import Program
+from convert.program.replay import Change, Values
 
 Key = tuple[Any, ...]
 
@@ -44,7 +45,7 @@ class Loops:
             names = self._names(runs, turn)
             for run, (_, change) in zip(runs, list(changes.items()), strict=True):
                 first = self.program.operations[run[0]]
-                made[run[turn]] = _translated(change, first, names)
+                made[run[turn]] = translated(change, first, names)
         yield made
 
     def _names(self, runs: list[list[int]], turn: int) -> dict[int, int]:
@@ -58,24 +59,6 @@ class Loops:
                 names |= dict(zip(a.refs, b.refs, strict=False))
                 names |= dict(zip(a.made, b.made, strict=False))
         return names
-
-
-def _translated(change: Change, operation: Operation, names: Mapping[int, int]) -> Change:
-    def translated(at: At) -> Any:
-        return change(At(operation, at.args, at.kwargs, _Renamed(at.values, names)))
-
-    return translated
-
-
-class _Renamed(dict[int, Any]):
-    """Values under the numbers of the first turn."""
-
-    def __init__(self, held: Mapping[int, Any], names: Mapping[int, int]) -> None:
-        super().__init__()
-        self.held, self.names = held, names
-
-    def __missing__(self, value: int) -> Any:
-        return self.held[self.names.get(value, value)]
 
 
 def carried(program: Program, values: Values) -> Iterator[Edit]:

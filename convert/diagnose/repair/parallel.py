@@ -58,7 +58,7 @@ class Parallels:
     def _carried(self, changes: Mapping[int, Change], call: int, other: int) -> dict[int, Change]:
         places, values = self._names(call, other)
         operations = self.program.operations
-        return {places[i]: _translated(c, operations[i], values) for i, c in changes.items()}
+        return {places[i]: translated(c, operations[i], values) for i, c in changes.items()}
 
     def _names(self, call: int, other: int) -> tuple[dict[int, int], dict[int, int]]:
         """The operations and the values of one run, and what they are in the other."""
@@ -74,13 +74,13 @@ class Parallels:
         return self._known[call, other]
 
 
-def _translated(change: Change, operation: Operation, values: Mapping[int, int]) -> Change:
+def translated(change: Change, operation: Operation, values: Mapping[int, int]) -> Change:
     """The change of an operation of one run, with the values of another."""
 
-    def translated(at: At) -> Any:
+    def elsewhere(at: At) -> Any:
         return change(At(operation, at.args, at.kwargs, _Renamed(at.values, values)))
 
-    return translated
+    return elsewhere
 
 
 class _Renamed(dict[int, Any]):

@@ -88,7 +88,7 @@ class Union:
         return made if made._holds() else None
 
     def renamed(self, condition: Condition, text: str) -> None:
-        """Write a condition and its opposite in other words."""
+        """Write a condition in other words."""
         del self.conditions[condition.text]
         other = dataclasses.replace(condition, text=text, values=())
         self.conditions[text] = other

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.porting.rendering.operands import Operand
 from convert.porting.rendering.templates import template
-from convert.porting.rendering.templates.windows import tupled
+from convert.porting.rendering.templates.windows import convolved, tupled
 from convert.porting.rendering.templates.writing import (
     kind,
     known,
@@ -32,23 +32,10 @@ def conv(
     groups: int = 1,
 ) -> str | None:
     """The kernel keeps torch's axes."""
-    n = len(weight.shape) - 2
-    if not one_dtype(x, weight, bias) or len(x.shape) != n + 2 or n > 3 or kind(x) != 2:
-        return None
-    stride, dilation = tupled(stride, n), tupled(dilation, n)
-    if isinstance(padding, str):
-        pads = f'"{padding.upper()}"'
-        if padding == "same" and stride != (1,) * n:
-            return None
-    else:
-        sides = tupled(padding, n)
-        pads = pairs([(p, p) for p in sides]) if any(sides) else '"VALID"'
-    data, kernel = _AXES[n]
-    more = "" if dilation == (1,) * n else f", rhs_dilation={sizes_text(dilation)}"
-    more += f', dimension_numbers=("{data}", "{kernel}", "{data}")'
-    more += "" if groups == 1 else f", feature_group_count={groups}"
-    y = f"lax.conv_general_dilated({x}, {weight}, {sizes_text(stride)}, {pads}{more})"
-    return y if bias is None else f"{y} + {bias}"
+    data, kernel = _AXES.get(len(weight.shape) - 2, ("", ""))
+    axes = f', dimension_numbers=("{data}", "{kernel}", "{data}")'
+    y = convolved(x, weight, bias, stride, padding, dilation, groups, axes)
+    return y if bias is None or y is None else f"{y} + {bias}"
 
 
 def _window(x: Operand, n: int, kernel: Any, stride: Any, padding: Any) -> str:

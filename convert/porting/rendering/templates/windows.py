@@ -37,6 +37,21 @@ def conv(
     groups: int = 1,
 ) -> str | None:
     """lax's own order of axes is torch's."""
+    y = convolved(x, weight, bias, stride, padding, dilation, groups)
+    return y if bias is None or y is None else f"{y} + {bias}[:{', None' * (len(x.shape) - 2)}]"
+
+
+def convolved(
+    x: Operand,
+    weight: Operand,
+    bias: Operand | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    axes: str = "",
+) -> str | None:
+    """The convolution without its bias; `axes` is what lax is told of them."""
     n = len(weight.shape) - 2
     if not one_dtype(x, weight, bias) or len(x.shape) != n + 2 or n > 3 or kind(x) != 2:
         return None
@@ -49,9 +64,8 @@ def conv(
         sides = tupled(padding, n)
         pads = pairs([(p, p) for p in sides]) if any(sides) else '"VALID"'
     more = "" if dilation == (1,) * n else f", rhs_dilation={sizes_text(dilation)}"
-    more += "" if groups == 1 else f", feature_group_count={groups}"
-    y = f"lax.conv_general_dilated({x}, {weight}, {sizes_text(stride)}, {pads}{more})"
-    return y if bias is None else f"{y} + {bias}[:{', None' * n}]"
+    more += axes + ("" if groups == 1 else f", feature_group_count={groups}")
+    return f"lax.conv_general_dilated({x}, {weight}, {sizes_text(stride)}, {pads}{more})"
 
 
 def _outputs(size: int, k: int, s: int, p: int, ceil: bool) -> int:
