@@ -147,7 +147,7 @@ def _run() -> list[dict[str, Any]]:
     from faults import FAULTS
 
     from convert.compare.settings import EXPLAIN
-    from convert.diagnose import first_divergence
+    from convert.diagnose.find import first_divergence
 
     table: list[dict[str, Any]] = []
     for fault in FAULTS:

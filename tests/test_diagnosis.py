@@ -13,7 +13,8 @@ from faults import FAULTS, Fault
 from test_docs import script
 
 from convert.compare.settings import EXPLAIN
-from convert.diagnose import diagnose_tensor, first_divergence
+from convert.diagnose.find import first_divergence
+from convert.diagnose.hypotheses_tensors import diagnose_tensor
 from zoo import probe
 
 ROOT = Path(__file__).parents[1]

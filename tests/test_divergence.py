@@ -19,7 +19,7 @@ from flax import nnx
 from support import every_family
 from torch import nn
 
-from convert.diagnose import first_divergence
+from convert.diagnose.find import first_divergence
 from convert.matching.pair import Pair
 from convert.matching.pairing import pair_modules
 from convert.runtime.arrays import named_outputs

@@ -53,7 +53,7 @@ def test_layers_are_flaxs_own_and_nothing_is_moved(unet: Port) -> None:
     assert "channels_first" not in unet.source
     assert "nnx.Conv(i, o, (3, 3), padding=1, use_bias=False" in plainly(unet)
     assert "jnp.concatenate([a, u], axis=-1)" in unet.source
-    assert "size=(x.shape[1], x.shape[2])" in unet.source
+    assert "size=(a.shape[1], a.shape[2])" in unet.source
     assert "((0, 0), (0, 2), (1, 0), (0, 0))" in plainly(unet)
     assert "jax.nn.softmax(self.out(u), axis=-1)" in unet.source
 

@@ -69,7 +69,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs, "COPIED", SMALL)
     monkeypatch.setattr(slabs, "_SPARE", 100)
     monkeypatch.setattr("convert.engine.prepare._LEAST", 1000)
-    monkeypatch.setattr("zoo.containers.spans._STRIP", 700)
+    monkeypatch.setattr("zoo.containers.strided._STRIP", 700)
     monkeypatch.setattr("zoo.containers.orbax_dir.write._CHUNK", 1500)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from convert.compare.levels import weights_differ
 from convert.compare.report import Report
+from convert.compare.runnable import runnable
 from convert.compare.settings import Level, Settings
 from convert.compare.weights import compare_bits
 from convert.judge.bits import TensorDifference
@@ -139,17 +140,6 @@ def compare_checkpoints(
             given = _inputs(family, side.config, inputs)
             made = compare_onnx(reader.path, family, side.config, side.canonical, given)
             report.outputs += made
-
-
-def runnable(*plans: Plan) -> Model:
-    """The family whose twins can be run; UsageError where there is none, or where none of these
-    tells a field that running them needs."""
-    if unknown := plans[0].unknown.intersection(*(p.unknown for p in plans[1:])):
-        raise UsageError(
-            f"running the model needs {', '.join(sorted(unknown))}, which the tensors do not tell",
-            "name a preset with --model, or give its config.json with --config",
-        )
-    return plans[0].family
 
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.compare.checkpoints import runnable
+from convert.compare.runnable import runnable
 from convert.compare.settings import Level, check_level
 from convert.engine.commit import check_paths, check_replaceable, check_space
 from convert.engine.targets import Target, by_suffix, choose

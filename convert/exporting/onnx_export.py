@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.compare.checkpoints import runnable
+from convert.compare.runnable import runnable
 from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
 from convert.compare.twins import twin

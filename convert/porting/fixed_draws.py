@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -78,7 +79,6 @@ def jax_draws() -> Iterator[None]:
     import jax.numpy as jnp
 
     numbers = _Numbers()
-    originals = {name: getattr(jax.random, name) for name in ("normal", "uniform")}
 
     def instead(kind: str) -> Any:
         def drawn(key: Any, shape: Sequence[int] = (), dtype: Any = None) -> Any:
@@ -87,10 +87,5 @@ def jax_draws() -> Iterator[None]:
 
         return drawn
 
-    for name in originals:
-        setattr(jax.random, name, instead(name))
-    try:
+    with mock.patch.multiple(jax.random, normal=instead("normal"), uniform=instead("uniform")):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(jax.random, name, original)

@@ -150,7 +150,7 @@ def _left_out(
     """What train mode does besides, outside of layers: it is not written."""
     with in_mode(module, training=True):
         try:
-            trained = traced_graph(module, call, (), calls=True)
+            trained = traced_graph(module, call, (), graph.opened, calls=True)
         except ZooError:
             return ["its train mode cannot be traced: what it does there besides is not written"]
 

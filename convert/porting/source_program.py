@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -128,11 +129,8 @@ def _exact_attention() -> Iterator[None]:
             logits = jnp.where(seen, logits, -jnp.inf)
         return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits, axis=-1), value)
 
-    jax.nn.dot_product_attention = attention  # type: ignore[assignment]
-    try:
+    with mock.patch.object(jax.nn, "dot_product_attention", attention):
         yield
-    finally:
-        jax.nn.dot_product_attention = original
 
 
 def _line_of(e: Exception) -> str:

@@ -1,19 +1,23 @@
-"""Which modules are called while a graph is made, and the values that each takes and gives.
+"""Which modules are called while a graph is made, which functions in the code of their packages,
+and the values that each takes and gives.
 
-Hooks see every call. What they see are tensors without values, of which the graph keeps what is
-returned: so each call leaves a number and copies of its tensors among the results, and `read` finds
-the values in the finished graph that were copied there. A module that hands its argument on gives a
-copy, so that it is seen.
+Hooks see the modules; the names of functions mean others for a while. What they see are tensors
+without values, of which the graph keeps what is returned: so each call leaves a number and copies
+of its tensors among the results, and `read` finds the values in the finished graph that were copied
+there. A module that hands its argument on gives a copy, so that it is seen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
+from convert.program.called_functions import functions_seen
 from convert.program.graph import GraphNode, ValueRef
 from convert.program.nesting import Nesting, taken_apart
 from convert.runtime.arrays import is_array
@@ -24,9 +28,10 @@ _COPY = "aten.clone.default"
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call. `path` is the module's ("" for the root); `arguments` are those of its forward by
-    name, `arguments` and `result` with a ValueRef for each array, their nesting beside them. Nodes
-    with numbers between `begin` and `end` ran in it."""
+    """One call. `path` is the module's ("" for the root), or that of the module in whose call
+    `function` was called; `arguments` are those of its forward by name, `arguments` and `results`
+    with a ValueRef for each array, their nesting beside them. Nodes with numbers between `begin`
+    and `end` ran in it."""
 
     path: str
     arguments: dict[str, Any]
@@ -34,6 +39,7 @@ class ModuleCall:
     end: int = -1
     nesting: Nesting | None = None  # of the result
     signature: tuple[str, ...] = ()  # the parameters of forward
+    function: Any = None
     results: list[Any] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)  # the tensors, while they are traced
 
@@ -56,25 +62,32 @@ class CalledModules:
 
         def before(path: str) -> Any:
             def hook(module: Any, args: Any, kwargs: Any) -> None:
-                call = ModuleCall(path, self._bound(module, args, kwargs))
-                call.given = [x for x in (*args, *kwargs.values()) if is_array(x)]
-                call.signature = tuple(inspect.signature(module.forward).parameters)
-                self.calls.append(call)
-                running.append(call)
-                call.begin = self._mark()
-                call.arguments = {n: self._copied(x) for n, x in call.arguments.items()}
+                running.append(self._begun(path, module.forward, args, kwargs))
 
             return hook
 
         def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             call = running.pop()
-            call.nesting, leaves = taken_apart(output, "", lambda _, x: x)
             if passed_on := is_array(output) and any(output is x for x in call.given):
                 output = output.clone()
-                leaves = [output]
-            call.results = [self._copied(x) for x in leaves]
-            call.end = self._mark()
+            self._ended(call, output)
             return output if passed_on else None
+
+        def instead(function: FunctionType) -> Callable[..., Any]:
+            def called(*args: Any, **kwargs: Any) -> Any:
+                if not running or not _has_plain_arrays((args, kwargs)):
+                    return function(*args, **kwargs)
+                running.append(self._begun(running[-1].path, function, args, kwargs))
+                running[-1].function = function
+                try:
+                    output = function(*args, **kwargs)
+                finally:
+                    call = running.pop()
+                if _has_plain_arrays(output):
+                    self._ended(call, output)
+                return output
+
+            return called
 
         handles = []
         for path, part in self.root.named_modules():
@@ -83,13 +96,28 @@ class CalledModules:
                 part.register_forward_hook(after, with_kwargs=True),
             ]
         try:
-            yield
+            with functions_seen(self.root, instead):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _bound(self, module: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-        signature = inspect.signature(module.forward)
+    def _begun(self, path: str, function: Any, args: Any, kwargs: Any) -> ModuleCall:
+        signature = inspect.signature(function)
+        call = ModuleCall(path, self._bound(signature, args, kwargs))
+        call.given = [x for x in (*args, *kwargs.values()) if is_array(x)]
+        call.signature = tuple(signature.parameters)
+        self.calls.append(call)
+        call.begin = self._mark()
+        call.arguments = {n: self._copied(x) for n, x in call.arguments.items()}
+        return call
+
+    def _ended(self, call: ModuleCall, output: Any) -> None:
+        call.nesting, leaves = taken_apart(output, "", lambda _, x: x)
+        call.results = [self._copied(x) for x in leaves]
+        call.end = self._mark()
+
+    def _bound(self, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
         try:
             found = dict(signature.bind(*args, **kwargs).arguments)
         except TypeError:  # a forward that a decorator has changed
@@ -134,15 +162,23 @@ class CalledModules:
             return [placed(x) for x in tree] if isinstance(tree, list) else tree
 
         return [
-            ModuleCall(
-                call.path,
-                {n: placed(x) for n, x in call.arguments.items()},
-                marks[call.begin].value,
-                marks[call.end].value,
-                call.nesting,
-                call.signature,
-                [placed(x) for x in call.results],
+            dataclasses.replace(
+                call,
+                arguments={n: placed(x) for n, x in call.arguments.items()},
+                begin=marks[call.begin].value,
+                end=marks[call.end].value,
+                results=[placed(x) for x in call.results],
+                given=[],
             )
             for call in self.calls
             if call.end >= 0
         ]
+
+
+def _has_plain_arrays(tree: Any) -> bool:
+    """Whether there are tensors in it, and none that stands for several under a vmap: copies of
+    those cannot leave it."""
+    import torch
+
+    found = [x for x in torch.utils._pytree.tree_leaves(tree) if is_array(x)]
+    return bool(found) and not any(map(torch._C._functorch.is_batchedtensor, found))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from inspect import BoundArguments
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 from convert.program.calls import buffers_kept, fresh, in_mode
 
@@ -244,13 +245,11 @@ def _functions(
         hooks.register_module_forward_pre_hook(enter),
         hooks.register_module_forward_hook(leave, always_call=True),
     ]
-    for name in originals:
-        setattr(functional, name, instead(name))
+    ours: dict[str, Any] = {name: instead(name) for name in originals}
     try:
-        yield
+        with mock.patch.multiple(functional, **ours):
+            yield
     finally:
-        for name, original in originals.items():
-            setattr(functional, name, original)
         for handle in handles:
             handle.remove()
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -150,13 +151,10 @@ def _function_sealed(one: Opaque) -> Iterator[None]:
         for name, value in list(getattr(m, "__dict__", {}).items())
         if value is one.what and m is not None
     ]
-    for m, name in there:
-        setattr(m, name, stands_in)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as patches:
         for m, name in there:
-            setattr(m, name, one.what)
+            patches.enter_context(mock.patch.object(m, name, stands_in))
+        yield
 
 
 def _called(one: Opaque, arguments: dict[str, Any], run: Callable[..., Any]) -> Any:

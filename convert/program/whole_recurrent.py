@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 _STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
 _KEPT: list[Any] = []  # a library lives as long as somebody holds it
@@ -76,13 +77,8 @@ def whole() -> Iterator[None]:
 
         return call
 
-    for name in _STATES:
-        setattr(torch._VF, name, standing_in(name))
-    try:
+    with mock.patch.multiple(torch._VF, **{name: standing_in(name) for name in _STATES}):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch._VF, name, original)
 
 
 def aten(op: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -59,15 +60,12 @@ class Unrolled:
         for the backward pass."""
         import jax
 
-        patched: Any = jax
-        with _PATCHING:
-            scan, remat, checkpoint = jax.lax.scan, jax.remat, jax.checkpoint
-            patched.lax.scan = self._scan(scan)
-            patched.remat = patched.checkpoint = _as_it_is
-            try:
-                yield
-            finally:
-                patched.lax.scan, patched.remat, patched.checkpoint = scan, remat, checkpoint
+        with (
+            _PATCHING,
+            mock.patch.object(jax.lax, "scan", self._scan(jax.lax.scan)),
+            mock.patch.multiple(jax, remat=_as_it_is, checkpoint=_as_it_is),
+        ):
+            yield
 
     def _scan(self, original: Callable[..., Any]) -> Callable[..., Any]:
         import jax

@@ -96,10 +96,11 @@ def conversions(name: str, folder: Path, shrink: int) -> Iterator[Job]:
             more = [] if verify else ["--no-verify"]
             memory = 256 if to == "orbax" else 160
             out = folder / f"out{target.suffix}"
+            called = "Flax's safetensors" if to == "safetensors" else to
             forth = [*python, "torch2flax", str(path), str(out), "--to", to, *more, *options]
-            yield Job(f"{name}: safetensors to {to}, {told}", forth, asked, memory, path)
+            yield Job(f"{name}: safetensors to {called}, {told}", forth, asked, memory, path)
             back = [*python, "flax2torch", str(target), f"{folder}/out.safetensors", *more]
-            yield Job(f"{name}: {to} to safetensors, {told}", back, asked, memory, target)
+            yield Job(f"{name}: {called} to safetensors, {told}", back, asked, memory, target)
     if name == "bert":
         yield from others(folder, path, forms)
 

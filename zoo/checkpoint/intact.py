@@ -191,7 +191,8 @@ def _tree_hashes(
     trees = {n: HashTree(kind, reader.tensors[n]) for n in names}
     failed: dict[str, ZooError] = {}
     done = 0
-    for name, nbytes, error in hashed(reader, trees, default_workers()):
+    workers = default_workers() + 1  # the disk makes them wait
+    for name, nbytes, error in hashed(reader, trees, workers):
         if error is not None:
             failed.setdefault(name, error)
         done += nbytes

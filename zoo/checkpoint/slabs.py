@@ -22,6 +22,7 @@ from zoo.layout.ops import Flip, Ops, Permute, Shape
 
 MEMORY = 96_000_000  # bytes of tensors that are held at a time, unless told otherwise
 COPIED = 4 << 20  # bytes of a slab of what is only copied: it stays in the cache
+_SHORT = 8 << 10  # bytes: to write fewer of them at a time costs much more than to read them so
 _SPARE = 2 << 20  # bytes a worker takes besides its slab
 
 
@@ -104,8 +105,12 @@ def _parts(step: Step, source: int, room: int) -> list[Slab] | None:
     candidates = [contiguous(info, room)]
     for axis, n in enumerate(info.shape):
         block = list(info.shape)
-        block[axis] = max(1, room // 2 // max(1, info.nbytes // max(1, n)))  # compared, not hashed
+        block[axis] = max(1, room // max(1, info.nbytes // max(1, n)))
         candidates.append(tiles(info.shape, block))
+    rows = candidates[0][0][0]
+    if _is_transposed(step) and (rows.stop - rows.start) * _itemsize(info) < _SHORT:
+        ours = contiguous(step.target_infos[0], room)  # short reads cost less than short writes
+        candidates.insert(0, [region[::-1] for region in ours])
     for regions in candidates:
         slabs = [_exact(step, source, region) for region in regions]
         if None not in slabs:
@@ -162,6 +167,11 @@ def _infos(step: Step) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
 def _is_view(step: Step) -> bool:
     """Whether NumPy moves the elements without a copy of its own, there and back."""
     return all(isinstance(op, Permute | Flip) for op in step.ops) and not is_cast(step)
+
+
+def _is_transposed(step: Step) -> bool:
+    """Whether it is one matrix, transposed."""
+    return list(step.ops) == [Permute((1, 0))] and not is_cast(step)
 
 
 def _inside(region: Region, box: Region) -> bool:

@@ -211,15 +211,16 @@ def pread(fd: int, nbytes: int, offset: int, what: str) -> np.ndarray:
 
 def fill(fd: int, view: memoryview, offset: int, what: str) -> None:
     """The same into `view`, a buffer of bytes."""
-    done = 0
-    while done < len(view):
+    done, nbytes = 0, len(view)
+    while done < nbytes:
+        part = view[done : done + _PREAD_MAX] if done or nbytes > _PREAD_MAX else view
         try:
-            got = os.preadv(fd, [view[done : done + _PREAD_MAX]], offset + done)
+            got = os.preadv(fd, [part], offset + done)
         except OSError as e:
             raise OSError(e.errno, e.strerror, what) from None
         if got == 0:
             raise CorruptInput(
-                f"{what}: the file ends {len(view) - done} bytes too early",
+                f"{what}: the file ends {nbytes - done} bytes too early",
                 "it is truncated: copy or download it again",
             )
         done += got

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 Region = tuple[slice, ...]
 
@@ -24,20 +24,25 @@ def size(region: Region) -> int:
     return math.prod(s.stop - s.start for s in region)
 
 
-def runs(shape: Sequence[int], region: Region) -> tuple[int, Iterator[int]]:
+def runs(shape: Sequence[int], region: Region) -> tuple[int, Iterable[int]]:
     """The elements of each contiguous stretch of a region, and where the stretches begin, in
     order: what has to be read, one after the other, for the region of a row-major tensor."""
     steps = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
     cut = [a for a, s in enumerate(region) if s.stop - s.start < shape[a]]
     axis = cut[-1] if cut else 0
     if not size(region):
-        return 0, iter(())
+        return 0, ()
     if not shape:
-        return 1, iter((0,))
+        return 1, (0,)
     length = (region[axis].stop - region[axis].start) * steps[axis]
     first = region[axis].start * steps[axis]
-    outer = (range(s.start * n, s.stop * n, n) for s, n in zip(region[:axis], steps, strict=False))
-    return length, (first + sum(at) for at in itertools.product(*outer))
+    outer = [range(s.start * n, s.stop * n, n) for s, n in zip(region[:axis], steps, strict=False)]
+    several = [r for r in outer if len(r) > 1]
+    first += sum(r.start for r in outer if len(r) == 1)
+    if len(several) == 1:  # of a matrix: a range is the fastest
+        (r,) = several
+        return length, range(first + r.start, first + r.stop, r.step)
+    return length, (first + sum(at) for at in itertools.product(*several))
 
 
 def blocks(shape: Sequence[int], largest: int) -> tuple[int, ...]:

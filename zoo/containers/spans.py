@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, fill, put
 from zoo.containers.regions import Region, extent, runs, whole
-from zoo.containers.strided import contiguous
+from zoo.containers.strided import contiguous, strips
 
-_STRIP = 1 << 20  # bytes that are brought into order at a time
+_SHORT = 32 << 10  # bytes of a piece whose call takes longer than its bytes
 _OPEN = 64  # files that one worker has open at a time
 _LIKELY = 1 << 20  # bytes from which the disk is told to begin
 
@@ -82,6 +82,7 @@ class SpanReader(Reader):
         super().__init__(path)
         self._fd = -1
         self._spans: dict[str, Spans] = {}
+        self._short = threading.Lock()
 
     def spans(self, name: str) -> Spans | None:
         """Where the tensor lies; None where its bytes are not row-major, or not as they are."""
@@ -116,11 +117,28 @@ class SpanReader(Reader):
         length, starts = runs(info.shape, region)
         done, nbytes, what = 0, length * dtype.itemsize, f"{self.path}: {name}"
         with closing(Opened(self, os.O_RDONLY)) as opened:
+            if len(spans) == 1 and nbytes < _SHORT:
+                offsets = (spans[0].offset + start * dtype.itemsize for start in starts)
+                self._read_short(opened[spans[0].file], view, nbytes, offsets, what)
+                return out
             for start in starts:
                 for file, offset, n in pieces(spans, start * dtype.itemsize, nbytes):
                     fill(opened[file], view[done : done + n], offset, what)
                     done += n
         return out
+
+    def _read_short(
+        self, fd: int, view: memoryview, nbytes: int, offsets: Iterable[int], what: str
+    ) -> None:
+        """Many pieces of a few bytes, one thread at a time: each call lets another thread run, and
+        two that do this only wait for each other."""
+        done = 0
+        with self._short:
+            for offset in offsets:
+                piece = view[done : done + nbytes]
+                if os.preadv(fd, (piece,), offset) != nbytes:
+                    fill(fd, piece, offset, what)
+                done += nbytes
 
     def state(self) -> object:
         status = os.fstat(self._fd)
@@ -161,11 +179,11 @@ class SpanWriter(Writer):
 
     def _write(self, name: str, array: np.ndarray, region: Region) -> None:
         info = self.tensors[name]
-        for block, part in _strips(array, region):
+        for block, part in strips(array, region):
             length, starts = runs(info.shape, part)
             self._put(name, contiguous(block), length * array.itemsize, starts)
 
-    def _put(self, name: str, block: np.ndarray, nbytes: int, starts: Iterator[int]) -> None:
+    def _put(self, name: str, block: np.ndarray, nbytes: int, starts: Iterable[int]) -> None:
         view = block.reshape(-1).view(np.uint8).data
         done, spans, itemsize = 0, self._spans[name], block.itemsize
         with closing(Opened(self, os.O_WRONLY)) as opened:
@@ -206,23 +224,6 @@ class SpanWriter(Writer):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _strips(array: np.ndarray, region: Region) -> Iterator[tuple[np.ndarray, Region]]:
-    """The array as it is, where it lies in order; else in strips that stay in the cache."""
-    if not array.size:
-        return
-    if array.flags.c_contiguous or array.nbytes <= _STRIP:
-        yield array, region
-        return
-    axis = next(a for a, n in enumerate(array.shape) if n > 1)
-    n = array.shape[axis]
-    step = max(1, _STRIP // (array.nbytes // n))
-    before = (slice(None),) * axis
-    for i in range(0, n, step):
-        start, stop = region[axis].start + i, region[axis].start + min(i + step, n)
-        part = (*region[:axis], slice(start, stop), *region[axis + 1 :])
-        yield from _strips(array[(*before, slice(i, i + step))], part)
 
 
 def _copied(source: int, start: int, target: int, offset: int, nbytes: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from zoo.checkpoint.plan import constant_value
 from zoo.containers import dtypes
@@ -25,9 +26,22 @@ def build(
     interpreter's last breath.
     """
     compute = None if dtype is None else getattr(torch, dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         made: torch.nn.Module = model.definition("torch")(config, dtype=compute)
     return fill(with_config(made, config), model.layout_of(config), values).eval()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out drawing initial values: on "meta" there are none, and torch would import its
+    compiler for them, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DRAWN or getattr(func, "__module__", "") == torch.nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWN = frozenset({torch.Tensor.normal_, torch.Tensor.uniform_})
 
 
 def fill(

@@ -13,7 +13,7 @@ from convert.porting.rendering.names import Frames, Key, Names
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import Unpacked, composed, same_size, unpackings
-from convert.porting.rendering.source_lines import copies, forward_lines, source_file
+from convert.porting.rendering.source_lines import copies, source_file
 from convert.porting.rendering.statements import Body, Line, words
 from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import ArrayType, GraphNode, ValueRef
@@ -43,7 +43,7 @@ class _Writing:
         self.names = Names(self.made.parameters, context.rules.names | context.taken)
         self.texts: dict[int, str] = {}  # of values that have a name, or are written as they stand
         self._find_uses()
-        file, first, last = forward_lines(scope.module)
+        file, first, last = scope.lines()
         self.file = file
         self.unpackings = unpackings(file, first, last) if file else []
         lines = {self.frames.line(item) for item in self.items}
@@ -52,8 +52,15 @@ class _Writing:
         self.at_line = 0
         self.at_key: tuple[Key, int] = ((), 0)
         self.read: set[str] = set()  # the names that the statement of the source mentions
-        self.local: dict[str, int | str] = {}
+        self.local: dict[str, int | str] = dict(self._numbers())
         self.unpacked: dict[str, tuple[Line, int]] = {}
+        self.asked: Counter[tuple[int, str]] = Counter()  # how often an item asked for a size
+
+    def _numbers(self) -> Iterator[tuple[str, Any]]:
+        """The arguments of a function that are numbers."""
+        for name, x in self.scope.call.arguments.items() if self.scope.function else ():
+            if type(x) in (int, float):
+                yield name, x
 
     def source(self, value: int) -> int:
         """The value that one is a copy of."""
@@ -167,7 +174,7 @@ class _Writing:
             if value < 0 or (last < 0 and len(values) > 1):
                 names.append("_")
                 continue
-            hint = wanted[k] if len(wanted) == len(values) else wanted[0] if wanted else ""
+            hint = self._hint(item, wanted, values, k)
             name = self.names.free(hint if hint.strip("_") else _fallback(item), i)
             self.names.bind(name, value, last)
             self.local.pop(name, None)
@@ -175,6 +182,19 @@ class _Writing:
             names.append(name)
         line = Line(_grouped(shape, iter(names)), text, statement, comment=self._reason(i))
         self.made.lines.append(line)
+
+    def _hint(self, item: GraphNode | Scope, wanted: list[str], values: list[int], k: int) -> str:
+        """The name that the source gives to one of the values that an item makes, if it does."""
+        if len(wanted) == len(values):
+            return wanted[k]
+        if isinstance(item, Scope):
+            part = item.part_of(values[k])
+            if part is not None and part[1] == len(wanted):
+                return wanted[part[0]]
+            names = self.context.returns.get(id(item), [])
+            if len(names) == len(values):
+                return names[k]
+        return wanted[0] if wanted else ""
 
     def _reason(self, i: int) -> str:
         """Why the statement of an item moves axes where the source does not."""
@@ -207,7 +227,9 @@ class _Writing:
     def _text(self, i: int) -> str:
         item = self.items[i]
         if isinstance(item, Scope):
-            return self.context.call_text(self.scope, item, self._value_text, self._size_text)
+            return self.context.call_text(
+                self.scope, item, self._value_text, self._size_text, lambda x: self._size(x, item)
+            )
         if item.op == _GETITEM:
             return f"{self._value_text(item.args[0].value)}[{item.args[1]}]"
         numbers = self.tree.graph.numbers.get(item.op, frozenset())
@@ -239,19 +261,33 @@ class _Writing:
 
     # Sizes.
 
-    def _size(self, wanted: Any, node: GraphNode) -> Any:
+    def _size(self, wanted: Any, node: GraphNode | Scope) -> Any:
         """A number as the statement of the source has it, if it does."""
         if isinstance(wanted, bool) or wanted is None:
             return wanted
-        for text, attributes in self.frames.sizes(node, self.local):
-            known = self.made.attributes
-            clash = any(known.get(name, value) != value for name, value in attributes.items())
-            if same_size(text.value, wanted) and not clash:
-                known |= attributes
-                return text
+        known = self.made.attributes
+        found = [
+            (text, attributes)
+            for text, attributes in self.frames.sizes(node, self.local)
+            if same_size(text.value, wanted)
+            and not any(known.get(name, value) != value for name, value in attributes.items())
+        ]
+        if found:  # of sizes that are equal by chance, the first time the first
+            times = self.asked[id(node), str(wanted)] = self.asked[id(node), str(wanted)] + 1
+            text, attributes = found[min(times, len(found)) - 1]
+            known |= attributes
+            self._ask_for(text.text)
+            return text
         return (
             wanted if isinstance(wanted, int | float) else SizeText(self._size_text(wanted), wanted)
         )
+
+    def _ask_for(self, text: str) -> None:
+        """Have the numbers that a function's text mentions among its parameters."""
+        given = dict(self._numbers())
+        for name in words(text) if given else ():
+            if name in given:
+                self.context.signatures.number(self.scope, name)
 
     def _size_text(self, wanted: str) -> str:
         return self._axis(wanted) or composed(wanted, self._symbol)
@@ -259,7 +295,7 @@ class _Writing:
     def _symbol(self, symbol: str) -> str:
         if (found := self._axis(symbol)) is not None:
             return found
-        if self.scope.path:
+        if not self.scope.is_model:
             return self.context.signatures.size(self.scope, symbol)
         return self._size_of_input(symbol)
 
@@ -282,7 +318,8 @@ class _Writing:
         for name, size in self.local.items():
             if size == wanted:
                 return name
-        for name, value in self.names.bound.items():
+        # The array that the statement mentions, rather than another of that size.
+        for name, value in sorted(self.names.bound.items(), key=lambda n: n[0] not in self.read):
             kind = self.tree.type_of(value)
             shape = kind.shape if isinstance(kind, ArrayType) else ()
             if wanted in shape:
@@ -406,7 +443,7 @@ def _made(item: GraphNode | Scope) -> list[int]:
 def _fallback(item: GraphNode | Scope) -> str:
     """A name for a value whose statement gives none."""
     if isinstance(item, Scope):
-        name = item.path.rpartition(".")[2]
+        name = item.path.rpartition(".")[2] if item.function is None else "x"
         return name if not name.isdigit() else "x"
     name = item.op.split(".")[1].strip("_")
     return f"{name}_" if keyword.iskeyword(name) else name

@@ -36,11 +36,14 @@ class Context:
         self.held = HeldArrays(tree, by_name, module, moved.tensors)
         self.tuples: dict[str, tuple[str, ...]] = {}
         self.draws: set[str] = set()  # the operations that take keys
+        self.functions: dict[int, str] = {}  # the names of those of the file, by their calls
+        self.returns: dict[int, list[str]] = {}  # and what these call the arrays that they return
         lines = {line for layer in self.layers.texts.values() for line in layer.imports}
         imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}
         self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
         self.taken |= imported
         self._classes = {type(m).__name__ for m in tree.modules.values()}
+        self.taken |= {s.function.__name__ for s in tree.root.functions()}
         self._written = self._without_template()
         self.rules = self.written()
 
@@ -54,9 +57,14 @@ class Context:
         scope: Scope,
         text: Callable[[int], str],
         size: Callable[[str], str],
+        number: Callable[[Any], Any],
     ) -> str:
-        """The call of a part; `text` and `size` write arrays and sizes."""
-        target = reached(parent.path, scope.path, self.tree.modules)
+        """The call of a part, or of a function; `text`, `size` and `number` write arrays, sizes,
+        and the numbers that a function is given."""
+        if scope.function is not None:
+            target = self.functions[id(scope)]
+        else:
+            target = reached(parent.path, scope.path, self.tree.modules)
         given = scope.call.arguments
         if self.layers.is_layer(scope):
             found = self.layers.call_text(scope, target, lambda tree: tree_text(tree, text))
@@ -65,7 +73,7 @@ class Context:
             ):  # others have a layer here
                 return f"{target}({found})"
             return found or ""
-        if self.layers.is_sequence(scope.path):
+        if scope.function is None and self.layers.is_sequence(scope.path):
             return f"{target}({text(scope.takes[0])})"
         args_text, keywords = [], False
         extra = iter(self.signatures.extra(scope))
@@ -73,8 +81,8 @@ class Context:
             zip(map(size_name, range(99)), self.signatures.sizes.get(id(scope), ()), strict=False)
         )
         for name in self.signatures.parameters_of(scope):
-            if name in self.signatures.stated[type(scope.module)]:
-                written = repr(given[name])
+            if name in self.signatures.plain(scope):
+                written = repr(given[name]) if scope.function is None else f"{number(given[name])}"
             elif name in sizes and name not in given:
                 written = size(sizes[name])
             elif name.startswith("extra") and name not in given:
@@ -115,7 +123,7 @@ class Context:
             return [operand(part) for part in x] if isinstance(x, list) else x
 
         found: dict[str, None] = {}
-        opened = (s for s in self.tree.root.scopes() if not self.layers.is_layer(s))
+        opened = (s for s in self.tree.root.every() if not self.layers.is_layer(s))
         for node in (i for s in opened for i in s.items if not isinstance(i, Scope)):
             args = [operand(x) for x in node.args]
             kwargs = {k: operand(x) for k, x in node.kwargs.items()}
@@ -126,7 +134,7 @@ class Context:
 
     def returned(self, scope: Scope, text: Callable[[int], str]) -> str:
         """What a call returns."""
-        if not scope.path:
+        if scope.is_model:
             graph = self.tree.graph
             leaves = iter(
                 text(r.value) if isinstance(r, ValueRef) else repr(r) for r in graph.results

@@ -91,7 +91,9 @@ class LayerCalls:
 
     def is_layer(self, scope: Scope) -> bool:
         """Whether a call is of a layer that Flax has too, with tensors of its own."""
-        if scope.path not in self.texts or not scope.gives or self.is_elsewhere(scope.path):
+        if scope.function is not None or scope.path not in self.texts or not scope.gives:
+            return False
+        if self.is_elsewhere(scope.path):
             return False
         nesting = scope.call.nesting
         passed = {r.value for r in scope.call.results if isinstance(r, ValueRef)}
@@ -180,10 +182,13 @@ class LayerCalls:
         for item in scope.items:
             if isinstance(item, Scope) and item.path in self.texts and not self.is_layer(item):
                 yield from self.spliced(item)
-            elif isinstance(item, Scope) and not _is_below(item.path, scope.path):
+            elif isinstance(item, Scope) and not self._is_inside(item, scope):
                 raise NotRendered(f"{item.path} is called inside {scope.path}")
             else:
                 yield item
+
+    def _is_inside(self, item: Scope, scope: Scope) -> bool:
+        return item.function is not None or _is_below(item.path, scope.path)
 
 
 def _is_tuples(nesting: Nesting) -> bool:

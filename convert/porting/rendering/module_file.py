@@ -19,11 +19,12 @@ from convert.porting.rendering.class_arguments import WrittenClass
 from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
 from convert.porting.rendering.context import Context
+from convert.porting.rendering.helper_functions import HelperFunctions, WrittenFunction
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.not_rendered import Again, NotRendered
 from convert.porting.rendering.operands import ArrayType
-from convert.porting.rendering.scopes import Tree, children
-from convert.porting.rendering.statements import Body, Line, without_dead_copies
+from convert.porting.rendering.scopes import Scope, Tree, children
+from convert.porting.rendering.statements import Body, Line, tidied
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.syntax import without_ours
 from convert.porting.rendering.variants import negation
@@ -77,23 +78,31 @@ def module_file(
     context = Context(Tree(graph, module, home, moved.orders), by_name, module, moved)
     for _ in range(_ROUNDS):
         with contextlib.suppress(Again):
+            functions = HelperFunctions(context)
             classes = Classes(context, constructed or {})
-            return _File(context, classes, header, standalone).file()
+            return _File(context, functions, classes, header, standalone).file()
     raise NotRendered("its parts need too many sizes of each other's arrays")
 
 
 class _File:
     def __init__(
-        self, context: Context, classes: Classes, header: str, standalone: bool = False
+        self,
+        context: Context,
+        functions: HelperFunctions,
+        classes: Classes,
+        header: str,
+        standalone: bool = False,
     ) -> None:
         self.context, self.classes, self.header = context, classes, header
+        self.functions = functions.every
         self.standalone = standalone
         modules = context.tree.modules
         self.lengths = {p: len(children(m)) for p, m in modules.items()}
 
     def file(self) -> ModuleFile:
         """The whole file."""
-        classes = ["\n".join(self._class(c)) for c in self.classes.every]
+        classes = ["\n".join(self._function(f)) for f in self.functions]
+        classes += ["\n".join(self._class(c)) for c in self.classes.every]
         rules, more = self.context.rules, list(self.classes.imports)
         if self.standalone:
             more, blocks = without_ours(more, "\n".join(classes))
@@ -115,8 +124,9 @@ class _File:
             if p
         )
         model = self.classes.by_path[""].name
-        bodies = [c.body for c in self.classes.every if c.body is not None]
-        own = sum(not line.is_bare for b in bodies for line in without_dead_copies(b.lines))
+        bodies = [f.body for f in self.functions]
+        bodies += [c.body for c in self.classes.every if c.body is not None]
+        own = sum(not line.is_bare for b in bodies for line in tidied(b.lines))
         statements = own, sum(b.source for b in bodies)
         source = formatted(text + "\n")
         layers = self.context.layers.exact()
@@ -162,7 +172,16 @@ class _File:
             made.append(f"class {name}(NamedTuple):\n{lines}")
         return "\n\n\n".join(made)
 
-    # Classes.
+    # Functions and classes.
+
+    def _function(self, written: WrittenFunction) -> Iterator[str]:
+        scope, body = written.scope, written.body
+        given = scope.call.arguments
+        types = ", ".join(f"{p}: {self._kind(p, scope, [given.get(p)])}" for p in body.parameters)
+        yield f"def {written.name}({types}) -> {self._result(scope)}:"
+        yield f'{INDENT}"""From {module_name(scope.function)}.{scope.function.__qualname__}."""'
+        for line in tidied(body.lines):
+            yield from _written(line, INDENT)
 
     def _class(self, written: WrittenClass) -> Iterator[str]:
         base = "nnx.List[Any]" if written.items else "nnx.Module"
@@ -209,7 +228,7 @@ class _File:
             if p.startswith(prefix) and p != path
         }
         guard = ""
-        for line in rolled(without_dead_copies(body.lines), lengths):
+        for line in rolled(tidied(body.lines), lengths):
             own = line.guard if isinstance(line, Line) else ""
             if own != guard and own:
                 after = guard and own == negation(guard)
@@ -226,21 +245,20 @@ class _File:
     def _parameter(self, name: str, written: WrittenClass) -> str:
         every = [s for p in written.made for s in self.classes.scopes.get(p, ())]
         scope = every[0]
-        given = [s.call.arguments.get(name) for s in every]
-        if name in self.context.signatures.stated[written.of]:
-            return _type(given)
-        nested = any(isinstance(x, list | dict) for x in given)
-        kind = (
-            "Any"
-            if nested
-            else "int"
-            if name in self.context.signatures.size_names(scope)
-            else "Array"
-        )
+        kind = self._kind(name, scope, [s.call.arguments.get(name) for s in every])
         return f"{kind} | None = None" if self.context.signatures.is_optional(name, scope) else kind
 
-    def _result(self, scope: Any) -> str:
-        if not scope.path:
+    def _kind(self, name: str, scope: Scope, given: list[Any]) -> str:
+        """The type of a parameter that gets these arguments."""
+        signatures = self.context.signatures
+        if name in signatures.plain(scope):
+            return _type(given)
+        if any(isinstance(x, list | dict) for x in given):
+            return "Any"
+        return "int" if name in signatures.size_names(scope) else "Array"
+
+    def _result(self, scope: Scope) -> str:
+        if scope.is_model:
             nesting = self.context.tree.graph.outputs
             if nesting.kind == "leaf":
                 return "Array"

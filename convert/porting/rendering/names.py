@@ -26,7 +26,7 @@ class Frames:
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
-        self.me = own_name(scope.module)
+        self.me = own_name(scope.module) if scope.function is None else ""
 
     def executions(self, items: Sequence[Item]) -> list[tuple[Key, int]]:
         """For each item its statement, and which time that this is run: within a loop, it is run
@@ -122,7 +122,7 @@ class Frames:
 
 def _sign(item: Item) -> str:
     if isinstance(item, Scope):
-        return re.sub(r"\d+", "", item.path)
+        return re.sub(r"\d+", "", item.path) + getattr(item.function, "__name__", "")
     return f"{item.op} {[f.line for f in item.frames]}"
 
 

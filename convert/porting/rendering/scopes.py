@@ -1,4 +1,5 @@
-"""A graph as a tree: each call of a module with the operations and the calls inside it."""
+"""A graph as a tree: each call of a module, or of a function in its code, with the operations and
+the calls inside it."""
 
 from __future__ import annotations
 
@@ -6,15 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from convert.porting.rendering.source_lines import forward_lines
+from convert.porting.rendering.source_lines import code_lines, forward_lines
 from convert.program.called_modules import ModuleCall
 from convert.program.graph import ArrayType, CodeLine, Graph, GraphNode, Placeholder, ValueRef, refs
+from convert.program.nesting import LEAF
 
 
 @dataclass(eq=False)
 class Scope:
-    """One call of a module. `depth` is the frame of its forward among those of its nodes; `takes`
-    are the values from outside that are used in it, `gives` those made in it and used outside."""
+    """One call of a module; or of a function, then `path` and `module` are what it is called by.
+    `depth` is the frame of its code among those of its nodes; `takes` are the values from outside
+    that are used in it, `gives` those made in it and used outside."""
 
     path: str
     module: Any
@@ -24,6 +27,33 @@ class Scope:
     takes: list[int] = field(default_factory=list)
     gives: list[int] = field(default_factory=list)
 
+    @property
+    def function(self) -> Any:
+        """The function whose call this is; None of a module's."""
+        return self.call.function
+
+    @property
+    def is_model(self) -> bool:
+        """Whether this is the call of the model itself."""
+        return not self.path and self.function is None
+
+    def lines(self) -> tuple[str, int, int]:
+        """The file of its code, and the first and last line there; ("", 0, 0) if unknown."""
+        return forward_lines(self.module) if self.function is None else code_lines(self.function)
+
+    def part_of(self, value: int) -> tuple[int, int] | None:
+        """Which part of what is returned a value is, and of how many; None of what is nested
+        otherwise."""
+        results, nesting = self.call.results, self.call.nesting
+        if nesting is None or nesting.kind == LEAF:
+            return None
+        counts = [sum(1 for _ in part.leaves()) for part in nesting.parts]
+        places = [k for k, count in enumerate(counts) for _ in range(count)]
+        wanted = ValueRef(value)
+        if wanted not in results or len(places) != len(results):
+            return None
+        return places[results.index(wanted)], len(counts)
+
     def nodes(self) -> Iterator[GraphNode]:
         """Every operation in it, at any depth, in order."""
         for item in self.items:
@@ -32,12 +62,31 @@ class Scope:
             else:
                 yield item
 
-    def scopes(self) -> Iterator[Scope]:
+    def every(self) -> Iterator[Scope]:
         """It and every call inside it, outermost first."""
         yield self
         for item in self.items:
             if isinstance(item, Scope):
-                yield from item.scopes()
+                yield from item.every()
+
+    def scopes(self) -> Iterator[Scope]:
+        """Those of modules."""
+        return (s for s in self.every() if s.function is None)
+
+    def functions(self) -> Iterator[Scope]:
+        """Those of functions."""
+        return (s for s in self.every() if s.function is not None)
+
+    def open(self, function: Any) -> None:
+        """Put the operations of every call of a function in the place of the call."""
+        opened: list[GraphNode | Scope] = []
+        for item in self.items:
+            if not isinstance(item, Scope):
+                opened.append(item)
+                continue
+            item.open(function)
+            opened += item.items if item.function is function else [item]
+        self.items = opened
 
     def place(self, of: GraphNode | Scope) -> tuple[CodeLine, ...]:
         """Where in this call's own code an item stands: the lines from forward inwards."""
@@ -73,6 +122,8 @@ class Tree:
         self._fill(self.root, list(calls))
         self._depths(self.root, 0)
         self._borders()
+        while odd := next(filter(self._is_odd, self.root.functions()), None):
+            self.root.open(odd.function)
 
     def first(self, path: str) -> str:
         """The first path of the module at a path: the one that its tensors have. What has none,
@@ -107,6 +158,7 @@ class Tree:
                 running.pop()
             if isinstance(event, ModuleCall):
                 path = self.path_below(event.path, running[-1].path)
+                path = running[-1].path if event.function is not None else path
                 made = Scope(path, self.modules[event.path], event)
                 running[-1].items.append(made)
                 running.append(made)
@@ -117,7 +169,7 @@ class Tree:
         scope.depth = start
         first = next(scope.nodes(), None)
         if first is not None:
-            file, low, high = forward_lines(scope.module)
+            file, low, high = scope.lines()
             for i, frame in enumerate(first.frames[start:], start):
                 if frame.file == file and low <= frame.line <= high:
                     scope.depth = i
@@ -141,6 +193,31 @@ class Tree:
             return True
         return self.home(p.name).startswith(f"{self.first(path)}.")
 
+    def _held(self, value: int, scope: Scope) -> bool:
+        """Whether the code of a call reaches a tensor without being given it."""
+        if scope.function is None:
+            return self.own(value, scope.path)
+        p = self.placeholders.get(value)
+        return p is not None and p.kind == "constant"
+
+    def _is_odd(self, scope: Scope) -> bool:
+        """Whether the call of a function cannot be one in the port: it has nothing in it, calls
+        modules, takes more than it is given, or changes more than it returns."""
+        inside = [i for i in scope.items if isinstance(i, Scope)]
+        given = set(refs(list(scope.call.arguments.values())))
+        returned = {r.value for r in scope.call.results if isinstance(r, ValueRef)}
+        first = next(scope.nodes(), None)
+        file, low, high = scope.lines()
+        frame = first.frames[scope.depth : scope.depth + 1] if first is not None else ()
+        return (
+            sum(1 for _ in scope.nodes()) < 2
+            or any(s.function is None for s in inside)
+            or not given.issuperset(scope.takes)
+            or not returned.issuperset(scope.gives)
+            or not scope.gives
+            or not any(f.file == file and low <= f.line <= high for f in frame)
+        )
+
     def _borders(self) -> None:
         """`takes` and `gives` of every scope."""
         users: dict[int, list[int]] = {}  # value -> the operations that take it, by what they make
@@ -148,11 +225,11 @@ class Tree:
             for value in self.taken(node):
                 users.setdefault(value, []).append(node.made)
         results = set(refs((self.graph.results, self.graph.mutations)))
-        for scope in self.root.scopes():
+        for scope in self.root.every():
             made = [n.made for n in scope.nodes()]
             inside = set(made)
             taken = dict.fromkeys(v for n in scope.nodes() for v in self.taken(n))
-            scope.takes = [v for v in taken if v not in inside and not self.own(v, scope.path)]
+            scope.takes = [v for v in taken if v not in inside and not self._held(v, scope)]
             scope.gives = [
                 v for v in made if v in results or any(u not in inside for u in users.get(v, ()))
             ]

@@ -19,28 +19,58 @@ class Signatures:
     def __init__(self, tree: Tree, layers: LayerCalls) -> None:
         self.tree, self.layers = tree, layers
         self.sizes: dict[int, list[str]] = {}  # of a call, those that it is given as arguments
-        self.classes: dict[type, list[Scope]] = {}
-        for scope in tree.root.scopes():
-            self.classes.setdefault(type(scope.module), []).append(scope)
-        self.stated = {of: list(_stated(scopes)) for of, scopes in self.classes.items()}
+        self.classes: dict[Any, list[Scope]] = {}
+        self.numbers: dict[Any, list[str]] = {}  # of a function, the arguments that are numbers
+        for scope in tree.root.every():
+            self.classes.setdefault(self.kind(scope), []).append(scope)
+        self.stated = {
+            of: list(_stated(scopes)) if scopes[0].function is None else []
+            for of, scopes in self.classes.items()
+        }
+
+    def kind(self, scope: Scope) -> Any:
+        """What calls have in common that are of one signature: the class, or the function and the
+        arguments by which it gets arrays."""
+        if scope.function is None:
+            return type(scope.module)
+        return scope.function, *sorted(self.given_to(scope))
+
+    def plain(self, scope: Scope) -> list[str]:
+        """The parameters that are words or numbers."""
+        kind = self.kind(scope)
+        return [*self.stated[kind], *self.numbers.get(kind, ())]
+
+    def number(self, scope: Scope, name: str) -> None:
+        """Make an argument of a function, a number, a parameter of the port's."""
+        held = self.numbers.setdefault(self.kind(scope), [])
+        if name not in held:
+            held.append(name)
+            raise Again
 
     def parameters_of(self, scope: Scope) -> list[str]:
         """The arguments of forward by which any call of this class takes arrays, in order."""
         found: dict[str, None] = {}
         extra = 0
-        for one in self.classes[type(scope.module)]:
+        for one in self.classes[self.kind(scope)]:
             found |= dict.fromkeys(n for n in one.call.arguments if n in self.given_to(one))
             extra = max(extra, len(self.extra(one)))
+        found |= dict.fromkeys(self.numbers.get(self.kind(scope), ()))
         order = list(scope.call.signature)
         names = sorted(found, key=lambda n: order.index(n) if n in order else len(order))
         names += map(_extra_name, range(extra))
         names += self.size_names(scope)
-        names += self.stated[type(scope.module)]
+        names += self.stated[self.kind(scope)]
         return sorted(names, key=lambda n: self.is_optional(n, scope))
+
+    def forget(self, function: Any) -> None:
+        """Leave out the calls of a function, which are opened."""
+        for kind, scopes in list(self.classes.items()):
+            if scopes[0].function is function:
+                del self.classes[kind]
 
     def size_names(self, scope: Scope) -> list[str]:
         """The parameters of a class that are sizes."""
-        count = max(len(self.sizes.get(id(s), ())) for s in self.classes[type(scope.module)])
+        count = max(len(self.sizes.get(id(s), ())) for s in self.classes[self.kind(scope)])
         return [size_name(k) for k in range(count)]
 
     def size(self, scope: Scope, symbol: str) -> str:
@@ -53,12 +83,12 @@ class Signatures:
 
     def is_optional(self, name: str, scope: Scope) -> bool:
         """Whether some calls of a class do not give this argument."""
-        if name in self.stated[type(scope.module)]:
+        if name in self.plain(scope):
             return False
         if name in (sizes := self.size_names(scope)):
-            held = (len(self.sizes.get(id(s), ())) for s in self.classes[type(scope.module)])
+            held = (len(self.sizes.get(id(s), ())) for s in self.classes[self.kind(scope)])
             return min(held) <= sizes.index(name)
-        return any(name not in self.given_to(one) for one in self.classes[type(scope.module)])
+        return any(name not in self.given_to(one) for one in self.classes[self.kind(scope)])
 
     def given_to(self, scope: Scope) -> set[str]:
         """The parameters by which a call takes arrays."""
@@ -74,10 +104,10 @@ class Signatures:
     def results_of(self, scope: Scope) -> list[int | None]:
         """The values that any call of this class gives, in order; None for one that this call has
         not."""
-        if not scope.path:
+        if scope.is_model:
             return [r.value for r in self.tree.graph.results if isinstance(r, ValueRef)]
         places: dict[Any, None] = {}
-        for one in self.classes[type(scope.module)]:
+        for one in self.classes[self.kind(scope)]:
             places |= dict.fromkeys(self._places(one))
         held = {place: v for v, place in zip(scope.gives, self._places(scope), strict=True)}
         return [held.get(place) for place in sorted(places)]

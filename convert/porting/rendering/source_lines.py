@@ -83,8 +83,12 @@ def _names(target: ast.expr) -> Iterator[str]:
 
 def forward_lines(module: Any) -> tuple[str, int, int]:
     """The file of a module's forward, and its first and last line; ("", 0, 0) if unknown."""
-    function = inspect.unwrap(type(module).forward)
-    code = getattr(function, "__code__", None)
+    return code_lines(type(module).forward)
+
+
+def code_lines(function: Any) -> tuple[str, int, int]:
+    """The file of a function, and its first and last line; ("", 0, 0) if unknown."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None:
         return "", 0, 0
     lines = [line for _, _, line in code.co_lines() if line]
@@ -102,8 +106,9 @@ def copies(file: str, first: int, last: int, computed: Collection[int]) -> list[
         value = s.value
         if isinstance(value, ast.Subscript) and line not in computed and _is_zero(value.slice):
             value = value.value
-        if isinstance(value, ast.Name) and isinstance(s.targets[0], ast.Name):
-            found.append((line, s.targets[0].id, value.id))
+        target = s.targets[0]
+        if isinstance(value, ast.Name) and isinstance(target, ast.Name) and value.id != target.id:
+            found.append((line, target.id, value.id))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.program.graph import CodeLine
@@ -42,7 +42,12 @@ class Body:
     source: int = 0
 
 
-def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
+def tidied(lines: Sequence[Line]) -> list[Line]:
+    """The statements without those that do nothing."""
+    return _without_no_ops(_without_dead_copies(lines))
+
+
+def _without_dead_copies(lines: Sequence[Line]) -> list[Line]:
     """The statements without those `name = other` whose name nothing mentions before it is given
     anew."""
     kept = []
@@ -51,6 +56,31 @@ def without_dead_copies(lines: Sequence[Line]) -> list[Line]:
         if not copy or _is_read(line.targets[0], lines[i + 1 :]):
             kept.append(line)
     return kept
+
+
+def _without_no_ops(lines: Sequence[Line]) -> list[Line]:
+    """The statements without those whose operation turned out to be none, `b = a` of a line that
+    the source computes something in: there `a` is read for `b`, where it can be."""
+    kept = list(lines)
+    at = 0
+    while at < len(kept):
+        other, after = kept[at].text, kept[at + 1 :]
+        name = kept[at].targets[0] if kept[at].targets else ""
+        ends = [i for i, x in enumerate(after) if name in x.targets]
+        last = ends[0] + 1 if ends else len(after)
+        if not _is_no_op(kept[at]) or any(
+            x.guard if name in x.targets else other in x.targets for x in after[:last]
+        ):
+            at += 1
+            continue
+        read = re.compile(rf"(?<![\w.'\"]){name}\b(?!\s*=[^=])")  # no keyword of a call
+        kept[at : at + 1 + last] = [replace(x, text=read.sub(other, x.text)) for x in after[:last]]
+    return kept
+
+
+def _is_no_op(line: Line) -> bool:
+    plain = line.site is not None and not line.guard and not line.comment
+    return plain and len(line.targets) == 1 and line.text.isidentifier()
 
 
 def _is_read(name: str, after: Sequence[Line]) -> bool:

@@ -1,4 +1,4 @@
-"""Slices of slices, as one: `x[..., :2, :][..., :3]` is `x[..., :2, :3]`."""
+"""Slices of slices, as one: `x[..., :2, :][..., :3]` is `x[..., :2, :3]`; and `x.T.T` is `x`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import ast
 
 class Subscripts(ast.NodeTransformer):
     """Joins them, where no axis is cut twice."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """One attribute, those inside it first."""
+        inner = node.value = self.visit(node.value)
+        turned = isinstance(inner, ast.Attribute) and inner.attr == node.attr == "T"
+        return inner.value if turned else node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         """One subscript, those inside it first."""

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from zoo.containers.regions import blocks
 from zoo.containers.spans import Span, SpanWriter
 
 _CHUNK = 16 << 20
+_AT_ONCE = 16  # files that are made or flushed at a time
 _NAME = 255  # bytes that a directory's name may have
 
 
@@ -52,18 +54,23 @@ class OrbaxWriter(SpanWriter):
         _check(self.tensors)
         self._started = time.time_ns()
         path.mkdir(exist_ok=resumed)
-        for name, info in self.tensors.items():
-            itemsize = dtypes.itemsize(info.dtype)
-            array = ZarrArray(info, blocks(info.shape, _CHUNK // itemsize), ".")
-            folder = path / name
-            folder.mkdir(parents=True, exist_ok=resumed)
-            (folder / "zarr.json").write_text(json.dumps(_zarr(array)))
-            spans = []
-            for file, nbytes in chunk_files(array):
-                with (folder / file).open("ab" if resumed else "xb") as chunk:
-                    chunk.truncate(math.prod(array.chunks) * itemsize)
-                spans.append(Span(0, nbytes, f"{name}/{file}"))
-            self._spans[name] = spans
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            jobs = [pool.submit(self._make, n, info, resumed) for n, info in self.tensors.items()]
+        self._spans = dict(zip(self.tensors, [job.result() for job in jobs], strict=True))
+
+    def _make(self, name: str, info: TensorInfo, resumed: bool) -> list[Span]:
+        """The directory of an array, with its files."""
+        itemsize = dtypes.itemsize(info.dtype)
+        array = ZarrArray(info, blocks(info.shape, _CHUNK // itemsize), ".")
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=resumed)
+        (folder / "zarr.json").write_text(json.dumps(_zarr(array)))
+        spans = []
+        for file, nbytes in chunk_files(array):
+            with (folder / file).open("ab" if resumed else "xb") as chunk:
+                chunk.truncate(math.prod(array.chunks) * itemsize)
+            spans.append(Span(0, nbytes, f"{name}/{file}"))
+        return spans
 
     def _complete(self) -> None:
         paths = sorted(tuple(name.split(".")) for name in self.tensors)
@@ -139,8 +146,10 @@ def _leaf(path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _sync(path: Path) -> None:
-    for folder, _, files in os.walk(path):
-        for file in files:
-            fsync(Path(folder, file))
-        fsync(Path(folder))
+    """Flush every file and directory to the disk, several at a time: a journal commits them
+    together."""
+    every = [Path(folder, file) for folder, _, files in os.walk(path) for file in (*files, "")]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for done in [pool.submit(fsync, one) for one in every]:
+            done.result()
     fsync(path.absolute().parent)

@@ -33,6 +33,8 @@ def _scaled(b: Any, alpha: Any, dtype: str) -> Any:
 
 @template("aten.add.Tensor", "aten.add.Scalar")
 def add(a: Any, b: Any, alpha: Any = 1) -> str | None:
+    if type(b) is int and b == 0 and kind(a) != 0:
+        return str(a.text)
     b = _scaled(b, alpha, common(a, b))
     text = "{} | {}" if kind(common(a, b)) == 0 else "{} + {}"
     return None if b is None else combined(text, a, b)

@@ -1,0 +1,96 @@
+"""Torch modules whose code calls functions, as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def rotate_half(x: Any) -> Any:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def apply_rotary(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    q_embed = q * cos + rotate_half(q) * sin
+    k_embed = k * cos + rotate_half(k) * sin
+    return q_embed, k_embed
+
+
+def repeat_kv(x: Any, n_rep: int) -> Any:
+    batch, heads, length, dim = x.shape
+    x = x[:, :, None].expand(batch, heads, n_rep, length, dim)
+    return x.reshape(batch, heads * n_rep, length, dim)
+
+
+def scaled(x: Any, by: float) -> Any:
+    return torch.tanh(x / by) * by
+
+
+def shifted(x: Any, kind: str) -> Any:
+    if kind == "left":
+        return x.roll(-1, 1) * 0.5
+    return x.roll(1, 1) * 0.5 + x.mean(1, keepdim=True)
+
+
+def projected(layer: Any, x: Any) -> Any:
+    return layer(x) * 2 + 1
+
+
+def doubled_in_place(x: Any) -> Any:
+    x.mul_(2)
+    return x.sum(-1) + 1
+
+
+class Attention(nn.Module):
+    """Grouped attention with rotary positions."""
+
+    def __init__(self, heads: int = 4, groups: int = 2, dim: int = 8) -> None:
+        super().__init__()
+        self.heads, self.groups, self.dim = heads, groups, dim
+        self.n_rep = heads // groups
+        self.q = nn.Linear(heads * dim, heads * dim)
+        self.k = nn.Linear(heads * dim, groups * dim)
+        self.v = nn.Linear(heads * dim, groups * dim)
+
+    def forward(self, x: Any, cos: Any, sin: Any) -> Any:
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.heads, self.dim).transpose(1, 2)
+        k = self.k(x).view(B, T, self.groups, self.dim).transpose(1, 2)
+        v = self.v(x).view(B, T, self.groups, self.dim).transpose(1, 2)
+        q, k = apply_rotary(q, k, cos, sin)
+        k = repeat_kv(k, self.n_rep)
+        v = repeat_kv(v, self.n_rep)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return y.transpose(1, 2).reshape(B, T, C)
+
+
+class Rotary(nn.Module):
+    """Two layers of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Attention() for _ in range(2)])
+
+    def forward(self, x: Any, cos: Any, sin: Any) -> Any:
+        for layer in self.layers:
+            x = x + layer(x, cos, sin)
+        return scaled(x, 30.0)
+
+
+class Odd(nn.Module):
+    """Functions that cannot be the port's: they call parts, change what they are given, or do one
+    thing here and another there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Any) -> Any:
+        x = projected(self.fc, x)
+        x = shifted(x, "left") + shifted(x, "right")
+        y = x + 1
+        total = doubled_in_place(y)
+        return y * total[..., None]

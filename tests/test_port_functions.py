@@ -1,0 +1,56 @@
+"""`convert.port`: functions that the source calls are functions of the port."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from port_calling import Odd, Rotary
+
+import convert
+from convert.live.port_files import Port
+
+
+def drawn(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def rotary() -> Port:
+    torch.manual_seed(0)
+    inputs = {"x": drawn(2, 5, 32), "cos": drawn(5, 8), "sin": drawn(5, 8)}
+    return convert.port(Rotary, inputs, level="outputs")
+
+
+def test_they_are_written_once_under_their_names_and_arguments(rotary: Port) -> None:
+    assert rotary.proved.verdict == "same"
+    names = re.findall(r"^def (\w+)\((.*)\)", rotary.source, re.MULTILINE)
+    assert names == [
+        ("rotate_half", "x: Array"),
+        ("apply_rotary", "q: Array, k: Array, cos: Array, sin: Array"),
+        ("repeat_kv", "x: Array, n_rep: int"),
+        ("scaled", "x: Array, by: float"),
+    ]
+
+
+def test_they_are_called_as_in_the_source(rotary: Port) -> None:
+    assert "q, k = apply_rotary(q, k, cos, sin)" in rotary.source
+    assert "k = repeat_kv(k, self.n_rep)" in rotary.source
+    assert "q_embed = q * cos + rotate_half(q) * sin" in rotary.source
+    assert "return scaled(x, 30.0)" in rotary.source
+
+
+def test_sizes_that_are_equal_by_chance_have_the_names_of_their_places(rotary: Port) -> None:
+    assert "x = jnp.broadcast_to(x[:, :, None], (batch, heads, n_rep, length, dim))" in " ".join(
+        rotary.source.split()
+    )
+
+
+def test_what_needs_more_than_its_arguments_stands_where_it_was_called() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Odd, drawn(2, 4, 6), level="outputs")
+    assert made.proved.verdict == "same"
+    assert not re.findall(r"^def ", made.source, re.MULTILINE)
+    assert "self.fc(x) * 2 + 1" in made.source
