@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections import Counter
 from pathlib import Path
@@ -54,14 +55,19 @@ in the median, {worst:.2f} at the 90th percentile.
 
 def held() -> dict[str, Rows]:
     """What runs so far have found: job -> model -> row."""
-    return dict(json.loads(RESULTS.read_text())) if RESULTS.is_file() else {}
+    return dict(json.loads(RESULTS.read_text()))
 
 
 def keep(job: str, name: str, row: Row) -> None:
-    """Add a row. Another run may have written meanwhile."""
-    done = held()
-    done.setdefault(job, {})[name] = row
-    RESULTS.write_text(json.dumps(done, indent=1, sort_keys=True) + "\n")
+    """Add a row. Another run may write at the same time."""
+    with RESULTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = json.load(file)
+        done.setdefault(job, {})[name] = row
+        text = json.dumps(done, indent=1, sort_keys=True) + "\n"
+        file.seek(0)
+        file.write(text)
+        file.truncate()
 
 
 def write(every: int, older: int) -> None:

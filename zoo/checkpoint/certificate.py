@@ -157,7 +157,8 @@ def _wrong(found: Certificate) -> str:
 
 def versions() -> dict[str, str]:
     """Of this package, Python, and every framework that took part (was imported)."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    kernel = f"{platform.system()}-{platform.release()}-{platform.machine()}"  # no other process
+    found = {"python": platform.python_version(), "platform": kernel}
     for package in ("zooconvert", "numpy", "torch", "jax", "flax", "tensorstore"):
         if package == "zooconvert" or package in sys.modules:
             try:

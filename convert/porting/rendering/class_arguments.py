@@ -24,6 +24,7 @@ class WrittenClass:
     body: Body | None
     union: Union | None
     items: bool  # whether its parts are numbered: it is a list
+    given: list[str] = field(default_factory=list)  # parameters that are modules of others
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> by path
     expressions: list[str | None] = field(default_factory=list)

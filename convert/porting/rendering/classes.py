@@ -32,6 +32,8 @@ class Classes:
         for scope in context.tree.root.scopes():
             self.scopes.setdefault(self.tree.first(scope.path), []).append(scope)
         self.homes = self._homes()
+        # Of an instance, the parameters by which it is given modules that others hold.
+        self.given: dict[str, dict[str, str]] = {}
         self._number_of: dict[str, int] = {}
         for path in sorted(self._written_paths(), key=self._height):
             self._enter(path)
@@ -113,7 +115,9 @@ class Classes:
                 raise NotRendered(f"{path or 'the model'} does other things at each of its calls")
             if body is not None and union is not None:
                 body.lines = union.lines
-            written = WrittenClass(self._name(type(module)), type(module), body, union, items)
+            given = list(self.given.get(path, ()))
+            name = self._name(type(module))
+            written = WrittenClass(name, type(module), body, union, items, given)
             self.every.append(written)
         written.made[path] = made
         self.by_path[path] = written
@@ -128,6 +132,8 @@ class Classes:
         """Whether an instance is of a class that is there, which then has its statements too."""
         whole = written.whole()
         common = whole.keys() & made.keys()
+        if written.given != list(self.given.get(path, ())):
+            return False
         if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
             return False
         if not calls or written.body is None or written.union is None:
@@ -241,16 +247,26 @@ class Classes:
             return layer.constructor
         if _is_container(module) or self.is_sequence(path):
             return self._container(path, module)
-        return MadeModule(self.by_path[path], path)
+        given = self.given.get(path, {})
+        texts = {name: self._reached(name, first) for name, first in given.items()}
+        return MadeModule(self.by_path[path], path, texts)
 
     def _reference(self, path: str) -> Name:
-        """A part that its class has under an earlier name too."""
-        first, owner = self.tree.first(path), self.owner
-        below = f"{owner}." if owner else ""
-        # Its state goes by the name that is first in the alphabet.
-        if not first.startswith(below) or first.split(".") > path.split("."):
+        """A part that the model has under an earlier name too."""
+        first = self.tree.first(path)
+        if first.split(".") > path.split("."):  # its state goes by the first in the alphabet
             raise NotRendered(f"{path} is {first} too")
-        return Name(reached(owner, first, self.tree.modules))
+        return Name(self._reached(path.rpartition(".")[2], first))
+
+    def _reached(self, name: str, first: str) -> str:
+        """How the instance at hand has a module: below itself, or given by the constructor's
+        parameter of this name."""
+        if not self.owner or first.startswith(f"{self.owner}."):
+            return reached(self.owner, first, self.tree.modules)
+        name = name if name.isidentifier() else "part"
+        if self.given.setdefault(self.owner, {}).setdefault(name, first) != first:
+            raise NotRendered(f"{self.owner} is given two modules as {name}")
+        return name
 
     def _container(self, path: str, module: Any) -> Any:
         parts: dict[str, Any] = {}

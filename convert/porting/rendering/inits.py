@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from convert.porting.rendering.constructor import Constructor, Name, written
@@ -36,10 +36,12 @@ class MadeVariable:
 
 @dataclass
 class MadeModule:
-    """A part whose class the file has: `written` is its class, `path` which of its instances."""
+    """A part whose class the file has: `written` is its class, `path` which of its instances;
+    `given` are the modules of others that it gets, by the constructor's parameters."""
 
     written: Any
     path: str
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 def skeleton(x: Any) -> Any:
@@ -54,7 +56,7 @@ def skeleton(x: Any) -> Any:
     if isinstance(x, MadeVariable):
         return ("variable", x.callee, skeleton(x.inner))
     if isinstance(x, MadeModule):
-        return ("module", id(x.written))
+        return ("module", id(x.written), *x.given.items())
     return x if isinstance(x, Name) else "value"
 
 
@@ -131,6 +133,7 @@ def text(x: Any, names: Iterator[str | None]) -> str:
                 args.append(given or written(value))
             elif given or repr(defaults[name]) != repr(value):
                 args.append(f"{name}={given or written(value)}")
+        args += [f"{name}={given}" for name, given in x.given.items()]
         if x.written.whole():
             args.append("rngs=rngs")
         return f"{x.written.name}({', '.join(args)})"

@@ -204,7 +204,8 @@ class _File:
             + (f" = {plainly(defaults[n])}" if n in defaults else "")
             for n in given
         ]
-        yield f"{INDENT}def __init__({', '.join(['self', *types, '*', 'rngs: nnx.Rngs'])}) -> None:"
+        types += ["*", *(f"{n}: Any" for n in written.given), "rngs: nnx.Rngs"]
+        yield f"{INDENT}def __init__({', '.join(['self', *types])}) -> None:"
         made = list(written.init())
         if written.items:
             numbered = [text for name, text in made if name.isdigit()]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from zoo.containers import dtypes
-from zoo.containers.base import TensorInfo, fsync
+from zoo.containers.base import TensorInfo, fsync, put
 from zoo.containers.errors import UsageError
 from zoo.containers.filenames import ORBAX_CHECKPOINT, ORBAX_COMMITTED, ORBAX_TREE
 from zoo.containers.orbax_dir.zarr import ZarrArray, chunk_files, wrong_name
@@ -20,7 +20,7 @@ from zoo.containers.regions import blocks
 from zoo.containers.spans import Span, SpanWriter
 
 _CHUNK = 16 << 20
-_AT_ONCE = 16  # files that are made or flushed at a time
+_AT_ONCE = 2  # arrays that are made, or files that are flushed, at a time
 _NAME = 255  # bytes that a directory's name may have
 
 
@@ -64,11 +64,10 @@ class OrbaxWriter(SpanWriter):
         array = ZarrArray(info, blocks(info.shape, _CHUNK // itemsize), ".")
         folder = self.path / name
         folder.mkdir(parents=True, exist_ok=resumed)
-        (folder / "zarr.json").write_text(json.dumps(_zarr(array)))
+        _create(folder / "zarr.json", json.dumps(_zarr(array)).encode(), 0, resumed)
         spans = []
         for file, nbytes in chunk_files(array):
-            with (folder / file).open("ab" if resumed else "xb") as chunk:
-                chunk.truncate(math.prod(array.chunks) * itemsize)
+            _create(folder / file, b"", math.prod(array.chunks) * itemsize, resumed)
             spans.append(Span(0, nbytes, f"{name}/{file}"))
         return spans
 
@@ -98,6 +97,17 @@ class OrbaxWriter(SpanWriter):
         (self.path / ORBAX_COMMITTED).write_text("Checkpoint commit was successful")
         fsync(self.path / ORBAX_COMMITTED)
         fsync(self.path)
+
+
+def _create(path: Path, head: bytes, nbytes: int, resumed: bool) -> None:
+    """A file of so many bytes, or as many as it begins with; `resumed`: it may be there already.
+    In few calls: there are two files for every array."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | (0 if resumed else os.O_EXCL), 0o666)
+    try:
+        put(fd, head, 0)
+        os.truncate(fd, max(nbytes, len(head)))
+    finally:
+        os.close(fd)
 
 
 def _zarr(array: ZarrArray) -> dict[str, Any]:
