@@ -13,7 +13,7 @@ from convert.porting.rendering.names import Frames, Key, Names
 from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import Unpacked, composed, same_size, unpackings
-from convert.porting.rendering.source_lines import copies, source_file
+from convert.porting.rendering.source_lines import copies, mentioned, source_file
 from convert.porting.rendering.statements import Body, Line, words
 from convert.porting.rules.elementwise import COPIES
 from convert.program.graph import ArrayType, GraphNode, ValueRef
@@ -137,6 +137,8 @@ class _Writing:
         for i, item in enumerate(self.items):
             if i not in self.inlined:
                 self._statement(i, item)
+        if self.copied and self.at_line:
+            self._copy_before(self.copied[-1][0] + 1, len(self.items))
         self.made.lines.append(Line([], self._returned(), comment=self._reason(len(self.items))))
         self._keep_used_sizes()
         self.made.source = len({key[-1] for key, _ in self.keys})
@@ -396,7 +398,7 @@ class _Writing:
         self.made.lines = [x for x in lines if not x.targets or set(x.targets) != {"_"}]
 
     def _returned(self) -> str:
-        self.read = set()
+        self.read = mentioned(source_file(self.file).last_return(*self.scope.lines()[1:]))
         texts = {v: self._value_text(v) for v in self.results}
         return self.context.returned(self.scope, lambda v: texts[self.source(v)])
 

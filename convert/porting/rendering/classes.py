@@ -50,8 +50,10 @@ class Classes:
         found: dict[str, Any] = {}
         for entry in self.context.by_name.layout.entries:
             found |= {t.name: entry for t in entry.flax}
+        taken = {v for node in self.tree.nodes for v in self.tree.taken(node)}
         for p in self.tree.graph.placeholders:
-            if p.kind in ("buffer", "parameter") and self.context.by_name.flax_of(p.name) is None:
+            held = p.kind in ("buffer", "parameter") and p.value in taken
+            if held and self.context.by_name.flax_of(p.name) is None:
                 found.setdefault(p.name, None)
         return found
 

@@ -114,10 +114,13 @@ class Frames:
         found = self.place(item)
         for depth, frame in reversed(list(enumerate(found))):
             known = local if depth == 0 else {}
-            for text, attributes in named(_statement(frame), self.scope.module, self.me, known):
-                small = isinstance(text.value, int) and text.value <= SMALL
-                if depth == len(found) - 1 or not small:
-                    yield text, attributes
+            source, statement = source_file(frame.file), _statement(frame)
+            shapes = [source.tuple_of(name, frame.line) for name in sorted(mentioned(statement))]
+            for one in (statement, *shapes):
+                for text, attributes in named(one, self.scope.module, self.me, known):
+                    small = isinstance(text.value, int) and text.value <= SMALL
+                    if depth == len(found) - 1 or not small:
+                        yield text, attributes
 
 
 def _sign(item: Item) -> str:

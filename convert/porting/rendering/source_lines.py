@@ -24,10 +24,13 @@ class SourceFile:
             tree = ast.Module([], [])
         self.by_line: dict[int, ast.stmt] = {}
         self.loops: list[ast.For] = []
+        self.functions: list[ast.FunctionDef] = []
         self.choices: list[ast.If] = []
         for found in ast.walk(tree):
             if isinstance(found, ast.If):
                 self.choices.append(found)
+            if isinstance(found, ast.FunctionDef):
+                self.functions.append(found)
             if isinstance(found, ast.For):
                 self.loops.append(found)
             if isinstance(found, _Simple):
@@ -42,6 +45,24 @@ class SourceFile:
         """The innermost for-loop that a line is in."""
         around = [x for x in self.loops if x.lineno <= line <= (x.end_lineno or x.lineno)]
         return max(around, key=lambda x: x.lineno, default=None)
+
+    def last_return(self, first: int, last: int) -> ast.stmt | None:
+        """The last statement of these lines that returns something."""
+        found = (self.by_line.get(line) for line in range(last, first - 1, -1))
+        return next((s for s in found if isinstance(s, ast.Return) and s.value), None)
+
+    def tuple_of(self, name: str, line: int) -> ast.stmt | None:
+        """The statement that makes a name a tuple, before a line of the same function."""
+        around = [f for f in self.functions if f.lineno <= line <= (f.end_lineno or f.lineno)]
+        if not around:
+            return None
+        inner = max(around, key=lambda f: f.lineno)
+        made = [
+            s for s in ast.walk(inner)
+            if isinstance(s, ast.Assign) and isinstance(s.value, ast.Tuple) and s.lineno < line
+            and isinstance(s.targets[0], ast.Name) and s.targets[0].id == name
+        ]  # fmt: skip
+        return max(made, key=lambda s: s.lineno, default=None)
 
     def choices_around(self, line: int) -> list[tuple[ast.expr, bool]]:
         """The conditions that a line is under, innermost first, and whether they hold there."""

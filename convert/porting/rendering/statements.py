@@ -44,7 +44,7 @@ class Body:
 
 def tidied(lines: Sequence[Line]) -> list[Line]:
     """The statements without those that do nothing."""
-    return _without_no_ops(_without_dead_copies(lines))
+    return _renamed(_without_no_ops(_without_dead_copies(lines)))
 
 
 def _without_dead_copies(lines: Sequence[Line]) -> list[Line]:
@@ -75,6 +75,20 @@ def _without_no_ops(lines: Sequence[Line]) -> list[Line]:
             continue
         read = re.compile(rf"(?<![\w.'\"]){name}\b(?!\s*=[^=])")  # no keyword of a call
         kept[at : at + 1 + last] = [replace(x, text=read.sub(other, x.text)) for x in after[:last]]
+    return kept
+
+
+def _renamed(lines: Sequence[Line]) -> list[Line]:
+    """The statements with the name that a value has in the end: `b = f(x)` for `a = f(x); b = a`
+    where nothing else reads `a`."""
+    kept = list(lines)
+    for at in range(len(kept) - 1, 0, -1):
+        before, copy = kept[at - 1], kept[at]
+        plain = copy.site is None and not copy.guard and not before.guard and not copy.comment
+        if not plain or len(copy.targets) != 1 or before.targets != [copy.text]:
+            continue
+        if not _is_read(copy.text, kept[at + 1 :]):
+            kept[at - 1 : at + 1] = [replace(before, targets=copy.targets)]
     return kept
 
 

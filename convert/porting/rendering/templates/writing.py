@@ -66,6 +66,7 @@ def number(value: Any, dtype: str = "") -> str | None:
 
 def _extreme(value: Any, dtype: str) -> str:
     """The lowest or highest value of a float's dtype, by name."""
+    dtype = dtype or "float32"
     if dtype in ("float16", "float32") and abs(value) == float(np.finfo(np.dtype(dtype)).max):
         return f"jnp.finfo({dtype_text(dtype)}).{'max' if value > 0 else 'min'}"
     return ""
