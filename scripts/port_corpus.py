@@ -160,7 +160,10 @@ def run_one(job: str, name: str, limit: int) -> Row:
         return dict(here.recv())
     except EOFError:
         process.join()
-        slow = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)  # the soft limit, the hard one
+        slow = process.exitcode in (
+            -signal.SIGXCPU,
+            -signal.SIGKILL,
+        )  # the soft limit, the hard one
         died = {"outcome": "fault", "why": f"died with exit code {process.exitcode}"}
         return ({"outcome": "too slow"} if slow else died) | {"seconds": float(limit)}
     finally:

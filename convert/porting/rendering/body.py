@@ -52,8 +52,10 @@ class _Writing:
         self.at_line = 0
         self.at_key: tuple[Key, int] = ((), 0)
         self.read: set[str] = set()  # the names that the statement of the source mentions
+        self.casts: dict[str, str] = {}  # and those that it casts
         self.local: dict[str, int | str] = dict(self._numbers())
         self.unpacked: dict[str, tuple[Line, int]] = {}
+        self.dtypes: set[str] = set()  # the names of dtypes
         self.asked: Counter[tuple[int, str]] = Counter()  # how often an item asked for a size
 
     def _numbers(self) -> Iterator[tuple[str, Any]]:
@@ -163,7 +165,9 @@ class _Writing:
         self._read_sizes(item)
         self._read_copies(i, item)
         self.read = self.frames.mentioned(item)
+        self.casts = self.frames.casts(item)
         text = self._text(i)
+        self.casts = {}
         shape = self._targets(item)
         values = list(flat(shape))
         wanted = self.frames.targets(item, i, [
@@ -177,7 +181,7 @@ class _Writing:
                 names.append("_")
                 continue
             hint = self._hint(item, wanted, values, k)
-            name = self.names.free(hint if hint.strip("_") else _fallback(item), i)
+            name = self.names.free(hint if hint.strip("_") else self._fallback(item), i)
             self.names.bind(name, value, last)
             self.local.pop(name, None)
             self.texts[value] = name
@@ -197,6 +201,16 @@ class _Writing:
             if len(names) == len(values):
                 return names[k]
         return wanted[0] if wanted else ""
+
+    def _fallback(self, item: GraphNode | Scope) -> str:
+        """A name for a value whose statement gives none."""
+        if isinstance(item, Scope):
+            name = item.path.rpartition(".")[2] if item.function is None else "x"
+            return name if not name.isdigit() else "x"
+        name = item.op.split(".")[1].strip("_")
+        if name == "detach":  # of what a function under no_grad returns
+            name = self.texts.get(self.source(item.args[0].value), name)
+        return f"{name}_" if keyword.iskeyword(name) else name
 
     def _reason(self, i: int) -> str:
         """Why the statement of an item moves axes where the source does not."""
@@ -233,9 +247,15 @@ class _Writing:
                 self.scope, item, self._value_text, self._size_text, lambda x: self._size(x, item)
             )
         if item.op == _GETITEM:
-            return f"{self._value_text(item.args[0].value)}[{item.args[1]}]"
+            text = self._value_text(item.args[0].value)
+            return text if text.startswith("super()") else f"{text}[{item.args[1]}]"
+        if self.scope.path in self.context.layers.norms and self.context.layers.is_norm(
+            self.scope, item
+        ):
+            return f"super().__call__({self._value_text(item.args[0].value)})"
         numbers = self.tree.graph.numbers.get(item.op, frozenset())
-        args = [self._argument(x, item, k in numbers) for k, x in enumerate(item.args)]
+        given = [item.args[0], _rest_open(item), *item.args[2:]] if item.args[1:] else item.args
+        args = [self._argument(x, item, k in numbers) for k, x in enumerate(given)]
         kwargs = {k: self._argument(x, item, k in numbers) for k, x in item.kwargs.items()}
         return self.context.operation(item.op, self.tree.type_of(item.made), args, kwargs)
 
@@ -243,7 +263,10 @@ class _Writing:
         value = self.source(value)
         if value in self.texts:
             names = [n for n in self.names.names(value) if n in self.read]
-            return names[0] if len(names) == 1 else self.names.newest(value, self.texts[value])
+            newest = self.names.newest(value, self.texts[value])
+            name = names[0] if len(names) == 1 else newest
+            cast = self.casts.get(name, "")
+            return f"{name}{cast}" if cast and self._is_cast(value, cast) else name
         if value in self.maker:
             return self._text(self.maker[value])
         return self.context.held.held_text(self.scope, value)
@@ -360,12 +383,44 @@ class _Writing:
 
     def _copy_before(self, line: int, now: int) -> None:
         while self.copied and self.copied[0][0] < line:
-            _, name, other = self.copied.pop(0)
-            value = self.names.bound.get(other)
-            if value is None or not self.names.is_free(name, now - 1):
+            _, name, other, behind = self.copied.pop(0)
+            if ", " in name:
+                self._open_tuple(name.split(", "), other, now)
                 continue
-            self.names.bind(name, value, self.last.get(value, -1))
-            self.made.lines.append(Line([name], other))
+            value = self.names.bound.get(other)
+            if value is None or (name != other and not self.names.is_free(name, now - 1)):
+                continue
+            if behind and not self._is_cast(value, behind):
+                continue
+            if behind == ".dtype":
+                self.dtypes.add(name)
+                self.names.hold(name, len(self.items) + 1)
+            else:
+                self.names.bind(name, value, self.last.get(value, -1))
+            self.made.lines.append(Line([name], f"{other}{behind}"))
+
+    def _open_tuple(self, names: list[str], other: str, now: int) -> None:
+        """Name the parts of an argument that is a tuple, where they are used."""
+        tree = self.scope.call.arguments.get(other)
+        values = (
+            [x.value for x in tree if isinstance(x, ValueRef)] if isinstance(tree, list) else []
+        )
+        used = any(self.last.get(v, -1) >= now for v in values)
+        if len(values) != len(names) or not used or other not in self.made.parameters:
+            return
+        if all(self.names.is_free(n, now - 1) for n in names) and len(set(values)) == len(values):
+            for name, value in zip(names, values, strict=True):
+                self.names.bind(name, value, self.last.get(value, -1))
+            self.made.lines.append(Line(names, other))
+
+    def _is_cast(self, value: int, behind: str) -> bool:
+        """Whether a cast of the source, which does nothing to this value here, can be written."""
+        kind = self.tree.type_of(value)
+        floats = isinstance(kind, ArrayType) and "float" in kind.dtype
+        to = behind.removeprefix(".astype(").removesuffix(")")
+        owner, _, attribute = to.partition(".")
+        known = attribute == "dtype" and owner in self.names.bound
+        return floats and (behind == ".dtype" or owner == "jnp" or known or to in self.dtypes)
 
     def _unpack(self, found: Any, shape: tuple[int | str, ...]) -> None:
         text = f"{found.array}.shape"
@@ -399,6 +454,8 @@ class _Writing:
 
     def _returned(self) -> str:
         self.read = mentioned(source_file(self.file).last_return(*self.scope.lines()[1:]))
+        if (last := self.maker.get(self.results[-1]) if self.results else None) is not None:
+            self.casts = self.frames.casts(self.items[last]) if last in self.inlined else {}
         texts = {v: self._value_text(v) for v in self.results}
         return self.context.returned(self.scope, lambda v: texts[self.source(v)])
 
@@ -438,14 +495,18 @@ def _grouped(shape: Any, names: Iterator[str]) -> list[str]:
     return made
 
 
+_VIEWS = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default")
+
+
+def _rest_open(item: GraphNode) -> Any:
+    """The second argument of an operation; of one that flattens axes, which are one number then,
+    that is left open as in the source."""
+    shape, site = item.args[1], item.site
+    flattens = item.op in _VIEWS and site is not None and "flatten" in site.text
+    if not flattens or type(shape[-1]) is not int or shape[-1] < 2 or -1 in shape:
+        return shape
+    return [*shape[:-1], -1] if any(isinstance(n, ValueRef) for n in shape) else shape
+
+
 def _made(item: GraphNode | Scope) -> list[int]:
     return item.gives if isinstance(item, Scope) else [item.made]
-
-
-def _fallback(item: GraphNode | Scope) -> str:
-    """A name for a value whose statement gives none."""
-    if isinstance(item, Scope):
-        name = item.path.rpartition(".")[2] if item.function is None else "x"
-        return name if not name.isdigit() else "x"
-    name = item.op.split(".")[1].strip("_")
-    return f"{name}_" if keyword.iskeyword(name) else name

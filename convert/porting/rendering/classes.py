@@ -11,12 +11,14 @@ from convert.porting.rendering.body import body_of
 from convert.porting.rendering.class_arguments import WrittenClass, find_arguments
 from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context
-from convert.porting.rendering.inits import MadeDict, MadeList, MadeModule, MadeVariable
+from convert.porting.rendering.inits import BASE, MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.scopes import Scope, children
 from convert.porting.rendering.statements import Body
 from convert.porting.rendering.templates.drawing import KEYS
 from convert.porting.rendering.variants import ABSENT, Condition, Instance, Union, negation
+
+_NORM = ("scale", "bias", "mean", "var")
 
 
 class Classes:
@@ -103,6 +105,7 @@ class Classes:
         module = self.tree.modules[path]
         calls = [(s, body_of(s, self.context)) for s in self.scopes.get(path, [])]
         body = calls[0][1] if calls else None
+        self.context.returns |= {id(s): b.returned() for s, b in calls}
         self.owner = path
         made = dict(self._parts(path, body))
         for written in self.every:
@@ -211,9 +214,15 @@ class Classes:
             yield "rngs", Name("rngs.noise.fork()")  # its keys, as nnx.Dropout keeps them
         names = {n for n, _ in children(module)}
         prefix = f"{path}." if path else ""
+        norm = self.context.layers.norms.get(path)
+        if norm is not None:
+            self.imports |= dict.fromkeys(norm.imports)
+            yield BASE, norm.constructor
         below: dict[str, dict[str, Any]] = {}
         for home, entry in self.homes.items():
             rest = home.removeprefix(prefix)
+            if norm is not None and rest in _NORM:  # the class that it derives from has them
+                continue
             if home.startswith(prefix) and rest.partition(".")[0] not in names:
                 first, _, leaf = rest.partition(".")
                 below.setdefault(first, {})[leaf] = (home, entry)

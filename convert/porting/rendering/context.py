@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -34,11 +35,12 @@ class Context:
         self.layers = LayerCalls(tree, moved.layers)
         self.signatures = Signatures(tree, self.layers)
         self.held = HeldArrays(tree, by_name, module, moved.tensors)
-        self.tuples: dict[str, tuple[str, ...]] = {}
+        self.tuples: dict[str, dict[str, str]] = {}  # their fields, with types
         self.draws: set[str] = set()  # the operations that take keys
         self.functions: dict[int, str] = {}  # the names of those of the file, by their calls
         self.returns: dict[int, list[str]] = {}  # and what these call the arrays that they return
-        lines = {line for layer in self.layers.texts.values() for line in layer.imports}
+        texts = [*self.layers.texts.values(), *self.layers.norms.values()]
+        lines = {line for layer in texts for line in layer.imports}
         imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}
         self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
         self.taken |= imported
@@ -91,6 +93,7 @@ class Context:
             else:
                 taken = set(scope.takes)
                 written = tree_text(given.get(name), lambda v: text(v) if v in taken else "None")  # noqa: B023
+            written = _as_given(written, parent)
             keywords = keywords or written == "None"
             if written != "None":
                 args_text.append(f"{name}={written}" if keywords else written)
@@ -124,7 +127,9 @@ class Context:
 
         found: dict[str, None] = {}
         opened = (s for s in self.tree.root.every() if not self.layers.is_layer(s))
-        for node in (i for s in opened for i in s.items if not isinstance(i, Scope)):
+        norms = self.layers.norms
+        every = ((s, i) for s in opened for i in s.items if not isinstance(i, Scope))
+        for node in (i for s, i in every if s.path not in norms or not self.layers.is_norm(s, i)):
             args = [operand(x) for x in node.args]
             kwargs = {k: operand(x) for k, x in node.kwargs.items()}
             own = node.op.startswith("operator.") or node.op in COPIES
@@ -152,10 +157,29 @@ class Context:
             return f"{{{', '.join(f'{k!r}: {x}' for k, x in pairs)}}}"
         if nesting.kind == "named":
             name = nesting.cls.__name__
-            fields = nesting.cls._fields
+            kinds = ["Array" if p.kind == LEAF and _is_name(x) else "Any"
+                     for p, x in zip(nesting.parts, parts, strict=True)]  # fmt: skip
+            fields = dict(zip(nesting.cls._fields, kinds, strict=True))
             while self.tuples.setdefault(name, fields) != fields:
                 name += "_"
             return f"{name}({', '.join(f'{k}={x}' for k, x in zip(fields, parts, strict=True))})"
         if nesting.kind == "list":
             return f"[{', '.join(parts)}]"
         return f"({parts[0]},)" if len(parts) == 1 else f"({', '.join(parts)})"
+
+
+def _as_given(text: str, parent: Scope) -> str:
+    """An argument of the parent that is handed on as it came: `x` for `(x[0], x[1])`."""
+    name = text.removeprefix("(").partition("[")[0]
+    tree = parent.call.arguments.get(name)
+    parts = [f"{name}[{k}]" for k in range(len(tree))] if isinstance(tree, list) else []
+    return name if parts and text == f"({', '.join(parts)})" else text
+
+
+def _is_name(text: str) -> bool:
+    """Whether the text of a leaf is an array's: no number, word or None."""
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return True
+    return False

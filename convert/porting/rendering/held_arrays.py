@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,8 +71,7 @@ class HeldArrays:
             return MadeVariable(kind, Constructor("jnp.ones" if low else "jnp.zeros", (shape,)))
         if low == high:
             return MadeVariable(kind, Constructor("jnp.full", (shape, float(f"{low:.7g}"))))
-        spread = float(f"{float(tensor.float().std(correction=0)):.1g}") or 1.0
-        callee = f"nnx.initializers.normal({spread})"
+        callee = _initializer(float(tensor.float().std(correction=0)), shape)
         return MadeVariable(kind, Constructor(callee, (Name("rngs.params()"), shape)))
 
     def _array(self, home: str, array: np.ndarray) -> str:
@@ -83,3 +83,23 @@ class HeldArrays:
                 return f"ARRAYS[{name!r}]"
         self.arrays[home] = array
         return f"ARRAYS[{home!r}]"
+
+
+def _initializer(spread: float, shape: tuple[int, ...]) -> str:
+    """What draws numbers of about this deviation: by fan in or out where that explains it."""
+    usual = next((s for s in _USUAL if abs(spread / s - 1) < 0.1), None)
+    if usual is None and len(shape) > 1 and math.prod(shape) > _FEW:
+        fan_in, fan_out = math.prod(shape[:-1]), shape[-1] * math.prod(shape[:-2])
+        scaled = {
+            "lecun_normal": fan_in,
+            "he_normal": fan_in / 2,
+            "xavier_normal": (fan_in + fan_out) / 2,
+        }
+        for name, fan in scaled.items():
+            if abs(spread * math.sqrt(fan) - 1) < 0.1:
+                return f"nnx.initializers.{name}()"
+    return f"nnx.initializers.normal({usual or float(f'{spread:.1g}') or 1.0})"
+
+
+_USUAL = (0.02, 0.01, 1.0)
+_FEW = 100  # numbers whose deviation says little

@@ -55,8 +55,7 @@ class HelperFunctions:
         if written is None or list(map(str, written.body.lines)) != list(map(str, body.lines)):
             self._open(scope.function)
         self.context.functions[id(scope)] = written.name
-        names = written.body.lines[-1].text.split(", ")
-        self.context.returns[id(scope)] = names if all(map(str.isidentifier, names)) else []
+        self.context.returns[id(scope)] = body.returned()
 
     def _open(self, function: Any) -> NoReturn:
         self.context.tree.root.open(function)

@@ -9,6 +9,8 @@ from typing import Any
 
 from convert.porting.rendering.constructor import Constructor, Name, written
 
+BASE = ""  # the name of what is made of the class that one derives from
+
 
 @dataclass
 class MadeList:
@@ -48,7 +50,9 @@ def skeleton(x: Any) -> Any:
     """The structure without its numbers: equal for what can be one piece of source."""
     if isinstance(x, Constructor):
         places = x.values().items()
-        return (x.callee, *((p, v if isinstance(v, Name) else None) for p, v in places))
+        # What a parameter is drawn of splits no class: those are numbers of one draw.
+        callee = "initializer" if x.callee.startswith("nnx.initializers.") else x.callee
+        return (callee, *((p, v if isinstance(v, Name) else None) for p, v in places))
     if isinstance(x, MadeList):
         return ("list", x.callee, *map(skeleton, x.items))
     if isinstance(x, MadeDict):

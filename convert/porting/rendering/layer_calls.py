@@ -26,6 +26,13 @@ _OPERATIONS = {
 }
 
 
+# What normalises with running statistics, in eval mode.
+_NORMS = {
+    *("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default"),
+    "last.batch_norm.default",
+}
+
+
 class LayerCalls:
     """The layers of a module, by path; `gone` are those that hand their argument on. `last`: those
     whose data has channels last."""
@@ -40,6 +47,7 @@ class LayerCalls:
             layer = layer_text(module, axes, checked=path in self.derived) if path else None
             if layer is not None:
                 self.texts[path] = layer
+        self.norms = dict(self._norms(last))
         if last:
             self.texts |= dict.fromkeys(self._handed_on(), computed(lambda x: x))
         self.gone = {p for p in self.texts if self._is_gone(p)}
@@ -58,6 +66,31 @@ class LayerCalls:
             good = len(nodes) == 1 and nodes[0].op == wanted and set(names) == own
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
+
+    def _norms(self, last: Collection[str]) -> Iterator[tuple[str, LayerText]]:
+        """The modules whose classes derive from torch's BatchNorm and do something besides, by
+        path: their own class derives from Flax's, and trains as that does."""
+        calls: dict[str, list[Scope]] = {}
+        for scope in self.tree.root.scopes():
+            calls.setdefault(scope.path, []).append(scope)
+        for path, scopes in calls.items():
+            module = scopes[0].module
+            if path in self.texts or _torchs_norm(module) is None:
+                continue
+            axes: ImageAxes = "last" if self.tree.first(path) in last or path in last else "first"
+            layer = layer_text(module, axes, checked=True)
+            once = all(sum(self.is_norm(s, n) for n in s.items) == 1 for s in scopes)
+            if layer is not None and once and self.tree.first(path) == path:
+                yield path, layer
+
+    def is_norm(self, scope: Scope, item: GraphNode | Scope) -> bool:
+        """Whether an operation is the normalisation that the class of this call derives from."""
+        if isinstance(item, Scope) or item.op not in _NORMS or scope.function is not None:
+            return False
+        names = ("weight", "bias", "running_mean", "running_var")
+        wanted = {f"{self.tree.first(scope.path)}.{n}" for n in names}
+        held = [self.tree.placeholders.get(v) for v in self.tree.taken(item)[1:]]
+        return {p.name for p in held if p is not None} == wanted and None not in held
 
     def _handed_on(self) -> set[str]:
         """The modules that only hand their array on: of a permutation nothing may be left."""
@@ -193,6 +226,14 @@ class LayerCalls:
 
 def _is_tuples(nesting: Nesting) -> bool:
     return nesting.kind in (LEAF, "tuple") and all(map(_is_tuples, nesting.parts))
+
+
+def _torchs_norm(module: Any) -> str | None:
+    """The class of torch's BatchNorm that a module's class derives from, and is not."""
+    names = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+    found = next((c for c in type(module).__mro__ if c.__name__ in names), None)
+    own = found is type(module) or found is None or not found.__module__.startswith("torch.")
+    return None if own or found is None else found.__name__
 
 
 def _layer_class(module: Any) -> str:

@@ -20,6 +20,7 @@ from convert.porting.rendering.classes import Classes
 from convert.porting.rendering.constructor import written as plainly
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.helper_functions import HelperFunctions, WrittenFunction
+from convert.porting.rendering.inits import BASE
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.not_rendered import Again, NotRendered
 from convert.porting.rendering.operands import ArrayType
@@ -54,6 +55,7 @@ class ModuleFile:
     statements: tuple[int, int]
     draws: frozenset[str]  # the operations that draw random numbers
     layers: frozenset[str]  # the modules that are torch's own layers there and are layers in it
+    norms: frozenset[str]  # those whose classes derive from torch's BatchNorm, and here from Flax's
 
 
 def module_file(
@@ -131,7 +133,8 @@ class _File:
         source = formatted(text + "\n")
         layers = self.context.layers.exact()
         draws = frozenset(self.context.draws)
-        return ModuleFile(source, model, self.context.held.arrays, statements, draws, layers)
+        norms = frozenset(self.context.layers.norms)
+        return ModuleFile(source, model, self.context.held.arrays, statements, draws, layers, norms)
 
     def _imports(self, body: str, more: list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
@@ -168,7 +171,7 @@ class _File:
     def _tuples(self) -> str:
         made = []
         for name, fields in self.context.tuples.items():
-            lines = "\n".join(f"{INDENT}{f}: Any" for f in fields)
+            lines = "\n".join(f"{INDENT}{f}: {kind}" for f, kind in fields.items())
             made.append(f"class {name}(NamedTuple):\n{lines}")
         return "\n\n\n".join(made)
 
@@ -185,6 +188,8 @@ class _File:
 
     def _class(self, written: WrittenClass) -> Iterator[str]:
         base = "nnx.List[Any]" if written.items else "nnx.Module"
+        derived = written.whole().get(BASE)
+        base = derived.callee if derived is not None else base
         of = f"{module_name(written.of)}.{written.of.__qualname__}"
         yield f"class {written.name}({base}):"
         yield f'{INDENT}"""From {of}."""'
@@ -211,7 +216,10 @@ class _File:
             numbered = [text for name, text in made if name.isdigit()]
             yield f"{INDENT * 2}super().__init__([{', '.join(numbered)}])"
         for name, text in made:
-            if name.isidentifier():
+            if name == BASE:
+                arguments = text.partition("(")[2]
+                yield f"{INDENT * 2}super().__init__({arguments}"
+            elif name.isidentifier():
                 yield f"{INDENT * 2}self.{name} = {_plain(text)}"
             elif not name.isdigit():
                 yield f"{INDENT * 2}setattr(self, {name!r}, {_plain(text)})"
@@ -221,7 +229,8 @@ class _File:
         scopes = self.classes.scopes[path]
         parameters = [f"{p}: {self._parameter(p, written)}" for p in body.parameters]
         result = self._result(scopes[0])
-        yield f"{INDENT}def __call__({', '.join(['self', *parameters])}) -> {result}:"
+        derived = "  # type: ignore[override]" if BASE in written.whole() else ""
+        yield f"{INDENT}def __call__({', '.join(['self', *parameters])}) -> {result}:{derived}"
         prefix = f"{path}." if path else ""
         lengths = {
             f"self.{p.removeprefix(prefix)}": n
@@ -266,9 +275,14 @@ class _File:
             return str(nesting.cls.__name__) if nesting.kind == "named" else "Any"
         values = self.context.signatures.results_of(scope)
         if len(values) == 1 and values[0] is not None:
-            kind = self.context.tree.type_of(values[0])
-            return "Array" if isinstance(kind, ArrayType) else "Any"
-        return "tuple[Any, ...]" if values else "None"
+            return self._kind_of(values[0])
+        return f"tuple[{', '.join(map(self._kind_of, values))}]" if values else "None"
+
+    def _kind_of(self, value: int | None) -> str:
+        """The type of one result; None is one that only other calls give."""
+        if value is None:
+            return "Array | None"
+        return "Array" if isinstance(self.context.tree.type_of(value), ArrayType) else "Any"
 
 
 def _written(line: Line, margin: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from convert.porting.rendering.operands import SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import named
-from convert.porting.rendering.source_lines import mentioned, own_name, source_file, targets
+from convert.porting.rendering.source_lines import casts, mentioned, own_name, source_file, targets
 from convert.program.exported_nodes import is_torchs
 from convert.program.graph import CodeLine, GraphNode
 
@@ -73,6 +73,11 @@ class Frames:
         found = self.place(item)
         own = len(found) == 1 or (isinstance(item, Scope) and found)
         return mentioned(_statement(found[0])) if own else set()
+
+    def casts(self, item: Item) -> dict[str, str]:
+        """The names that the statement of an item casts, if it is forward's own."""
+        found = self.place(item)
+        return casts(_statement(found[0])) if len(found) == 1 else {}
 
     def returns(self, item: Item) -> bool:
         """Whether an item is of what forward returns."""

@@ -9,7 +9,7 @@ import linecache
 from collections.abc import Collection, Iterator
 from typing import Any
 
-Copy = tuple[int, str, str]
+Copy = tuple[int, str, str, str]
 _Simple = ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Return | ast.Expr
 
 
@@ -117,20 +117,69 @@ def code_lines(function: Any) -> tuple[str, int, int]:
 
 
 def copies(file: str, first: int, last: int, computed: Collection[int]) -> list[Copy]:
-    """The statements `name = other` of these lines, and `name = other[0]` where a tuple of one is
-    opened: no line of `computed`. In order: line, name, other."""
+    """The statements `name = other` and `a, b = other` of these lines; those that open a tuple of one, `name =
+    other[0]`, ask for a dtype, `name = other.dtype`, or cast to one that `other` has here already:
+    no line of `computed`. In order: line, name, other, what stands behind it."""
     found = []
     for line in range(first, last + 1):
         s = source_file(file).statement(line)
         if not isinstance(s, ast.Assign) or s.lineno != line or len(s.targets) > 1:
             continue
-        value = s.value
-        if isinstance(value, ast.Subscript) and line not in computed and _is_zero(value.slice):
-            value = value.value
+        value, behind = s.value, ""
+        if line not in computed:
+            if isinstance(value, ast.Subscript) and _is_zero(value.slice):
+                value = value.value
+            elif isinstance(value, ast.Attribute) and value.attr == "dtype":
+                value, behind = value.value, ".dtype"
+            elif isinstance(value, ast.Call) and (cast := cast_of(value)):
+                value, behind = ast.Name(cast[0]), cast[1]
         target = s.targets[0]
-        if isinstance(value, ast.Name) and isinstance(target, ast.Name) and value.id != target.id:
-            found.append((line, target.id, value.id))
+        if isinstance(value, ast.Name) and isinstance(target, ast.Tuple):
+            names = [x.id for x in target.elts if isinstance(x, ast.Name)]
+            if len(names) == len(target.elts) and line not in computed:
+                found.append((line, ", ".join(names), value.id, ""))
+        if not isinstance(value, ast.Name) or not isinstance(target, ast.Name):
+            continue
+        if value.id != target.id or behind:
+            found.append((line, target.id, value.id, behind))
     return found
+
+
+def casts(statement: ast.stmt | None) -> dict[str, str]:
+    """The names that a statement reads only to cast them, each with the cast."""
+    if statement is None:
+        return {}
+    parts = list(ast.walk(statement))
+    found = dict(filter(None, (cast_of(x) for x in parts if isinstance(x, ast.Call))))
+    read = [x.id for x in parts if isinstance(x, ast.Name)]
+    return {name: cast for name, cast in found.items() if read.count(name) == 1}
+
+
+_OF_METHOD = {"float": "float32", "half": "float16", "bfloat16": "bfloat16"}
+
+
+def cast_of(call: ast.Call) -> tuple[str, str] | None:
+    """The name that `x.to(torch.float32)`, `x.float()`, `x.to(dtype)` or `x.type_as(y)` casts, and
+    the cast in JAX."""
+    method = call.func
+    if not isinstance(method, ast.Attribute) or not isinstance(method.value, ast.Name):
+        return None
+    name, given = method.value.id, [*call.args, *(k.value for k in call.keywords)]
+    if method.attr in _OF_METHOD and not given:
+        return name, f".astype(jnp.{_OF_METHOD[method.attr]})"
+    to = given[0] if len(given) == 1 else None
+    if method.attr == "type_as" and isinstance(to, ast.Name):
+        return name, f".astype({to.id}.dtype)"
+    if method.attr != "to" or any(k.arg != "dtype" for k in call.keywords):
+        return None
+    if isinstance(to, ast.Name):
+        return name, f".astype({to.id})"
+    if isinstance(to, ast.Attribute) and isinstance(to.value, ast.Name):
+        if to.value.id == "torch" and to.attr in _OF_METHOD.values():
+            return name, f".astype(jnp.{to.attr})"
+        if to.attr == "dtype":
+            return name, f".astype({to.value.id}.dtype)"
+    return None
 
 
 def _is_zero(index: ast.expr) -> bool:

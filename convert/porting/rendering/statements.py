@@ -41,6 +41,11 @@ class Body:
     attributes: dict[str, Any] = field(default_factory=dict)
     source: int = 0
 
+    def returned(self) -> list[str]:
+        """The names of what it returns; none where that is no names."""
+        names = self.lines[-1].text.split(", ")
+        return names if all(map(str.isidentifier, names)) else []
+
 
 def tidied(lines: Sequence[Line]) -> list[Line]:
     """The statements without those that do nothing."""
@@ -52,7 +57,7 @@ def _without_dead_copies(lines: Sequence[Line]) -> list[Line]:
     anew."""
     kept = []
     for i, line in enumerate(lines):
-        copy = line.site is None and line.text.isidentifier() and line.targets
+        copy = line.site is None and _COPY.fullmatch(line.text) and line.targets
         if not copy or _is_read(line.targets[0], lines[i + 1 :]):
             kept.append(line)
     return kept
@@ -95,6 +100,9 @@ def _renamed(lines: Sequence[Line]) -> list[Line]:
 def _is_no_op(line: Line) -> bool:
     plain = line.site is not None and not line.guard and not line.comment
     return plain and len(line.targets) == 1 and line.text.isidentifier()
+
+
+_COPY = re.compile(r"\w+(\.dtype|\.astype\([\w.]+\))?")
 
 
 def _is_read(name: str, after: Sequence[Line]) -> bool:
