@@ -117,9 +117,9 @@ def code_lines(function: Any) -> tuple[str, int, int]:
 
 
 def copies(file: str, first: int, last: int, computed: Collection[int]) -> list[Copy]:
-    """The statements `name = other` and `a, b = other` of these lines; those that open a tuple of one, `name =
-    other[0]`, ask for a dtype, `name = other.dtype`, or cast to one that `other` has here already:
-    no line of `computed`. In order: line, name, other, what stands behind it."""
+    """The statements `name = other` and `a, b = other` of these lines; those that open a tuple of
+    one, `name = other[0]`, ask for a dtype, `name = other.dtype`, or cast to one that `other` has
+    here already: no line of `computed`. In order: line, name, other, what stands behind it."""
     found = []
     for line in range(first, last + 1):
         s = source_file(file).statement(line)
