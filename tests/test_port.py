@@ -68,12 +68,11 @@ def test_a_block_is_written_once_with_its_loop_and_the_source_names(decoder: Por
     assert "self.bias[..., :T, :T] == 0" in found["Block"]
 
 
-def test_arguments_of_constructors_are_what_differs_under_torchs_names(
-    decoder: Port, stages: Port
-) -> None:
+def test_arguments_of_constructors_are_torchs(decoder: Port, stages: Port) -> None:
     block, basic = classes(decoder)["Block"], classes(stages)["Basic"]
-    assert "def __init__(self, *, rngs: nnx.Rngs)" in block
-    assert "self.n_head = 4" in block
+    assert "def __init__(self, d: int, h: int, *, rngs: nnx.Rngs)" in block
+    assert "self.n_head = h" in block
+    assert "self.c_attn = nnx.Linear(d, 3 * d, rngs=rngs)" in block
     assert "def __init__(self, inplanes: int, planes: int, stride: int=1" in basic
     assert "Conv2d(inplanes, planes, 3, stride=stride, padding=1" in basic
 

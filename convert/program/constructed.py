@@ -12,7 +12,7 @@ Plain = (bool, int, float, str, type(None))
 
 
 class Constructed:
-    """The plain arguments of the constructors that ran while it was recording."""
+    """The arguments of the constructors that ran while it was recording."""
 
     def __init__(self) -> None:
         self.made: list[tuple[Any, dict[str, Any]]] = []
@@ -33,8 +33,7 @@ class Constructed:
                 frame = frame.f_back  # type: ignore[assignment]
             if outermost is not None:
                 found = inspect.getargvalues(outermost)
-                values = {n: found.locals[n] for n in found.args[1:]}
-                self.made.append((module, {n: x for n, x in values.items() if type(x) in Plain}))
+                self.made.append((module, {n: found.locals[n] for n in found.args[1:]}))
             original(module, *args, **kwargs)
 
         base.__init__ = noted

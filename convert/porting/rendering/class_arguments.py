@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,9 @@ from convert.porting.rendering import inits
 from convert.porting.rendering.names import SMALL
 from convert.porting.rendering.statements import Body
 from convert.porting.rendering.variants import ABSENT, Union
+from convert.program.constructed import Plain
+
+VIRTUAL = "#"  # how the paths of instances begin that were only tried
 
 
 @dataclass(eq=False)
@@ -34,12 +39,16 @@ class WrittenClass:
         return {name: values[path] for name, values in self.parameters.items()}
 
     def defaults(self) -> dict[str, Any]:
-        """The values of arguments that are left out: what most instances have, but for sizes; of
-        the model itself all."""
+        """The values of arguments that are left out: what most instances have, but for sizes, and
+        for what torch's constructor has no default for; of the model itself all."""
         if "" in self.made:
             return self.arguments_of("")
         found = {}
-        for name, column in self.parameters.items():
+        torchs = inspect.signature(self.of).parameters
+        for name, every in self.parameters.items():
+            if name in torchs and torchs[name].default is inspect.Parameter.empty:
+                continue
+            column = {p: v for p, v in every.items() if not p.startswith(VIRTUAL)}
             often = Counter(map(repr, column.values())).most_common(1)[0][0]
             value = next(v for v in column.values() if repr(v) == often)
             if len(column) > 1 and not any(map(_is_size, column.values())):
@@ -139,7 +148,7 @@ def _given(
 ) -> dict[str, dict[str, Any]]:
     """The plain arguments of torch's constructor that all instances have, and that differ
     between them: of others nobody has seen what follows from them."""
-    every = [constructed.get(p, {}) for p in paths]
+    every = [{n: x for n, x in constructed.get(p, {}).items() if type(x) in Plain} for p in paths]
     names = [n for n in every[0] if all(n in one for one in every)]
     found = {n: {p: one[n] for p, one in zip(paths, every, strict=True)} for n in names}
     return {n: column for n, column in found.items() if _varies(column)}
@@ -152,19 +161,20 @@ def _wanted(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The numbers that are to be arguments: those that torch's constructor was given and that
     something follows from, attributes, and what differs between instances."""
+    tried = any(p.startswith(VIRTUAL) for c in given.values() for p in c)
     used = {
         n: c
         for n, c in given.items()
-        if any(_follows(x, c) or (h == n and repr(x) == repr(c)) for h, x in columns)
+        if tried or any(_follows(x, c) or (h == n and repr(x) == repr(c)) for h, x in columns)
     }
     yield from used.items()
     for hint, column in columns:
         same = [n for n, c in given.items() if repr(c) == repr(column)]
         same = [hint] if hint in same else [n for n in same if n not in attributes]
-        if hint in attributes and _varies(column):
+        follows = _expression(column, used) is not None
+        if hint in attributes and _varies(column) and not (tried and follows and not same):
             yield next(iter(same), hint), column
             continue
-        follows = any(_follows(column, c) for c in used.values())
         if _varies(column) and not follows:
             yield hint, column
 
@@ -182,12 +192,13 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
     for name, argument in parameters.items():
         if all(type(v) is type(argument[p]) and v == argument[p] for p, v in column.items()):
             return name
-    if not all(type(v) is int and v > SMALL for v in column.values()):
+    tried = any(p.startswith(VIRTUAL) for p in column)  # then nothing is equal by chance
+    if not all(type(v) is int and (tried or v > SMALL) for v in column.values()):
         return None
     found: list[tuple[int, str]] = []
     for name, argument in parameters.items():
         pairs = [(column[p], argument[p]) for p in column]
-        if not all(type(a) is int and a > SMALL for _, a in pairs):
+        if not all(type(a) is int and (tried or a > SMALL) for _, a in pairs):
             continue
         for factors, form in (
             ({v // a if v % a == 0 else 0 for v, a in pairs}, f"{{}} * {name}"),
@@ -196,7 +207,15 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
             factor = factors.pop()
             if not factors and 1 < factor <= 8:
                 found.append((factor, form.format(factor)))
-    return min(found, default=(0, None))[1]
+    if found or not tried:
+        return min(found, default=(0, None))[1]
+    whole = {n: c for n, c in parameters.items() if all(type(c[p]) is int and c[p] for p in column)}
+    for (n, a), (m, b) in itertools.permutations(whole.items(), 2):
+        if all(a[p] % b[p] == 0 and a[p] // b[p] == v for p, v in column.items()):
+            return f"{n} // {m}"
+        if all(a[p] * b[p] == v for p, v in column.items()):
+            return f"{n} * {m}"
+    return None
 
 
 def _varies(column: Mapping[str, Any]) -> bool:

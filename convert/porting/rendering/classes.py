@@ -11,8 +11,10 @@ from convert.porting.rendering.body import body_of
 from convert.porting.rendering.class_arguments import WrittenClass, find_arguments
 from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context
+from convert.porting.rendering.experiments import Experiments
 from convert.porting.rendering.inits import BASE, MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.not_rendered import NotRendered
+from convert.porting.rendering.plain_attributes import plain_attribute
 from convert.porting.rendering.scopes import Scope, children
 from convert.porting.rendering.statements import Body
 from convert.porting.rendering.templates.drawing import KEYS
@@ -25,7 +27,7 @@ class Classes:
     """All classes of a port, parts before what holds them."""
 
     def __init__(self, context: Context, constructed: Mapping[str, Mapping[str, Any]]) -> None:
-        self.context, self.constructed = context, constructed
+        self.context = context
         self.tree = context.tree
         self.every: list[WrittenClass] = []
         self.by_path: dict[str, WrittenClass] = {}
@@ -42,7 +44,12 @@ class Classes:
         self.every = list(_parts_first(self.every))
         for written in self.every:
             self._keep_tested(written)
-            find_arguments(written, self.constructed)
+        experiments = Experiments(context, self.homes, constructed)
+        for written in self.every:
+            experiments.add(written)
+        for written in self.every:
+            find_arguments(written, experiments.arguments)
+        experiments.done()
 
     # Which modules there are.
 
@@ -332,15 +339,6 @@ def _parts_first(every: list[WrittenClass]) -> Iterator[WrittenClass]:
 
     for written in every:
         yield from visit(written)
-
-
-def plain_attribute(module: Any, name: str) -> Any:
-    """A number, text or None that a module or its config has; ABSENT if neither has."""
-    for held in (module, *vars(module).values()):
-        found = getattr(held, name, ABSENT)
-        if found is None or isinstance(found, bool | int | float | str):
-            return found
-    return ABSENT
 
 
 def _depth(path: str) -> int:

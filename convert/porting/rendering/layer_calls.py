@@ -27,10 +27,8 @@ _OPERATIONS = {
 
 
 # What normalises with running statistics, in eval mode.
-_NORMS = {
-    *("aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default"),
-    "last.batch_norm.default",
-}
+_LAST = "last.batch_norm.default"
+_NORMS = {"aten._native_batch_norm_legit_no_training.default", "aten.batch_norm.default", _LAST}
 
 
 class LayerCalls:
@@ -38,7 +36,7 @@ class LayerCalls:
     whose data has channels last."""
 
     def __init__(self, tree: Tree, last: Collection[str] = ()) -> None:
-        self.tree = tree
+        self.tree, self.last = tree, frozenset(last)
         self.texts: dict[str, LayerText] = {}
         self._sequences: dict[str, bool] = {}
         self.derived = self._derived()
@@ -47,7 +45,7 @@ class LayerCalls:
             layer = layer_text(module, axes, checked=path in self.derived) if path else None
             if layer is not None:
                 self.texts[path] = layer
-        self.norms = dict(self._norms(last))
+        self.norms = dict(self._norms())
         if last:
             self.texts |= dict.fromkeys(self._handed_on(), computed(lambda x: x))
         self.gone = {p for p in self.texts if self._is_gone(p)}
@@ -67,7 +65,7 @@ class LayerCalls:
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
 
-    def _norms(self, last: Collection[str]) -> Iterator[tuple[str, LayerText]]:
+    def _norms(self) -> Iterator[tuple[str, LayerText]]:
         """The modules whose classes derive from torch's BatchNorm and do something besides, by
         path: their own class derives from Flax's, and trains as that does."""
         calls: dict[str, list[Scope]] = {}
@@ -75,13 +73,15 @@ class LayerCalls:
             calls.setdefault(scope.path, []).append(scope)
         for path, scopes in calls.items():
             module = scopes[0].module
-            if path in self.texts or _torchs_norm(module) is None:
+            if path in self.texts or _torchs_norm(module) is None or self.tree.first(path) != path:
                 continue
-            axes: ImageAxes = "last" if self.tree.first(path) in last or path in last else "first"
-            layer = layer_text(module, axes, checked=True)
-            once = all(sum(self.is_norm(s, n) for n in s.items) == 1 for s in scopes)
-            if layer is not None and once and self.tree.first(path) == path:
-                yield path, layer
+            found = [[i for i in s.items if self.is_norm(s, i)] for s in scopes]
+            ops = {item.op for items in found for item in items if isinstance(item, GraphNode)}
+            if len(ops) == 1 and all(len(items) == 1 for items in found):
+                axes: ImageAxes = "last" if ops == {_LAST} else "first"
+                layer = layer_text(module, axes, checked=True)
+                if layer is not None:
+                    yield path, layer
 
     def is_norm(self, scope: Scope, item: GraphNode | Scope) -> bool:
         """Whether an operation is the normalisation that the class of this call derives from."""
@@ -146,7 +146,7 @@ class LayerCalls:
         while type(self.tree.modules[owner]).__module__ == "torch.nn.modules.container" and owner:
             owner = owner.rpartition(".")[0]
         tensors = [*self.tree.modules[path].parameters(), *self.tree.modules[path].buffers()]
-        return bool(tensors) and not _is_below(first, owner)
+        return bool(tensors) and not _is_below(first, self.tree.first(owner))
 
     def call_text(self, scope: Scope, target: str, text: Callable[[Any], str]) -> str | None:
         """The call of a layer; None for one that it cannot be called with. Arguments behind one

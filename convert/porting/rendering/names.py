@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from convert.porting.rendering.operands import SizeText
@@ -112,17 +112,18 @@ class Frames:
         return found
 
     def sizes(
-        self, item: Item, local: dict[str, int | str]
+        self, item: Item, local: dict[str, int | str], shapes: Mapping[str, Sequence[Any]]
     ) -> Iterator[tuple[SizeText, dict[str, Any]]]:
         """The numbers that the statements of an item mention, the innermost statement first. What
         a call around it was given counts where it is no small number, which others may be too."""
         found = self.place(item)
         for depth, frame in reversed(list(enumerate(found))):
-            known = local if depth == 0 else {}
+            known, arrays = (local, shapes) if depth == 0 else ({}, {})
             source, statement = source_file(frame.file), _statement(frame)
-            shapes = [source.tuple_of(name, frame.line) for name in sorted(mentioned(statement))]
-            for one in (statement, *shapes):
-                for text, attributes in named(one, self.scope.module, self.me, known):
+            tuples = [source.tuple_of(name, frame.line) for name in sorted(mentioned(statement))]
+            for one in (statement, *tuples):
+                found_here = named(one, self.scope.module, self.me, known, arrays)
+                for text, attributes in found_here:
                     small = isinstance(text.value, int) and text.value <= SMALL
                     if depth == len(found) - 1 or not small:
                         yield text, attributes

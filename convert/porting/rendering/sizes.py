@@ -6,8 +6,8 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from convert.porting.rendering.operands import SizeText, inside
@@ -91,24 +91,47 @@ def _number(x: ast.expr) -> int | None:
 
 
 def named(
-    statement: ast.stmt | None, module: Any, me: str, local: Values
+    statement: ast.stmt | None,
+    module: Any,
+    me: str,
+    local: Values,
+    shapes: Mapping[str, Sequence[Any]],
 ) -> Iterator[tuple[SizeText, dict[str, Any]]]:
     """The numbers that a statement of the source mentions, each with the attributes of the module
     that it mentions. `me` is what the source calls the module, `local` are the names of sizes that
-    are known."""
-    reading = _Reading(module, me, local)
+    are known, `shapes` those of arrays."""
+    reading = _Reading(module, me, local, shapes)
+    known = local.keys() | shapes.keys()
     if statement is None:
         return
+    for call in ast.walk(statement):
+        if isinstance(call, ast.Call):
+            yield from _beside(call, reading)
     for part in ast.walk(statement):
         if not isinstance(part, ast.Attribute | ast.Name | ast.BinOp | ast.Call):
             continue
         attributes: dict[str, Any] = {}
         value = reading.evaluated(part, attributes)
-        if value is not None and (attributes or _names(part) & local.keys()):
+        if value is not None and (attributes or _names(part) & known):
             yield (
                 SizeText(ast.unparse(_Flat(me).visit(ast.parse(ast.unparse(part)))), value),
                 attributes,
             )
+
+
+def _beside(call: ast.Call, reading: _Reading) -> Iterator[tuple[SizeText, dict[str, Any]]]:
+    """The arguments of a call that are one number, in order, where some are it by name and some
+    are the plain number: `x.view(n, 3, self.heads)` of three heads."""
+    values: list[tuple[ast.expr, Any, dict[str, Any]]] = []
+    for arg in call.args:
+        attributes: dict[str, Any] = {}
+        values.append((arg, reading.evaluated(arg, attributes), attributes))
+    plain = {v for arg, v, _ in values if isinstance(arg, ast.Constant) and type(v) is int}
+    named = {v for arg, v, held in values if held and type(v) is int}
+    for arg, value, attributes in values:
+        if value in plain & named:
+            text = ast.unparse(_Flat(reading.me).visit(ast.parse(ast.unparse(arg))))
+            yield SizeText(text, value), attributes
 
 
 def _names(part: ast.AST) -> set[str]:
@@ -122,14 +145,20 @@ class _Reading:
     module: Any
     me: str
     local: Values
+    shapes: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def evaluated(self, part: ast.expr, attributes: dict[str, Any]) -> Any:
         """The number that an expression is, or the size; None where it is neither. `attributes`
         gets those of the module that it mentions."""
         if isinstance(part, ast.Constant) and type(part.value) in (int, float):
             return part.value
+        if isinstance(part, ast.UnaryOp) and isinstance(part.op, ast.USub):
+            inner = self.evaluated(part.operand, attributes)
+            return -inner if isinstance(inner, int | float) else None
         if isinstance(part, ast.Name):
             return self.local.get(part.id)
+        if isinstance(part, ast.Call | ast.Subscript) and (size := self.size(part)) is not None:
+            return size
         if isinstance(part, ast.Attribute):
             found = self.attribute(part)
             if type(found) not in (int, float):
@@ -150,6 +179,14 @@ class _Reading:
             if isinstance(left, int | str) and isinstance(right, int | str):
                 return _unknown(part.op, left, right)
         return None
+
+    def size(self, part: ast.expr) -> Any:
+        """The size that `x.shape[1]` or `x.size(-1)` is of an array that is known."""
+        array, axis = _shape_of(part)
+        shape = self.shapes.get(array) if array is not None else None
+        if shape is None or axis is None or not -len(shape) <= axis < len(shape):
+            return None
+        return shape[axis]
 
     def attribute(self, part: ast.Attribute) -> Any:
         """The value of `self.heads`, `self.config.heads`."""
@@ -196,10 +233,17 @@ def same_size(a: Any, b: Any) -> bool:
 
 
 class _Flat(ast.NodeTransformer):
-    """`self.config.heads` as `self.heads`."""
+    """`self.config.heads` as `self.heads`, `x.size(1)` as `x.shape[1]`."""
 
     def __init__(self, me: str) -> None:
         self.me = me
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        array, axis = _shape_of(node)
+        if array is None or axis is None:
+            return self.generic_visit(node)
+        shape = ast.Attribute(ast.Name(array), "shape", ast.Load())
+        return ast.Subscript(shape, ast.Constant(axis), ast.Load())
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         x: ast.expr = node
