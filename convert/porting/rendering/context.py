@@ -48,10 +48,22 @@ class Context:
         self.taken |= {s.function.__name__ for s in tree.root.functions()}
         self._written = self._without_template()
         self.rules = self.written()
+        self._called: set[str] = set()  # the operations whose rules the file calls
+
+    def begin(self) -> None:
+        """Write all of it again."""
+        self._called.clear()
 
     def written(self, blocks: Iterable[tuple[str, str]] = ()) -> WrittenRules:
-        """The rules that the file holds, and these blocks of zoo.nn."""
+        """The rules that the file may call, and these blocks of zoo.nn."""
         return written(self._written, self.taken | self._classes, blocks)
+
+    def called(self, blocks: Iterable[tuple[str, str]] = ()) -> WrittenRules:
+        """Those that it does call, under the same names."""
+        ops = [op for op in self._written if op in self._called]
+        found = written(ops, self.taken | self._classes, blocks)
+        same = all(found.functions[op] == self.rules.functions[op] for op in ops)
+        return found if same else self.written(blocks)
 
     def call_text(
         self,
@@ -110,6 +122,8 @@ class Context:
             self._written = [*self._written, op]
             self.rules = self.written()
             raise Again
+        if found is None:
+            self._called.add(op)
         text = self.rules.call(op, out, args, kwargs) if found is None else found
         rule = find(op)
         if rule is not None and rule.random and KEYS in text:

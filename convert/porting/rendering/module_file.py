@@ -79,6 +79,7 @@ def module_file(
     moved = moved or Relaid(graph)
     context = Context(Tree(graph, module, home, moved.orders), by_name, module, moved)
     for _ in range(_ROUNDS):
+        context.begin()
         with contextlib.suppress(Again):
             functions = HelperFunctions(context)
             classes = Classes(context, constructed or {})
@@ -105,10 +106,10 @@ class _File:
         """The whole file."""
         classes = ["\n".join(self._function(f)) for f in self.functions]
         classes += ["\n".join(self._class(c)) for c in self.classes.every]
-        rules, more = self.context.rules, list(self.classes.imports)
+        rules, more = self.context.called(), list(self.classes.imports)
         if self.standalone:
             more, blocks = without_ours(more, "\n".join(classes))
-            rules = self.context.written(blocks)
+            rules = self.context.called(blocks)
         ours = rules.source.strip()  # blocks come last: the model is what is read
         parts = [*classes, ours] if self.standalone else [ours, *classes]
         parts = [self._kinds(), self._tuples(), *parts]
