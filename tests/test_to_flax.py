@@ -716,3 +716,17 @@ def test_untested_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"torch 3.0.0 is not tested: 2.11 to 2.13 are"):
         convert.to_flax(nn.Linear(2, 2), draw(2, 2))
     assert convert.to_flax(nn.Linear(2, 2), draw(2, 2), untested=True).report.verdict == "same"
+
+
+class Centres(nn.Module):
+    """Sizes that are rounded as floats: what holds for them is asked in torch's own functions."""
+
+    def forward(self, x: Any) -> Any:
+        centres = torch.arange(0.5, x.shape[1] // 4, device=x.device)
+        return x.sum(1) + centres.sum()
+
+
+def test_conditions_on_rounded_sizes_are_understood() -> None:
+    net = convert.to_flax(Centres(), torch.randn(2, 16))
+    x = torch.randn(3, 24)
+    np.testing.assert_allclose(net(x.numpy()), Centres()(x).numpy(), rtol=1e-5)

@@ -277,7 +277,8 @@ def _printed(expression: Any) -> Any:
         return int(expression)
     from torch.utils._sympy.printers import PythonPrinter
 
-    return str(PythonPrinter().doprint(expression))
+    printed = str(PythonPrinter().doprint(expression))  # torch's functions for its own symbols
+    return printed.replace("torch.sym_float(", "float(").replace("torch._sym_sqrt(", "math.sqrt(")
 
 
 _NUMBERS = re.compile(r"(?:SymInt|Scalar|float|Tensor)(?:\(\w+!?\))?(?:\[\d*\])?\?? ")

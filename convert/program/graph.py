@@ -153,11 +153,15 @@ def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
         return False
 
 
+# What expressions of sizes call.
+FUNCTIONS = {"math": math, "max": max, "min": min, "abs": abs, "round": round, "float": float}
+
+
 def evaluate(expression: int | str, sizes: Mapping[str, int]) -> Any:
     """An expression that sympy printed for Python, of sizes: our own text, nobody's input."""
     if isinstance(expression, int):
         return expression
-    return eval(expression, {"__builtins__": {}, "math": math, "max": max, "min": min}, dict(sizes))
+    return eval(expression, {"__builtins__": {}, **FUNCTIONS}, dict(sizes))
 
 
 def refs(x: Any) -> Iterator[int]:

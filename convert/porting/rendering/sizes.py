@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.porting.rendering.operands import SizeText, inside
 from convert.porting.rendering.source_lines import source_file
-from convert.program.graph import evaluate
+from convert.program.graph import FUNCTIONS, evaluate
 
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -259,7 +259,7 @@ def composed(expression: str, of_symbol: Callable[[str], str]) -> str:
 
     class Named(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.AST:
-            if node.id in ("math", "max", "min"):
+            if node.id in FUNCTIONS:
                 return node
             return ast.parse(inside(of_symbol(node.id)), mode="eval").body
 
