@@ -134,8 +134,9 @@ def same(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def shaken(module: Any, seed: int) -> Any:
-    """The module with each of its numbers moved by a rounding of float32, up or down."""
+def shaken(module: Any, seed: int, by: float = 2.0**-23) -> Any:
+    """The module with each of its numbers moved by a rounding, of float32 unless told otherwise, up
+    or down."""
     import torch
 
     other, generator = copy.deepcopy(module), torch.Generator().manual_seed(seed)
@@ -143,7 +144,7 @@ def shaken(module: Any, seed: int) -> Any:
         for x in (*other.parameters(), *other.buffers()):
             if x.is_floating_point():
                 signs = torch.randint(0, 2, x.shape, generator=generator).mul_(2).sub_(1)
-                x.mul_(1 + signs.to(x.dtype) * 2.0**-23)
+                x.mul_(1 + signs.to(x.dtype) * by)
     return other
 
 
@@ -156,11 +157,6 @@ def each(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
     if isinstance(inputs, dict):
         return {name: one(x) for name, x in inputs.items()}
     return tuple(map(one, inputs))
-
-
-def nudge(inputs: Inputs, by: float = 2.0**-23) -> Inputs:
-    """The inputs moved by a rounding, of float32 unless told otherwise."""
-    return each(inputs, lambda x: x * (1 + by) if x.is_floating_point() else x)
 
 
 def doubled(inputs: Inputs) -> Inputs:
