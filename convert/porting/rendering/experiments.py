@@ -26,8 +26,8 @@ from convert.porting.rendering.inits import (
     MadeVariable,
     skeleton,
     values,
-)  # fmt: skip
-from convert.porting.rendering.layer_text import ImageAxes, layer_text
+)
+from convert.porting.rendering.layer_text import layer_text
 from convert.porting.rendering.plain_attributes import plain_attribute
 from convert.porting.rendering.scopes import children
 from convert.porting.rendering.statements import Body
@@ -68,8 +68,7 @@ class Experiments:
         self.arguments |= {p: _plain(g) for p, g in every.items() if g is not None}
         for name, value in given.items():
             if type(value) is int and value > 1:
-                tries = (self._try(written, path, given, name, f) for f in _FACTORS)
-                next((True for found in tries if found), False)
+                any(self._try(written, path, given, name, f) for f in _FACTORS)
 
     def done(self) -> None:
         """Leave the tried instances out."""
@@ -181,10 +180,8 @@ class Experiments:
 
     def _layer(self, path: str, part: Any) -> Constructor:
         layers = self.context.layers
-        last = path in layers.last or self.context.tree.first(path) in layers.last
-        axes: ImageAxes = "last" if last else "first"
         checked = path in layers.derived or path in layers.norms
-        layer = layer_text(part, axes, checked=checked) if part is not None else None
+        layer = layer_text(part, layers.axes(path), checked=checked) if part is not None else None
         if layer is None or layer.constructor is None:
             raise _NotAlike
         return layer.constructor
@@ -217,9 +214,9 @@ def _made(cls: type, given: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None
 def _follow(bodies: Sequence[Body], changes: list[tuple[Any, Any]], factor: int) -> bool:
     """Whether all that changed did so in proportion, and no statement has any of it as a number, or
     one that the source has not and that may come from it."""
-    if any(type(a) is not int or b not in (a * factor, a / factor) for a, b in changes):
-        return False
     if not changes:
+        return False
+    if any(type(a) is not int or b not in (a * factor, a / factor) for a, b in changes):
         return False
     numbers: set[int] = set()
     for line in (line for body in bodies for line in body.lines):

@@ -33,11 +33,8 @@ class HelperFunctions:
         self.context = context
         self.every: list[WrittenFunction] = []
         for scope in _innermost_first(context.tree.root):
-            if not self._is_inside_layer(scope):
+            if scope.path not in context.layers.texts:  # a layer's own code is not written
                 self._enter(scope)
-
-    def _is_inside_layer(self, scope: Scope) -> bool:
-        return scope.path in self.context.layers.texts
 
     def _enter(self, scope: Scope) -> None:
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from convert.porting.rendering.constructor import LayerText
-from convert.porting.rendering.layer_text import ImageAxes, layer_text
+from convert.porting.rendering.layer_text import ImageAxes, layer_text, torch_class
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.renderers import computed
 from convert.porting.rendering.scopes import Scope, Tree, children
@@ -41,8 +41,8 @@ class LayerCalls:
         self._sequences: dict[str, bool] = {}
         self.derived = self._derived()
         for path, module in tree.modules.items():
-            axes: ImageAxes = "last" if tree.first(path) in last or path in last else "first"
-            layer = layer_text(module, axes, checked=path in self.derived) if path else None
+            checked = path in self.derived
+            layer = layer_text(module, self.axes(path), checked=checked) if path else None
             if layer is not None:
                 self.texts[path] = layer
         self.norms = dict(self._norms())
@@ -65,6 +65,10 @@ class LayerCalls:
             found[scope.path] = found.get(scope.path, True) and good
         return {path for path, good in found.items() if good}
 
+    def axes(self, path: str) -> ImageAxes:
+        """Where the data of a layer has its channels."""
+        return "last" if path in self.last or self.tree.first(path) in self.last else "first"
+
     def _norms(self) -> Iterator[tuple[str, LayerText]]:
         """The modules whose classes derive from torch's BatchNorm and do something besides, by
         path: their own class derives from Flax's, and trains as that does."""
@@ -73,7 +77,8 @@ class LayerCalls:
             calls.setdefault(scope.path, []).append(scope)
         for path, scopes in calls.items():
             module = scopes[0].module
-            if path in self.texts or _torchs_norm(module) is None or self.tree.first(path) != path:
+            known = path in self.texts or self.tree.first(path) != path
+            if known or not _derives_from_norm(module):
                 continue
             found = [[i for i in s.items if self.is_norm(s, i)] for s in scopes]
             ops = {item.op for items in found for item in items if isinstance(item, GraphNode)}
@@ -228,12 +233,10 @@ def _is_tuples(nesting: Nesting) -> bool:
     return nesting.kind in (LEAF, "tuple") and all(map(_is_tuples, nesting.parts))
 
 
-def _torchs_norm(module: Any) -> str | None:
-    """The class of torch's BatchNorm that a module's class derives from, and is not."""
-    names = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
-    found = next((c for c in type(module).__mro__ if c.__name__ in names), None)
-    own = found is type(module) or found is None or not found.__module__.startswith("torch.")
-    return None if own or found is None else found.__name__
+def _derives_from_norm(module: Any) -> bool:
+    """Whether a module's class derives from torch's BatchNorm, and is not it."""
+    base = torch_class(module)
+    return base not in (None, type(module)) and "BatchNorm" in getattr(base, "__name__", "")
 
 
 def _layer_class(module: Any) -> str:
