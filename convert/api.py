@@ -319,7 +319,7 @@ def port(
     *,
     others: Sequence[Any] = (),
     level: Level | None = None,
-    image_axes: Literal["first", "last"] = "first",
+    image_axes: Literal["last", "first"] = "last",
     verify: bool = True,
     untested: bool = False,
     standalone: bool = False,
@@ -333,11 +333,11 @@ def port(
     zoo.nn only, and is yours. With `standalone` it holds what it uses of zoo.nn, and imports jax
     and flax only.
 
-    With `image_axes` "last", images have their channels last in it, as Flax's layers want them: the
-    convolutions are Flax's own, and the source takes (B, H, W, C) where torch's module takes
-    (B, C, H, W), and gives images so; `inputs` have torch's axes all the same. Where torch's order
-    is needed inside, a transpose says why. "first" leaves all axes. A model without layers of
-    images has torch's axes in either case.
+    Images have their channels last in it, as Flax's layers want them: the convolutions are Flax's
+    own, and the source takes (B, H, W, C) where torch's module takes (B, C, H, W), and gives images
+    so; `inputs` have torch's axes all the same. Where torch's order is needed inside, a transpose
+    says why. With `image_axes` "first" all axes are torch's; they are in either case in a model
+    without layers of images.
 
     With `verify`, the source is imported afresh and its outputs are held against torch's in float32
     and float64, at these sizes and at others. With `level`, the two modules are compared by

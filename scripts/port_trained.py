@@ -2,23 +2,30 @@
 
 In float64 and in train mode, with every dropout at 0: the gradients of a loss, then five steps of
 SGD with momentum, and what they leave in the parameters and in the running statistics. Within 1e-10
-of the scale of all of them, or 8 times what torch itself does when its weights move by a rounding.
-Then with dropout as it was: the outputs of two keys differ, those of one key do not.
+of the scale of all of them, or 8 times what torch itself does when its weights move by a rounding:
+three times, and nine times more before anything is called wrong, as such noise may grow a
+hundredfold a step, and jumps where a ReLU lets through what it did not.
+Then with dropout as it was: the outputs of some keys differ, those of one key do not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from port_judge import CLOSE, Inputs, called, doubled, shaken
 
 STEPS, RATE, MOMENTUM = 5, 1e-2, 0.9
+SAMPLES = (3, 12)  # of torch's own noise: the second where the first does not explain a gap
 _RATES = (
     "p", "drop_prob", "dropout", "dropout_prob", "attention_dropout", "activation_dropout",
     "attn_dropout", "drop_path", "layerdrop", "drop_path_rate", "dropout_p", "hidden_dropout",
 )  # fmt: skip
+KEYS = 24  # that are tried for one which drops something else
 Tensors = dict[str, np.ndarray]
 
 
@@ -36,26 +43,21 @@ def trained(module: Any, inputs: Inputs) -> dict[str, Any]:
     except ZooError as e:
         return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
     gradients, after = torch_steps(copy.deepcopy(module), inputs)
-    noise = [
-        torch_steps(shaken(module, seed, 2.0**-52), inputs)
-        for seed in range(3)  # norms undo what scales their inputs
-    ]
     try:
         ours, final = flax_steps(net, inputs)
     except ZooError as e:
         return {"outcome": "refused", "why": e.problem, "details": list(e.details)[:12]}
-    worst = 0.0
-    for kind, a, b, others in (
-        ("gradient", gradients, ours, [g for g, _ in noise]),
-        ("after five steps", after, final, [f for _, f in noise]),
-    ):
-        scale = max((float(np.abs(x).max(initial=0)) for x in a.values()), default=1.0) or 1.0
-        for name, x in a.items():
-            own = max(float(np.abs(x - o[name]).max(initial=0)) for o in others)
-            gap = float(np.abs(x - b[name]).max(initial=0))
-            worst = max(worst, gap / scale)
-            if not gap <= max(CLOSE * scale, 8 * own):
-                return {"outcome": "wrong", "why": f"{kind} of {name}: {gap / scale:.2g}"}
+    noise: list[tuple[Tensors, Tensors]] = []
+    for samples in SAMPLES:
+        noise += [
+            torch_steps(shaken(module, seed, 2.0**-52), inputs)
+            for seed in range(len(noise), samples)  # norms undo what scales their inputs
+        ]
+        worst, wrong = compared((gradients, after), (ours, final), noise)
+        if not wrong:
+            break
+    else:
+        return {"outcome": "wrong", "why": wrong}
     statistics = [n for n in after if n.endswith(("running_mean", "running_var"))]
     found = {"outcome": "right", "worst": worst, "trained": len(gradients)}
     found["statistics"] = len(statistics)
@@ -68,6 +70,25 @@ def trained(module: Any, inputs: Inputs) -> dict[str, Any]:
         if found["dropout"] != "drops":
             found |= {"outcome": "wrong", "why": f"dropout: {found['dropout']}"}
     return found
+
+
+def compared(
+    torchs: tuple[Tensors, Tensors],
+    ours: tuple[Tensors, Tensors],
+    noise: list[tuple[Tensors, Tensors]],
+) -> tuple[float, str]:
+    """The worst gap of gradients and of the final state, and what of them is too far apart."""
+    worst = 0.0
+    for kind, i in (("gradient", 0), ("after five steps", 1)):
+        a, b = torchs[i], ours[i]
+        scale = max((float(np.abs(x).max(initial=0)) for x in a.values()), default=1.0) or 1.0
+        for name, x in a.items():
+            own = max(float(np.abs(x - n[i][name]).max(initial=0)) for n in noise)
+            gap = float(np.abs(x - b[name]).max(initial=0))
+            worst = max(worst, gap / scale)
+            if not gap <= max(CLOSE * scale, 8 * own):
+                return worst, f"{kind} of {name}: {gap / scale:.2g}"
+    return worst, ""
 
 
 def without_dropout(module: Any) -> int:
@@ -88,6 +109,19 @@ def weights(outputs: list[Any]) -> list[np.ndarray]:
     return [rng.standard_normal(x.shape) / max(x.size, 1) for x in outputs]
 
 
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """hardsigmoid by its formula: torch's own multiplies gradients of 64 bits by a sixth of 32."""
+    from torch.nn import functional
+
+    def hardsigmoid(x: Any, inplace: bool = False) -> Any:
+        return functional.relu6(x + 3) / 6
+
+    with mock.patch.object(functional, "hardsigmoid", hardsigmoid):
+        yield
+
+
+@exact()
 def torch_steps(module: Any, inputs: Inputs) -> tuple[Tensors, Tensors]:
     """The gradients of the first step, and the state after the last."""
     import torch
@@ -175,15 +209,16 @@ def drops(net: Any, inputs: Inputs) -> str:
         )
         return [np.asarray(x) for x in jax.tree.leaves(made) if hasattr(x, "dtype")]
 
+    def same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
+        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
     statistics = nnx.clone(net)
-    one, two = run(0), run(1)
+    one = run(0)
     nnx.update(net, nnx.state(statistics))
-    again = run(0)
-    if all(np.array_equal(a, b) for a, b in zip(one, two, strict=True)):
-        return "nothing is dropped"
-    if not all(np.array_equal(a, b) for a, b in zip(one, again, strict=True)):
+    if not same(one, run(0)):
         return "one key gives two results"
-    return "drops"
+    # What drops a whole branch of few images now and then does so at some keys only.
+    return "drops" if any(not same(one, run(key)) for key in range(1, KEYS)) else "drops nothing"
 
 
 def _named(inputs: Inputs) -> dict[Any, Any]:

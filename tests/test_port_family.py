@@ -33,7 +33,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]
         folder = tmp_path_factory.mktemp("families")
         patch.syspath_prepend(str(folder))
         for name, (factory, x) in CALLS.items():
-            port = convert.port(factory, x, verify=False)
+            port = convert.port(factory, x, image_axes="first", verify=False)
             written = save_family(port, factory, folder / name)
             assert [p.name for p in written] == [
                 "__init__.py", "config.py", "layout.py", "model_torch.py", "model_flax.py",
@@ -100,6 +100,13 @@ def test_what_cannot_be_a_family_is_refused(
     (tmp_path / "here").mkdir()
     with pytest.raises(UsageError, match=told):
         check_family(tmp_path / name, factory)
+
+
+def test_a_family_has_torchs_axes(tmp_path: Path) -> None:
+    port = convert.port(Pooled, CALLS["toy_pooled"][1], verify=False)
+    with pytest.raises(UsageError, match="cannot be a family") as e:
+        save_family(port, Pooled, tmp_path / "toy")
+    assert any("image_axes='first'" in told for told in e.value.details)
 
 
 def test_a_table_beside_the_source_is_no_family(tmp_path: Path) -> None:

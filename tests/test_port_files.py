@@ -90,7 +90,7 @@ def imported(source: str) -> set[str]:
 
 def test_a_file_that_stands_alone_runs_where_zoo_is_not(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 6, 8)).astype(np.float32)
-    port = convert.port(Net(), x, standalone=True, verify=False)
+    port = convert.port(Net(), x, image_axes="first", standalone=True, verify=False)
     assert imported(port.source) <= set(sys.stdlib_module_names) | {"jax", "flax", "numpy"}
     assert "Apache-2.0" in port.source
     port.save(tmp_path / "clash_flax.py", weights=False)
@@ -103,6 +103,21 @@ def test_a_file_that_stands_alone_runs_where_zoo_is_not(tmp_path: Path) -> None:
         env={"PYTHONPATH": "", "JAX_PLATFORMS": "cpu"}, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+class Pools(nn.Module):
+    """What zoo.nn has functions for, where channels are last."""
+
+    def forward(self, x: Any) -> Any:
+        x = nn.functional.adaptive_avg_pool2d(x, (3, 4))
+        return nn.functional.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+
+
+def test_functions_on_images_are_written_in_too() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 6, 8)).astype(np.float32)
+    port = convert.port(Pools(), x, standalone=True)
+    assert imported(port.source) <= set(sys.stdlib_module_names) | {"jax", "flax", "numpy"}
+    assert "def adaptive_avg_pool(" in port.source
 
 
 def test_every_block_can_be_written_alone() -> None:

@@ -39,7 +39,7 @@ def test_and_its_statistics_are_torchs_in_training(stem: Port) -> None:
     torch.manual_seed(0)
     net, module, x = stem.net(), Stem(), drawn(4, 3, 8, 8)
     net.train()
-    made = net(x)
+    made = net(x.transpose(0, 2, 3, 1))
     with torch.no_grad():
         wanted = module.train()(torch.from_numpy(x))
     np.testing.assert_allclose(made, wanted.numpy(), atol=1e-5)

@@ -50,9 +50,8 @@ _SHOWN = 40  # lines of a difference
 @click.option(
     "--image-axes",
     type=click.Choice(["last", "first"]),
-    default="first",
-    show_default=True,
-    help="Where images have their channels in the source: last as in Flax, first as in PyTorch.",
+    help="Where images have their channels in the source: last as in Flax (the default), or first "
+    "as in PyTorch, and as a family has them.",
 )
 @click.option("--test", is_flag=True, help="Write a parity test for pytest too.")
 @click.option(
@@ -117,7 +116,8 @@ def port(
             check_family(Path(path), definition)
         made = run(
             definition, inputs, weights,
-            others=others, level=compared, image_axes=image_axes, verify=not no_verify,
+            others=others, level=compared, verify=not no_verify,
+            image_axes=image_axes or ("first" if family else "last"),
             standalone=standalone,
         )  # fmt: skip
         written = save_family(made, definition, path) if family else made.save(path, test=test)

@@ -172,6 +172,8 @@ def _check(port: Port) -> None:
         for t in e.torch
     ]
     told += [f"{n} is no array" for n, x in port.inputs.items() if not hasattr(x, "shape")]
+    if port.moved.orders:
+        told.append("its images have their channels last: port it with image_axes='first'")
     if port.file.arrays:
         told.append(f"tables that no expression gives: {', '.join(port.file.arrays)}")
     if told:

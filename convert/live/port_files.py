@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class Port(PortedSource):
     def save(self, path: str | Path, test: bool = False, weights: bool = True) -> list[Path]:
         """Write the source to `path` (NAME.py), and beside it NAME.layout.json, NAME.safetensors
         (with `weights`), NAME.report.html where there is a report, NAME.npz where the source reads
-        arrays, and with `test` test_NAME.py, a parity test for pytest. Gives what was written.
+        arrays, and with `test` test_NAME.py, a parity test for pytest, with the inputs of one call,
+        those of a port with channels last once more. Gives what was written.
 
         A file of source that was edited since it was written is left alone: the new one is
         NAME.py.new. UsageError for a name that cannot be imported, and for a `test` of a module
@@ -62,16 +63,17 @@ class Port(PortedSource):
 
     def _write_test(self, path: Path) -> list[Path]:
         of = type(self.module)
-        inputs = path.with_name(f"test_{path.stem}.npz")
-        np.savez(inputs, **{n: to_numpy(x) for n, x in leaves(self.inputs).items()})  # type: ignore[arg-type]
+        inputs = [_write_inputs(path.with_name(f"test_{path.stem}.npz"), self.inputs)]
+        if self.moved.inputs:
+            there = path.with_name(f"test_{path.stem}_channels_last.npz")
+            inputs.append(_write_inputs(there, self.flax_inputs()))
         made = path.with_name(f"test_{path.stem}.py")
         text = _TEST.format(
             stem=path.stem, model=self.model, module=module_name(of), name=of.__qualname__,
-            inputs=inputs.name, weights=path.with_suffix(".safetensors").name,
-            call=_call(self.moved.inputs, inputs.name),
-            numpy="import numpy as np\n" if self.moved.inputs else "",
+            weights=path.with_suffix(".safetensors").name,
+            given=", flax_inputs=".join(f'HERE / "{file.name}"' for file in inputs),
         )  # fmt: skip
-        return [_write_source(made, text), inputs]
+        return [_write_source(made, text), *inputs]
 
 
 def check_name(path: Path) -> None:
@@ -86,7 +88,7 @@ _TEST = '''"""Whether {stem}.py is still the same model as {module}.{name}."""
 
 from pathlib import Path
 
-{numpy}import {module}
+import {module}
 import {stem}
 
 import convert
@@ -98,21 +100,14 @@ HERE = Path(__file__).parent
 def test_it_is_the_same_model() -> None:
     torch_net = convert.load(HERE / "{weights}", "torch", {module}.{name})
     flax_net = convert.load(HERE / "{weights}", "flax", {stem}.{model})
-{call}
+    assert_same(torch_net, flax_net, {given})
 '''
 
 
-def _call(moved: Mapping[str, tuple[int, ...]], inputs: str) -> str:
-    """The lines that compare; with images as the port takes them."""
-    if not moved:
-        return f'    assert_same(torch_net, flax_net, HERE / "{inputs}")'
-    images = ", ".join(f'"{n}": inputs["{n}"].transpose{o}' for n, o in moved.items())
-    return (
-        f'    with np.load(HERE / "{inputs}") as file:\n'
-        "        inputs = dict(file)\n"
-        f"    images = {{{images}}}  # channels last\n"
-        "    assert_same(torch_net, flax_net, inputs, flax_inputs=inputs | images)"
-    )
+def _write_inputs(path: Path, inputs: Any) -> Path:
+    """Write the arrays of a call, by dotted names."""
+    np.savez(path, **{n: to_numpy(x) for n, x in leaves(inputs).items()})  # type: ignore[arg-type]
+    return path
 
 
 def _write_source(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from convert.program.graph import Graph, GraphNode, mapped
@@ -57,7 +58,7 @@ class Evaluation:
         for node in graph.nodes:
             if node.op in self.functions:
                 continue
-            found = _function(node.op, rules)
+            found = function_of(node.op, rules)
             if found is None:
                 missing.setdefault(node.op, []).append(node)
             else:
@@ -96,8 +97,9 @@ class Evaluation:
         return results, {n: given(r) for n, r in self.graph.mutations.items()}
 
 
-def _function(op: str, rules: Mapping[str, Function]) -> Function | None:
-    """What an operation is: the user's rule, Python's on sizes, a call that stays whole, ours."""
+def function_of(op: str, rules: Mapping[str, Function] = MappingProxyType({})) -> Any:
+    """What an operation is: the user's rule, Python's on sizes, a call that stays whole, ours;
+    None where there is nothing."""
     if op in rules:
         return rules[op]
     if op in _SIZES:

@@ -335,7 +335,7 @@ def _ones(pair: LivePair, call: BoundArguments, exact: _Exact, report: Ported) -
 
 
 def _baked(graph: Graph) -> Iterator[str]:
-    """What another call cannot change, in words."""
+    """What every call must have in common with the traced one, in words."""
     for p in graph.of_kind("input"):
         fixed = [f"axis {a} is {s}" for a, s in enumerate(p.shape) if isinstance(s, int)]
         if fixed:

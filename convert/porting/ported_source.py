@@ -93,13 +93,13 @@ def ported(
     arguments: dict[str, dict[str, Any]],
     *,
     others: Sequence[Any] = (),
-    image_axes: ImageAxes = "first",
+    image_axes: ImageAxes = "last",
     verify: bool = True,
     untested: bool = False,
     standalone: bool = False,
 ) -> PortedSource:
     """What `convert.port` does of a torch module that holds its weights; `arguments` are those of
-    `made_of`. With `image_axes` "last" the source takes and gives images with channels last."""
+    `made_of`. Unless `image_axes` is "first" the source takes and gives images channels last."""
     check_version(untested)
     if image_axes not in ("first", "last"):
         raise UsageError(f"there is no image_axes {image_axes!r}", "it is 'last' or 'first'")
@@ -197,7 +197,7 @@ def _header(module: Any, proved: Ported, standalone: bool) -> str:
     ]
     lines += [f"  {sizes}" for sizes in proved.rows]
     if proved.baked:
-        lines += ["", "Another call cannot change:"]
+        lines += ["", "Right for calls in which:"]
         lines += [f"  {printable(b)}" for b in proved.baked]
     if proved.notices:
         lines += ["", *(f"{printable(n)}." for n in proved.notices)]

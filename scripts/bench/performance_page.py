@@ -91,7 +91,7 @@ def plot_growth(points: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(DOCS / "growth.png", dpi=110)
+    figure.savefig(DOCS / "growth.png", dpi=110, bbox_inches="tight")
 
 
 def plot(jobs: dict[str, dict[str, Any]]) -> None:
@@ -111,7 +111,7 @@ def plot(jobs: dict[str, dict[str, Any]]) -> None:
     axes.set_xlabel("times what it is held against (red: at most)")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    figure.savefig(DOCS / "performance.png", dpi=110)
+    figure.savefig(DOCS / "performance.png", dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from convert.program.operations import Program
 
 _PAIRED = 1.35  # edits that cost more are not tried in pairs
 _NEUTRAL = 0.5  # edits that cost less change nothing by themselves
-BUSY = 3  # times the budget by the clock, where other processes take the processor
+BUSY = 10  # times the budget by the clock, where other processes take the processor
 _SPREAD = 0.25  # after a first fit, how much dearer edits are still looked at
 
 

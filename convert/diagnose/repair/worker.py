@@ -6,6 +6,7 @@ being tried stands in a file, so that a second process can leave out one that en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -19,6 +20,7 @@ from convert.diagnose.repair.search import BUSY, Answer, Problem, search
 
 _STARTS = 3  # processes at most
 _STARTING = 20.0  # seconds that a process may take to start, beside its search
+_OVER = 10  # seconds of computing that the last candidate of a search may take beyond its budget
 
 
 class Worker:
@@ -76,6 +78,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     problem: Problem = pickle.load(sys.stdin.buffer)
+    _limit(int(time.process_time() + problem.seconds) + _OVER)
     with open(sys.argv[1], "wb", buffering=0) as file:
 
         def note(number: int) -> None:
@@ -83,6 +86,14 @@ def main() -> None:
 
         answer = search(problem, note)
     sys.stdout.buffer.write(pickle.dumps(answer))
+
+
+def _limit(seconds: int) -> None:
+    """End this process once it has computed so long: one candidate may never come back."""
+    with contextlib.suppress(ImportError):  # not every system has it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 
 
 if __name__ == "__main__":

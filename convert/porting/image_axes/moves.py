@@ -72,9 +72,9 @@ class Relaying:
         elif kind not in ("same", "image", "bare") or (kind != "same" and view is None):
             kind = "plain"
         if kind in ("image", "bare"):
-            out.layers.add(layer.path)
+            out.layers.add(self.tree.first(layer.path))
         elif kind == "plain":
-            out.others.add(layer.path)
+            out.others.add(self.tree.first(layer.path))
         if kind == "image":
             order = last(len(order))
         elif kind != "same":

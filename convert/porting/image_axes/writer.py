@@ -8,6 +8,7 @@ from typing import Any
 from convert.porting.image_axes.channels_last import channels_last
 from convert.porting.image_axes.image_layer_axes import NoSuchAxes
 from convert.porting.image_axes.moved import Relaid
+from convert.porting.plain_masks import plain_masks
 from convert.porting.rendering.module_file import ModuleFile, module_file
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.program.graph import Graph
@@ -51,6 +52,7 @@ class Writer:
         return self._written(graph)[0]
 
     def _written(self, graph: Graph) -> tuple[ModuleFile, Relaid]:
+        graph = plain_masks(graph)
         found = channels_last(graph, self.module, self.layout) if self.last else None
         moved = found or Relaid(graph)
         layout = moved.layout(self.layout)

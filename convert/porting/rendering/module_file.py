@@ -23,6 +23,7 @@ from convert.porting.rendering.helper_functions import HelperFunctions, WrittenF
 from convert.porting.rendering.inits import BASE
 from convert.porting.rendering.loops import Loop, rolled
 from convert.porting.rendering.not_rendered import Again, NotRendered
+from convert.porting.rendering.number_text import Numbers
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Scope, Tree, children
 from convert.porting.rendering.statements import Body, Line, tidied
@@ -106,7 +107,8 @@ class _File:
         """The whole file."""
         classes = ["\n".join(self._function(f)) for f in self.functions]
         classes += ["\n".join(self._class(c)) for c in self.classes.every]
-        rules, more = self.context.called(), list(self.classes.imports)
+        rules = self.context.called()
+        more = [*self.classes.imports, *self._pools("\n".join(classes))]
         if self.standalone:
             more, blocks = without_ours(more, "\n".join(classes))
             rules = self.context.called(blocks)
@@ -137,6 +139,14 @@ class _File:
         norms = frozenset(self.context.layers.norms)
         return ModuleFile(source, model, self.context.held.arrays, statements, draws, layers, norms)
 
+    def _pools(self, body: str) -> Iterator[str]:
+        """The imports of functions on images with channels last."""
+        if self.context.moved.orders:
+            for name in _POOLS:
+                called = re.search(rf"(?<![.\w]){name}\(", body)
+                if called and name not in self.context.rules.names:
+                    yield f"from zoo.nn.pool_flax import {name}"
+
     def _imports(self, body: str, more: list[str]) -> list[str]:
         words = set(re.findall(r"\w+", body))
         known = {
@@ -151,10 +161,6 @@ class _File:
             "Array": "from jax import Array",
         }
         lines = {"from __future__ import annotations", "from flax import nnx"}
-        if self.context.moved.layers:
-            called = {n for n in _POOLS if re.search(rf"(?<![.\w]){n}\(", body)}
-            called -= self.context.rules.names
-            known |= {n: f"from zoo.nn.pool_flax import {n}" for n in called}
         lines |= {line for name, line in known.items() if name in words}
         lines |= set(more)
         if self.context.held.arrays:
@@ -195,8 +201,15 @@ class _File:
         yield f"class {written.name}({base}):"
         yield f'{INDENT}"""From {of}."""'
         yield ""
+        if written.body is None:
+            yield f"{INDENT}# It only holds its parts: the traced call does not call it."
+            yield ""
         if written.whole():
             yield from self._init(written)
+            yield ""
+        elif "" in written.made:  # the model itself, which whoever makes it gives keys
+            yield f"{INDENT}def __init__(self, *, rngs: nnx.Rngs) -> None:"
+            yield f"{INDENT * 2}del rngs  # nothing is drawn"
             yield ""
         if written.body is not None:
             yield from self._call(written, written.body)
@@ -300,7 +313,7 @@ def _type(values: Any) -> str:
 def _plain(text: str) -> str:
     """A statement or expression without parentheses that are not needed."""
     try:
-        return ast.unparse(Subscripts().visit(ast.parse(text)))
+        return ast.unparse(Numbers().visit(Subscripts().visit(ast.parse(text))))
     except SyntaxError as e:
         raise AssertionError(f"{text}: {e}") from e
 

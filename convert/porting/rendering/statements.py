@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,7 +50,7 @@ class Body:
 
 def tidied(lines: Sequence[Line]) -> list[Line]:
     """The statements without those that do nothing."""
-    return _renamed(_without_no_ops(_without_dead_copies(lines)))
+    return _renamed(_without_no_ops(_without_swaps(_without_dead_copies(lines))))
 
 
 def _without_dead_copies(lines: Sequence[Line]) -> list[Line]:
@@ -95,6 +96,49 @@ def _renamed(lines: Sequence[Line]) -> list[Line]:
         if not _is_read(copy.text, kept[at + 1 :]):
             kept[at - 1 : at + 1] = [replace(before, targets=copy.targets)]
     return kept
+
+
+def _without_swaps(lines: Sequence[Line]) -> list[Line]:
+    """The statements without axes that are swapped where a name is given, and swapped back wherever
+    that is read."""
+    kept = list(lines)
+    for at, line in enumerate(kept):
+        swapped = _swapped(line.text)
+        if swapped is None or len(line.targets) != 1 or line.guard:
+            continue
+        inner, (a, b) = swapped
+        back = re.compile(
+            rf"(?<![\w.'\"]){line.targets[0]}\.swapaxes\(({a}, {b}|{b}, {a})\)"
+        )
+        after = list(_until_given_anew(line.targets[0], kept[at + 1 :]))
+        rest = [back.sub("", x.text) for x in after]
+        if any(x.guard for x in after):
+            continue
+        if all(line.targets[0] not in words(text) for text in rest):
+            kept[at] = replace(line, text=inner)
+            for i, x in enumerate(after, at + 1):
+                kept[i] = replace(x, text=back.sub(line.targets[0], x.text))
+    return kept
+
+
+def _until_given_anew(name: str, after: Sequence[Line]) -> Iterator[Line]:
+    for line in after:
+        yield line
+        if name in line.targets:
+            return
+
+
+def _swapped(text: str) -> tuple[str, tuple[str, str]] | None:
+    """An expression whose last step is to swap two axes: what it swaps them of, and which."""
+    if not text.endswith(")") or ".swapaxes(" not in text:
+        return None
+    node = ast.parse(text, mode="eval").body
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return None
+    if node.func.attr != "swapaxes" or len(node.args) != 2:
+        return None
+    a, b = map(ast.unparse, node.args)
+    return ast.unparse(node.func.value), (a, b)
 
 
 def _is_no_op(line: Line) -> bool:

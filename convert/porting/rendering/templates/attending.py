@@ -6,9 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from convert.porting.plain_masks import ATTENTION, TRI
 from convert.porting.rendering.operands import Operand
 from convert.porting.rendering.templates import template
-from convert.porting.rendering.templates.writing import kind, known, number, one_dtype, same_shape
+from convert.porting.rendering.templates.writing import (
+    kind,
+    known,
+    number,
+    one_dtype,
+    same_shape,
+    sizes_text,
+)
 
 
 @template("aten.rms_norm.default")
@@ -23,7 +31,15 @@ def rms_norm(
     return y if weight is None else f"{y} * {weight}"
 
 
-@template("aten.scaled_dot_product_attention.default")
+@template(TRI)
+def tri(size: Sequence[Any]) -> str:
+    text = f"jnp.tri({size[-1]}, dtype=bool)"
+    if not all(n == 1 for n in size[:-2]):
+        return f"jnp.broadcast_to({text}, {sizes_text(size)})"
+    return f"{text}[{', '.join(['None'] * (len(size) - 2))}]" if len(size) > 2 else text
+
+
+@template(ATTENTION)
 def attention(
     q: Operand,
     k: Operand,
@@ -42,9 +58,7 @@ def attention(
     if attn_mask is not None and attn_mask.dtype not in ("bool", q.dtype):
         return None
     width = q.shape[-1]
-    if scale is None and not isinstance(width, int):
-        return None
-    own = isinstance(width, int) and (scale is None or scale == 1 / math.sqrt(width))
+    own = scale is None or (isinstance(width, int) and scale == 1 / math.sqrt(width))
     if _fused(q, k, v) and attn_mask is None:
         more = ", is_causal=True" if is_causal else ""
         more += "" if own else f", scale={number(scale)}"
@@ -67,11 +81,14 @@ def _fused(q: Operand, k: Operand, v: Operand) -> bool:
 def _steps(
     q: Operand, k: Operand, v: Operand, mask: Operand | None, causal: bool, scale: float | None
 ) -> str | None:
-    root = math.sqrt(q.shape[-1])  # type: ignore[arg-type]
+    width = q.shape[-1]
     if scale is not None:
         factor = f" * {number(scale)}"
+    elif not isinstance(width, int):
+        factor = f" / math.sqrt({q}.shape[-1])"
     else:
-        factor = f" / {int(root)}" if root.is_integer() else f" / math.sqrt({q.shape[-1]})"
+        root = math.sqrt(width)
+        factor = f" / {int(root)}" if root.is_integer() else f" / math.sqrt({width})"
     scores = f"{q} @ {k}.swapaxes(-2, -1){factor}"
     where = ""
     if causal:

@@ -1,0 +1,216 @@
+"""Masks that index arithmetic makes, as what they are: every position, none, or no later one.
+
+A library that builds masks for all its models compares ranges with ranges, through functions of
+functions. What such an array is follows from sizes alone. It is computed at several sizes; where it
+is one of the known masks at all of them, it is written as that, and attention takes it so: without
+a mask, or causal. The proof of a port, at sizes of its own, then holds it against torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.porting.evaluate import function_of
+from convert.program.graph import (
+    ArrayType,
+    Graph,
+    GraphNode,
+    ValueRef,
+    evaluate,
+    live,
+    mapped,
+    refs,
+)
+
+TRI = "zooconvert.tri.default"  # True up to the diagonal of the last two axes
+ATTENTION = "aten.scaled_dot_product_attention.default"
+_SHORT = 3  # operations: a causal mask of so few reads well as it is
+_TRIED = ((5, 7, 6, 9, 8, 11), (8, 6, 11, 5, 7, 9), (12, 16, 24, 8, 20, 4), (4, 8, 16, 12, 6, 2))
+_ENOUGH = 2  # trials that must agree
+_MASKED = -1e4  # a number from here on is added to what is not to be seen
+_SEEN, _UNSEEN, _CAUSAL = "seen", "unseen", "causal"
+_ADD, _WHERE = "aten.add.Tensor", "aten.where.self"
+
+
+def plain_masks(graph: Graph) -> Graph:
+    """The graph with masks of sizes alone as what they are."""
+    masks = _Masks(graph)
+    nodes = [masks.rewritten(node) for node in graph.nodes]
+    if nodes == graph.nodes:
+        return graph
+    wanted = set(refs((graph.results, graph.mutations)))
+    return dataclasses.replace(graph, nodes=live(nodes, wanted))
+
+
+class _Masks:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.types = graph.types
+        self.steps: dict[int, int] = {}  # arrays of sizes alone -> the operations behind each
+        for node in graph.nodes:
+            taken = [v for v in refs((node.args, node.kwargs)) if self._is_array(v)]
+            drawn = getattr(function_of(node.op), "random", False)
+            if self._is_array(node.made) and all(v in self.steps for v in taken) and not drawn:
+                self.steps[node.made] = 1 + sum(self.steps[v] for v in taken)
+        self.found = self._known() if self._asked() else {}
+
+    def _is_array(self, value: int) -> bool:
+        return isinstance(self.types.get(value), ArrayType | list)
+
+    def _asked(self) -> bool:
+        """Whether anything takes an array of sizes alone that may be a mask."""
+        return any(
+            v in self.steps and self._may_be(v)
+            for node in self.graph.nodes
+            if node.made not in self.steps
+            for v in refs((node.args, node.kwargs))
+        )
+
+    def _may_be(self, value: int) -> bool:
+        kind = self.types[value]
+        plain = isinstance(kind, ArrayType) and len(kind.shape) >= 2
+        return plain and (kind.dtype == "bool" or "float" in kind.dtype)
+
+    # What the masks are.
+
+    def _known(self) -> dict[int, str]:
+        """What those of the arrays of sizes alone are that are masks."""
+        found: dict[int, str] | None = None
+        for count, sizes in enumerate(self._sizes(), 1):
+            try:
+                values = self._values(sizes)
+            except Exception:  # whatever an operation says of sizes that nobody asked for
+                return {}
+            kinds = {v: _kind(x) for v, x in values.items()}
+            now = {v: kind for v, kind in kinds.items() if kind and self._may_be(v)}
+            found = now if found is None else dict(found.items() & now.items())
+            if count == _ENOUGH:
+                return found
+        return {} if found is None or self.graph.symbols else found
+
+    def _sizes(self) -> Iterator[dict[str, int]]:
+        """Sizes that the graph is for."""
+        for tried in _TRIED:
+            sizes = dict(zip(self.graph.symbols, itertools.cycle(tried), strict=False))
+            if all(_holds(g.condition, sizes) for g in self.graph.guards):
+                yield sizes
+
+    def _values(self, sizes: Mapping[str, int]) -> dict[int, np.ndarray]:
+        import jax
+
+        held: dict[int, Any] = {}
+
+        def value(ref: ValueRef) -> Any:
+            kind = self.types[ref.value]
+            known = ref.value in held or isinstance(kind, ArrayType | list)
+            return held[ref.value] if known else evaluate(kind, sizes)
+
+        def dtype(d: Any) -> Any:
+            return jax.dtypes.canonicalize_dtype(d.name)
+
+        for node in self.graph.nodes:
+            if node.made in self.steps:
+                args = mapped(list(node.args), value, dtype)
+                kwargs = {k: mapped(v, value, dtype) for k, v in node.kwargs.items()}
+                held[node.made] = function_of(node.op)(*args, **kwargs)
+        return {v: np.asarray(x) for v, x in held.items() if isinstance(self.types[v], ArrayType)}
+
+    # What becomes of them.
+
+    def rewritten(self, node: GraphNode) -> GraphNode:
+        """A node with what is known of the masks that it makes or takes."""
+        if node.made in self.steps:
+            return self._mask(node) if node.made in self.found else node
+        if node.module_class.startswith("torch.nn."):  # a layer, which is written whole
+            return node
+        if node.op == ATTENTION:
+            return self._attention(node)
+        same = self._same(node)
+        if same is None:
+            return node
+        return dataclasses.replace(node, op="aten.alias.default", args=(same,), kwargs={})
+
+    def _mask(self, node: GraphNode) -> GraphNode:
+        """The node that makes a causal mask."""
+        kind = self.types[node.made]
+        sizes = [self._size(n, node) for n in kind.shape]
+        causal = self.found[node.made] == _CAUSAL and kind.dtype == "bool"
+        square = kind.shape[-1] == kind.shape[-2]
+        if not causal or not square or None in sizes or self.steps[node.made] <= _SHORT:
+            return node
+        return dataclasses.replace(node, op=TRI, args=(sizes,), kwargs={})
+
+    def _size(self, size: int | str, node: GraphNode) -> ValueRef | int | None:
+        """A size as an argument: a value that is there before a node."""
+        if isinstance(size, int):
+            return size
+        known = (v for v, kind in self.types.items() if v < node.made and kind == size)
+        return next(map(ValueRef, known), None)
+
+    def _attention(self, node: GraphNode) -> GraphNode:
+        """Attention that takes a mask, without one."""
+        given = dict(zip(("q", "k", "v", "mask", "dropout_p", "is_causal"), node.args, strict=False))
+        mask = node.kwargs.get("attn_mask", given.get("mask"))
+        if not isinstance(mask, ValueRef) or mask.value not in self.found:
+            return node
+        if node.kwargs.get("is_causal", given.get("is_causal", False)):
+            return node
+        kind = self.found[mask.value]
+        square = self._length(node.args[0]) == self._length(node.args[1])
+        if kind == _UNSEEN or (kind == _CAUSAL and not square):
+            return node
+        if kind == _CAUSAL and self.steps[mask.value] <= _SHORT:
+            return node
+        more = {k: x for k, x in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
+        dropout = more.pop("dropout_p", given.get("dropout_p", 0.0))
+        args = (*node.args[:3], None, dropout, kind == _CAUSAL)
+        return dataclasses.replace(node, args=args, kwargs=more)
+
+    def _length(self, ref: ValueRef) -> int | str:
+        size: int | str = self.types[ref.value].shape[-2]
+        return size
+
+    def _same(self, node: GraphNode) -> ValueRef | None:
+        """The argument that a node gives again, its mask being what it is."""
+        kinds = [self.found.get(x.value) if isinstance(x, ValueRef) else None for x in node.args]
+        kept: Any = None
+        if node.op == _ADD and not node.kwargs and _SEEN in kinds:
+            at = kinds.index(_SEEN)
+            kept = node.args[1 - at] if "float" in self.types[node.args[at].value].dtype else None
+        elif node.op == _WHERE and kinds[0] in (_SEEN, _UNSEEN):
+            kept = node.args[1 if kinds[0] == _SEEN else 2]
+        elif node.op.startswith("aten.masked_fill.") and kinds[1] == _UNSEEN:
+            kept = node.args[0]
+        if not isinstance(kept, ValueRef):
+            return None
+        return kept if self.types.get(kept.value) == self.types[node.made] else None
+
+
+def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    try:
+        return bool(evaluate(condition, sizes))
+    except ZeroDivisionError:
+        return False
+
+
+def _kind(x: np.ndarray) -> str | None:
+    """Which mask an array is: of True and False, or of what is added to scores."""
+    if x.ndim < 2 or not x.size:
+        return None
+    if x.dtype != bool:
+        seen = x == 0
+        if not (seen | (x <= _MASKED)).all():
+            return None
+        x = seen
+    if x.all():
+        return _SEEN
+    if not x.any():
+        return _UNSEEN
+    causal = np.tri(*x.shape[-2:], dtype=bool)
+    return _CAUSAL if (x == causal).all() else None
+
