@@ -19,6 +19,14 @@ def window(q: Tensor, k: Tensor) -> Tensor:
     return (k <= q) & (k > q - 3)
 
 
+def wide(q: Tensor, k: Tensor) -> Tensor:
+    return (k <= q) & (k > q - 40)
+
+
+def widest(q: Tensor, k: Tensor) -> Tensor:
+    return (k <= q) & (k > q - 4096)
+
+
 def everything(q: Tensor, k: Tensor) -> Tensor:
     return q >= 0
 

@@ -105,9 +105,10 @@ def test_weights_go_there_and_back_and_the_parity_test_passes(
     import images_flax  # type: ignore[import-not-found]
     import test_images_flax  # type: ignore[import-not-found]
 
-    assert 'flax_inputs=HERE / "test_images_flax_channels_last.npz"' in (
-        tmp_path / "test_images_flax.py"
-    ).read_text()
+    assert (
+        'flax_inputs=HERE / "test_images_flax_channels_last.npz"'
+        in (tmp_path / "test_images_flax.py").read_text()
+    )
     test_images_flax.test_it_is_the_same_model()
     net = convert.load(tmp_path / "images_flax.safetensors", "flax", images_flax.Classifier)
     convert.save(net, tmp_path / "back.safetensors", layout=tmp_path / "images_flax.safetensors")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,9 +33,12 @@ TRI = "zooconvert.tri.default"  # True up to the diagonal of the last two axes
 ATTENTION = "aten.scaled_dot_product_attention.default"
 _SHORT = 3  # operations: a causal mask of so few reads well as it is
 _TRIED = ((5, 7, 6, 9, 8, 11), (8, 6, 11, 5, 7, 9), (12, 16, 24, 8, 20, 4), (4, 8, 16, 12, 6, 2))
+_WIDEST = 1024  # of windows, to see that they are some
+_TO_THE_END = 2**63 - 1  # where a slice ends that has no end
 _ENOUGH = 2  # trials that must agree
 _MASKED = -1e4  # a number from here on is added to what is not to be seen
 _SEEN, _UNSEEN, _CAUSAL = "seen", "unseen", "causal"
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _ADD, _WHERE = "aten.add.Tensor", "aten.where.self"
 
 
@@ -94,11 +99,32 @@ class _Masks:
         return {} if found is None or self.graph.symbols else found
 
     def _sizes(self) -> Iterator[dict[str, int]]:
-        """Sizes that the graph is for."""
-        for tried in _TRIED:
-            sizes = dict(zip(self.graph.symbols, itertools.cycle(tried), strict=False))
-            if all(_holds(g.condition, sizes) for g in self.graph.guards):
-                yield sizes
+        """Sizes that the graph is for, the first ones beyond every number that positions are
+        compared with: a window of 4096 is not seen in what is shorter."""
+        largest = max(self._numbers(), default=0)
+        if largest > _WIDEST and self.graph.symbols:
+            return
+        for more in (largest, 0) if largest >= min(_TRIED[0]) else (0,):
+            found = []
+            for tried in _TRIED:
+                every = zip(self.graph.symbols, itertools.cycle(tried), strict=False)
+                sizes = {symbol: size + more for symbol, size in every}
+                if all(_holds(g.condition, sizes) for g in self.graph.guards):
+                    found.append(sizes)
+            if not found:
+                return
+            yield from found[: 1 if more else None]
+
+    def _numbers(self) -> Iterator[int]:
+        """The numbers that arrays of positions are made of and compared with."""
+        for node in self.graph.nodes:
+            kind = self.types.get(node.made)
+            if (
+                node.made in self.steps
+                and isinstance(kind, ArrayType)
+                and "float" not in kind.dtype
+            ):
+                yield from _whole((node.args, node.kwargs), self.types)
 
     def _values(self, sizes: Mapping[str, int]) -> dict[int, np.ndarray]:
         import jax
@@ -154,8 +180,8 @@ class _Masks:
 
     def _attention(self, node: GraphNode) -> GraphNode:
         """Attention that takes a mask, without one."""
-        given = dict(zip(("q", "k", "v", "mask", "dropout_p", "is_causal"), node.args, strict=False))
-        mask = node.kwargs.get("attn_mask", given.get("mask"))
+        given = dict(zip(_ARGUMENTS, node.args, strict=False))
+        mask = node.kwargs.get("attn_mask", given.get("attn_mask"))
         if not isinstance(mask, ValueRef) or mask.value not in self.found:
             return node
         if node.kwargs.get("is_causal", given.get("is_causal", False)):
@@ -167,9 +193,11 @@ class _Masks:
         if kind == _CAUSAL and self.steps[mask.value] <= _SHORT:
             return node
         more = {k: x for k, x in node.kwargs.items() if k not in ("attn_mask", "is_causal")}
-        dropout = more.pop("dropout_p", given.get("dropout_p", 0.0))
-        args = (*node.args[:3], None, dropout, kind == _CAUSAL)
-        return dataclasses.replace(node, args=args, kwargs=more)
+        if dropout := given.get("dropout_p"):
+            more["dropout_p"] = dropout
+        if kind == _CAUSAL:
+            more["is_causal"] = True
+        return dataclasses.replace(node, args=node.args[:3], kwargs=more)
 
     def _length(self, ref: ValueRef) -> int | str:
         size: int | str = self.types[ref.value].shape[-2]
@@ -189,6 +217,20 @@ class _Masks:
         if not isinstance(kept, ValueRef):
             return None
         return kept if self.types.get(kept.value) == self.types[node.made] else None
+
+
+def _whole(x: Any, types: Mapping[int, Any]) -> Iterator[int]:
+    """The sizes of numbers in an argument, at any depth, in expressions of sizes too."""
+    if isinstance(x, ValueRef) and isinstance(types.get(x.value), str):
+        yield from map(int, re.findall(r"(?<![\w.])\d+", types[x.value]))
+    elif isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x):
+        if x != _TO_THE_END:
+            yield abs(int(x))
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _whole(part, types)
+    elif isinstance(x, Mapping):
+        yield from _whole(list(x.values()), types)
 
 
 def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
@@ -211,6 +253,5 @@ def _kind(x: np.ndarray) -> str | None:
         return _SEEN
     if not x.any():
         return _UNSEEN
-    causal = np.tri(*x.shape[-2:], dtype=bool)
+    causal = np.tri(*x.shape[-2:], dtype=np.bool_)
     return _CAUSAL if (x == causal).all() else None
-

@@ -12,6 +12,7 @@ from convert.program.graph import GraphNode
 
 GETITEM = "operator.getitem"
 _CASTS = {"aten._to_copy.default", "aten.to.dtype", "aten.to.dtype_layout", "aten.to.device"}
+_SHAPES = {f"aten.{name}.default" for name in ("view", "reshape", "_unsafe_view", "expand")}
 Item = GraphNode | Scope
 
 
@@ -92,10 +93,10 @@ class CallItems:
             return item.path in self.context.layers.gone and len(item.gives) == 1
         if item.op in COPIES:
             return True
-        if item.op not in _CASTS:
+        if item.op not in _CASTS and item.op not in _SHAPES:
             return False
         before, after = self.tree.type_of(item.args[0].value), self.tree.type_of(item.made)
-        return bool(before.dtype == after.dtype)
+        return bool(before == after if item.op in _SHAPES else before.dtype == after.dtype)
 
     def _taken(self, item: Item) -> list[int]:
         found = (

@@ -107,9 +107,7 @@ def _without_swaps(lines: Sequence[Line]) -> list[Line]:
         if swapped is None or len(line.targets) != 1 or line.guard:
             continue
         inner, (a, b) = swapped
-        back = re.compile(
-            rf"(?<![\w.'\"]){line.targets[0]}\.swapaxes\(({a}, {b}|{b}, {a})\)"
-        )
+        back = re.compile(rf"(?<![\w.'\"]){line.targets[0]}\.swapaxes\(({a}, {b}|{b}, {a})\)")
         after = list(_until_given_anew(line.targets[0], kept[at + 1 :]))
         rest = [back.sub("", x.text) for x in after]
         if any(x.guard for x in after):
