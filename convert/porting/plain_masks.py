@@ -33,12 +33,13 @@ TRI = "zooconvert.tri.default"  # True up to the diagonal of the last two axes
 ATTENTION = "aten.scaled_dot_product_attention.default"
 _SHORT = 3  # operations: a causal mask of so few reads well as it is
 _TRIED = ((5, 7, 6, 9, 8, 11), (8, 6, 11, 5, 7, 9), (12, 16, 24, 8, 20, 4), (4, 8, 16, 12, 6, 2))
-_WIDEST = 1024  # of windows, to see that they are some
+_WIDE = 512  # added to sizes: a window of up to that many positions is seen to be one
 _TO_THE_END = 2**63 - 1  # where a slice ends that has no end
 _ENOUGH = 2  # trials that must agree
 _MASKED = -1e4  # a number from here on is added to what is not to be seen
 _SEEN, _UNSEEN, _CAUSAL = "seen", "unseen", "causal"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_BOTH = ("aten.bitwise_and.Tensor", "aten.logical_and.default", "aten.__and__.Tensor")
 _ADD, _WHERE = "aten.add.Tensor", "aten.where.self"
 
 
@@ -57,15 +58,24 @@ class _Masks:
         self.graph = graph
         self.types = graph.types
         self.steps: dict[int, int] = {}  # arrays of sizes alone -> the operations behind each
+        # and the largest number that is compared with positions there: what differs only at sizes
+        # beyond it, as a window of 4096 does, is not seen at others
+        self.numbers: dict[int, int] = {}
         for node in graph.nodes:
             taken = [v for v in refs((node.args, node.kwargs)) if self._is_array(v)]
             drawn = getattr(function_of(node.op), "random", False)
             if self._is_array(node.made) and all(v in self.steps for v in taken) and not drawn:
                 self.steps[node.made] = 1 + sum(self.steps[v] for v in taken)
+                own = [] if self._is_float(node.made) else _whole((node.args, node.kwargs), graph)
+                self.numbers[node.made] = max([0, *own, *(self.numbers[v] for v in taken)])
         self.found = self._known() if self._asked() else {}
 
     def _is_array(self, value: int) -> bool:
         return isinstance(self.types.get(value), ArrayType | list)
+
+    def _is_float(self, value: int) -> bool:
+        kind = self.types[value]
+        return isinstance(kind, ArrayType) and "float" in kind.dtype
 
     def _asked(self) -> bool:
         """Whether anything takes an array of sizes alone that may be a mask."""
@@ -86,45 +96,34 @@ class _Masks:
     def _known(self) -> dict[int, str]:
         """What those of the arrays of sizes alone are that are masks."""
         found: dict[int, str] | None = None
-        for count, sizes in enumerate(self._sizes(), 1):
-            try:
-                values = self._values(sizes)
-            except Exception:  # whatever an operation says of sizes that nobody asked for
-                return {}
-            kinds = {v: _kind(x) for v, x in values.items()}
-            now = {v: kind for v, kind in kinds.items() if kind and self._may_be(v)}
-            found = now if found is None else dict(found.items() & now.items())
-            if count == _ENOUGH:
-                return found
-        return {} if found is None or self.graph.symbols else found
+        small, wide = list(itertools.islice(self._sizes(), _ENOUGH)), self._wide()
+        if len(small) < _ENOUGH:
+            return {}
+        try:
+            for sizes in small + wide:
+                kinds = {v: _kind(x) for v, x in self._values(sizes).items()}
+                now = {v: kind for v, kind in kinds.items() if kind and self._may_be(v)}
+                found = now if found is None else dict(found.items() & now.items())
+        except Exception:  # whatever an operation says of sizes that nobody asked for
+            return {}
+        seen = _WIDE if wide else min(_TRIED[0]) - 1
+        return {v: k for v, k in (found or {}).items() if self.numbers[v] <= seen}
 
-    def _sizes(self) -> Iterator[dict[str, int]]:
-        """Sizes that the graph is for, the first ones beyond every number that positions are
-        compared with: a window of 4096 is not seen in what is shorter."""
-        largest = max(self._numbers(), default=0)
-        if largest > _WIDEST and self.graph.symbols:
-            return
-        for more in (largest, 0) if largest >= min(_TRIED[0]) else (0,):
-            found = []
-            for tried in _TRIED:
-                every = zip(self.graph.symbols, itertools.cycle(tried), strict=False)
-                sizes = {symbol: size + more for symbol, size in every}
-                if all(_holds(g.condition, sizes) for g in self.graph.guards):
-                    found.append(sizes)
-            if not found:
-                return
-            yield from found[: 1 if more else None]
+    def _sizes(self, wide: str = "") -> Iterator[dict[str, int]]:
+        """Sizes that the graph is for, one of them `wide`."""
+        for tried in _TRIED:
+            every = zip(self.graph.symbols, itertools.cycle(tried), strict=False)
+            sizes = {symbol: n + (_WIDE if symbol == wide else 0) for symbol, n in every}
+            if all(_holds(g.condition, sizes) for g in self.graph.guards):
+                yield sizes
 
-    def _numbers(self) -> Iterator[int]:
-        """The numbers that arrays of positions are made of and compared with."""
-        for node in self.graph.nodes:
-            kind = self.types.get(node.made)
-            if (
-                node.made in self.steps
-                and isinstance(kind, ArrayType)
-                and "float" not in kind.dtype
-            ):
-                yield from _whole((node.args, node.kwargs), self.types)
+    def _wide(self) -> list[dict[str, int]]:
+        """Sizes of which each is wide once; none where one of them cannot be, or none has to."""
+        asked = [n for v, n in self.numbers.items() if self._may_be(v)]
+        if not any(min(_TRIED[0]) <= n <= _WIDE for n in asked):
+            return []
+        found = [next(self._sizes(symbol), None) for symbol in self.graph.symbols]
+        return [sizes for sizes in found if sizes] if all(found) else []
 
     def _values(self, sizes: Mapping[str, int]) -> dict[int, np.ndarray]:
         import jax
@@ -150,8 +149,8 @@ class _Masks:
 
     def rewritten(self, node: GraphNode) -> GraphNode:
         """A node with what is known of the masks that it makes or takes."""
-        if node.made in self.steps:
-            return self._mask(node) if node.made in self.found else node
+        if node.made in self.found:
+            return self._mask(node)
         if node.module_class.startswith("torch.nn."):  # a layer, which is written whole
             return node
         if node.op == ATTENTION:
@@ -207,7 +206,9 @@ class _Masks:
         """The argument that a node gives again, its mask being what it is."""
         kinds = [self.found.get(x.value) if isinstance(x, ValueRef) else None for x in node.args]
         kept: Any = None
-        if node.op == _ADD and not node.kwargs and _SEEN in kinds:
+        if node.op in _BOTH and _SEEN in kinds:
+            kept = node.args[1 - kinds.index(_SEEN)]
+        elif node.op == _ADD and not node.kwargs and _SEEN in kinds:
             at = kinds.index(_SEEN)
             kept = node.args[1 - at] if "float" in self.types[node.args[at].value].dtype else None
         elif node.op == _WHERE and kinds[0] in (_SEEN, _UNSEEN):
@@ -219,18 +220,19 @@ class _Masks:
         return kept if self.types.get(kept.value) == self.types[node.made] else None
 
 
-def _whole(x: Any, types: Mapping[int, Any]) -> Iterator[int]:
-    """The sizes of numbers in an argument, at any depth, in expressions of sizes too."""
-    if isinstance(x, ValueRef) and isinstance(types.get(x.value), str):
-        yield from map(int, re.findall(r"(?<![\w.])\d+", types[x.value]))
+def _whole(x: Any, graph: Graph) -> Iterator[int]:
+    """How large the numbers in an argument are, at any depth, in expressions of sizes too."""
+    if isinstance(x, ValueRef):
+        size = graph.types.get(x.value)
+        yield from map(int, re.findall(r"(?<![\w.])\d+", size if isinstance(size, str) else ""))
     elif isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x):
         if x != _TO_THE_END:
             yield abs(int(x))
     elif isinstance(x, list | tuple):
         for part in x:
-            yield from _whole(part, types)
+            yield from _whole(part, graph)
     elif isinstance(x, Mapping):
-        yield from _whole(list(x.values()), types)
+        yield from _whole(list(x.values()), graph)
 
 
 def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
