@@ -71,7 +71,7 @@ def test_the_class_is_torchs_with_other_arguments(stack: Port, tmp_path: Path) -
 
 def test_what_does_not_follow_stays_a_number() -> None:
     torch.manual_seed(0)
-    made = convert.port(Fixed, drawn(2, 3, 12), level="outputs")
+    made = convert.port(Fixed, drawn(2, 36), level="outputs")
     assert "def __init__(self, *, rngs: nnx.Rngs) -> None:" in made.source
     assert "nnx.Linear(12, 6, rngs=rngs)" in made.source
     assert "nnx.Linear(6, 11, rngs=rngs)" in made.source

@@ -113,9 +113,11 @@ class Experiments:
         except _NotAlike:
             self._drop(rows)
             return False
-        pairs = list(zip(_leaves(written, path), _leaves(written, own), strict=False))
-        pairs += _attributes(self.context.tree.modules[path], root)
-        changes = [(a, b) for a, b in pairs if repr(a) != repr(b)]
+        model, tried = (MadeModule(written, p) for p in (path, own))
+        pairs = list(zip(_every_number(model), _every_number(tried), strict=False))
+        numbers = [(a, b) for (_, a), (_, b) in pairs]
+        numbers += _attributes(self.context.tree.modules[path], root)
+        changes = [(a, b) for a, b in numbers if repr(a) != repr(b)]
         bodies = [w.body for w, _ in self._rows[rows:] if w.body is not None]
         if not name or not _follow(bodies, changes, factor):
             self._drop(rows)
@@ -237,20 +239,10 @@ def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     return {n: x for n, x in given.items() if type(x) in Plain}
 
 
-def _leaves(written: WrittenClass, path: str) -> Iterator[Any]:
+def _every_number(instance: MadeModule) -> Iterator[tuple[str, Any]]:
     """Every number of an instance and of its parts."""
-
-    def inside(x: Any) -> Iterator[Any]:
-        if isinstance(x, MadeModule):
-            yield from _leaves(x.written, x.path)
-        elif isinstance(x, MadeList | MadeDict):
-            for part in x.items.values() if isinstance(x, MadeDict) else x.items:
-                yield from inside(part)
-        else:
-            yield from (value for _, value in values(x))
-
-    for x in written.made[path].values():
-        yield from inside(x)
+    for x in instance.written.made[instance.path].values():
+        yield from values(x, of=_every_number)
 
 
 def _attributes(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:

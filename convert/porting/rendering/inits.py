@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,22 +64,31 @@ def skeleton(x: Any) -> Any:
     return x if isinstance(x, Name) else "value"
 
 
-def values(x: Any, hint: str = "") -> Iterator[tuple[str, Any]]:
-    """The numbers in it, in order, each with a name that it could have."""
+Numbers = Iterator[tuple[str, Any]]
+
+
+def given_to(x: MadeModule) -> Numbers:
+    """The arguments of a part's constructor."""
+    yield from x.written.arguments_of(x.path).items()
+
+
+def values(x: Any, hint: str = "", of: Callable[[MadeModule], Numbers] = given_to) -> Numbers:
+    """The numbers in it, in order, each with a name that it could have; `of` says which a part of
+    a class of the file has."""
     if isinstance(x, Constructor):
         for place, value in x.values().items():
             if not isinstance(value, Name):
                 yield _place_name(x.callee, place, hint), value
     elif isinstance(x, MadeList):
         for part in x.items:
-            yield from values(part, hint)
+            yield from values(part, hint, of)
     elif isinstance(x, MadeDict):
         for name, part in x.items.items():
-            yield from values(part, name)
+            yield from values(part, name, of)
     elif isinstance(x, MadeVariable):
-        yield from values(x.inner, hint)
+        yield from values(x.inner, hint, of)
     elif isinstance(x, MadeModule):
-        yield from x.written.arguments_of(x.path).items()
+        yield from of(x)
     elif not isinstance(x, Name):
         yield hint, x
 
