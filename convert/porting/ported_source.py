@@ -201,7 +201,7 @@ def _header(module: Any, proved: Ported, standalone: bool) -> str:
         lines += [f"  {printable(b)}" for b in proved.baked]
     if proved.notices:
         lines += ["", *(f"{printable(n)}." for n in proved.notices)]
-    text = re.sub(r"\S*/([^/\s]+:\d+)", r"\1", "\n".join(lines))  # no paths of this machine
+    text = re.sub(r"[^\s(]*/([^/\s]+:\d+)", r"\1", "\n".join(lines))  # no paths of this machine
     wrapped = [
         part
         for line in text.splitlines()

@@ -92,7 +92,8 @@ class CalledModules:
         handles = []
         for path, part in self.root.named_modules():
             handles += [
-                part.register_forward_pre_hook(before(path), with_kwargs=True),
+                # before other hooks, which may compute the weights (spectral_norm)
+                part.register_forward_pre_hook(before(path), prepend=True, with_kwargs=True),
                 part.register_forward_hook(after, with_kwargs=True),
             ]
         try:

@@ -240,6 +240,8 @@ class Classes:
         for name, part in children(module):
             if self._holds(f"{prefix}{name}") and (made := self._made(f"{prefix}{name}", part)):
                 yield name, made
+            elif name.isdigit():  # a list counts what has nothing to make too
+                yield name, Name("None")
 
     def _tensors(self, leaves: dict[str, Any]) -> Any:
         if "" in leaves:
