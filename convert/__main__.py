@@ -8,13 +8,21 @@ from typing import Any, NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line. Ctrl-C before it is imported ends the process, as it does later."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+    """Run the command line. Ctrl-C before it is imported ends the process, as it does later; once
+    it is done, while the interpreter takes itself down, it changes nothing."""
+    _handle(_end)
     from convert.cli.main import main as run
 
-    run()
+    try:
+        run()
+    finally:
+        _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
+            signal.signal(number, handler)
 
 
 def _end(signum: int, frame: Any) -> NoReturn:

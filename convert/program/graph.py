@@ -6,6 +6,7 @@ on sizes (`operator.mul`); its arguments are plain values, `ValueRef`s to values
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -139,11 +140,26 @@ class Graph:
                 told.append(f"{self.worded(guard.condition)} does not hold{where}")
         return told
 
+    def samples(self) -> list[dict[str, int]]:
+        """Sizes that the graph is for, twice, as odd as its guards allow: expressions that are
+        equal there are equal."""
+        return [self._sample(primes) for primes in _PRIMES]
+
+    def _sample(self, primes: tuple[int, ...]) -> dict[str, int]:
+        every = list(zip(self.symbols, itertools.cycle(primes), strict=False))
+        tried = ({s: times * p for s, p in every} for times in _TIMES)
+        good = (sizes for sizes in tried if all(_holds(g.condition, sizes) for g in self.guards))
+        return next(good, {s: _TIMES[-1] * p for s, p in every})
+
     def worded(self, expression: str) -> str:
         """An expression of sizes with the inputs' names for the symbols."""
         for symbol, (name, axis) in sorted(self.symbols.items(), key=lambda s: -len(s[0])):
             expression = expression.replace(symbol, f"{name}.shape[{axis}]")
         return expression
+
+
+_PRIMES = ((61, 67, 71, 73, 79, 83, 89, 97), (113, 101, 131, 107, 109, 137, 127, 103))
+_TIMES = (1, 2, 4, 8, 16, 32, 64, 3, 6, 12, 24, 48, 5, 7, 14, 28, 448)
 
 
 def _holds(condition: str, sizes: Mapping[str, int]) -> bool:

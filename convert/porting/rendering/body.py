@@ -9,7 +9,7 @@ from typing import Any
 from convert.porting.rendering.call_items import GETITEM, is_getitem, made
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.draft import Draft
-from convert.porting.rendering.operands import Operand
+from convert.porting.rendering.operands import Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.second_names import SecondNames
 from convert.porting.rendering.size_names import SizeNames
@@ -144,10 +144,29 @@ class _Writing:
         if self.scope.path in layers.norms and layers.is_norm(self.scope, item):
             return f"super().__call__({self._value_text(item.args[0].value)})"
         numbers = self.tree.graph.numbers.get(item.op, frozenset())
-        given = [item.args[0], _rest_open(item), *item.args[2:]] if item.args[1:] else item.args
+        given = list(item.args)
+        if item.op in _VIEWS:
+            given[1] = self._as_parameters(_rest_open(item))
         args = [self._argument(x, item, k in numbers) for k, x in enumerate(given)]
         kwargs = {k: self._argument(x, item, k in numbers) for k, x in item.kwargs.items()}
         return self.context.operation(item.op, self.tree.type_of(item.made), args, kwargs)
+
+    def _as_parameters(self, shape: Any) -> Any:
+        """A shape of a function's, its first sizes as those of an argument: they may be others at
+        another call."""
+        arguments = [n for n in self.draft.body.parameters if n in self.draft.names.bound]
+        for name in arguments if self.scope.function is not None else ():
+            value = self.draft.names.bound[name]
+            kind = self.tree.type_of(value)
+            if not isinstance(kind, ArrayType) or self.tree.orders.get(value):
+                continue
+            sizes = [x if isinstance(x, int) else self.tree.type_of(x.value) for x in shape]
+            same = [a == b for a, b in zip(sizes, kind.shape, strict=False)]
+            count = same.index(False) if False in same else len(same)
+            if count > 1:
+                first = [SizeText(f"{name}.shape[{k}]", kind.shape[k]) for k in range(count)]
+                return [*first, *shape[count:]]
+        return shape
 
     def _value_text(self, value: int) -> str:
         value, draft = self.items.source(value), self.draft

@@ -33,7 +33,7 @@ class CallItems:
         self.maker = {v: i for i, item in enumerate(self.items) for v in made(item)}
         results = context.signatures.results_of(scope)
         self.results = [self.source(v) for v in results if v is not None]
-        self.keys = frames.executions(self.items)
+        self.keys = frames.executions(self.items, self.tree.placeholders)
         self.users: dict[int, list[int]] = {}
         for i, item in enumerate(self.items):
             for v in self._taken(item):

@@ -256,7 +256,7 @@ class Classes:
     def _made(self, path: str, module: Any) -> Any:
         """What makes a part; None for one that is a function only."""
         layer = self.context.layers.texts.get(path)
-        if not self._is_first(path) and (layer is None or layer.constructor is not None):
+        if not self._is_first(path) and (layer is None or layer.has_state):
             return self._reference(path)
         if layer is not None:
             if path in self.context.layers.gone:

@@ -67,6 +67,11 @@ class LayerText:
     imports: tuple[str, ...]
 
     @property
+    def has_state(self) -> bool:
+        """Whether two of it are not the same as one that is there twice."""
+        return self.constructor is not None and self.constructor.callee != "partial"
+
+    @property
     def function(self) -> str | None:
         """What a list of layers would hold in the place of one that has nothing to make."""
         text = None if self.constructor else self.call("", ["x"], {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from convert.porting.rendering.activation_layers import function
 from convert.porting.rendering.constructor import LayerText
 from convert.porting.rendering.renderers import (
     JNP,
@@ -15,6 +14,7 @@ from convert.porting.rendering.renderers import (
     is_of,
     made,
     options,
+    partial,
     renders,
 )
 
@@ -173,20 +173,19 @@ def _pool(callee: str, module: Any, view: View, **more: Any) -> LayerText:
     """`callee` of pool_flax or channels_first_pool_flax."""
     kernel, stride = single(module.kernel_size), single(module.stride)
     kwargs = {
+        "kernel_size": kernel,
         "stride": None if stride == kernel else stride,
         "padding": single(module.padding),
         "ceil_mode": module.ceil_mode,
         **more,
     }
     defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
-    shown = [f"{n}={v!r}" for n, v in kwargs.items() if v != defaults[n]]
-    arguments = ", ".join([repr(kernel), *shown])
-    return _in_axes(view, callee, lambda x: f"{callee}({x}, {arguments})")
+    return partial(callee, kwargs, defaults, _in_axes(view, callee))
 
 
-def _in_axes(view: View, callee: str, text: Any) -> LayerText:
+def _in_axes(view: View, callee: str) -> str:
     module = "pool_flax" if view.last else "channels_first_pool_flax"
-    return computed(text, f"from zoo.nn.{module} import {callee}")
+    return f"from zoo.nn.{module} import {callee}"
 
 
 def _flax_pool(callee: str, module: Any) -> LayerText:
@@ -194,12 +193,9 @@ def _flax_pool(callee: str, module: Any) -> LayerText:
     n = _axes(module)
     window, strides = each(module.kernel_size, n), each(module.stride, n)
     ends = tuple((p, p) for p in each(module.padding, n))
-    shown = [repr(window)]
-    if any(s != 1 for s in strides):
-        shown.append(f"strides={strides!r}")
-    if any(module.padding if not isinstance(module.padding, int) else (module.padding,)):
-        shown.append(f"padding={ends!r}")
-    return computed(lambda x: f"{callee}({', '.join([x, *shown])})", NNX)
+    kwargs = {"window_shape": window, "strides": strides, "padding": ends}
+    defaults = {"strides": (1,) * n, "padding": ((0, 0),) * n}
+    return partial(callee, kwargs, defaults, NNX)
 
 
 @renders("MaxPool1d", "MaxPool2d", "MaxPool3d")
@@ -228,7 +224,8 @@ def adaptive_avg_pool(module: Any, view: View) -> LayerText | None:
         return _over_all("mean", n, view)
     sizes = size if isinstance(size, int) else single(size)
     sizes = (None,) * n if sizes is None else sizes
-    return _in_axes(view, "adaptive_avg_pool", lambda x: f"adaptive_avg_pool({x}, {sizes!r})")
+    kwargs = {"output_size": sizes}
+    return partial("adaptive_avg_pool", kwargs, {}, _in_axes(view, "adaptive_avg_pool"))
 
 
 @renders("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d")
@@ -277,21 +274,21 @@ def upsample(module: Any, view: View) -> LayerText | None:
         factors = factor if isinstance(factor, tuple) else (factor,)
         if any(f != math.floor(f) for f in factors):
             return None
-        sizes = f"scale_factor={single(tuple(int(f) for f in factors))!r}"
+        sizes = {"scale_factor": single(tuple(int(f) for f in factors))}
     else:
-        sizes = f"size={single(module.size)!r}"
-    more = "" if mode == "nearest" else f', mode="{mode}"'
-    more += ", align_corners=True" if module.align_corners else ""
-    return _in_axes(view, "interpolate", lambda x: f"interpolate({x}, {sizes}{more})")
+        sizes = {"size": single(module.size)}
+    kwargs = {**sizes, "mode": mode, "align_corners": bool(module.align_corners)}
+    defaults = {"mode": "nearest", "align_corners": False}
+    return partial("interpolate", kwargs, defaults, _in_axes(view, "interpolate"))
 
 
 @renders("PixelShuffle")
 def pixel_shuffle(module: Any, view: View) -> LayerText | None:
-    factor = (module.upscale_factor,)
-    return _in_axes(view, "pixel_shuffle", lambda x: function("pixel_shuffle", x, (), *factor))
+    kwargs = {"upscale_factor": module.upscale_factor}
+    return partial("pixel_shuffle", kwargs, {}, _in_axes(view, "pixel_shuffle"))
 
 
 @renders("PixelUnshuffle")
 def pixel_unshuffle(module: Any, view: View) -> LayerText | None:
-    factor = (module.downscale_factor,)
-    return _in_axes(view, "pixel_unshuffle", lambda x: function("pixel_unshuffle", x, (), *factor))
+    kwargs = {"downscale_factor": module.downscale_factor}
+    return partial("pixel_unshuffle", kwargs, {}, _in_axes(view, "pixel_unshuffle"))

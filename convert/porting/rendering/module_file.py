@@ -26,6 +26,7 @@ from convert.porting.rendering.not_rendered import Again, NotRendered
 from convert.porting.rendering.number_text import Numbers
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Scope, Tree, children
+from convert.porting.rendering.shape_text import Shapes
 from convert.porting.rendering.statements import Body, Line, tidied
 from convert.porting.rendering.subscripts import Subscripts
 from convert.porting.rendering.syntax import without_ours
@@ -313,7 +314,10 @@ def _type(values: Any) -> str:
 def _plain(text: str) -> str:
     """A statement or expression without parentheses that are not needed."""
     try:
-        return ast.unparse(Numbers().visit(Subscripts().visit(ast.parse(text))))
+        tree = ast.parse(text)
+        for plainer in (Subscripts(), Shapes(), Numbers()):
+            tree = plainer.visit(tree)
+        return ast.unparse(tree)
     except SyntaxError as e:
         raise AssertionError(f"{text}: {e}") from e
 

@@ -13,7 +13,7 @@ from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import named
 from convert.porting.rendering.source_lines import casts, mentioned, own_name, source_file, targets
 from convert.program.exported_nodes import is_torchs
-from convert.program.graph import CodeLine, GraphNode
+from convert.program.graph import CodeLine, GraphNode, Placeholder, refs
 
 RESERVED = {"jax", "jnp", "lax", "nnx", "np", "math", "self", "rngs", "partial", *keyword.kwlist}
 SMALL = 8  # a number up to this may be like another by chance
@@ -28,16 +28,19 @@ class Frames:
         self.scope = scope
         self.me = own_name(scope.module) if scope.function is None else ""
 
-    def executions(self, items: Sequence[Item]) -> list[tuple[Key, int]]:
+    def executions(
+        self, items: Sequence[Item], tensors: Mapping[int, Placeholder]
+    ) -> list[tuple[Key, int]]:
         """For each item its statement, and which time that this is run: within a loop, it is run
-        anew where another statement came between, or where its first item comes again."""
+        anew where another statement came between, or where its first item comes again. `tensors`
+        are those that come from outside."""
         made: list[tuple[Key, int]] = []
         first: dict[Key, str] = {}
         times: dict[Key, int] = {}
         for item in items:
             key = self.key(item)
             looped = any(source_file(f.file).loop_around(f.line) for f in self.place(item))
-            sign = _sign(item)
+            sign = _sign(item, tensors)
             if key not in first:
                 first[key], times[key] = sign, 0
             elif looped and (made[-1][0] != key or first[key] == sign):
@@ -129,10 +132,12 @@ class Frames:
                         yield text, attributes
 
 
-def _sign(item: Item) -> str:
+def _sign(item: Item, tensors: Mapping[int, Placeholder]) -> str:
+    """What an item is at every turn of a loop, and no other item of its statement is."""
     if isinstance(item, Scope):
         return re.sub(r"\d+", "", item.path) + getattr(item.function, "__name__", "")
-    return f"{item.op} {[f.line for f in item.frames]}"
+    held = [tensors[v].name for v in refs(item.args) if v in tensors]
+    return re.sub(r"\d+", "", f"{item.op} {held}") + f" {[f.line for f in item.frames]}"
 
 
 def _statement(frame: CodeLine) -> Any:

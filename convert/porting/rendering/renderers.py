@@ -92,6 +92,15 @@ def made(
     return LayerText(constructor, called(*(inputs or ("input",))), imports_of(constructor, *lines))
 
 
+def partial(
+    callee: str, kwargs: dict[str, Any], defaults: dict[str, Any], *imports: str
+) -> LayerText:
+    """A function of one input, with its other arguments: its numbers may be the module's."""
+    constructor = Constructor("partial", (Name(callee),), kwargs, defaults)
+    lines = ("from functools import partial", *imports)
+    return LayerText(constructor, called("input"), lines)
+
+
 def computed(text: Callable[[str], str | None], *imports: str) -> LayerText:
     """A function of one input: nothing is made."""
 

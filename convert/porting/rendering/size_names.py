@@ -9,7 +9,13 @@ from typing import Any
 from convert.porting.rendering.draft import Draft
 from convert.porting.rendering.operands import SizeText
 from convert.porting.rendering.scopes import Scope
-from convert.porting.rendering.sizes import Unpacked, composed, same_size, unpackings
+from convert.porting.rendering.sizes import (
+    Reckoned,
+    Unpacked,
+    composed,
+    same_size,
+    unpackings,
+)
 from convert.porting.rendering.statements import Line, words
 from convert.program.graph import ArrayType, GraphNode
 
@@ -21,6 +27,7 @@ class SizeNames:
         self.draft = draft
         span = draft.first_line, draft.last_line
         self._unpackings = unpackings(draft.file, *span) if draft.file else []
+        self._samples = draft.tree.graph.samples()
         self._local: dict[str, int | str] = dict(draft.numbers())
         self._unpacked: dict[str, tuple[Line, int]] = {}
         self._asked: Counter[tuple[int, str]] = Counter()  # how often an item asked for a size
@@ -33,7 +40,7 @@ class SizeNames:
         found = [
             (text, attributes)
             for text, attributes in self.draft.frames.sizes(item, self._local, self._shapes())
-            if same_size(text.value, wanted)
+            if same_size(text.value, wanted, self._samples)
             and not any(known.get(name, value) != value for name, value in attributes.items())
         ]
         if found:  # of sizes that are equal by chance, the first time the first
@@ -65,12 +72,31 @@ class SizeNames:
         line = self.draft.frames.line(item)
         while line and self._unpackings and self._unpackings[0].line <= line:
             found = self._unpackings.pop(0)
+            if isinstance(found, Reckoned):
+                self._reckon(found)
+                continue
             value = self.draft.names.bound.get(found.array)
             kind = self.draft.tree.type_of(value) if value is not None else None
             if not isinstance(kind, ArrayType):
                 continue
             order = self.draft.tree.orders.get(value, ()) if value is not None else ()
             self._unpack(_as_it_lies(found, order), kind.shape)
+
+    def _reckon(self, found: Reckoned) -> None:
+        """Name what the source reckons of sizes."""
+        draft = self.draft
+        shapes = {}
+        for name, value in draft.names.bound.items():
+            kind = draft.tree.type_of(value)
+            if isinstance(kind, ArrayType):
+                axes = draft.tree.orders.get(value) or tuple(range(len(kind.shape)))
+                shapes[name] = kind.shape, axes
+        text = found.text(self._local, shapes)
+        if text is None or not draft.names.is_free(found.name, len(draft.items)):
+            return
+        line = Line([found.name], text.text)
+        draft.body.lines.append(line)
+        self._hold(found.name, text.value, line, 0)
 
     def keep_used(self) -> None:
         """Leave out the names of sizes that nothing mentions."""
@@ -145,7 +171,7 @@ class SizeNames:
             if name:
                 self._hold(name, size, line, k)
 
-    def _hold(self, name: str, size: int | str, line: Line, k: int) -> None:
+    def _hold(self, name: str, size: Any, line: Line, k: int) -> None:
         self._local[name] = size
         self.draft.names.hold(name, self.draft.end)
         self._unpacked[name] = (line, k)

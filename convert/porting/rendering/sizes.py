@@ -35,15 +35,44 @@ class Unpacked:
     axis: int | None  # of one that names a single size
 
 
-def unpackings(file: str, first: int, last: int) -> list[Unpacked]:
+@dataclass(frozen=True, slots=True)
+class Reckoned:
+    """A statement of the source that may reckon with sizes: `d = x.shape[2] - y.size(2)`."""
+
+    line: int
+    name: str
+    value: ast.expr
+
+    def text(
+        self, local: Values, shapes: Mapping[str, tuple[Sequence[Any], Sequence[int]]]
+    ) -> SizeText | None:
+        """What it gives, of the sizes that have names and of arrays; None where it is no size.
+        `shapes` are those of arrays as they lie, each with torch's axes in the order in which they
+        lie there."""
+        tree: ast.AST = ast.parse(ast.unparse(self.value), mode="eval").body
+        tree = _AsItLies({name: axes for name, (_, axes) in shapes.items()}).visit(tree)
+        reading = _Reading(None, "", local, {name: shape for name, (shape, _) in shapes.items()})
+        size = reading.evaluated(tree, {}) if isinstance(tree, ast.BinOp) else None
+        return None if size is None else SizeText(ast.unparse(tree), size)
+
+
+def unpackings(file: str, first: int, last: int) -> list[Unpacked | Reckoned]:
     """Those of the lines of a function, in order."""
-    found = []
+    found: list[Unpacked | Reckoned] = []
     seen = set()
     for line in range(first, last + 1):
         statement = source_file(file).statement(line)
         if isinstance(statement, ast.Assign) and id(statement) not in seen:
             seen.add(id(statement))
-            found += list(_unpacking(statement))
+            names = list(_unpacking(statement))
+            target = statement.targets[0]
+            if (
+                not names
+                and isinstance(target, ast.Name)
+                and isinstance(statement.value, ast.BinOp)
+            ):
+                found.append(Reckoned(statement.lineno, target.id, statement.value))
+            found += names
     return found
 
 
@@ -225,11 +254,28 @@ def sampled(size: int | str) -> int:
     return int(evaluate(size, known))
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes, numbers or expressions, are the same."""
+def same_size(a: Any, b: Any, samples: Sequence[Mapping[str, int]]) -> bool:
+    """Whether two sizes, numbers or expressions, are the same: at sizes that the graph is for."""
     if type(a) is not type(b) or not isinstance(a, str) or a == b:
         return type(a) is type(b) and bool(a == b)
-    return set(_SYMBOL.findall(a)) == set(_SYMBOL.findall(b)) and sampled(a) == sampled(b)
+    if set(_SYMBOL.findall(a)) != set(_SYMBOL.findall(b)):
+        return False
+    return all(evaluate(a, sizes) == evaluate(b, sizes) for sizes in samples)
+
+
+class _AsItLies(ast.NodeTransformer):
+    """`x.size(2)` as `x.shape[1]`, where that is the axis as the array lies."""
+
+    def __init__(self, axes: Mapping[str, Sequence[int]]) -> None:
+        self.axes = axes
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        array, axis = _shape_of(node) if isinstance(node, ast.expr) else (None, None)
+        axes = self.axes.get(array or "", ())
+        if axis is None or not -len(axes) <= axis < len(axes):
+            return self.generic_visit(node)
+        place = list(axes).index(axis % len(axes))
+        return ast.parse(f"{array}.shape[{place}]", mode="eval").body
 
 
 class _Flat(ast.NodeTransformer):

@@ -157,16 +157,23 @@ _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def _padded(x: Operand, pad: Sequence[Any], mode: str, value: Any = None) -> str | None:
-    if any(not isinstance(p, int) or p < 0 for p in pad):
-        return None
     last_first = list(zip(pad[::2], pad[1::2], strict=True))
     every = [(0, 0)] * (len(x.shape) - len(last_first)) + last_first[::-1]
+    if any(not isinstance(p, int) or p < 0 for p in pad):
+        return _padded_or_cut(x, every, value) if mode == "constant" else None
     if mode != "constant":
         sized = all(isinstance(s, int) for s, p in zip(x.shape, every, strict=True) if p != (0, 0))
         return f'jnp.pad({x}, {pairs(every)}, mode="{_MODES[mode]}")' if sized else None
     filled = number(value or 0, x.dtype)
     more = "" if not value else f", constant_values={filled}"
     return f"jnp.pad({x}, {pairs(every)}{more})" if filled and x.shape else None
+
+
+def _padded_or_cut(x: Operand, every: Sequence[tuple[Any, Any]], value: Any) -> str | None:
+    """Of numbers that may be negative, which cut off."""
+    filled = number(value or 0, x.dtype)
+    ends = ", ".join(f"({before}, {after}, 0)" for before, after in every)
+    return f"lax.pad({x}, jnp.array({filled}, {x}.dtype), ({ends},))" if filled else None
 
 
 @template("aten.constant_pad_nd.default")
