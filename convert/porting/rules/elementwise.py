@@ -197,10 +197,22 @@ def nan_to_num(
     return jnp.nan_to_num(x, nan=nan or 0.0, posinf=posinf, neginf=neginf)
 
 
+_POLES = 64  # of negative numbers, where polygamma is right
+
+
 @rule("aten.polygamma.default")
 def polygamma(n: int, x: Any) -> Any:
     (x,) = floats(x)
-    return _digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n), x)
+    if n == 0:
+        return _digamma(x)
+    # JAX's own is off by 1e-2 near the poles: it is taken at x > 0 alone, and brought back by
+    # psi(x) = psi(x + 1) - (-1)^n n! / x^(n + 1).
+    k = jnp.arange(_POLES, dtype=x.dtype)
+    below = x[..., None] + k
+    steps = jnp.where(below <= 0, 1.0, jnp.zeros((), x.dtype))
+    terms = steps * jnp.where(below <= 0, below, 1.0) ** -(n + 1)
+    above = special.polygamma(jnp.full(x.shape, n), x + jnp.sum(steps, axis=-1))
+    return above - (-1) ** n * math.factorial(n) * jnp.sum(terms, axis=-1)
 
 
 @rule("aten.special_polygamma.default")

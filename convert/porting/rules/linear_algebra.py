@@ -220,7 +220,7 @@ def pdist(x: Any, p: float = 2) -> Any:
 def cosine_similarity(a: Any, b: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     a, b = jnp.broadcast_arrays(*together(a, b))
     sizes = [jnp.maximum(vector_norm(v, 2, [dim], True), eps) for v in (a, b)]
-    return jnp.sum((a / sizes[0]) * (b / sizes[1]), axis=dim)
+    return jnp.sum((a / sizes[0]) * (b / sizes[1]), axis=dim if a.ndim else None)
 
 
 @rule("aten.renorm.default")

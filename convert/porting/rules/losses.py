@@ -148,9 +148,9 @@ def _nll(x: Any, target: Any, weight: Any, reduction: int, ignore_index: int) ->
     safe = jnp.where(counts, target, 0)
     w = jnp.where(counts, jnp.ones((), x.dtype) if weight is None else weight[safe], 0)
     loss = jnp.where(counts, -picked, 0) * w
-    if reduction == 0:
-        return loss, jnp.zeros((), x.dtype)
     total = jnp.sum(w)
+    if reduction == 0:
+        return loss, total if x.ndim == 1 else jnp.zeros((), x.dtype)
     return (jnp.sum(loss) / total if reduction == 1 else jnp.sum(loss)), total
 
 

@@ -248,6 +248,8 @@ rules_of([("cummax", _cumulative_extreme(True)), ("cummin", _cumulative_extreme(
 
 @rule("aten.diff.default")
 def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    if n == 0:
+        return x
     parts = [p for p in (prepend, x, append) if p is not None]
     x = jnp.concatenate(parts, axis=dim) if len(parts) > 1 else x
     for _ in range(n):

@@ -134,9 +134,11 @@ def _given(scales: Sequence[float | None], named: dict[str, float | None], n: in
 
 def _enter_weighted(name: str, kind: Callable[..., np.ndarray]) -> None:
     def of_size(
-        x: Any, size: Sequence[int], corners: bool, *scales: float | None, **named: float | None
-    ) -> Any:
-        return _resized(x, size, _given(scales, named, len(size)), corners, kind)
+        x: Any, output_size: Sequence[int], align_corners: bool,
+        *scales: float | None, **named: float | None,
+    ) -> Any:  # fmt: skip
+        given = _given(scales, named, len(output_size))
+        return _resized(x, output_size, given, align_corners, kind)
 
     def vec(x: Any, output_size: Any, align_corners: bool, scale_factors: Any) -> Any:
         return _resized(x, *_sizes(x, output_size, scale_factors), align_corners, kind)

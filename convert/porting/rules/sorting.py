@@ -188,7 +188,7 @@ def bincount(x: Any, weights: Any = None, minlength: int = 0) -> Any:
 @rule("aten.histc.default")
 def histc(x: Any, bins: int = 100, min: Any = 0, max: Any = 0) -> Any:
     low, high = cast(min, x.dtype), cast(max, x.dtype)
-    if min == max:
+    if min == max and x.size:
         low, high = jnp.min(x), jnp.max(x)
         low, high = jnp.where(low == high, low - 1, low), jnp.where(low == high, high + 1, high)
     flat = x.reshape(-1)
