@@ -33,11 +33,12 @@ _TRAINING_HEAD = """
 Some of those that are right, drawn by a seed: {count}, {counts}. In float64 and in train mode, with
 every dropout at 0 (`scripts/port_trained.py`): the gradients of a loss, and what five steps of SGD
 with momentum leave in parameters and running statistics, within 1e-10 of the scale of all of them,
-or 8 times what torch does when its weights move by a rounding. Then, where there is dropout, that
-it drops by its key alone.
+or 8 times what torch does when its weights move by a rounding. The rate is the largest of three at
+which a rounding stays one. "right, in float32": explained by a rounding of float32, in which the
+model computes whatever it is given. Then, where there is dropout, that it drops by its key alone.
 
-| model | outcome | worst | parameters | statistics | dropout | seconds | why |
-|---|---|---:|---:|---:|---|---:|---|
+| model | outcome | worst | rate | parameters | statistics | dropout | seconds | why |
+|---|---|---:|---:|---:|---:|---|---:|---|
 """
 
 _SOURCE_HEAD = """

@@ -42,6 +42,17 @@ def _digamma(x: Any) -> Any:
 
 
 @jax.custom_jvp
+def _i0(x: Any) -> Any:
+    return special.i0(x)
+
+
+@_i0.defjvp
+def _i0_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (t,) = primals, tangents
+    return special.i0(x), special.i1(x) * t  # JAX's own gradient is 1 at 0
+
+
+@jax.custom_jvp
 def _erfinv(x: Any) -> Any:
     return special.erfinv(x)
 
@@ -83,8 +94,8 @@ _FLOAT_FUNCTIONS: dict[str, Function] = {
     "erfinv": _erfinv,
     "lgamma": special.gammaln,
     "digamma": _digamma,
-    "i0": special.i0,
-    "special_i0": special.i0,
+    "i0": _i0,
+    "special_i0": _i0,
     "special_i0e": special.i0e,
     "special_i1": special.i1,
     "special_i1e": special.i1e,
@@ -123,12 +134,13 @@ def _unless_integer(function: Function) -> Function:
 
 
 @jax.custom_jvp
-def _abs(x: Any) -> Any:
+def absolute(x: Any) -> Any:
+    """JAX's gradient at 0 is 1, torch's 0."""
     return jnp.abs(x)
 
 
-@_abs.defjvp
-def _abs_jvp(primals: Any, tangents: Any) -> Any:
+@absolute.defjvp
+def _absolute_jvp(primals: Any, tangents: Any) -> Any:
     (x,), (t,) = primals, tangents
     return jnp.abs(x), jnp.real(jnp.conj(jnp.sign(x)) * t)
 
@@ -142,8 +154,8 @@ def _sgn(x: Any) -> Any:
 
 rules_of(
     {
-        "abs": lambda x: x if x.dtype == np.bool_ else _abs(x),
-        "absolute": lambda x: x if x.dtype == np.bool_ else _abs(x),
+        "abs": lambda x: x if x.dtype == np.bool_ else absolute(x),
+        "absolute": lambda x: x if x.dtype == np.bool_ else absolute(x),
         "neg": jnp.negative,
         "negative": jnp.negative,
         "positive": lambda x: x,

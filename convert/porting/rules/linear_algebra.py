@@ -11,6 +11,7 @@ from jax import lax
 from jax.scipy import linalg as scipy_linalg
 
 from convert.porting.rules import rule, rules_of
+from convert.porting.rules.elementwise import absolute
 from convert.porting.rules.promote import cast, category, opmath, real_of, refuse, together
 from convert.porting.rules.reductions import axes_of
 
@@ -115,7 +116,7 @@ def grouped_mm(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: An
 
 def _vector_norm(x: Any, p: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
     """The gradient at 0 is 0, as torch's is."""
-    size = jnp.abs(x)
+    size = absolute(x)
     if p == np.inf:
         return jnp.max(size, axis=axes, keepdims=keepdim)
     if p == -np.inf:

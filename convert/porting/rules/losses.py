@@ -10,6 +10,7 @@ import numpy as np
 
 from convert.porting.rules import rule
 from convert.porting.rules.activations import log_softmax
+from convert.porting.rules.elementwise import absolute
 from convert.porting.rules.promote import refuse, together
 
 
@@ -26,14 +27,14 @@ def mse_loss(x: Any, target: Any, reduction: int = 1) -> Any:
 @rule("aten.l1_loss.default")
 def l1_loss(x: Any, target: Any, reduction: int = 1) -> Any:
     x, target = together(x, target)
-    return _reduced(jnp.abs(x - target), reduction)
+    return _reduced(absolute(x - target), reduction)
 
 
 @rule("aten.smooth_l1_loss.default")
 def smooth_l1_loss(x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -> Any:
     x, target = together(x, target)
     if beta == 0:
-        return _reduced(jnp.abs(x - target), reduction)
+        return _reduced(absolute(x - target), reduction)
     d = jnp.abs(x - target)
     return _reduced(jnp.where(d < beta, 0.5 * d * d / beta, d - 0.5 * beta), reduction)
 
