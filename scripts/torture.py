@@ -309,6 +309,10 @@ def main() -> int:
                 record(rows[-1:])
 
     with tempfile.TemporaryDirectory() as folder:
+        # First: Orbax does not let a process fork that has read with it.
+        for library, kill in LIBRARIES.items() if options["libraries"] else ():
+            place = Path(folder) / f"of-{library.split()[0]}"
+            note(library, "kills", kill(place, options["libraries"], rng), good=True)
         for container in containers:
             for training in (True, False):
                 place = Path(folder) / f"{container}-{training}"
@@ -318,10 +322,6 @@ def main() -> int:
                     if times := options[name.replace(" ", "_")]:
                         found = trial(case, times, rng)
                         note(case.name, name, found, found.keys() <= GOOD)
-        for library, kill in LIBRARIES.items():
-            if options["libraries"]:
-                place = Path(folder) / f"of-{library.split()[0]}"
-                note(library, "kills", kill(place, options["libraries"], rng), good=True)
     show(rows)
     return 0 if all(row[-1] for row in rows) else 1
 

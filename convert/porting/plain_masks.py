@@ -114,7 +114,7 @@ class _Masks:
         for tried in _TRIED:
             every = zip(self.graph.symbols, itertools.cycle(tried), strict=False)
             sizes = {symbol: n + (_WIDE if symbol == wide else 0) for symbol, n in every}
-            if all(_holds(g.condition, sizes) for g in self.graph.guards):
+            if self.graph.is_for(sizes):
                 yield sizes
 
     def _wide(self) -> list[dict[str, int]]:
@@ -233,13 +233,6 @@ def _whole(x: Any, graph: Graph) -> Iterator[int]:
             yield from _whole(part, graph)
     elif isinstance(x, Mapping):
         yield from _whole(list(x.values()), graph)
-
-
-def _holds(condition: str, sizes: Mapping[str, int]) -> bool:
-    try:
-        return bool(evaluate(condition, sizes))
-    except ZeroDivisionError:
-        return False
 
 
 def _kind(x: np.ndarray) -> str | None:

@@ -148,8 +148,11 @@ class Graph:
     def _sample(self, primes: tuple[int, ...]) -> dict[str, int]:
         every = list(zip(self.symbols, itertools.cycle(primes), strict=False))
         tried = ({s: times * p for s, p in every} for times in _TIMES)
-        good = (sizes for sizes in tried if all(_holds(g.condition, sizes) for g in self.guards))
-        return next(good, {s: _TIMES[-1] * p for s, p in every})
+        return next(filter(self.is_for, tried), {s: _TIMES[-1] * p for s, p in every})
+
+    def is_for(self, sizes: Mapping[str, int]) -> bool:
+        """Whether its guards hold at these sizes."""
+        return all(_holds(g.condition, sizes) for g in self.guards)
 
     def worded(self, expression: str) -> str:
         """An expression of sizes with the inputs' names for the symbols."""
