@@ -87,7 +87,19 @@ def build(name: str) -> tuple[Any, dict[str, Any], str]:
         "transformers": corpus_transformers.build,
     }
     module, inputs, shrunk = makers[package](model)
+    _draw_zeros(module)
     return module.eval(), inputs, shrunk
+
+
+def _draw_zeros(module: Any) -> None:
+    """Give matrices of zeros values: they hide what follows, or leave it to chance (the experts of
+    a router that likes all alike)."""
+    import torch
+
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.ndim > 1 and p.is_floating_point() and not p.any():
+                p.normal_(0, 0.1)
 
 
 # torchvision's deep models: two blocks a stage tell what forty do. Class -> its argument.

@@ -36,9 +36,15 @@ def _square_root_of_one_minus(x: Any) -> Any:
     return jnp.sqrt((1 - x) * (1 + x))
 
 
+@jax.custom_jvp
 def _digamma(x: Any) -> Any:
     pole = jnp.copysign(jnp.asarray(jnp.inf, x.dtype), -x)
     return jnp.where(x == 0, pole, special.digamma(jnp.where(x == 0, 1, x)))
+
+
+@_digamma.defjvp
+def _digamma_jvp(primals: Any, tangents: Any) -> Any:
+    return _digamma(primals[0]), polygamma(1, primals[0]) * tangents[0]
 
 
 @jax.custom_jvp

@@ -290,7 +290,7 @@ def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
 @rule("aten.masked_select.default")
 def masked_select(x: Any, mask: Any) -> Any:
     raise_unless_static(mask, "masked_select")
-    x, mask = jnp.broadcast_arrays(x, mask)
+    x, mask = jnp.broadcast_arrays(jnp.atleast_1d(x), mask)
     return x[np.nonzero(np.asarray(mask))]
 
 
