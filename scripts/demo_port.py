@@ -28,7 +28,8 @@ def main() -> int:
     title("1. A net for digits of our own, trained in PyTorch")
     digits, images = digit_net()
     first = ported("DigitNet", digits, {"x": images[:4]}, "digits_flax.py")
-    ours, theirs = first.net()(images), in_torch(digits, x=images)
+    channels_last = images.transpose(0, 2, 3, 1)  # as Flax has images
+    ours, theirs = first.net()(channels_last), in_torch(digits, x=images)
     same = bool((np.argmax(ours, 1) == np.argmax(theirs, 1)).all())
     console.print(
         f"\nThe same digit in {len(images)} images that it was not trained on  {verdict(same)}"

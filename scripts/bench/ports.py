@@ -77,16 +77,19 @@ def contenders(name: str) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
     module, call = MODELS[name]()
     module = module.eval()
-    arrays = {n: jax.numpy.asarray(x.numpy()) for n, x in call.items()}
 
-    def jitted(net: Any) -> Callable[[], Any]:
+    def in_jax(call: dict[str, Any]) -> dict[str, Any]:
+        return {n: jax.numpy.asarray(x.numpy()) for n, x in call.items()}
+
+    def jitted(net: Any, arrays: dict[str, Any]) -> Callable[[], Any]:
         graph, state = nnx.split(net)
         run = jax.jit(lambda state, call: jax.tree.leaves(nnx.merge(graph, state)(**call))[0])
         run(state, arrays).block_until_ready()
         return lambda: run(state, arrays).block_until_ready()
 
-    live = jitted(convert.to_flax(module, call, verify=False))
-    return {"live": live, "port": jitted(convert.port(module, call, verify=False).net())}
+    live = jitted(convert.to_flax(module, call, verify=False), in_jax(call))
+    port = convert.port(module, call, verify=False)
+    return {"live": live, "port": jitted(port.net(), in_jax(port.flax_inputs()))}
 
 
 def timed(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
