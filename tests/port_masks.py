@@ -27,6 +27,10 @@ def widest(q: Tensor, k: Tensor) -> Tensor:
     return (k <= q) & (k > q - 4096)
 
 
+def blocks(q: Tensor, k: Tensor) -> Tensor:
+    return (k <= q) & (q // 64 - k // 64 < 64)
+
+
 def everything(q: Tensor, k: Tensor) -> Tensor:
     return q >= 0
 

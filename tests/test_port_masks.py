@@ -15,6 +15,7 @@ from tests.port_masks import (
     Masked,
     Rule,
     Short,
+    blocks,
     causal,
     earlier,
     everything,
@@ -49,7 +50,7 @@ def test_attention_takes_a_known_mask_as_what_it_is(
     assert not any(word in text for word in gone)
 
 
-@pytest.mark.parametrize("rule", [window, wide, widest, earlier])
+@pytest.mark.parametrize("rule", [window, wide, widest, blocks, earlier])
 def test_another_mask_stays_as_it_was_made(rule: Rule) -> None:
     text = source(Masked(rule), X)
     assert "def mask_of(" in text

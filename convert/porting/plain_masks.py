@@ -40,6 +40,7 @@ _MASKED = -1e4  # a number from here on is added to what is not to be seen
 _SEEN, _UNSEEN, _CAUSAL = "seen", "unseen", "causal"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _BOTH = ("aten.bitwise_and.Tensor", "aten.logical_and.default", "aten.__and__.Tensor")
+_SCALES = re.compile(r"aten\.(mul|div|floor_divide|true_divide|pow|\w*shift)")
 _ADD, _WHERE = "aten.add.Tensor", "aten.where.self"
 
 
@@ -61,13 +62,17 @@ class _Masks:
         # and the largest number that is compared with positions there: what differs only at sizes
         # beyond it, as a window of 4096 does, is not seen at others
         self.numbers: dict[int, int] = {}
+        scales: dict[int, int] = {}  # by how much positions were multiplied or divided
         for node in graph.nodes:
             taken = [v for v in refs((node.args, node.kwargs)) if self._is_array(v)]
             drawn = getattr(function_of(node.op), "random", False)
             if self._is_array(node.made) and all(v in self.steps for v in taken) and not drawn:
                 self.steps[node.made] = 1 + sum(self.steps[v] for v in taken)
-                own = [] if self._is_float(node.made) else _whole((node.args, node.kwargs), graph)
-                self.numbers[node.made] = max([0, *own, *(self.numbers[v] for v in taken)])
+                whole = [] if self._is_float(node.made) else _whole((node.args, node.kwargs), graph)
+                own, scale = max(whole, default=0), max((scales[v] for v in taken), default=1)
+                self.numbers[node.made] = max([own * scale, *(self.numbers[v] for v in taken)])
+                by = 2 ** min(own, 64) if "shift" in node.op else max(own, 1)
+                scales[node.made] = scale * by if _SCALES.match(node.op) else scale
         self.found = self._known() if self._asked() else {}
 
     def _is_array(self, value: int) -> bool:
