@@ -36,11 +36,41 @@ def main() -> None:
         rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {limits[1]} |")
     where = f", {told['machine']}" if told.get("machine") else ""
     text = _HEAD.format(rounds=told["rounds"], where=where) + "\n".join(rows) + "\n"
+    if "parts" in told:
+        text += by_part(told["parts"])
     if "growth" in told:
         text += grown(told["growth"])
         plot_growth(told["growth"]["points"])
     (DOCS / "performance.md").write_text(text)
     plot(jobs)
+
+
+def by_part(told: dict[str, dict[str, float]]) -> str:
+    """The section on what limits: a row for each job, a column for each part."""
+    first = next(iter(told.values()))
+    names = [n for n in first if n not in ("seconds", "waiting")]
+    rows = [
+        f"| {job} | {parts['seconds']:.2f} | {' | '.join(f'{parts[n]:.2f}' for n in names)} |\n"
+        for job, parts in told.items()
+    ]
+    return (
+        _PARTS
+        + f"| job | wall | {' | '.join(names)} |\n|---|{'---:|' * (len(names) + 1)}\n"
+        + ("".join(rows))
+    )
+
+
+_PARTS = """
+## What limits
+
+By `scripts/bench/parts.py`: seconds of the clock, then threads' seconds by what they did, medians
+of five rounds; threads that wait are left out. The first three jobs keep both cores busy from
+start to end, with NumPy's strided loops and the kernel; a copy at 2 GB/s leaves no room for
+Python's start, for one transposition there and one back, and for two hashes. A single tensor of
+1 GB is read in pieces of a few hundred bytes, a call of the system for each, since what is held at
+a time is fixed: twice unverified costs what that takes, and to verify it is read so once more.
+
+"""
 
 
 def grown(told: dict[str, Any]) -> str:

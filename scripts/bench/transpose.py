@@ -1,4 +1,4 @@
-"""zoo.checkpoint.apply's blocked copy against NumPy's on transposed arrays: GB/s and ratio."""
+"""The blocked copy of zoo.containers.strided against NumPy's on transposed arrays: GB/s and ratio."""
 
 from __future__ import annotations
 

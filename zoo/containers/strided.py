@@ -1,7 +1,8 @@
 """Copies between memory orders, in blocks that stay in the cache.
 
-NumPy copies a transposed array element by element along the slow axis; in strips of 16 rows the
-same copy is four to ten times as fast (measured in scripts/bench/transpose.py).
+NumPy copies a transposed array element by element along the slow axis; in blocks of 16 by 1024 the
+same copy is four to ten times as fast (measured in scripts/bench/transpose.py). Smaller blocks are
+as good on one thread, but two then wait for each other: every call lets go of Python's lock.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import numpy as np
 
 from zoo.containers.regions import Region
 
-_STRIP = 1 << 20  # bytes that are brought into order at a time
-_BLOCK, _ROWS = 4096, 256  # elements of a block; at most so many along the source's fast axis
+_STRIP = 1 << 21  # bytes brought into order at a time; malloc gives larger ones back each time
+_ROWS = 1024  # of a block at most, along the source's fast axis
+_COLUMNS = 16  # of a block, along the other's; more where rows are short
+_SHORT = 4096  # elements of a block of short rows
 _NARROW = 8  # axes no longer than this stay inside a block
 
 
@@ -63,7 +66,7 @@ def _copy(source: np.ndarray, out: np.ndarray) -> None:
             _copy(_cut(source, outer[0], i, 1), _cut(out, outer[0], i, 1))
         return
     rows = min(_ROWS, source.shape[row])
-    columns = _BLOCK // rows
+    columns = max(_COLUMNS, min(4 * _COLUMNS, _SHORT // rows))
     for i in range(0, source.shape[row], rows):
         strip, into = _cut(source, row, i, rows), _cut(out, row, i, rows)
         for j in range(0, source.shape[column], columns):
