@@ -1,4 +1,4 @@
-"""The blocked copy of zoo.containers.strided against NumPy's on transposed arrays: GB/s and ratio."""
+"""The blocked copy of zoo.containers.strided against NumPy's, transposed arrays: GB/s and ratio."""
 
 from __future__ import annotations
 
