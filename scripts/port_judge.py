@@ -72,7 +72,7 @@ def judged(
             scale = max(1e-30, float(np.abs(finite(a)).max(initial=0)))
             allowed = 8 * max(float(finite(n).max(initial=0)) / scale, 2.0**-23)
             if not gap <= max(CLOSE, allowed):
-                return {"outcome": "wrong", "why": f"{gap:.2g} of the scale", "sizes": sizes}
+                return unlike(module, wide(given), f"{gap:.2g} of the scale")
         sizes += 1
     back = convert.to_state_dict(net)
     if any(not torch.equal(v, back[n]) for n, v in module.state_dict().items()):
@@ -80,6 +80,19 @@ def judged(
     worst = max(gaps, default=0.0)
     outcome = "right" if exact and worst <= CLOSE else "right, in float32"
     return {"outcome": outcome, "worst": worst, "sizes": sizes}
+
+
+def unlike(module: Any, given: Inputs, gap: str) -> dict[str, Any]:
+    """The row of a live module that is not torch's: refused, where `to_flax`'s own proof says so to
+    whoever does not turn it off."""
+    import convert
+    from zoo.containers.errors import NotEquivalent
+
+    try:
+        convert.to_flax(module, given)
+    except NotEquivalent as e:
+        return {"outcome": "refused", "why": f"by its proof, {gap}", "details": [e.advice]}
+    return {"outcome": "wrong", "why": gap}
 
 
 def other_sizes(module: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -487,6 +487,16 @@ def test_a_backward_pass_of_its_own_is_told_and_seen_in_gradients() -> None:
         convert.to_flax(StraightThrough(), draw(2, 3), verify="gradients")
 
 
+class AsksWhetherItIsTraced(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.cumsum(1) if torch.compiler.is_exporting() else x.sum(1, keepdim=True) + 0 * x
+
+
+def test_another_computation_under_the_trace_is_refused_and_named() -> None:
+    with pytest.raises(NotEquivalent, match="asks whether it is traced"):
+        convert.to_flax(AsksWhetherItIsTraced(), draw(2, 3))
+
+
 class Counts(nn.Module):
     """It writes into its buffers in eval mode too; one of them is not saved."""
 

@@ -20,7 +20,7 @@ from convert.porting.fixed_draws import torch_draws
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
 from convert.porting.tensors_by_name import ByName
 from convert.program.calls import buffers_kept, fresh, in_precision, resized, runs
-from convert.program.export import traced_graph
+from convert.program.export import traced_graph, traces_otherwise
 from convert.program.graph import Graph, Guard, evaluate, states_precision
 from convert.program.nesting import taken_apart
 from convert.runtime.arrays import is_inexact, leaves, to_numpy
@@ -81,11 +81,14 @@ def prove(
             f"float64 (scale {r.scale:.3g})"
             for s, r in wrong[:8]
         ]
+        why = "a rule is wrong, ours or yours"
+        if traces_otherwise(pair.module, traced):
+            why = "torch.export traces another computation than the module runs: some of its code "
+            why += "asks whether it is traced"
         raise NotEquivalent(
             f"{program.name}: the port gives other values than torch in {len(wrong)} of "
             f"{sum(map(len, report.rows.values()))} outputs and gradients",
-            "nothing was given back, as a rule is wrong, ours or yours; verify=False gives the "
-            "module as it is, to look at",
+            f"nothing was given back, as {why}; verify=False gives the module as it is, to look at",
             [*told, *graph.notices],
         )
     report.verdict = "same"

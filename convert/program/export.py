@@ -119,6 +119,22 @@ def traced_graph(
     raise failed
 
 
+def traces_otherwise(module: Any, call: BoundArguments) -> bool:
+    """Whether what torch.export traces of a call computes something else than the module does, as
+    of code that asks whether it is traced."""
+    import torch
+
+    flat = _flattened(module, call, [], None)
+    tensors = tuple(t.clone() for t in leaves(call.arguments).values())
+    with _as_run(), torch.no_grad():
+        traced = torch.export.export(flat, tensors, strict=False).module()(*tensors)
+        return any(
+            not torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()), equal_nan=True)
+            for a, b in zip(traced, flat(*tensors), strict=True)
+            if b.is_floating_point() and b.numel()
+        )
+
+
 @contextlib.contextmanager
 def _patience(seconds: float) -> Iterator[None]:
     """NotExported after so much of the process's time (0: never): sums and quotients of sizes can
@@ -127,8 +143,9 @@ def _patience(seconds: float) -> Iterator[None]:
         yield
         return
 
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"sizes kept torch.export busy for {seconds} s")
+    def stop(*_: Any) -> None:  # anywhere in `export`, also where nothing is made a ZooError
+        told = f"sizes kept torch.export busy for {seconds} s"
+        raise refused.NotExported(told, "give inputs of one size", [told])
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
