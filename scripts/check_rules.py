@@ -1,12 +1,14 @@
 """Hold the table of operations (convert/porting/rules) against torch: docs/rules.json.
 
-    scripts/check_rules.py [OP ...] [--most N] [--templates]
+    scripts/check_rules.py [OP ...] [--most N] [--templates] [--write]
 
-torch's own OpInfo samples are run in float64, float32, int64, bool and complex64. Every ATen
-overload that torch dispatches on the way is one check: the rule's values, their dtypes, and for
-floats their gradients. The composite overload of the operation itself is checked too, where the
-table has it. With --templates the same is asked of the expressions that a port is written of
-(convert/porting/rendering/templates): "refused" is then an overload, or arguments, without one.
+torch's own OpInfo samples are run in float64, and N of each operation, or 8, in float32, int64,
+bool and complex64. With --write what is done is kept in docs/rules.json, and not done again unless
+it is named. Every ATen overload that torch dispatches on the way is one check: the rule's values,
+their dtypes, and for floats their gradients. The composite overload of the operation itself is
+checked too, where the table has it. With --templates the same is asked of the expressions that a
+port is written of (convert/porting/rendering/templates): "refused" is then an overload, or
+arguments, without one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import unittest
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +50,7 @@ from convert.program.graph import Dtype  # noqa: E402
 
 DROPPED = ("device", "layout", "pin_memory", "memory_format", "non_blocking", "requires_grad")
 DTYPES = (torch.float64, torch.float32, torch.int64, torch.bool, torch.complex64)
+OTHERS = 8  # samples of an operation in a dtype other than float64
 # What relative error a dtype's own rounding allows, of the largest value.
 TOLERANCE = {"float64": 1e-10, "complex128": 1e-10, "bfloat16": 2e-2, "float16": 3e-3}
 # torch leaves these values open: garbage, or random.
@@ -263,7 +266,8 @@ class Call:
         for a, b in zip(ours, theirs, strict=True):
             if self.name.split(".")[1] in ROUNDED:
                 a, b = a.astype("float32"), None if b is None else b.float()
-            said = _apart(a, torch.zeros(a.shape, dtype=torch.float64) if b is None else b)
+            zero = torch.zeros(a.shape, dtype=torch.float64)
+            said = _apart(a, zero if b is None else b, 1e-2)  # what cancels leaves roundings behind
             if said:
                 return f"gradient: {said}"
         return ""
@@ -368,63 +372,74 @@ def _word(said: str) -> str:
 
 
 @dataclass
-class Result:
-    """What was run, and how it came out."""
+class Row:
+    """What became of an operation in a dtype: by overload and in all, and each failure's arguments,
+    of each kind the first."""
 
-    words: Counter[str]
-    rules: dict[str, Counter[str]]
-    failures: dict[str, list[str]]
-    done: dict[str, list[str]]
+    overloads: dict[str, dict[str, int]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    error: str = ""
 
     def enter(self, call: Call, said: str, key: str) -> None:
         word = _word(said)
-        self.words[word] += 1
-        self.rules.setdefault(call.name, Counter())[word] += 1
-        if word in ("wrong", "refused"):
-            place = self.failures.setdefault(f"{call.name} {said}"[:160], [])
-            place.append(key[:300])
-            if len(place) == 1:
-                print(f"{call.name} {said}\n       {key[:300]}", flush=True)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.__dict__, indent=1, sort_keys=True) + "\n")
+        words = self.overloads.setdefault(call.name, {})
+        words[word] = words.get(word, 0) + 1
+        told = f"{call.name} {said}"[:160]
+        if word in ("wrong", "refused") and told not in self.failures:
+            self.failures[told] = key[:300]
+            print(f"{told}\n       {key[:300]}", flush=True)
 
 
-def run_operation(op: Any, dtype: torch.dtype, most: int, seen: set[str], result: Result) -> None:
+def checked(op: Any, dtype: torch.dtype, most: int, seen: set[str]) -> Row:
     """All checks of one operation in one dtype; what was seen is not checked again."""
     torch.manual_seed(0)
+    row = Row()
     try:
         for call in (c for calls in calls_of(op, dtype, most) for c in calls):
             key = _signature(call)
             if key not in seen:
                 seen.add(key)
-                result.enter(call, judge(call), key)
+                row.enter(call, judge(call), key)
     except Exception as e:
-        result.words["sample not run"] += 1
-        print(f"# {op.name} {dtype}: {type(e).__name__} {str(e)[:100]}", flush=True)
-    result.done.setdefault(str(dtype), []).append(op.name)
+        row.error = f"{type(e).__name__}: {str(e)[:100]}"
+        print(f"# {op.name} {dtype}: {row.error}", flush=True)
     jax.clear_caches()  # else the programs of every shape are kept
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--most", type=int, default=10**6, help="samples an operation and dtype")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--most", type=int, help="samples an operation and dtype")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--templates", action="store_true", help="the expressions, not the rules")
     options = parser.parse_args()
     Call.templates = options.templates
     warnings.simplefilter("ignore")
     jax.config.update("jax_enable_x64", True)
     torch.set_num_threads(1)
-    result, seen = Result(Counter(), {}, {}, {}), set[str]()
+    file, seen = ROOT / "docs" / "rules.json", set[str]()
+    rows = json.loads(file.read_text()) if options.write and file.is_file() else {}
     for dtype in DTYPES:
+        most = options.most or (10**6 if dtype == torch.float64 else OTHERS)
         for op in operations(options.names):
-            if dtype in op.supported_dtypes("cpu"):
-                run_operation(op, dtype, options.most, seen, result)
-                if options.output:
-                    result.write(options.output)
-    print(dict(result.words), len(result.rules), "overloads")
+            key = f"{str(dtype).removeprefix('torch.')} {op.name} {op.variant_test_name}".strip()
+            if dtype not in op.supported_dtypes("cpu") or (key in rows and not options.names):
+                continue
+            rows[key] = asdict(checked(op, dtype, most, seen))
+            if options.write:
+                file.write_text(json.dumps(rows, indent=0, sort_keys=True) + "\n")
+    words, overloads = summary(rows)
+    print(words, len(overloads), "overloads")
+
+
+def summary(rows: dict[str, Any]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """How often each word was said, in all and of each overload."""
+    overloads: dict[str, Counter[str]] = {}
+    for row in rows.values():
+        for name, words in row["overloads"].items():
+            overloads.setdefault(name, Counter()).update(words)
+    return dict(sum(overloads.values(), Counter())), dict(overloads)
 
 
 if __name__ == "__main__":
