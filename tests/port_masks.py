@@ -77,6 +77,20 @@ class Masked(nn.Module):
         return x
 
 
+class Dropping(nn.Module):
+    """Attention whose weights are dropped in training."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = 0.1 if self.training else 0.0
+        q = self.q(x)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, mask_of(x, self.rule), dropout_p=rate)
+
+
 class Added(nn.Module):
     """A mask that is added to the scores."""
 

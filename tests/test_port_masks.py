@@ -10,6 +10,7 @@ import convert
 from tests.port_masks import (
     Added,
     Crossed,
+    Dropping,
     Filled,
     Heads,
     Masked,
@@ -67,6 +68,14 @@ def test_scores_that_are_filled() -> None:
     assert "jnp.tri(" in source(Filled(causal), SMALL)
     assert "where" not in source(Filled(everything), SMALL)
     assert "arange" in source(Filled(window), SMALL)
+
+
+def test_weights_that_are_dropped() -> None:
+    assert "jnp.tri(" in source(Dropping(causal), SMALL)
+    text = source(Dropping(everything), SMALL)
+    assert "nnx.Dropout(0.1" in text
+    assert "where" not in text
+    assert "arange" in source(Dropping(window), SMALL)
 
 
 def test_causal_is_of_as_many_keys_as_queries() -> None:

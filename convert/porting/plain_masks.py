@@ -41,7 +41,8 @@ _SEEN, _UNSEEN, _CAUSAL = "seen", "unseen", "causal"
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _BOTH = ("aten.bitwise_and.Tensor", "aten.logical_and.default", "aten.__and__.Tensor")
 _SCALES = re.compile(r"aten\.(mul|div|floor_divide|true_divide|pow|\w*shift)")
-_ADD, _WHERE = "aten.add.Tensor", "aten.where.self"
+_ADD = "aten.add.Tensor"
+_WHERE = ("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
 
 
 def plain_masks(graph: Graph) -> Graph:
@@ -216,7 +217,7 @@ class _Masks:
         elif node.op == _ADD and not node.kwargs and _SEEN in kinds:
             at = kinds.index(_SEEN)
             kept = node.args[1 - at] if "float" in self.types[node.args[at].value].dtype else None
-        elif node.op == _WHERE and kinds[0] in (_SEEN, _UNSEEN):
+        elif node.op in _WHERE and kinds[0] in (_SEEN, _UNSEEN):
             kept = node.args[1 if kinds[0] == _SEEN else 2]
         elif node.op.startswith("aten.masked_fill.") and kinds[1] == _UNSEEN:
             kept = node.args[0]

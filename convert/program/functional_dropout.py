@@ -303,7 +303,7 @@ def _called(text: str, function: str) -> str:
     if isinstance(rate, ast.Attribute) and rate.attr == "p":
         rate = rate.value
     name = getattr(rate, "attr", None) or getattr(rate, "id", None) or ""
-    return name if len(name) > 2 and name not in ("dropout_p", "self") else "dropout"
+    return name if "drop" in name and name != "dropout_p" else "dropout"
 
 
 def _attention(
