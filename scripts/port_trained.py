@@ -5,8 +5,9 @@ SGD with momentum, and what they leave in the parameters and in the running stat
 of the scale of all of them, or 8 times what torch itself does when its weights move by a rounding:
 three times, and nine times more before anything is called wrong, as such noise jumps where a ReLU
 lets through what it did not. The steps are the largest of three at which a rounding stays one: with
-few images, each step of a large rate may multiply it by a thousand. "right, in float32" is what
-only a rounding of float32 explains, of a module that computes in float32 whatever it is given.
+few images, each step of a large rate may multiply it by a thousand. "too noisy" is where the
+gradients themselves have such roundings. "right, in float32" is what only a rounding of float32
+explains, of a module that computes in float32 whatever it is given.
 Then with dropout as it was: the outputs of some keys differ, those of one key do not.
 """
 
@@ -23,6 +24,7 @@ from port_judge import CLOSE, Inputs, called, doubled, shaken
 
 STEPS, MOMENTUM = 5, 0.9
 RATES, CALM = (1e-2, 1e-4, 1e-6), 1e-9  # of the scale: what a rounding may grow to
+NOISY = 1e-6  # what it has to stay below for anything to be seen
 SAMPLES = (3, 12)  # of torch's own noise: the second where the first does not explain a gap
 _RATES = (
     "p", "drop_prob", "dropout", "dropout_prob", "attention_dropout", "activation_dropout",
@@ -48,8 +50,11 @@ def trained(module: Any, inputs: Inputs) -> dict[str, Any]:
     for rate in RATES:
         torchs = torch_steps(copy.deepcopy(module), inputs, rate)
         noise = [moved(module, inputs, rate, seed) for seed in range(SAMPLES[0])]
-        if compared(torchs, noise[0], noise[1:])[0] <= CALM:
+        grown = compared(torchs, noise[0], noise[1:])[0]
+        if grown <= CALM:
             break
+    if grown > NOISY:
+        return {"outcome": "too noisy", "why": f"a rounding becomes {grown:.2g} of the scale"}
     try:
         ours = flax_steps(net, inputs, rate)
     except ZooError as e:

@@ -21,7 +21,7 @@ from zoo.checkpoint.slabs import Slab, cut, pieces
 from zoo.containers import open_checkpoint
 from zoo.containers.base import Reader, TensorInfo
 from zoo.containers.errors import NotEquivalent
-from zoo.containers.strided import contiguous, strips
+from zoo.containers.strided import ordered, strips
 from zoo.layout.cuts import Need
 from zoo.layout.ops import inverse
 
@@ -163,11 +163,11 @@ class _Back:
         if not tree.holds(region):  # not in the order of the hash: held against the source itself
             read_again = functools.partial(self._stream.reader.read, step.sources[i])
             return all(
-                np.array_equal(in_order(read_again(part)), in_order(contiguous(block)))
+                np.array_equal(in_order(read_again(part)), in_order(ordered(block)))
                 for block, part in strips(view, region)
             )
         return not any(
-            tree.differs(number, digest(tree.kind, in_order(contiguous(view[at]))))
+            tree.differs(number, digest(tree.kind, in_order(ordered(view[at]))))
             for number, at in tree.leaves(region)
         )
 

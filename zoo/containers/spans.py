@@ -19,7 +19,7 @@ import numpy as np
 from zoo.containers import dtypes
 from zoo.containers.base import Reader, TensorInfo, Writer, fill, put
 from zoo.containers.regions import Region, extent, runs, whole
-from zoo.containers.strided import contiguous, strips
+from zoo.containers.strided import ordered, strips
 
 _SHORT = 32 << 10  # bytes of a piece whose call takes longer than its bytes
 _OPEN = 64  # files that one worker has open at a time
@@ -181,7 +181,7 @@ class SpanWriter(Writer):
         info = self.tensors[name]
         for block, part in strips(array, region):
             length, starts = runs(info.shape, part)
-            self._put(name, contiguous(block), length * array.itemsize, starts)
+            self._put(name, ordered(block), length * array.itemsize, starts)
 
     def _put(self, name: str, block: np.ndarray, nbytes: int, starts: Iterable[int]) -> None:
         view = block.reshape(-1).view(np.uint8).data

@@ -7,13 +7,14 @@ as good on one thread, but two then wait for each other: every call lets go of P
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from zoo.containers.regions import Region
 
-_STRIP = 1 << 21  # bytes brought into order at a time; malloc gives larger ones back each time
+_STRIP = 1 << 21  # bytes that are brought into order at a time
 _ROWS = 1024  # of a block at most, along the source's fast axis
 _COLUMNS = 16  # of a block, along the other's; more where rows are short
 _SHORT = 4096  # elements of a block of short rows
@@ -25,6 +26,28 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     if array.flags.c_contiguous:
         return array
     out = np.empty(array.shape, array.dtype)
+    copy(array, out)
+    return out
+
+
+class _Kept(threading.local):
+    """A buffer of each thread's, so that the kernel does not make new pages for every strip."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
+
+
+_kept = _Kept()
+
+
+def ordered(array: np.ndarray) -> np.ndarray:
+    """`array` with its elements in C order: itself where they are, else a copy that the thread's
+    next call overwrites."""
+    if array.flags.c_contiguous:
+        return array
+    if _kept.buffer.size < array.nbytes:
+        _kept.buffer = np.empty(array.nbytes, np.uint8)
+    out = _kept.buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
     copy(array, out)
     return out
 
