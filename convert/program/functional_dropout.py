@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import itertools
 import linecache
 import sys
@@ -21,6 +22,7 @@ from types import FrameType
 from typing import Any
 from unittest import mock
 
+from convert.program import attention_by_steps as by_steps
 from convert.program.calls import buffers_kept, fresh, in_mode
 
 _DROPOUTS = {
@@ -102,7 +104,7 @@ class _Layers:
             if layer is None:
                 return None
             if function == _ATTENTION:
-                return lambda *args, **kwargs: _attention(layer, *args, **kwargs)
+                return functools.partial(by_steps.attention, layer)
             return lambda x, *args, **kwargs: layer(x)
 
         before = {m: dict(m._modules) for m in self.module.modules()}
@@ -304,31 +306,3 @@ def _called(text: str, function: str) -> str:
         rate = rate.value
     name = getattr(rate, "attr", None) or getattr(rate, "id", None) or ""
     return name if "drop" in name and name != "dropout_p" else "dropout"
-
-
-def _attention(
-    dropout: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """torch's scaled_dot_product_attention, step by step, as its documentation has it."""
-    import torch
-
-    if enable_gqa:
-        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
-        value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
-    scale = query.size(-1) ** -0.5 if scale is None else scale
-    logits = query @ key.transpose(-2, -1) * scale
-    if is_causal:
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        logits = torch.where(attn_mask, logits, float("-inf"))
-    elif attn_mask is not None:
-        logits = logits + attn_mask
-    return dropout(logits.softmax(-1)) @ value

@@ -12,6 +12,7 @@ from convert.porting.rendering.operands import SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.sizes import named
 from convert.porting.rendering.source_lines import casts, mentioned, own_name, source_file, targets
+from convert.program import attention_by_steps
 from convert.program.exported_nodes import is_torchs
 from convert.program.graph import CodeLine, GraphNode, Placeholder, refs
 
@@ -52,7 +53,10 @@ class Frames:
     def place(self, item: Item) -> list[CodeLine]:
         """The lines of the module's own code and of what it calls, from forward inwards."""
         found = self.scope.place(item)
-        return [f for i, f in enumerate(found) if i == 0 or not is_torchs(f.file)]
+        shown = (attention_by_steps.__file__,)
+        return [
+            f for i, f in enumerate(found) if i == 0 or f.file in shown or not is_torchs(f.file)
+        ]
 
     def key(self, item: Item) -> Key:
         """The statement that an item is of: equal for items of one statement."""
