@@ -15,7 +15,9 @@ Written by `scripts/bench/performance_page.py` from what `scripts/bench/engine.p
 job is a process of its own, run in turn with what it is held against, and only their ratio in one
 round counts: for a conversion `cp` and `sync` of the same bytes, start-up of ours included; for the
 others what the line says. Peaks are above an idle interpreter; for what is measured inside a
-process, above what it held before. {rounds} rounds{where}.
+process, above what it held before. {rounds} rounds{where}. The copy alone takes 0.7 to 2 s there:
+free memory of such a machine is given back to its host, and its first touch is ten times slower
+than a copy, whoever comes to it.
 
 ![The ratios, with what is asked for](performance.png)
 

@@ -342,9 +342,17 @@ def logdet(x: Any) -> Any:
     return jnp.where(sign == -1, jnp.nan, log)
 
 
+def _hermitian(x: Any, triangle: str) -> Any:
+    """The matrix of which one triangle is given; the gradient is, as torch's, that of all of `x`."""
+    half = jnp.tril(x, -1) if triangle.upper() == "L" else jnp.triu(x, 1)
+    diagonal = jnp.where(jnp.eye(x.shape[-1], dtype=bool), jnp.real(x), 0)
+    whole = half + jnp.conj(half).mT + diagonal
+    return lax.stop_gradient(whole) + (x - lax.stop_gradient(x))
+
+
 @rule("aten.linalg_eigh.default")
 def eigh(x: Any, UPLO: str = "L") -> tuple[Any, Any]:  # noqa: N803
-    values, vectors = jnp.linalg.eigh(x, UPLO, symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(_hermitian(x, UPLO), symmetrize_input=False)
     return values, vectors
 
 
@@ -359,7 +367,7 @@ def eigh_(
 
 @rule("aten.linalg_eigvalsh.default")
 def eigvalsh(x: Any, UPLO: str = "L") -> Any:  # noqa: N803
-    return jnp.linalg.eigvalsh(x, UPLO, symmetrize_input=False)
+    return jnp.linalg.eigvalsh(_hermitian(x, UPLO), symmetrize_input=False)
 
 
 @rule("aten.linalg_qr.default")
