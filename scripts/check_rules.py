@@ -220,6 +220,8 @@ class Call:
         ]
         if not where or self.name.split(".")[1] in OTHER_HALF:
             return ""
+        if any(bool(flat[i].isnan().any()) for i in where):
+            return ""  # of NaN torch's gradients are now NaN, now 0
         leaves = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
         for i in where:
             leaves[i].requires_grad_()
