@@ -43,7 +43,12 @@ def index_put(x: Any, indices: Sequence[Any], values: Any, accumulate: bool = Fa
     if len(masks) == 1 and isinstance(masks[0], jax.core.Tracer):
         return _put_by_mask(x, indices, values, accumulate)
     at = x.at[_places(indices)]
-    return at.add(values) if accumulate else at.set(values)
+    return _added(at, values) if accumulate else at.set(values)
+
+
+def _added(at: Any, values: Any) -> Any:
+    """Values added to the places of an array; of booleans whether any is true."""
+    return at.max(values) if values.dtype == np.bool_ else at.add(values)
 
 
 def _put_by_mask(x: Any, indices: Sequence[Any], values: Any, accumulate: bool) -> Any:
@@ -116,8 +121,10 @@ def _scatter(x: Any, dim: int, index: Any, source: Any, reduce: str | None = Non
         return found.reshape(())
     if not index.size:
         return x
-    at = _scattered(x, dim, index)
     source = _source(source, index, x.dtype)
+    if reduce and x.dtype == np.bool_:
+        return _scatter(cast(x, np.int32), dim, index, cast(source, np.int32), reduce) != 0
+    at = _scattered(x, dim, index)
     writes = {None: at.set, "add": at.add, "multiply": at.multiply}
     return writes[reduce](source)
 
@@ -159,6 +166,9 @@ def _neutral(how: str, dtype: Any) -> Any:
 
 def _reduced_into(x: Any, write: Any, source: Any, how: str, include_self: bool) -> Any:
     """x with source reduced into the places that `write(array)` names."""
+    if x.dtype == np.bool_:
+        plain = cast(x, np.int32), cast(source, np.int32)
+        return _reduced_into(plain[0], write, plain[1], how, include_self) != 0
     wider = opmath(x.dtype)
     ones = jnp.ones(np.shape(source), wider)
     hits = write(jnp.zeros(x.shape, wider)).add(ones)
@@ -210,9 +220,7 @@ def index_add(x: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1) -> A
         return x + jnp.sum(source).astype(x.dtype)
     if not source.ndim:
         source = source.reshape((1,) * x.ndim)
-    if x.dtype == np.bool_:
-        return x.at[_along(dim, index.reshape(-1), x.ndim)].max(source)
-    return x.at[_along(dim, index.reshape(-1), x.ndim)].add(source)
+    return _added(x.at[_along(dim, index.reshape(-1), x.ndim)], source)
 
 
 @rule("aten.index_copy.default")
@@ -235,7 +243,7 @@ def index_fill(x: Any, dim: int, index: Any, value: Any) -> Any:
 def put(x: Any, index: Any, source: Any, accumulate: bool = False) -> Any:
     at = x.reshape(-1).at[index.reshape(-1)]
     source = source.reshape(-1)
-    return (at.add(source) if accumulate else at.set(source)).reshape(x.shape)
+    return (_added(at, source) if accumulate else at.set(source)).reshape(x.shape)
 
 
 # -- pieces written back ------------------------------------------------------------------------

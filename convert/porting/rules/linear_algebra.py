@@ -51,7 +51,15 @@ rules_of(
         "addr": _added(jnp.outer),
     }.items()
 )
-rules_of([("outer", jnp.outer), ("ger", jnp.outer), ("inner", jnp.inner), ("kron", jnp.kron)])
+rules_of([("outer", jnp.outer), ("ger", jnp.outer), ("inner", jnp.inner)])
+
+
+@rule("aten.kron.default")
+def kron(a: Any, b: Any) -> Any:
+    a, b = together(a, b)
+    if a.dtype == np.bool_:
+        return jnp.kron(cast(a, np.uint8), cast(b, np.uint8)) != 0
+    return jnp.kron(a, b)
 
 
 @rule("aten.vdot.default")
@@ -339,11 +347,13 @@ def slogdet(x: Any) -> tuple[Any, Any]:
 @rule("aten.logdet.default")
 def logdet(x: Any) -> Any:
     sign, log = jnp.linalg.slogdet(x)
+    if category(x.dtype) == 3:
+        return jnp.log(sign) + log
     return jnp.where(sign == -1, jnp.nan, log)
 
 
 def _hermitian(x: Any, triangle: str) -> Any:
-    """The matrix of which one triangle is given; the gradient is, as torch's, that of all of `x`."""
+    """The matrix of which one triangle is given; the gradient is torch's, of all of `x`."""
     half = jnp.tril(x, -1) if triangle.upper() == "L" else jnp.triu(x, 1)
     diagonal = jnp.where(jnp.eye(x.shape[-1], dtype=bool), jnp.real(x), 0)
     whole = half + jnp.conj(half).mT + diagonal

@@ -169,6 +169,21 @@ def _of_two_floats(function: Function) -> Function:
     return of_two
 
 
+def logaddexp(a: Any, b: Any) -> Any:
+    """Of complex numbers with the angle of the larger one, which JAX brings back to a turn."""
+    if category(a.dtype) < 3:
+        return jnp.logaddexp(a, b)
+    swapped = a.real < b.real
+    most, least = jnp.where(swapped, b, a), jnp.where(swapped, a, b)
+    return most + jnp.log1p(jnp.exp(least - most))
+
+
+def _zeta(x: Any, q: Any) -> Any:
+    """At q = 0, -1, ... infinite for every x above 1, where JAX looks at whether x is even."""
+    found = jnp.where((q <= 0) & (q == jnp.floor(q)) & (x > 1), jnp.inf, special.zeta(x, q))
+    return jnp.where(x < 1, jnp.nan, found)
+
+
 def _xlogy(x: Any, y: Any) -> Any:
     log = jnp.log(jnp.where(x == 0, 1, y))
     return jnp.where(jnp.isnan(y), y, x * log)
@@ -184,7 +199,7 @@ rules_of(
         "atan2": _of_two_floats(jnp.arctan2),
         "arctan2": _of_two_floats(jnp.arctan2),
         "hypot": _of_two_floats(jnp.hypot),
-        "logaddexp": _of_two_floats(jnp.logaddexp),
+        "logaddexp": _of_two_floats(logaddexp),
         "logaddexp2": _of_two_floats(jnp.logaddexp2),
         "nextafter": _of_two_floats(jnp.nextafter),
         "gcd": lambda a, b: jnp.gcd(*together(a, b)),
@@ -193,7 +208,7 @@ rules_of(
         "special_gammaincc": _of_two_floats(special.gammaincc),
         "igamma": _of_two_floats(special.gammainc),
         "igammac": _of_two_floats(special.gammaincc),
-        "special_zeta": _of_two_floats(special.zeta),
+        "special_zeta": _of_two_floats(_zeta),
     }.items()
 )
 for _overload in ("Tensor", "Scalar_Self", "Scalar_Other"):

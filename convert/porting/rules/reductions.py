@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from jax import lax
 
 from convert.porting.rules import rule, rules_of
+from convert.porting.rules.pairwise import logaddexp
 from convert.porting.rules.promote import (
     cast,
     category,
     floating_of,
+    floats,
     opmath,
     real_of,
     sum_dtype,
@@ -223,6 +226,9 @@ def cumprod(x: Any, dim: int, *, dtype: Any = None) -> Any:
 
 @rule("aten.logcumsumexp.default")
 def logcumsumexp(x: Any, dim: int) -> Any:
+    if category(x.dtype) == 3 and x.size and x.ndim:
+        first, *rest = jnp.moveaxis(x, dim, 0)  # one after the other, as torch's angles add up
+        return jnp.stack(list(itertools.accumulate(rest, logaddexp, initial=first)), dim)
     return wide(lambda x: lax.cumlogsumexp(x, axis=dim % x.ndim) if x.ndim else x)(x)
 
 
@@ -261,9 +267,11 @@ def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = N
 
 @rule("aten.trapezoid.x", "aten.trapz.x")
 def trapezoid_x(y: Any, x: Any, *, dim: int = -1) -> Any:
+    y, x = floats(y, x)
     return jnp.trapezoid(y, x, axis=dim)
 
 
 @rule("aten.trapezoid.dx", "aten.trapz.dx")
 def trapezoid_dx(y: Any, *, dx: Any = 1, dim: int = -1) -> Any:
+    (y,) = floats(y)
     return jnp.trapezoid(y, dx=dx, axis=dim)
