@@ -203,7 +203,7 @@ class Call:
                 at = DETERMINED[short]
                 ours, theirs = ours[at], theirs[at]
             if self.name == "aten.argsort.default":  # of equal values any comes first
-                ours, theirs = to_numpy(self._sorted(ours)), self._sorted(theirs)
+                ours, theirs = to_jax(self._sorted(ours)), self._sorted(theirs)
             if short in TIES and len(torch_flatten(theirs)[0]) == 2:
                 ours, theirs = ours[0], theirs[0]
             return compare(ours, theirs)

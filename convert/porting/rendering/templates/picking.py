@@ -33,7 +33,7 @@ def index_put(
         whole = len(first.shape) == len(x.shape) and values.shape in ((), (1,)) and not accumulate
         return f"jnp.where({first}, {cast(values, x.dtype)}, {x})" if whole and x.shape else None
     places = _subscript(indices)
-    how = "add" if accumulate else "set"
+    how = ("max" if x.dtype == "bool" else "add") if accumulate else "set"
     return places and f"{x}.at[{places}].{how}({_bare(values, x.dtype)})"
 
 

@@ -62,9 +62,13 @@ for _name, _function in {
     "outer": "outer",
     "ger": "outer",
     "inner": "inner",
-    "kron": "kron",
 }.items():
     template(f"aten.{_name}.default")(_call(_function))
+
+
+@template("aten.kron.default")
+def kron(a: Operand, b: Operand) -> str | None:
+    return f"jnp.kron({a}, {b})" if one_dtype(a, b) and a.dtype != "bool" else None
 
 
 @template("aten.einsum.default")
