@@ -275,6 +275,7 @@ class Call:
         except Exception as e:
             return f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
         for a, b in zip(ours, theirs, strict=True):
+            b = b.to_dense() if b is not None and b.is_sparse else b
             if self.name.split(".")[1] in ROUNDED:
                 a, b = a.astype("float32"), None if b is None else b.float()
             zero = torch.zeros(a.shape, dtype=torch.float64)
@@ -384,8 +385,8 @@ def _word(said: str) -> str:
 
 @dataclass
 class Row:
-    """What became of an operation in a dtype: by overload and in all, and each failure's arguments,
-    of each kind the first."""
+    """What became of an operation in a dtype, by overload, and of each kind of failure the first
+    arguments."""
 
     overloads: dict[str, dict[str, int]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -425,6 +426,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--templates", action="store_true", help="the expressions, not the rules")
     options = parser.parse_args()
+    if options.write and options.templates:
+        parser.error("docs/rules.json is of the rules: leave out --write or --templates")
     Call.templates = options.templates
     warnings.simplefilter("ignore")
     jax.config.update("jax_enable_x64", True)

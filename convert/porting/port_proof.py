@@ -81,10 +81,12 @@ def prove(
             f"float64 (scale {r.scale:.3g})"
             for s, r in wrong[:8]
         ]
-        why = "a rule is wrong, ours or yours"
-        if traces_otherwise(pair.module, traced):
-            why = "torch.export traces another computation than the module runs: some of its code "
-            why += "asks whether it is traced"
+        why = (
+            "torch.export traces another computation than the module runs: some of its code asks "
+            "whether it is traced"
+            if traces_otherwise(pair.module, traced)
+            else "a rule is wrong, ours or yours"
+        )
         raise NotEquivalent(
             f"{program.name}: the port gives other values than torch in {len(wrong)} of "
             f"{sum(map(len, report.rows.values()))} outputs and gradients",

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from bench.checkpoints import make  # noqa: E402
+from bench.engine import clean  # noqa: E402
 
 EVERY_S = 0.005
 _SAMPLED = """
@@ -96,8 +97,7 @@ def main() -> None:
             for _ in range(given.rounds):
                 command = ["torch2flax", str(path), str(target), "--to", to, *more, *options]
                 rows.append(sampled(command, folder))
-                for left in folder.glob("out.*"):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                clean(folder)
             told[label] = {"seconds": statistics.median(s for s, _ in rows)} | {
                 p: statistics.median(found[p] for _, found in rows) for p in (*PARTS, "the rest")
             }

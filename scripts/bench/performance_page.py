@@ -66,8 +66,8 @@ _PARTS = """
 ## What limits
 
 By `scripts/bench/parts.py`: seconds of the clock, then threads' seconds by what they did, medians
-of five rounds; threads that wait are left out. The first three jobs keep both cores busy from
-start to end, with NumPy's strided loops and the kernel; a copy at 2 GB/s leaves no room for
+of the rounds; threads that wait are left out. The first three jobs keep two cores busy for four
+fifths of the time, with NumPy's strided loops and the kernel; a copy at 2 GB/s leaves no room for
 Python's start, for one transposition there and one back, and for two hashes. A single tensor of
 1 GB is read in pieces of 2,752 bytes, 390,000 calls of the system, since what is held at a time is
 fixed: unverified that is what it takes, and to verify it is read so once more. A call takes 3.5

@@ -53,9 +53,9 @@ class Frames:
     def place(self, item: Item) -> list[CodeLine]:
         """The lines of the module's own code and of what it calls, from forward inwards."""
         found = self.scope.place(item)
-        shown = (attention_by_steps.__file__,)
+        written = attention_by_steps.__file__
         return [
-            f for i, f in enumerate(found) if i == 0 or f.file in shown or not is_torchs(f.file)
+            f for i, f in enumerate(found) if i == 0 or f.file == written or not is_torchs(f.file)
         ]
 
     def key(self, item: Item) -> Key:

@@ -102,7 +102,7 @@ def cast(value: Any, dtype: Any) -> Any:
     """The value as an array of the dtype; truncated from float to integer, without imaginary part
     from complex. Without x64 it is the dtype that JAX has for it."""
     if getattr(dtype, "name", "") == "complex32":
-        raise NotImplementedError("complex32, which JAX has not")
+        raise refuse("complex32, which JAX has not")
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     array = jnp.asarray(value) if is_array(value) else np.asarray(value)
     if array.dtype == dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -227,8 +226,9 @@ def cumprod(x: Any, dim: int, *, dtype: Any = None) -> Any:
 @rule("aten.logcumsumexp.default")
 def logcumsumexp(x: Any, dim: int) -> Any:
     if category(x.dtype) == 3 and x.size and x.ndim:
-        first, *rest = jnp.moveaxis(x, dim, 0)  # one after the other, as torch's angles add up
-        return jnp.stack(list(itertools.accumulate(rest, logaddexp, initial=first)), dim)
+        moved = jnp.moveaxis(x, dim, 0)  # one after the other, as torch's angles add up
+        _, rest = lax.scan(lambda a, b: (logaddexp(a, b),) * 2, moved[0], moved[1:])
+        return jnp.moveaxis(jnp.concatenate([moved[:1], rest]), 0, dim)
     return wide(lambda x: lax.cumlogsumexp(x, axis=dim % x.ndim) if x.ndim else x)(x)
 
 
