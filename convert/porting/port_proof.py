@@ -122,6 +122,7 @@ class _Exact:
                 calls = bool(graph.calls)
                 graph = traced_graph(self.module64, call, self.program.opaque, graph.opened, calls)
         self.program64 = self.program.twin(graph)
+        self.program64.run_once = True
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
         """One row for each output, and for each gradient where they are wanted."""

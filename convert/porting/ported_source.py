@@ -8,7 +8,6 @@ import inspect
 import re
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,14 @@ from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.source_program import Imported, SourceProgram, fill
 from convert.porting.tensors_by_name import ByName
 from convert.porting.to_flax import program_of_call, torch_module
+from convert.porting.train_mode import left_out
 from convert.program.calls import bound, in_mode, shapes_of
 from convert.program.constructed import Constructed
 from convert.program.export import check_version, traced_graph
 from convert.program.functional_dropout import with_dropout_layers
-from convert.program.graph import ArrayType, Graph, GraphNode
+from convert.program.graph import Graph
 from convert.runtime.user_code import module_name
-from zoo.containers.errors import UsageError, ZooError, printable
+from zoo.containers.errors import UsageError, printable
 from zoo.layout import Layout
 
 
@@ -125,7 +125,7 @@ def ported(
         left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
         program.report.notices += [*writer.notices, *moved.told()]
-        program.report.notices += _left_out(module, first, graph, file)
+        program.report.notices += left_out(module, first, graph, file)
     text = file.source.replace("HEADER", _header(module, program.report, standalone), 1)
     return PortedSource(
         text, file.model, program.layout, program.report, module, imported, file,
@@ -142,44 +142,6 @@ def _misfits(graph: Graph, call: inspect.BoundArguments) -> list[str]:
         axes = [", ".join(f"{n} of {k} axes" for n, k in one.items()) for one in (given, wanted)]
         return [f"it is called with {axes[0]}, and was traced with {axes[1]}"]
     return graph.misfits(shapes)
-
-
-def _left_out(
-    module: Any, call: inspect.BoundArguments, graph: Graph, file: ModuleFile
-) -> list[str]:
-    """What train mode does besides, outside of layers: it is not written."""
-    with in_mode(module, training=True):
-        try:
-            trained = traced_graph(module, call, (), graph.opened, calls=True)
-        except ZooError:
-            return ["its train mode cannot be traced: what it does there besides is not written"]
-
-    def outside(of: Graph) -> Counter[tuple[str, str]]:
-        inside = [(c.begin, c.end) for c in of.calls if c.path in file.layers]
-        return Counter(
-            (node.op, f"{Path(node.site.file).name}:{node.site.line}" if node.site else "?")
-            for node in of.nodes
-            if not any(a < node.made < b for a, b in inside)
-            and not (node.module in file.norms and _normalises(of, node))
-        )
-
-    more = outside(trained) - outside(graph)
-    more = Counter({k: n for k, n in more.items() if not k[0].startswith(_NO_MATTER)})
-    told = list(dict.fromkeys(f"{op} at {place}" for op, place in more))
-    if not told:
-        return []
-    shown = "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "")
-    return [f"eval mode is written: what train mode does besides is left out ({shown})"]
-
-
-def _normalises(graph: Graph, node: GraphNode) -> bool:
-    """Whether an operation of a BatchNorm's is its normalisation, or counts its batches."""
-    kind = graph.types.get(node.made)
-    counts = isinstance(kind, ArrayType) and kind.dtype == "int64"
-    return "batch_norm" in node.op or counts
-
-
-_NO_MATTER = ("aten.clone", "aten.sym_", "operator.", "aten.alias", "aten.detach")
 
 
 def _header(module: Any, proved: Ported, standalone: bool) -> str:

@@ -72,6 +72,7 @@ class TorchProgram:
         self.opaque: tuple[Opaque, ...] = ()
         self.others: list[TorchProgram] = []  # of sizes that the first graph is not for
         self.prove: Callable[[TorchProgram, Shapes], None] = lambda program, shapes: None
+        self.run_once = False  # for a proof: compiling it costs more than running it
         self.report = Ported()
 
     @property
@@ -211,7 +212,9 @@ class TorchProgram:
         import jax
 
         if training not in self._jitted:
-            self._jitted[training] = jax.jit(functools.partial(self._traced, training))
+            options = {"xla_backend_optimization_level": 0} if self.run_once else None
+            function = functools.partial(self._traced, training)
+            self._jitted[training] = jax.jit(function, compiler_options=options)
         return self._jitted[training]
 
     def _traced(

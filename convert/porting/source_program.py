@@ -71,6 +71,7 @@ class SourceProgram(TorchProgram):
         vars(self).update(vars(program))
         vars(self).pop("_jitted", None)
         self.imported, self.render, self.moved = imported, render, moved
+        self.run_once = True
 
     @property
     def states_precision(self) -> bool:

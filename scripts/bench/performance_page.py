@@ -15,15 +15,20 @@ Written by `scripts/bench/performance_page.py` from what `scripts/bench/engine.p
 job is a process of its own, run in turn with what it is held against, and only their ratio in one
 round counts: for a conversion `cp` and `sync` of the same bytes, start-up of ours included; for the
 others what the line says. Peaks are above an idle interpreter; for what is measured inside a
-process, above what it held before. {rounds} rounds{where}. The copy alone takes 0.7 to 2 s there:
-free memory of such a machine is given back to its host, and its first touch is ten times slower
-than a copy, whoever comes to it.
+process, above what it held before. At least {rounds} rounds{where}.
+
+Rows since {warm}: free memory is touched before every command, the copy too. A virtual machine gives
+it back to its host after some seconds, and who writes to it next waits up to ten times as long; what
+makes many files gets such memory first, so that writing Orbax seemed to take 4 to 8 times as long
+as a copy. And what a job wrote is emptied, not removed, until all is done: ext4 passes over inodes
+that were deleted in the last minutes one by one, which whoever makes files next would pay.
 
 ![The ratios, with what is asked for](performance.png)
 
-| job | lowest | median | highest | asked for | peak, MB | asked for |
-|---|---:|---:|---:|---:|---:|---:|
+| job | lowest | median | highest | asked for | peak, MB | asked for | measured |
+|---|---:|---:|---:|---:|---:|---:|---|
 """
+_WARM = "2026-11-23"  # since then scripts/bench/engine.py does so
 
 
 def main() -> None:
@@ -35,9 +40,11 @@ def main() -> None:
         cells = [ratios[0], statistics.median(ratios), ratios[-1]]
         shown = " | ".join(f"{c:.2f}" for c in cells)
         limits = [f"{v:g}" if v is not None else "" for v in (asked, memory)]
-        rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {limits[1]} |")
+        last = f"{limits[1]} | {job.get('measured', 'before')}"
+        rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {last} |")
     where = f", {told['machine']}" if told.get("machine") else ""
-    text = _HEAD.format(rounds=told["rounds"], where=where) + "\n".join(rows) + "\n"
+    rounds = min(len(job["ratios"]) for job in jobs.values())
+    text = _HEAD.format(rounds=rounds, where=where, warm=_WARM) + "\n".join(rows) + "\n"
     if "parts" in told:
         text += by_part(told["parts"])
     if "growth" in told:
@@ -73,10 +80,6 @@ Python's start, for one transposition there and one back, and for two hashes. A 
 fixed: unverified that is what it takes, and to verify it is read so once more. A call takes 3.5
 microseconds beside another thread; 1.4 if it kept Python's lock, but then Ctrl-C waits for the
 disk. Mapping the file would spare the calls, and end the process where another one cuts it short.
-
-Writing Orbax varies most: 1.5 s unverified on one day, 4 s on another, with one version of ours and
-with the one before it, and most of the difference is the kernel's copy into new pages of many small
-files. The rows of "decoder" and of "Size" are from before blocks of 16 by 1024 (see the changelog).
 
 """
 

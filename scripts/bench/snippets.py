@@ -132,8 +132,11 @@ SNIPPETS: dict[str, dict[str, str]] = {
         "job": "checkpointer.save(out, tree)\ncheckpointer.wait_until_finished()\nos.sync()",
     },
     "read orbax": {
-        "setup": "from zoo.containers import open_checkpoint",
-        "job": "with open_checkpoint(path) as r:\n    held = {n: r.read(n) for n in r.tensors}",
+        "setup": "from functools import partial\nfrom zoo.checkpoint.ahead import prefetch\n"
+        "from zoo.checkpoint.slabs import default_workers\n"
+        "from zoo.containers import open_checkpoint",
+        "job": "with open_checkpoint(path) as r:\n"
+        "    held = list(prefetch([partial(r.read, n) for n in r.tensors], default_workers()))",
     },
     "orbax restore": {
         "setup": "import orbax.checkpoint as ocp\nc = ocp.PyTreeCheckpointer()",

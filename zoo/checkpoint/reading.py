@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,6 +14,7 @@ from zoo.containers import dtypes
 from zoo.containers.base import Reader
 from zoo.containers.errors import ZooError
 from zoo.containers.regions import Region, extent, size
+from zoo.containers.scratch import Scratch
 from zoo.layout.cuts import Need
 
 
@@ -22,7 +22,7 @@ class Buffers:
     """A buffer for each thread, which keeps its pages from one slab to the next."""
 
     def __init__(self) -> None:
-        self._own = threading.local()
+        self._scratch = Scratch()
 
     def read(
         self, reader: Reader, named: Sequence[tuple[str, Need]]
@@ -33,18 +33,12 @@ class Buffers:
             size(r) * dtypes.itemsize(n.dtype) for n, (_, (_, r)) in zip(infos, named, strict=True)
         ]
         starts = [sum(n + -n % 64 for n in lengths[:i]) for i in range(len(lengths) + 1)]
-        buffer = self._least(starts[-1])
+        buffer = self._scratch.least(starts[-1])
         found = []
         for (name, need), info, start, n in zip(named, infos, starts, lengths, strict=False):
             out = buffer[start : start + n].view(dtypes.NUMPY[info.dtype]).reshape(extent(need[1]))
             found.append((need, reader.read(name, need[1], out)))
         return found
-
-    def _least(self, nbytes: int) -> np.ndarray:
-        held: np.ndarray | None = getattr(self._own, "buffer", None)
-        if held is None or held.size < nbytes:
-            self._own.buffer = held = np.empty(nbytes, np.uint8)
-        return held
 
 
 def hashed(

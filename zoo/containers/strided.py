@@ -7,12 +7,12 @@ as good on one thread, but two then wait for each other: every call lets go of P
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 
 from zoo.containers.regions import Region
+from zoo.containers.scratch import Scratch
 
 _STRIP = 1 << 21  # bytes that are brought into order at a time
 _ROWS = 1024  # of a block at most, along the source's fast axis
@@ -30,14 +30,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-class _Kept(threading.local):
-    """A buffer of each thread's, so that the kernel does not make new pages for every strip."""
-
-    def __init__(self) -> None:
-        self.buffer = np.empty(0, np.uint8)
-
-
-_kept = _Kept()
+_scratch = Scratch()
 
 
 def ordered(array: np.ndarray) -> np.ndarray:
@@ -45,9 +38,7 @@ def ordered(array: np.ndarray) -> np.ndarray:
     next call overwrites."""
     if array.flags.c_contiguous:
         return array
-    if _kept.buffer.size < array.nbytes:
-        _kept.buffer = np.empty(array.nbytes, np.uint8)
-    out = _kept.buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
+    out = _scratch.least(array.nbytes).view(array.dtype).reshape(array.shape)
     copy(array, out)
     return out
 

@@ -26,7 +26,12 @@ class SourceFile:
         self.loops: list[ast.For] = []
         self.functions: list[ast.FunctionDef] = []
         self.choices: list[ast.If] = []
+        self.tuples: dict[str, list[ast.Assign]] = {}  # by the name that becomes one
         for found in ast.walk(tree):
+            if isinstance(found, ast.Assign) and isinstance(found.value, ast.Tuple):
+                target = found.targets[0]
+                if isinstance(target, ast.Name):
+                    self.tuples.setdefault(target.id, []).append(found)
             if isinstance(found, ast.If):
                 self.choices.append(found)
             if isinstance(found, ast.FunctionDef):
@@ -53,16 +58,12 @@ class SourceFile:
 
     def tuple_of(self, name: str, line: int) -> ast.stmt | None:
         """The statement that makes a name a tuple, before a line of the same function."""
+        made = [s for s in self.tuples.get(name, ()) if s.lineno < line]
         around = [f for f in self.functions if f.lineno <= line <= (f.end_lineno or f.lineno)]
-        if not around:
+        if not made or not around:
             return None
-        inner = max(around, key=lambda f: f.lineno)
-        made = [
-            s for s in ast.walk(inner)
-            if isinstance(s, ast.Assign) and isinstance(s.value, ast.Tuple) and s.lineno < line
-            and isinstance(s.targets[0], ast.Name) and s.targets[0].id == name
-        ]  # fmt: skip
-        return max(made, key=lambda s: s.lineno, default=None)
+        first = max(f.lineno for f in around)
+        return max((s for s in made if s.lineno >= first), key=lambda s: s.lineno, default=None)
 
     def choices_around(self, line: int) -> list[tuple[ast.expr, bool]]:
         """The conditions that a line is under, innermost first, and whether they hold there."""
