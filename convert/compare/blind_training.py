@@ -7,12 +7,13 @@ Rates are read where layers have them (`zoo.layout.kinds` says by what name). Wh
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convert.compare.blind_spots import BlindSpot, listed
-from convert.matching.pair import LayerPair, Pair
+from convert.matching.bare import copies
+from convert.matching.pair import LayerPair, Match, Pair
 from convert.runtime.torch_calls import run
 from convert.runtime.trace import Recorded, Trace
 from zoo.layout.kinds import flax_kind, kinds, of_group, torch_kind
@@ -253,3 +254,13 @@ def _momenta(
     if told:
         sentence = f"momenta of running statistics differ: {listed(told.values())}"
         yield BlindSpot("training attribute", tuple(told), sentence)
+
+
+def trained_apart(matches: Iterable[Match], tensors: Mapping[str, Any]) -> Iterator[BlindSpot]:
+    """What torch has once and Flax several times: only gradients differ. `tensors` are torch's."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    for first, (others, flax) in copies(matches, names.values()).items():
+        told = f"{first} is one tensor with {listed(others)} in torch, and several in Flax"
+        yield BlindSpot("training attribute", (first, *flax), f"{told}: {listed(flax)}")

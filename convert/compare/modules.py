@@ -12,7 +12,7 @@ import numpy as np
 from convert.compare.axes import Moves, align_inputs, align_layers, align_outputs
 from convert.compare.blind_inputs import unexercised_layers
 from convert.compare.blind_spots import BlindSpot, listed
-from convert.compare.blind_training import training_attributes
+from convert.compare.blind_training import trained_apart, training_attributes
 from convert.compare.by_itself import judge_leaves, leaves_of
 from convert.compare.drawn_inputs import draw_inputs
 from convert.compare.flax_side import FlaxSide
@@ -197,6 +197,8 @@ class ModulePair:
         report.blind_spots += training_attributes(
             pair, self.layers, self.side.modules, traces, report.level
         )
+        if report.level == "outputs":
+            report.blind_spots += trained_apart(self.matches, self.state)
 
     def _by_itself(
         self, torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]

@@ -32,6 +32,8 @@ def by_trial(
     """The report's first divergence, with its cause where it has none and a trial tells it; with
     another one where that explains every gradient."""
     first = report.first_divergence
+    if first is not None and first.cause == "tied":
+        return first
     if first is not None and first.direction == "backward" and options.explain:
         with contextlib.suppress(Exception):  # what was found stands
             if (place := stopped(report, reference, flax, options.explain)) is not None:

@@ -31,7 +31,7 @@ from zoo import probe
 def first_backward(
     pair: Pair, reference: Reference, side: FlaxModule, walk: Forward, matched: Matched
 ) -> Divergence | None:
-    """The first gradient, against the order of execution, that parts from torch's.
+    """The first gradient that parts from torch's (see `_order`).
 
     `walk` is a forward walk that found nothing.
     """
@@ -40,10 +40,17 @@ def first_backward(
         return None
     given = _flax(pair, side, right, matched)
     wrongs = (*right.cotangents(given), *right.gradients(given))
-    for _, wrong in sorted(wrongs, key=lambda item: -item[0]):
+    for _, wrong in sorted(wrongs, key=_order):
         if not wrong.judged.same:
-            return right.divergence(wrong)
+            return right.divergence(wrong, matched)
     return None
+
+
+def _order(item: tuple[float, Wrong]) -> tuple[bool, float]:
+    """Parameters before cotangents, which may only be summed up elsewhere: what makes a parameter's
+    gradient stands in its own layer, the first of several alike."""
+    moment, wrong = item
+    return (False, moment) if wrong.where == "parameter" else (True, -moment)
 
 
 def _torch(pair: Pair, reference: Reference, walk: Forward) -> _Right | None:
@@ -136,7 +143,7 @@ class _Right:
         drawn = [v for c in inside for v in random.get(c.key, ()) if v.startswith("in:")]
         return bool(drawn or any(random.get(c.key) for c in within))
 
-    def divergence(self, wrong: Wrong) -> Divergence:
+    def divergence(self, wrong: Wrong, matched: Matched) -> Divergence:
         """The layer at fault, and why."""
         layer, between = wrong.layer, None
         if wrong.where == "out":  # made by the code between this layer and those after it
@@ -146,7 +153,7 @@ class _Right:
         pair = next((p for p in self.walk.pairs.values() if p.torch == layer), None)
         return Divergence.of(
             layer,
-            gradient(wrong, self.reference, others),
+            gradient(wrong, self.reference, others, matched.copies()),
             wrong.judged,
             direction="backward",
             flax_layer=pair.flax if pair else None,
@@ -201,9 +208,7 @@ def _flax(pair: Pair, side: FlaxModule, right: _Right, matched: Matched) -> Cota
         if all(n in of_values for n in m.flax):
             made = matched.to_torch(m, [to_numpy(of_values[n]) for n in m.flax])
             for name, value in zip(m.torch, made, strict=True):
-                # What torch has once and Flax twice: torch's gradient is the sum of both.
-                first = matched.names[matched.ids[name]][0]
-                found.parameters[first] = found.parameters.get(first, 0) + value
+                found.parameters.setdefault(matched.names[matched.ids[name]][0], value)
     return found
 
 

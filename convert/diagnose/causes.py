@@ -143,6 +143,8 @@ CAUSES: Mapping[str, Cause] = {
     "tied": Cause("torch shares one tensor between two layers, Flax does not", {
         "": ("torch ties {name} to {other}; Flax's {flax} holds other values",
              "share the tensor of {other}"),
+        "copies": ("torch's {name} is one tensor with {other}; Flax has copies of it, {flax}, "
+                   "each with its own part of the gradient", "share one variable"),
     }),
     "default": Cause("a tensor that was not loaded", {
         "": ("{name} holds only {value}, as in a freshly made layer: it was not loaded", "load it"),
@@ -304,12 +306,16 @@ CAUSES: Mapping[str, Cause] = {
     }),
 
     # --- Attention ---
-    "mask": Cause("the mask of an attention: inverted, left out, too weak, or another one", {
+    "mask": Cause("the mask of an attention or of weights: inverted, left out, too weak, another", {
         "missing": ("the mask is not applied in Flax", "apply it in Flax"),
         "inverted": ("the mask is inverted: Flax attends to what torch masks, and masks what "
                      "torch attends to", "negate the mask in Flax"),
         "weak": ("Flax adds {value:g} to masked logits, which does not mask them",
                  "add the most negative number of the dtype"),
+        "gradient": ("torch masks {count} of the {size} numbers of {name} in every call; Flax "
+                     "gives them a gradient", "apply the mask in Flax's __call__"),
+        "gradient in Flax": ("Flax masks {count} of the {size} numbers of {name}; torch gives them "
+                             "a gradient", "leave them unmasked in Flax"),
         "": ("torch uses {torch}, Flax's values fit {flax}", "use the same mask"),
     }),
     "causal": Cause("whether a step may attend to later ones", {

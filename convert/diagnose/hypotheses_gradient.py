@@ -14,7 +14,10 @@ from convert.diagnose.divergence import Judged
 from convert.diagnose.hypotheses_tensors import factor_name
 from convert.diagnose.reference import Reference
 from convert.matching.alignment import gap
+from convert.matching.bare import Copies
 from zoo.layout.kinds import torch_kind
+
+_FEW = 3
 
 
 @dataclass
@@ -35,15 +38,46 @@ class Wrong:
         return f"the gradient of {of[self.where]}"
 
 
-def gradient(wrong: Wrong, reference: Reference, others: Mapping[str, np.ndarray]) -> Reason:
+def gradient(
+    wrong: Wrong,
+    reference: Reference,
+    others: Mapping[str, np.ndarray],
+    copies: Mapping[str, Copies],
+) -> Reason:
     """The first cause that fits. `others` are torch's cotangents elsewhere, float32."""
     reason = first(
+        partial(_of_copies, wrong, copies),
         partial(_rows, wrong, reference),
+        partial(_masked, wrong, reference),
         partial(_stopped, wrong),
         partial(_of_statistics, wrong, reference),
         partial(_summand, wrong, others),
     )
     return reason or found("unknown", "gradient", gradient=wrong.title)
+
+
+def _of_copies(wrong: Wrong, copies: Mapping[str, Copies]) -> Reason | None:
+    """A tensor that torch shares and Flax does not."""
+    if wrong.where != "parameter" or wrong.key not in copies:
+        return None
+    others, flax = copies[wrong.key]
+    told = [
+        ", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for n in (others, flax)
+    ]
+    return found("tied", "copies", name=wrong.key, other=told[0], flax=told[1])
+
+
+def _masked(wrong: Wrong, reference: Reference) -> Reason | None:
+    """Numbers of a parameter that only one side multiplies by zero, whatever they are."""
+    if wrong.where != "parameter" or torch_kind(reference.modules[wrong.layer]) == "embedding":
+        return None
+    off = np.abs(wrong.exact - wrong.given) > wrong.judged.tolerance
+    count = int(off.sum())
+    if count and not wrong.exact[off].any() and wrong.exact[~off].any():
+        return found("mask", "gradient", name=wrong.key, count=count, size=off.size)
+    if count and not wrong.given[off].any() and wrong.given[~off].any():
+        return found("mask", "gradient in Flax", name=wrong.key, count=count, size=off.size)
+    return None
 
 
 def _stopped(wrong: Wrong) -> Reason | None:
@@ -52,6 +86,8 @@ def _stopped(wrong: Wrong) -> Reason | None:
         return found("stop_gradient", gradient=wrong.title)
     if np.abs(wrong.exact).max(initial=0.0) <= quiet:
         return found("stop_gradient", "detach", gradient=wrong.title)
+    if wrong.exact.size < _FEW:
+        return None  # a factor between so few numbers tells nothing
     factor = float((wrong.exact * wrong.given).sum() / (wrong.exact**2).sum())
     if not factor or factor_name(factor) == "1":
         return None

@@ -11,6 +11,7 @@ import numpy as np
 
 from convert.diagnose.causes import Reason, found
 from convert.diagnose.hypotheses_tensors import explain_tensor
+from convert.matching.bare import Copies, copies
 from convert.matching.pair import Match
 from convert.matching.stacked import layer_by_layer
 from convert.runtime.arrays import to_numpy
@@ -91,6 +92,10 @@ class Matched:
             (self._owner(m) for m, e in self.wrong() if e.tensor == tensor),
             tensor.rpartition(".")[0],
         )
+
+    def copies(self) -> dict[str, Copies]:
+        """What torch has once and Flax several times, by torch's first name."""
+        return copies(self.single, self.names.values())
 
     def _owner(self, match: Match) -> str:
         owner, _, leaf = match.torch[0].rpartition(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -32,6 +32,44 @@ def match_left(ours: Arrays, theirs: Arrays, layers: list[LayerPair]) -> Iterato
         groups.setdefault((_within(name, by_flax), x.size), ([], []))[1].append(name)
     for a, b in groups.values():
         yield from _group(ours, theirs, a, b)
+
+
+def match_copies(
+    ours: Arrays, theirs: Arrays, ties: Mapping[str, str], matches: Iterable[Match]
+) -> Iterator[Match]:
+    """Of what is left in Flax, what holds the very values of a tensor that torch has under several
+    names, for a name of it that has no match yet. `ties` are torch's further names."""
+    matched = {n for m in matches for n in m.torch}
+    groups: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        groups.setdefault(first, [first]).append(name)
+    held = [names for names in groups.values() if matched & set(names)]
+    free = [n for names in held for n in names if n not in matched]
+    for path, y in theirs.items():
+        for name in free:
+            ops = operations(ours[name], y)
+            if ops is not None and np.array_equal(run(ops, [ours[name]])[0], y):
+                free.remove(name)
+                yield Match((name,), (path,), ops, "param")
+                break
+
+
+Copies = tuple[list[str], list[str]]  # torch's other names, Flax's tensors
+
+
+def copies(matches: Iterable[Match], names: Iterable[list[str]]) -> dict[str, Copies]:
+    """What torch has once and Flax several times, by torch's first name. `names` are those of each
+    tensor of torch's."""
+    groups = {name: group for group in names for name in group}
+    held: dict[str, dict[str, None]] = {}
+    for match in matches:
+        for first in {groups[n][0] for n in match.torch if n in groups}:
+            held.setdefault(first, {}).update(dict.fromkeys(match.flax))
+    return {
+        first: (groups[first][1:], list(flax))
+        for first, flax in held.items()
+        if 1 < len(flax) <= len(groups[first])
+    }
 
 
 def _within(name: str, paired: object) -> str:

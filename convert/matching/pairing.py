@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from convert.matching.bare import match_copies
 from convert.matching.layers import pair_layers
 from convert.matching.pair import LayerPair, Match, Pair
 from convert.matching.parameters import pair_tensors, unmatched
 from convert.matching.turned import with_turned
+from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import FlaxModule, flax_module
 from convert.runtime.torch_calls import trace_torch
@@ -95,15 +98,17 @@ def pair_modules(pair: Pair) -> Pairing:
 def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Trace) -> Pairing:
     """As `pair_modules`, from runs that were made before."""
     layers, *layers_left = pair_layers(pair, torch_trace, side, flax_trace)
-    matches = pair.matches
-    if matches is None:
-        found = pair_tensors(pair.torch, layers, side)
-        traces = torch_trace, flax_trace
-        matches = tuple(with_turned(found, layers, state(pair.torch), side.values, traces))
     tensors = state(pair.torch)
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
+    ties = {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n}
+    matches = pair.matches
+    if matches is None:
+        found = pair_tensors(pair.torch, layers, side)
+        traces = torch_trace, flax_trace
+        matches = tuple(with_turned(found, layers, tensors, side.values, traces))
+        matches += tuple(_copies(ties, matches, tensors, side))
     return Pairing(
         layers,
         matches,
@@ -111,7 +116,18 @@ def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Tr
         unmatched(pair.torch, side, matches),
         {n: tuple(t.shape) for n, t in tensors.items()},
         {n: tuple(np.shape(v)) for n, v in side.values.items()},
-        {n: first[id(t)] for n, t in tensors.items() if first[id(t)] != n},
+        ties,
         frozenset(side.statistics),
         [*torch_trace.notes, *flax_trace.notes],
     )
+
+
+def _copies(
+    ties: Mapping[str, str], matches: Iterable[Match], tensors: Mapping[str, Any], side: FlaxModule
+) -> Iterator[Match]:
+    """What torch has once and Flax twice is matched twice: each copy gets a gradient of its own."""
+    taken = {n for m in matches for n in m.flax}
+    left = {n: to_numpy(v) for n, v in side.params.items() if n not in taken}
+    if ties and left:
+        named = {n: to_numpy(tensors[n]) for n in {*ties, *ties.values()}}
+        yield from match_copies(named, left, ties, matches)

@@ -115,7 +115,7 @@ class Reading:
             self.constants[name] = bits_of(self.exported.constants[spec.target])
         if kind == "input":
             self.inputs[node.name] = name
-        shape = tuple(_size(s) for s in value.shape)
+        shape = tuple(map(as_size, value.shape))
         dtype = str(value.dtype).removeprefix("torch.")
         self.placeholders.append(
             Placeholder(self._number(node), kind, name, shape, dtype)  # type: ignore[arg-type]
@@ -259,17 +259,18 @@ def _module(stack: Mapping[str, Any]) -> tuple[str, str]:
     return "", ""
 
 
-def _size(s: Any) -> int | str:
-    return s if isinstance(s, int) else _printed(s.node.expr)
+def as_size(s: Any) -> Any:
+    """A SymInt as the graph has it, as an expression; anything else as it is."""
+    return _printed(s.node.expr) if hasattr(s, "node") else s
 
 
 def _type(value: Any) -> Any:
     """What a value is, as `Graph.types` has it."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return ArrayType(tuple(map(_size, value.shape)), str(value.dtype).removeprefix("torch."))
+        return ArrayType(tuple(map(as_size, value.shape)), str(value.dtype).removeprefix("torch."))
     if isinstance(value, list | tuple):
         return [_type(x) for x in value]
-    return _printed(value.node.expr) if hasattr(value, "node") else value
+    return as_size(value)
 
 
 def _printed(expression: Any) -> Any:

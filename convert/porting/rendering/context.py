@@ -21,6 +21,7 @@ from convert.porting.rendering.written_rules import WrittenRules, written
 from convert.porting.rules import find
 from convert.porting.rules.elementwise import COPIES
 from convert.porting.tensors_by_name import ByName
+from convert.program.exported_nodes import as_size
 from convert.program.graph import ValueRef
 from convert.program.nesting import LEAF, Nesting
 
@@ -96,12 +97,13 @@ class Context:
         )
         for name in self.signatures.parameters_of(scope):
             if name in self.signatures.plain(scope):
-                written = repr(given[name]) if scope.function is None else f"{number(given[name])}"
+                value = given[name]
+                written = repr(value) if scope.function is None else f"{number(as_size(value))}"
             elif name in sizes and name not in given:
                 written = size(sizes[name])
             elif name.startswith("extra") and name not in given:
-                value = next(extra, None)
-                written = "None" if value is None else text(value)
+                more = next(extra, None)
+                written = "None" if more is None else text(more)
             else:
                 taken = set(scope.takes)
                 written = tree_text(given.get(name), lambda v: text(v) if v in taken else "None")  # noqa: B023

@@ -21,7 +21,7 @@ class Numbers(ast.NodeTransformer):
 
 def _short(value: float) -> str | None:
     digits = repr(value).partition("e")[0].replace(".", "").lstrip("0")
-    if len(digits) < _LONG or not math.isfinite(value) or value <= 0:
+    if len(digits) < _LONG or not 1e-30 < value < 1e30:  # powers of others overflow
         return None
     return next((text for text, x in _forms(value) if x == value), None)
 
