@@ -75,3 +75,22 @@ def test_what_does_not_follow_stays_a_number() -> None:
     assert "def __init__(self, *, rngs: nnx.Rngs) -> None:" in made.source
     assert "nnx.Linear(12, 6, rngs=rngs)" in made.source
     assert "nnx.Linear(6, 11, rngs=rngs)" in made.source
+
+
+class Scored(torch.nn.Module):
+    """One argument is not used, and integers are divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, rewards: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return self.out(x) + (steps / 7)[:, None]
+
+
+def test_an_argument_that_is_not_used_stays() -> None:
+    torch.manual_seed(0)
+    inputs = {"x": drawn(4, 3), "rewards": drawn(4, 1), "steps": np.arange(4)}
+    made = convert.port(Scored, inputs, level="outputs")
+    assert made.proved.verdict == "same"
+    assert "def __call__(self, x: Array, rewards: Array, steps: Array) -> Array:" in made.source

@@ -33,6 +33,12 @@ def test_a_number_that_was_computed_is_written_as_it_was(value: float, text: str
     assert eval(text, {"math": math}) == value
 
 
-@pytest.mark.parametrize("value", [0.5, 0.1, 1e-05, 1e-12, 0.044715, 1.0, 0.3535533905932739, 1e30])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(0.5, 0.1, 1e-05, 1e-12, 0.044715, 1.0, 0.3535533905932739, 1e30),
+        *(3.4028234663852886e38, 1.2345678901234567e200, 1.2345678901234567e-200),
+    ],
+)
 def test_other_numbers_stay(value: float) -> None:
     assert written(value) == repr(value)

@@ -698,6 +698,21 @@ def test_integers_booleans_complex_numbers_and_nesting() -> None:
         net({k: v.numpy() for k, v in batch.items()}, [2.0, 4])
 
 
+class Divided(nn.Module):
+    """Integers that become torch's default dtype, which is another in the proof's float64."""
+
+    def forward(self, x: torch.Tensor, unused: torch.Tensor) -> torch.Tensor:
+        steps = torch.arange(x.shape[1])
+        ramp = torch.linspace(0.1, 0.7, 5)
+        return x + steps / 7 + (steps + 0.3).sin() + torch.exp(steps).log1p() + ramp[0]
+
+
+def test_integers_that_are_divided() -> None:
+    x = draw(3, 6)
+    net = convert.to_flax(Divided(), (x, draw(2)))
+    np.testing.assert_allclose(net(x.numpy(), np.zeros(2)), Divided()(x, x), 1e-5)
+
+
 def test_other_examples_must_run_too() -> None:
     class Fixed(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from convert.judge.noise import Noise, judge, within
 from convert.judge.rows import Row
 from convert.porting.fixed_draws import torch_draws
 from convert.porting.program_of import DrawsRandom, Ported, TorchProgram
+from convert.porting.rules.promote import defaulting
 from convert.porting.tensors_by_name import ByName
 from convert.program.calls import buffers_kept, fresh, in_precision, resized, runs
 from convert.program.export import traced_graph, traces_otherwise
@@ -121,7 +122,8 @@ class _Exact:
             with precision_of("float64"):
                 calls = bool(graph.calls)
                 graph = traced_graph(self.module64, call, self.program.opaque, graph.opened, calls)
-        self.program64 = self.program.twin(graph)
+        with defaulting("float64"):
+            self.program64 = self.program.twin(graph)
         self.program64.run_once = True
 
     def rows(self, call: BoundArguments, gradients: bool) -> list[Row]:
@@ -139,7 +141,7 @@ class _Exact:
                 exact = run(self.module64, in_precision(call, "float64"), self.program.paths())
         ours64: Arrays = {}
         if not self.refused:
-            with jax_precision("float64"):
+            with jax_precision("float64"), defaulting("float64"):
                 ours64 = live(self.program64, self.module64, in_precision(call, "float64"))
         if rough.keys() != ours.keys():
             raise AssertionError(f"{list(rough)} and {list(ours)}")  # both follow one nesting

@@ -229,6 +229,8 @@ class Tree:
             made = [n.made for n in scope.nodes()]
             inside = set(made)
             taken = dict.fromkeys(v for n in scope.nodes() for v in self.taken(n))
+            if scope.is_model:  # what it is given, and does nothing with
+                taken |= dict.fromkeys(p.value for p in self.graph.of_kind("input"))
             scope.takes = [v for v in taken if v not in inside and not self._held(v, scope)]
             scope.gives = [
                 v for v in made if v in results or any(u not in inside for u in users.get(v, ()))

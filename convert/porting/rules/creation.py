@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.porting.rules import rule
-from convert.porting.rules.promote import FLOAT, cast, category
+from convert.porting.rules.promote import cast, category, default_float
 
 
 def _filled(size: Sequence[int], value: Any, dtype: Any) -> Any:
@@ -19,7 +19,7 @@ def _filled(size: Sequence[int], value: Any, dtype: Any) -> Any:
 
 def _dtype_of(value: Any) -> np.dtype:
     kinds = ((bool, np.bool_), (int, np.int64), (complex, np.complex64))
-    return np.dtype(next((d for kind, d in kinds if isinstance(value, kind)), FLOAT))
+    return np.dtype(next((d for kind, d in kinds if isinstance(value, kind)), default_float()))
 
 
 @rule("aten.full.default")
@@ -39,7 +39,7 @@ def new_full(x: Any, size: Sequence[int], fill_value: Any, *, dtype: Any = None)
 
 def _constant(value: int) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     def of_size(size: Sequence[int], *, dtype: Any = None) -> Any:
-        return _filled(size, value, FLOAT if dtype is None else dtype)
+        return _filled(size, value, default_float() if dtype is None else dtype)
 
     def like(x: Any, *, dtype: Any = None) -> Any:
         return full_like(x, value, dtype=dtype)
@@ -62,7 +62,7 @@ for _names, _value in {("zeros", "empty"): 0, ("ones",): 1}.items():
 
 @rule("aten.empty_strided.default", "aten.empty_permuted.default")
 def empty_strided(size: Sequence[int], _: Sequence[int], *, dtype: Any = None) -> Any:
-    return _filled(size, 0, FLOAT if dtype is None else dtype)
+    return _filled(size, 0, default_float() if dtype is None else dtype)
 
 
 @rule("aten.new_empty_strided.default")
@@ -84,7 +84,7 @@ def fill(x: Any, value: Any) -> Any:
 
 @rule("aten.scalar_tensor.default")
 def scalar_tensor(value: Any, *, dtype: Any = None) -> Any:
-    return cast(value, FLOAT if dtype is None else dtype)
+    return cast(value, default_float() if dtype is None else dtype)
 
 
 @rule("aten.copy.default")
@@ -95,7 +95,7 @@ def copy(x: Any, src: Any, non_blocking: bool = False) -> Any:
 @rule("aten.arange.start_step")
 def arange(start: Any, end: Any, step: Any = 1, *, dtype: Any = None) -> Any:
     whole = all(isinstance(v, int) for v in (start, end, step))
-    dtype = np.dtype((np.int64 if whole else FLOAT) if dtype is None else dtype)
+    dtype = np.dtype((np.int64 if whole else default_float()) if dtype is None else dtype)
     if category(dtype) < 2:
         start, end, step = (int(v) for v in (start, end, step))
     n = max(math.ceil((end - start) / step), 0)
@@ -127,13 +127,17 @@ def _steps(start: Any, end: Any, steps: int, dtype: np.dtype) -> Any:
 @rule("aten.linspace.default")
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None) -> Any:
     if dtype is None:
-        dtype = np.complex64 if isinstance(start, complex) or isinstance(end, complex) else FLOAT
+        dtype = (
+            np.complex64
+            if isinstance(start, complex) or isinstance(end, complex)
+            else default_float()
+        )
     return cast(_steps(start, end, steps, np.dtype(dtype)), dtype)
 
 
 @rule("aten.logspace.default")
 def logspace(start: Any, end: Any, steps: int, base: float = 10.0, *, dtype: Any = None) -> Any:
-    dtype = np.dtype(FLOAT if dtype is None else dtype)
+    dtype = np.dtype(default_float() if dtype is None else dtype)
     return cast(np.asarray(base) ** np.linspace(start, end, steps), dtype)
 
 
@@ -144,7 +148,7 @@ def eye(n: int, *, dtype: Any = None) -> Any:
 
 @rule("aten.eye.m")
 def eye_m(n: int, m: int, *, dtype: Any = None) -> Any:
-    return cast(np.eye(n, m), FLOAT if dtype is None else dtype)
+    return cast(np.eye(n, m), default_float() if dtype is None else dtype)
 
 
 @rule("aten.tril_indices.default")
@@ -174,7 +178,7 @@ def _window(name: str, function: Callable[[np.ndarray, int], np.ndarray]) -> Non
     def window(n: int, periodic: bool = True, *, dtype: Any = None) -> Any:
         whole = n + 1 if periodic else n
         values = np.ones(n) if n <= 1 else function(np.arange(n), whole - 1)
-        return cast(values, FLOAT if dtype is None else dtype)
+        return cast(values, default_float() if dtype is None else dtype)
 
     rule(f"aten.{name}_window.default", f"aten.{name}_window.periodic")(window)
 

@@ -12,9 +12,9 @@ from jax.scipy import special
 
 from convert.porting.rules import rule, rules_of
 from convert.porting.rules.promote import (
-    FLOAT,
     cast,
     category,
+    default_float,
     floats,
     is_array,
     opmath,
@@ -346,7 +346,7 @@ def isclose(a: Any, b: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: b
 @rule("aten.ldexp.Tensor")
 def ldexp(a: Any, b: Any) -> Any:
     dtype = result_type(a, b)
-    return cast(mul(a, power(2.0, b)), dtype if category(dtype) > 1 else FLOAT)
+    return cast(mul(a, power(2.0, b)), dtype if category(dtype) > 1 else default_float())
 
 
 # -- of three -----------------------------------------------------------------------------------

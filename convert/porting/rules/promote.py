@@ -7,7 +7,9 @@ there a zero-dim array counts in full, and an integer divided becomes float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -15,8 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-FLOAT = np.dtype(np.float32)  # torch's default dtype, which integers become in a float's function
+_DEFAULT = ContextVar("_DEFAULT", default="float32")
 _OPMATH = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
+
+
+def default_float() -> np.dtype:
+    """torch's default dtype, which integers become in a float's function."""
+    return np.dtype(_DEFAULT.get())
+
+
+@contextmanager
+def defaulting(dtype: str) -> Iterator[None]:
+    """A context in which torch's default dtype is another one."""
+    token = _DEFAULT.set(dtype)
+    try:
+        yield
+    finally:
+        _DEFAULT.reset(token)
 
 
 def is_array(value: Any) -> bool:
@@ -42,7 +59,8 @@ def promote_types(a: Any, b: Any) -> np.dtype:
 
 
 def _scalar_dtype(value: Any) -> np.dtype:
-    kinds = ((bool, np.bool_), (int, np.int64), (float, FLOAT), (complex, np.complex64))
+    own = default_float()
+    kinds = ((bool, np.bool_), (int, np.int64), (float, own), (complex, complex_of(own)))
     found: np.dtype = np.dtype(next(d for kind, d in kinds if isinstance(value, kind)))
     return found
 
@@ -90,7 +108,7 @@ def real_of(dtype: Any) -> np.dtype:
 
 def floating_of(dtype: Any) -> np.dtype:
     """The dtype of a float's function of this one: integers become torch's default."""
-    return FLOAT if category(dtype) < 2 else np.dtype(dtype)
+    return default_float() if category(dtype) < 2 else np.dtype(dtype)
 
 
 def sum_dtype(dtype: Any) -> np.dtype:

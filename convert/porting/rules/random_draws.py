@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.porting.rules import rule
-from convert.porting.rules.promote import FLOAT, cast
+from convert.porting.rules.promote import cast, default_float
 
 Rng = Callable[[], Any]
 
@@ -78,7 +78,7 @@ def feature_alpha_dropout(x: Any, p: float, train: bool, *, rng: Rng) -> Any:
 
 @rule("aten.rand.default", random=True)
 def rand(size: Sequence[int], *, dtype: Any = None, rng: Rng) -> Any:
-    return _uniform(rng, size, FLOAT if dtype is None else dtype)
+    return _uniform(rng, size, default_float() if dtype is None else dtype)
 
 
 @rule("aten.rand_like.default", random=True)
@@ -88,7 +88,7 @@ def rand_like(x: Any, *, dtype: Any = None, rng: Rng) -> Any:
 
 @rule("aten.randn.default", random=True)
 def randn(size: Sequence[int], *, dtype: Any = None, rng: Rng) -> Any:
-    return _normal(rng, size, FLOAT if dtype is None else dtype)
+    return _normal(rng, size, default_float() if dtype is None else dtype)
 
 
 @rule("aten.randn_like.default", random=True)
@@ -157,7 +157,7 @@ def normal(mean: Any, std: Any = 1.0, *, rng: Rng) -> Any:
 def normal_of_size(
     mean: float, std: float, size: Sequence[int], *, dtype: Any = None, rng: Rng
 ) -> Any:
-    return mean + std * _normal(rng, size, FLOAT if dtype is None else dtype)
+    return mean + std * _normal(rng, size, default_float() if dtype is None else dtype)
 
 
 @rule("aten.normal_functional.default", random=True)
