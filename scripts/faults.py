@@ -80,16 +80,24 @@ LATER = """
 ## The second time
 
 Eighteen more pairs with 90 faults were written without sight of the detector, after what the first
-sealed half taught was mended. Ten faults of the open half were scored before anybody read it, and
-the sealed half whole, unread. 27 of its 45 were scored on a machine with eight times as many
-processes as processors, where the search got a tenth of its seconds: 30 % of them were named
-wrongly. Of the other 18, scored when that was over, 6 % were. After that some edits of the sealed
-files were mended by who wrote them. They lie in [cases/sealed2](../scripts/cases/sealed2) now.
+sealed half taught was mended. Ten faults of the open half were scored before anybody read it, the
+other 35 a good while later, and the sealed half whole, unread. 27 of its 45 were scored on a
+machine with eight times as many processes as processors, where the search got a tenth of its
+seconds: 30 % of them were named wrongly. Of the other 18, scored when that was over, 6 % were.
+After that some edits of the sealed files were mended by who wrote them. They lie in
+[cases/sealed2](../scripts/cases/sealed2) now.
+
+## The third time
+
+Ten more pairs with 50 faults, written in the same way and scored once, unread, on two cores. They
+lie in [cases/sealed3](../scripts/cases/sealed3) now, and what they taught is mended: above all that
+norms of somebody's own were never put into train mode, so that four right pairs were called
+different at `training`.
 
 | | faults | flagged | placed | named | named wrongly |
 |---|---|---|---|---|---|
 {halves}
-What was not named in the open half:
+What was not named in those that have been read since:
 
 | case | fault | stated | said |
 |---|---|---|---|
@@ -219,7 +227,7 @@ def _later(halves: dict[str, list[dict[str, Any]]]) -> str:
     """What was measured on pairs that were written later, again without sight of the detector."""
     if not halves:
         return ""
-    unread = [n for n in halves if "sealed" in n]
+    unread = [n for n in halves if "sealed" in n]  # still
     rows = [row for n, rows in halves.items() if n not in unread for row in rows]
     missed = "".join(_missed(row) for row in rows if not row["named"])
     return LATER.format(

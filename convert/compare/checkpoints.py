@@ -144,7 +144,7 @@ def compare_checkpoints(
 
 def _diagnose(report: Report, a: Opened, b: Opened) -> None:
     """Say of the first tensors that differ what would make them fit."""
-    from convert.diagnose.hypotheses_tensors import diagnose_tensor
+    from convert.diagnose.hypotheses_tensors import explained
 
     differing = [d for d in report.differences if d.count][:_DIAGNOSED]
     if not differing:
@@ -153,8 +153,7 @@ def _diagnose(report: Report, a: Opened, b: Opened) -> None:
     for d in differing:
         if d.name in ours and d.name in theirs:
             others = _OfShape(ours, d.name)
-            why = diagnose_tensor(d.name, ours[d.name], theirs[d.name], others, ours.kinds[d.name])
-            made = dataclasses.replace(d, diagnosis=why)
+            made = explained(d, d.name, ours[d.name], theirs[d.name], others, ours.kinds[d.name])
             report.differences[report.differences.index(d)] = made
 
 

@@ -123,9 +123,10 @@ def _first(pair: Pair, mode: Mode, seconds: float) -> Divergence | None:
 
 def weights_differ(report: Report) -> Divergence | None:
     """The layer of the first tensor that differs, where no run says more."""
-    first = next((d for d in report.differences if d.name != "config"), None)
-    if first is None:
+    able = [d for d in report.differences if d.name != "config"]
+    if not able:
         return None
+    first = next((d for d in able if d.cause), able[0])
     name = first.name
     if not first.count:
         reason = found("weights", "not compared", name=name, why=first.why)
@@ -134,7 +135,8 @@ def weights_differ(report: Report) -> Divergence | None:
     else:
         reason = found("weights", name=name, why=first.why)
     measured = Judged(first.max_error or 0.0, 0.0, 0.0, "float32")
-    return Divergence.of(name.rpartition(".")[0], reason, measured, tensor=name)
+    made = Divergence.of(name.rpartition(".")[0], reason, measured, tensor=name)
+    return dataclasses.replace(made, cause=first.cause or made.cause)
 
 
 def name_layers(report: Report, reference: TorchSide) -> None:

@@ -24,7 +24,7 @@ from convert.compare.report import Report
 from convert.compare.settings import Settings
 from convert.compare.sides import Side
 from convert.compare.torch_side import TorchSide
-from convert.diagnose.hypotheses_tensors import diagnose_tensor
+from convert.diagnose.hypotheses_tensors import explained
 from convert.judge.bits import TensorDifference, compare
 from convert.judge.rows import Row
 from convert.matching.pair import Match, Pair, layout_matches
@@ -35,7 +35,7 @@ from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
 from convert.runtime.precision import full_precision
-from convert.runtime.torch_module import state
+from convert.runtime.torch_module import computed, state
 from convert.runtime.torch_recurrent import unstack
 from convert.tensors import bits_of
 from zoo.checkpoint.apply import apply
@@ -125,8 +125,8 @@ class ModulePair:
                     other.append(f"{name} ({ours[name].dtype.name}, {theirs.dtype.name})")
                     continue
                 others = {n: x for n, x in ours.items() if n != name}
-                why = diagnose_tensor(name, ours[name], theirs, others, match.kind)
-                report.differences.append(dataclasses.replace(difference, diagnosis=why))
+                given = name, ours[name], theirs, others, match.kind
+                report.differences.append(explained(difference, *given))
         if other:
             report.notices.append(f"equal values of other dtypes: {listed(other)}")
         self._tell_unmatched()
@@ -256,14 +256,16 @@ class ModulePair:
         parameters where Flax has such too, the same in fewer (an LSTM's one bias), and constants
         that Flax's code computes, in float64 where torch has them in float32."""
         ours, theirs = self.unmatched
+        matched = {n for m in self.matches for n in m.torch}
+        made = frozenset(computed(self.pair.torch) - matched)  # tables that nobody saves
         if not ours or not (theirs or self._fixed(ours)):
-            return frozenset()
+            return made
         told = "may have been combined in float32" if theirs else "are constants of float32"
         self.report.notices.append(
             f"tensors without a counterpart {told}: what one unit in their last place changes is "
             "allowed in float64 too"
         )
-        return frozenset(ours)
+        return made.union(ours)
 
     def _wide(self, torch_side: Side, flax_side: Side) -> None:
         """Judge in float32 only what does not really compute in float64."""

@@ -35,6 +35,7 @@ LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
 # Causes by which Flax has one operation less: it may come later instead.
 _PASSED_BY = ("missing_layer", "wiring")
+_SLIGHT = 1e-5
 
 
 def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -> Divergence | None:
@@ -75,6 +76,12 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
         moved = _moved_in_float64(pair, pairing, helping)
         if moved is not None:
             return _as_written(moved, reference)
+    if mode == "backward" and found is not None and found.cause == "unknown" and _is_slight(found):
+        silent = Forward(reference, side, pairing, lambda event: None)
+        silent.run(pair.flax_call)
+        back = first_backward(pair, reference, side, silent, matched)
+        if back is not None:
+            return _as_written(back, reference)
     found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, helping, seconds)
@@ -83,6 +90,11 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     if found is None and mode != "forward":
         found = first_backward(pair, reference, side, walk, matched)
     return _as_written(found, reference) if found else None
+
+
+def _is_slight(found: Divergence) -> bool:
+    """Whether it may be rounding that a chain of layers has added up."""
+    return found.error <= _SLIGHT * found.scale
 
 
 def _as_written(found: Divergence, reference: Reference) -> Divergence:

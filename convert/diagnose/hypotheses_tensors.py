@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from convert.diagnose.case import first
 from convert.diagnose.causes import Reason, found
+from convert.judge.bits import TensorDifference
 
 _GATES = {4: "i,f,g,o", 3: "r,z,n"}
 
@@ -47,6 +50,14 @@ def diagnose_tensor(
     """
     reason = explain_tensor(name, a, b, others, kind)
     return None if reason is None else reason.diagnosis
+
+
+def explained(difference: TensorDifference, *given: Any) -> TensorDifference:
+    """The difference with what explains it, if anything does; `given` as to `explain_tensor`."""
+    reason = explain_tensor(*given)
+    if reason is None:
+        return difference
+    return dataclasses.replace(difference, diagnosis=reason.diagnosis, cause=reason.cause)
 
 
 def explain_tensor(

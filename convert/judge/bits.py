@@ -20,6 +20,7 @@ class TensorDifference:
     mean_error: float | None = None
     first: tuple[int, ...] | None = None  # index of the first element that differs
     diagnosis: str | None = None  # what would make it fit: "transposed", "holds the values of ..."
+    cause: str | None = None  # a word of convert.diagnose.causes for that
 
 
 def compare(name: str, a: np.ndarray, b: np.ndarray) -> TensorDifference | None:

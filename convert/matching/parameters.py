@@ -49,7 +49,37 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     found += _bare(module, found, flax, taken)
     found += match_values(*_left(module, values, found))
     found += match_left(*_left(module, values, found), layers)
+    found += _statistics(modules, values, found)
     return list(restacked(found, side.stacks))
+
+
+def _statistics(
+    modules: Mapping[str, Any], values: Mapping[str, Any], found: list[Match]
+) -> list[Match]:
+    """The running statistics of norms of somebody's own, which lie where their parameters do: of
+    the names that are usual, else of the very values."""
+    owners: dict[str, set[str]] = {}
+    for m in found:
+        if len(m.torch) == len(m.flax) == 1:
+            ours, theirs = (n[0].rpartition(".")[0] for n in (m.torch, m.flax))
+            owners.setdefault(ours, set()).add(theirs)
+    taken = {n for m in found for n in (*m.torch, *m.flax)}
+    made = []
+    for name, (owner, *others) in owners.items():
+        for leaf in ("running_mean", "running_var"):
+            held, full = getattr(modules[name], leaf, None), f"{name}.{leaf}" if name else leaf
+            if others or held is None or full in taken:
+                continue
+            able = {n.rpartition(".")[2]: n for n in values
+                    if n.rpartition(".")[0] == owner and n not in taken
+                    and np.shape(values[n]) == tuple(held.shape)}  # fmt: skip
+            alike = [k for k, n in able.items() if np.array_equal(values[n], to_numpy(held))]
+            usual = [k for k in _flax_leaves(leaf) if k in able]
+            if usual or len(alike) == 1:
+                path = able[(usual or alike)[0]]
+                made.append(Match((full,), (path,), (), "batchnorm"))
+                taken.add(path)
+    return made
 
 
 def _left(module: Any, values: Mapping[str, Any], found: list[Match]) -> tuple[Any, Any]:

@@ -251,7 +251,7 @@ def _live_gradients(program: TorchProgram, module: Any, call: BoundArguments) ->
     moved = {n: jnp.asarray(x) for n, x in state.items() if n in flax or n in names}
 
     def loss(changed: dict[str, Any]) -> Any:
-        results, _ = program.run(False, state | changed, arrays, None)
+        results, _ = program.run(False, state | changed, arrays, None, inside=True)
         outputs = dict(zip(program.paths(), results, strict=True))
         apart = {
             n: jnp.moveaxis(x, -1, 1) if program.is_image(x) else x for n, x in outputs.items()

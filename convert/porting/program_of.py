@@ -72,7 +72,7 @@ class TorchProgram:
         self.opaque: tuple[Opaque, ...] = ()
         self.others: list[TorchProgram] = []  # of sizes that the first graph is not for
         self.prove: Callable[[TorchProgram, Shapes], None] = lambda program, shapes: None
-        self.run_once = False  # for a proof: compiling it costs more than running it
+        self.run_once = False  # in a proof: compiling it costs more than running it
         self.report = Ported()
 
     @property
@@ -198,24 +198,29 @@ class TorchProgram:
             return False
         return not is_array(value) and _equal(parameter.default, value)
 
-    def run(self, training: bool, state: Mapping[str, Any], arrays: list, key: Any) -> Any:
-        """The results (a list) and the Flax tensors that the call changed, by name."""
+    def run(
+        self, training: bool, state: Mapping[str, Any], arrays: list, key: Any, inside: bool = False
+    ) -> Any:
+        """The results (a list) and the Flax tensors that the call changed, by name. `inside`: of
+        what JAX traces, where no options of the compiler can be given."""
         graph = self.evaluation(training).graph
         constants = {n: x for n, x in graph.constants.items() if n not in state}
-        return self._compiled(training)(dict(state), constants, arrays, key)
+        compiled = self._compiled(training, self.run_once and not inside)
+        return compiled(dict(state), constants, arrays, key)
 
     @functools.cached_property
-    def _jitted(self) -> dict[bool, Any]:
+    def _jitted(self) -> dict[tuple[bool, bool], Any]:
         return {}
 
-    def _compiled(self, training: bool) -> Any:
+    def _compiled(self, training: bool, once: bool) -> Any:
         import jax
 
-        if training not in self._jitted:
-            options = {"xla_backend_optimization_level": 0} if self.run_once else None
+        key = training, once
+        if key not in self._jitted:
+            options = {"xla_backend_optimization_level": 0} if once else None
             function = functools.partial(self._traced, training)
-            self._jitted[training] = jax.jit(function, compiler_options=options)
-        return self._jitted[training]
+            self._jitted[key] = jax.jit(function, compiler_options=options)
+        return self._jitted[key]
 
     def _traced(
         self, training: bool, state: dict[str, Any], constants: dict, arrays: list, key: Any

@@ -228,8 +228,8 @@ class _Nnx(FlaxModule):
         made = nnx.clone(module)
         for path, part in nnx.iter_modules(made):
             self.modules[_dotted(path)] = part
-            if training and isinstance(part, nnx.BatchNorm):
-                part.use_running_average = False
+            for name, value in _training_attributes(part) if training else ():
+                setattr(part, name, value)
             for name in wide_attributes(part) if precision else ():  # nnx.Embed fixes its own
                 setattr(part, name, np.dtype(precision))
         self._graph, state = nnx.split(made)
@@ -394,6 +394,17 @@ def _folded(key: Any) -> Any:
     import jax
 
     return jax.random.fold_in(key, 1)
+
+
+def _training_attributes(part: Any) -> Iterator[tuple[str, bool]]:
+    """What puts a norm into train mode: NNX's own, or somebody's own that keeps statistics."""
+    from flax import nnx
+
+    if not any(isinstance(v, nnx.BatchStat) for v in vars(part).values()):
+        return
+    for name, value in (("use_running_average", False), ("training", True), ("train", True)):
+        if isinstance(vars(part).get(name), bool):
+            yield name, value
 
 
 def _with_nnx_batch_statistics(around: Around | None) -> Around:

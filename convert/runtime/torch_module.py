@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -115,10 +116,24 @@ def computed(module: Any) -> set[str]:
 
 
 def norms(module: Any) -> Iterator[Any]:
-    """Layers that keep running statistics: in training mode the others would only drop."""
+    """Layers that keep running statistics, and modules that call them otherwise in training: in
+    training mode the others would only drop."""
     for part in module.modules():
         if getattr(part, "running_mean", None) is not None:
             yield part
+        elif any(getattr(p, "running_mean", None) is not None for p in part.children()):
+            drops = any("Drop" in type(p).__name__ for p in part.modules())
+            if not drops and _asks_for_training(type(part).forward):
+                yield part
+
+
+def _asks_for_training(forward: Any) -> bool:
+    """Whether a function's code asks for the mode, other than to drop."""
+    try:
+        text = inspect.getsource(forward)
+    except (OSError, TypeError):
+        return False
+    return "self.training" in text and "drop" not in text
 
 
 def narrow_operation(module: Any, call: Call) -> str | None:
