@@ -226,6 +226,7 @@ def bench(name: str, given: argparse.Namespace) -> dict[str, dict[str, object]]:
             "seconds": statistics.median(s for _, s, _ in rows[job.label]),
             "peak": peak,
             "measured": datetime.date.today().isoformat(),
+            "warm": True,  # see `run`
             "target": job.target,
             "memory": job.memory,
         }

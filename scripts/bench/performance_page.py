@@ -17,18 +17,18 @@ round counts: for a conversion `cp` and `sync` of the same bytes, start-up of ou
 others what the line says. Peaks are above an idle interpreter; for what is measured inside a
 process, above what it held before. At least {rounds} rounds{where}.
 
-Rows since {warm}: free memory is touched before every command, the copy too. A virtual machine
-gives it back to its host after some seconds, and who writes to it next waits up to ten times as
-long; what makes many files gets such memory first, so that writing Orbax seemed to take 4 to 8
-times as long as a copy. And what a job wrote is emptied, not removed, until all is done: ext4 tries
-inodes that were deleted in the last minutes one by one, which whoever makes files next would pay.
+Free memory is touched before every command, the copy too, but for rows that are marked cold. A
+virtual machine gives it back to its host after some seconds, and who writes to it next waits up to
+ten times as long; what makes many files gets such memory first, so that writing Orbax seemed to
+take 4 to 8 times as long as a copy. And what a job wrote is emptied, not removed, until all is
+done: ext4 tries inodes that were deleted in the last minutes one by one, which whoever makes files
+next would pay.
 
 ![The ratios, with what is asked for](performance.png)
 
 | job | lowest | median | highest | asked for | peak, MB | asked for | measured |
 |---|---:|---:|---:|---:|---:|---:|---|
 """
-_WARM = "2026-11-23"  # since then scripts/bench/engine.py does so
 
 
 def main() -> None:
@@ -40,11 +40,11 @@ def main() -> None:
         cells = [ratios[0], statistics.median(ratios), ratios[-1]]
         shown = " | ".join(f"{c:.2f}" for c in cells)
         limits = [f"{v:g}" if v is not None else "" for v in (asked, memory)]
-        last = f"{limits[1]} | {job.get('measured', 'before')}"
+        last = f"{limits[1]} | {job['measured']}{'' if job.get('warm') else ', cold'}"
         rows.append(f"| {label} | {shown} | {limits[0]} | {job['peak']:.0f} | {last} |")
     where = f", {told['machine']}" if told.get("machine") else ""
     rounds = min(len(job["ratios"]) for job in jobs.values())
-    text = _HEAD.format(rounds=rounds, where=where, warm=_WARM) + "\n".join(rows) + "\n"
+    text = _HEAD.format(rounds=rounds, where=where) + "\n".join(rows) + "\n"
     if "parts" in told:
         text += by_part(told["parts"])
     if "growth" in told:
