@@ -243,3 +243,30 @@ def test_shapes_tell_layers_that_are_called_in_another_order(reverse: bool) -> N
     report = convert.verify(ours, theirs, x, flax_inputs=x.transpose(0, 2, 3, 1), level="outputs")
     found = report.first_divergence
     assert (found and found.cause) == ("swapped" if reverse else None)
+
+
+def test_single_numbers_go_with_the_weights_beside_them() -> None:
+    """Biases of one element, whose names say nothing: their weights lie beside them."""
+
+    class Spans(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p1, self.p2 = torch.nn.Linear(6, 1), torch.nn.Linear(6, 1)
+
+        def forward(self, x: Any) -> Any:
+            return self.p1(x), self.p2(x)
+
+    def spans(params: Any, x: Any) -> Any:
+        return tuple(x @ params[n]["w"] + params[n]["b"] for n in ("start", "end"))
+
+    torch.manual_seed(0)
+    net = Spans().eval()
+    params = {
+        name: {
+            "w": jnp.asarray(layer.weight.detach().numpy().T),
+            "b": jnp.asarray(layer.bias.detach().numpy()),
+        }
+        for name, layer in (("start", net.p1), ("end", net.p2))
+    }
+    x = np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+    assert convert.verify(net, (spans, params), x, level="gradients").verdict == "same"

@@ -81,6 +81,8 @@ def _within(name: str, paired: object) -> str:
 
 def _group(ours: Arrays, theirs: Arrays, a: list[str], b: list[str]) -> Iterator[Match]:
     together = len(a) == len(b) and _alike([ours[n] for n in a], [theirs[n] for n in b])
+    if len(a) == len(b) == 1 and ours[a[0]].size == 1:  # one number, and no other beside it
+        together = bool(np.array_equal(np.ravel(ours[a[0]]), np.ravel(theirs[b[0]])))
     able = sorted(
         itertools.product(range(len(a)), range(len(b))),
         key=lambda ij: (-_likeness(a[ij[0]], b[ij[1]]), abs(ij[0] - ij[1]), ij),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -48,9 +49,25 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
                 taken |= set(m.flax)
     found += _bare(module, found, flax, taken)
     found += match_values(*_left(module, values, found))
+    found += match_left(*_left(module, values, found), [*layers, *_owners(found)])  # beside those
     found += match_left(*_left(module, values, found), layers)
     found += _statistics(modules, values, found)
     return list(restacked(found, side.stacks))
+
+
+def _owners(found: list[Match]) -> list[LayerPair]:
+    """Where tensors lie that are each other's, as far as each place has one of the other side."""
+    pairs = {
+        (m.torch[0].rpartition(".")[0], m.flax[0].rpartition(".")[0])
+        for m in found
+        if len(m.torch) == len(m.flax) == 1
+    }
+    counts = [Counter(p[side] for p in pairs) for side in (0, 1)]
+    return [
+        LayerPair(ours, theirs, "", "values")
+        for ours, theirs in sorted(pairs)
+        if ours and theirs and counts[0][ours] == counts[1][theirs] == 1
+    ]
 
 
 def _statistics(
