@@ -92,7 +92,8 @@ After that some edits of the sealed files were mended by who wrote them. They li
 Ten more pairs with 50 faults, written in the same way and scored once, unread, on two cores. They
 lie in [cases/sealed3](../scripts/cases/sealed3) now, and what they taught is mended: above all that
 norms of somebody's own were never put into train mode, so that four right pairs were called
-different at `training`.
+different at `training`. After that, 70 % of the 50 were named and 12 % named wrongly; two of them
+are seen by outputs alone, as a layout is found in which their tensors are equal.
 
 | | faults | flagged | placed | named | named wrongly |
 |---|---|---|---|---|---|
