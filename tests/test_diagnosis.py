@@ -14,7 +14,7 @@ from test_docs import script
 
 from convert.compare.settings import EXPLAIN
 from convert.diagnose.find import first_divergence
-from convert.diagnose.hypotheses_tensors import diagnose_tensor
+from convert.diagnose.hypotheses_tensors import explain_tensor
 from zoo import probe
 
 ROOT = Path(__file__).parents[1]
@@ -79,26 +79,26 @@ BIAS, OTHER_BIAS = probe.weight("gru.bias_ih", (12,)), probe.weight("gru.bias_hh
     ],
 )
 def test_a_tensor_is_diagnosed(a: np.ndarray, b: np.ndarray, kind: str, words: str) -> None:
-    said = diagnose_tensor("a.weight", a, b, OTHERS, kind)
+    said = explain_tensor("a.weight", a, b, OTHERS, kind)
     assert said is not None
-    assert words in said
+    assert words in said.diagnosis
 
 
 def test_biases_that_were_added_up_are_told_from_others() -> None:
     others = {"gru.bias_hh": OTHER_BIAS}
-    said = diagnose_tensor("gru.bias_ih", BIAS, BIAS + OTHER_BIAS, others, "recurrent")
+    said = explain_tensor("gru.bias_ih", BIAS, BIAS + OTHER_BIAS, others, "recurrent")
     assert said is not None
-    assert "sum of itself and gru.bias_hh" in said
+    assert "sum of itself and gru.bias_hh" in said.diagnosis
     partly = BIAS + OTHER_BIAS * np.repeat([1, 1, 0], 4).astype(np.float32)
-    said = diagnose_tensor("gru.bias_ih", BIAS, partly, others, "recurrent")
+    said = explain_tensor("gru.bias_ih", BIAS, partly, others, "recurrent")
     assert said is not None
-    assert "sum, sum, own" in said
+    assert "sum, sum, own" in said.diagnosis
 
 
 def test_nothing_is_said_of_equal_tensors_and_of_noise() -> None:
-    assert diagnose_tensor("a", A, A.copy(), OTHERS) is None
+    assert explain_tensor("a", A, A.copy(), OTHERS) is None
     noisy = A + 1e-3 * probe.weight("noise", A.shape)
-    assert diagnose_tensor("a", A, noisy, OTHERS) is None
+    assert explain_tensor("a", A, noisy, OTHERS) is None
     one = A.copy()
     one[3, 4] += 1
-    assert diagnose_tensor("a", A, one, OTHERS) is None
+    assert explain_tensor("a", A, one, OTHERS) is None

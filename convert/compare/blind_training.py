@@ -256,11 +256,9 @@ def _momenta(
         yield BlindSpot("training attribute", tuple(told), sentence)
 
 
-def trained_apart(matches: Iterable[Match], tensors: Mapping[str, Any]) -> Iterator[BlindSpot]:
-    """What torch has once and Flax several times: only gradients differ. `tensors` are torch's."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    for first, (others, flax) in copies(matches, names.values()).items():
+def trained_apart(matches: Iterable[Match], ties: Mapping[str, str]) -> Iterator[BlindSpot]:
+    """What torch has once and Flax several times: only gradients differ. `ties` are torch's further
+    names."""
+    for first, (others, flax) in copies(matches, ties).items():
         told = f"{first} is one tensor with {listed(others)} in torch, and several in Flax"
         yield BlindSpot("training attribute", (first, *flax), f"{told}: {listed(flax)}")

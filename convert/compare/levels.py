@@ -122,7 +122,8 @@ def _first(pair: Pair, mode: Mode, seconds: float) -> Divergence | None:
 
 
 def weights_differ(report: Report) -> Divergence | None:
-    """The layer of the first tensor that differs, where no run says more."""
+    """The layer of the first tensor that differs and is explained, else of the first that differs,
+    where no run says more."""
     able = [d for d in report.differences if d.name != "config"]
     if not able:
         return None

@@ -100,7 +100,7 @@ class ModulePair:
         found = pair_traces(pair, self.torch_trace, self.side, self.flax_trace)
         report.notices += found.notes
         self.layers, self.matches, self.unmatched = found.layers, found.matches, found.tensors_left
-        self.state = state(pair.torch)
+        self.state, self.ties = state(pair.torch), found.ties
 
     def bits(self) -> None:
         """Paired parameters bit for bit; at this level those without a partner are differences."""
@@ -198,7 +198,7 @@ class ModulePair:
             pair, self.layers, self.side.modules, traces, report.level
         )
         if report.level == "outputs":
-            report.blind_spots += trained_apart(self.matches, self.state)
+            report.blind_spots += trained_apart(self.matches, self.ties)
 
     def _by_itself(
         self, torch_side: TorchSide, flax_side: FlaxSide, outputs: list[Row]

@@ -32,7 +32,7 @@ def by_trial(
     """The report's first divergence, with its cause where it has none and a trial tells it; with
     another one where that explains every gradient."""
     first = report.first_divergence
-    if first is not None and first.cause == "tied":
+    if first is not None and first.cause == "tied":  # which a stopped gradient would explain too
         return first
     if first is not None and first.direction == "backward" and options.explain:
         with contextlib.suppress(Exception):  # what was found stands

@@ -208,6 +208,7 @@ def _flax(pair: Pair, side: FlaxModule, right: _Right, matched: Matched) -> Cota
         if all(n in of_values for n in m.flax):
             made = matched.to_torch(m, [to_numpy(of_values[n]) for n in m.flax])
             for name, value in zip(m.torch, made, strict=True):
+                # Of several copies in Flax the first: each has a part of torch's gradient.
                 found.parameters.setdefault(matched.names[matched.ids[name]][0], value)
     return found
 

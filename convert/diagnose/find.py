@@ -35,7 +35,7 @@ LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
 # Causes by which Flax has one operation less: it may come later instead.
 _PASSED_BY = ("missing_layer", "wiring")
-_SLIGHT = 1e-5
+_SLIGHT = 1e-5  # of a value's scale, in float32
 
 
 def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -> Divergence | None:

@@ -17,7 +17,7 @@ from convert.matching.alignment import gap
 from convert.matching.bare import Copies
 from zoo.layout.kinds import torch_kind
 
-_FEW = 3
+_FEW = 3  # numbers: one factor fits a single one always, and two too often
 
 
 @dataclass

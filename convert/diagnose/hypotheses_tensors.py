@@ -35,23 +35,6 @@ class _Tensor:
         return self.right.shape == self.held.shape and self.right.dtype.kind == "f"
 
 
-def diagnose_tensor(
-    name: str,
-    a: np.ndarray,
-    b: np.ndarray,
-    others: Mapping[str, np.ndarray],
-    kind: str | None = None,
-) -> str | None:
-    """What turns `a`, the values that the tensor should have, into `b`, those it has; None if
-    nothing known does.
-
-    `others` are the other tensors of the reference, laid out as `a` is; `kind` is that of the layer
-    (as in zoo.layout). Nothing is said that does not fit in every element.
-    """
-    reason = explain_tensor(name, a, b, others, kind)
-    return None if reason is None else reason.diagnosis
-
-
 def explained(difference: TensorDifference, *given: Any) -> TensorDifference:
     """The difference with what explains it, if anything does; `given` as to `explain_tensor`."""
     reason = explain_tensor(*given)
@@ -67,7 +50,12 @@ def explain_tensor(
     others: Mapping[str, np.ndarray],
     kind: str | None = None,
 ) -> Reason | None:
-    """As `diagnose_tensor`, with the cause and what to try."""
+    """What turns `a`, the values that the tensor should have, into `b`, those it has; None if
+    nothing known does.
+
+    `others` are the other tensors of the reference, laid out as `a` is; `kind` is that of the layer
+    (as in zoo.layout). Nothing is said that does not fit in every element.
+    """
     if _equal(a, b):
         return None
     tensor = _Tensor(name, a, b, others, kind)

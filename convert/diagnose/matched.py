@@ -95,7 +95,8 @@ class Matched:
 
     def copies(self) -> dict[str, Copies]:
         """What torch has once and Flax several times, by torch's first name."""
-        return copies(self.single, self.names.values())
+        ties = {n: first for first, *others in self.names.values() for n in others}
+        return copies(self.single, ties)
 
     def _owner(self, match: Match) -> str:
         owner, _, leaf = match.torch[0].rpartition(".")

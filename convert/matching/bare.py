@@ -57,18 +57,17 @@ def match_copies(
 Copies = tuple[list[str], list[str]]  # torch's other names, Flax's tensors
 
 
-def copies(matches: Iterable[Match], names: Iterable[list[str]]) -> dict[str, Copies]:
-    """What torch has once and Flax several times, by torch's first name. `names` are those of each
-    tensor of torch's."""
-    groups = {name: group for group in names for name in group}
-    held: dict[str, dict[str, None]] = {}
+def copies(matches: Iterable[Match], ties: Mapping[str, str]) -> dict[str, Copies]:
+    """What torch has once and Flax several times, by torch's first name. `ties` are torch's further
+    names. A tensor that Flax has in parts (query, key and value) is there once."""
+    held: dict[str, dict[tuple[str, ...], None]] = {}
     for match in matches:
-        for first in {groups[n][0] for n in match.torch if n in groups}:
-            held.setdefault(first, {}).update(dict.fromkeys(match.flax))
+        for first in {ties.get(n, n) for n in match.torch}:
+            held.setdefault(first, {})[match.flax] = None
     return {
-        first: (groups[first][1:], list(flax))
+        first: ([n for n, tied in ties.items() if tied == first], [n for f in flax for n in f])
         for first, flax in held.items()
-        if 1 < len(flax) <= len(groups[first])
+        if len(flax) > 1
     }
 
 

@@ -55,17 +55,20 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     return list(restacked(found, side.stacks))
 
 
+def _places(found: list[Match]) -> list[tuple[str, str]]:
+    """The modules, torch's and Flax's, that hold tensors which are each other's."""
+    single = (m for m in found if len(m.torch) == len(m.flax) == 1)
+    places = ((m.torch[0].rpartition(".")[0], m.flax[0].rpartition(".")[0]) for m in single)
+    return list(dict.fromkeys(places))
+
+
 def _owners(found: list[Match]) -> list[LayerPair]:
     """Where tensors lie that are each other's, as far as each place has one of the other side."""
-    pairs = {
-        (m.torch[0].rpartition(".")[0], m.flax[0].rpartition(".")[0])
-        for m in found
-        if len(m.torch) == len(m.flax) == 1
-    }
+    pairs = _places(found)
     counts = [Counter(p[side] for p in pairs) for side in (0, 1)]
     return [
         LayerPair(ours, theirs, "", "values")
-        for ours, theirs in sorted(pairs)
+        for ours, theirs in pairs
         if ours and theirs and counts[0][ours] == counts[1][theirs] == 1
     ]
 
@@ -75,11 +78,9 @@ def _statistics(
 ) -> list[Match]:
     """The running statistics of norms of somebody's own, which lie where their parameters do: of
     the names that are usual, else of the very values."""
-    owners: dict[str, set[str]] = {}
-    for m in found:
-        if len(m.torch) == len(m.flax) == 1:
-            ours, theirs = (n[0].rpartition(".")[0] for n in (m.torch, m.flax))
-            owners.setdefault(ours, set()).add(theirs)
+    owners: dict[str, list[str]] = {}
+    for ours, theirs in _places(found):
+        owners.setdefault(ours, []).append(theirs)
     taken = {n for m in found for n in (*m.torch, *m.flax)}
     made = []
     for name, (owner, *others) in owners.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from contextlib import ExitStack
 from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from convert.porting.rendering.module_file import ModuleFile
 from convert.program.calls import in_mode, runs
 from convert.program.export import traced_graph
 from convert.program.graph import ArrayType, Graph, GraphNode
+from convert.runtime.torch_calls import hooked
 from zoo.containers.errors import ZooError
 
 _NO_MATTER = ("aten.clone", "aten.sym_", "operator.", "aten.alias", "aten.detach")
@@ -67,24 +67,21 @@ def _calls(
                 seen.append(f"{resolve_name(f) or f} {told}")
             return f(*args, **(kwargs or {}))
 
-    def enter(*_: Any) -> None:
+    def enter(name: str, part: Any, args: Any, kwargs: Any) -> Any:
         nonlocal depth
-        depth += 1
+        depth += name in layers
+        return args, kwargs
 
-    def leave(*_: Any) -> None:
+    def leave(name: str, part: Any, output: Any) -> Any:
         nonlocal depth
-        depth -= 1
+        depth -= name in layers
+        return output
 
-    with ExitStack() as stack:
-        for name, part in module.named_modules():
-            if name in layers:
-                stack.callback(part.register_forward_pre_hook(enter).remove)
-                stack.callback(part.register_forward_hook(leave, always_call=True).remove)
-        with in_mode(module, training), Note():
-            try:
-                runs(module, call)
-            except ZooError:
-                return None
+    try:
+        with in_mode(module, training), hooked(module, enter, leave), Note():
+            runs(module, call)
+    except ZooError:
+        return None
     return seen
 
 

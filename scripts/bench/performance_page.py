@@ -17,12 +17,11 @@ round counts: for a conversion `cp` and `sync` of the same bytes, start-up of ou
 others what the line says. Peaks are above an idle interpreter; for what is measured inside a
 process, above what it held before. At least {rounds} rounds{where}.
 
-Free memory is touched before every command, the copy too, but for rows that are marked cold. A
-virtual machine gives it back to its host after some seconds, and who writes to it next waits up to
-ten times as long; what makes many files gets such memory first, so that writing Orbax seemed to
-take 4 to 8 times as long as a copy. And what a job wrote is emptied, not removed, until all is
-done: ext4 tries inodes that were deleted in the last minutes one by one, which whoever makes files
-next would pay.
+Free memory is touched before every command, the copy too, but for rows that are marked cold and
+the tables below. A virtual machine gives it back to its host after some seconds, and who writes to
+it next waits up to ten times as long: so writing Orbax, in many files, seemed to take 4 to 8 times
+as long as a copy. And what a job wrote is emptied, not removed, until all is done: ext4 tries
+inodes that were deleted in the last minutes one by one, which whoever makes files next would pay.
 
 ![The ratios, with what is asked for](performance.png)
 

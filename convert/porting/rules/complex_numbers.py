@@ -11,7 +11,15 @@ import numpy as np
 from jax import lax
 
 from convert.porting.rules import rule, rules_of
-from convert.porting.rules.promote import cast, category, complex_of, floats, refuse, together
+from convert.porting.rules.promote import (
+    cast,
+    category,
+    complex_of,
+    default_float,
+    floats,
+    refuse,
+    together,
+)
 
 
 @rule("aten.complex.default")
@@ -109,12 +117,12 @@ def ifftshift(x: Any, dim: Any = None) -> Any:
 
 @rule("aten.fft_fftfreq.default")
 def fftfreq(n: int, d: float = 1.0, *, dtype: Any = None) -> Any:
-    return cast(np.fft.fftfreq(n, d), np.float32 if dtype is None else dtype)
+    return cast(np.fft.fftfreq(n, d), default_float() if dtype is None else dtype)
 
 
 @rule("aten.fft_rfftfreq.default")
 def rfftfreq(n: int, d: float = 1.0, *, dtype: Any = None) -> Any:
-    return cast(np.fft.rfftfreq(n, d), np.float32 if dtype is None else dtype)
+    return cast(np.fft.rfftfreq(n, d), default_float() if dtype is None else dtype)
 
 
 def _scale(n: int, normalization: int) -> float:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.porting.rules import rule
-from convert.porting.rules.promote import cast, category, default_float
+from convert.porting.rules.promote import cast, category, complex_of, default_float
 
 
 def _filled(size: Sequence[int], value: Any, dtype: Any) -> Any:
@@ -18,8 +18,9 @@ def _filled(size: Sequence[int], value: Any, dtype: Any) -> Any:
 
 
 def _dtype_of(value: Any) -> np.dtype:
-    kinds = ((bool, np.bool_), (int, np.int64), (complex, np.complex64))
-    return np.dtype(next((d for kind, d in kinds if isinstance(value, kind)), default_float()))
+    own = default_float()
+    kinds = ((bool, np.bool_), (int, np.int64), (complex, complex_of(own)))
+    return np.dtype(next((d for kind, d in kinds if isinstance(value, kind)), own))
 
 
 @rule("aten.full.default")
@@ -127,11 +128,8 @@ def _steps(start: Any, end: Any, steps: int, dtype: np.dtype) -> Any:
 @rule("aten.linspace.default")
 def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None) -> Any:
     if dtype is None:
-        dtype = (
-            np.complex64
-            if isinstance(start, complex) or isinstance(end, complex)
-            else default_float()
-        )
+        own, imaginary = default_float(), isinstance(start, complex) or isinstance(end, complex)
+        dtype = complex_of(own) if imaginary else own
     return cast(_steps(start, end, steps, np.dtype(dtype)), dtype)
 
 
