@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from convert.compare.blind_spots import BlindSpot, listed
+from convert.judge.rows import Row
 from convert.runtime.call import Call
 from convert.runtime.torch_calls import arguments
 from convert.runtime.trace import Recorded, Trace
 from zoo.layout.kinds import torch_kind
 
+MASKS = "of a mask: zeros and ones only"
 MASK = re.compile(r"mask", re.I)
 LENGTHS = re.compile(r"(^|_)len(gth)?s?$", re.I)
 _ATTENTION = re.compile(r"attention|attn", re.I)
@@ -35,6 +38,24 @@ def unexercised_inputs(call: Call, names: Mapping[str, str]) -> Iterator[BlindSp
     if batched and all(len(x) == 1 for x in batched.values()):
         told = f"a batch of one ({listed(batched)}): what mixes samples is not seen"
         yield BlindSpot("inputs", tuple(batched), told)
+
+
+def by_masks(
+    gradients: list[Row], call: Call, names: Mapping[str, str]
+) -> tuple[list[Row], list[BlindSpot]]:
+    """The rows, without a verdict where the gradient of a floating-point input that is a mask (of
+    zeros and ones) differs: `where(m, x, 0)` has none, `m * x` has one, and both are right."""
+    masks = {
+        f"in.{names.get(path, path)}"
+        for path, x in call.arrays().items()
+        if x.dtype.kind == "f" and x.size > 1 and np.isin(x, (0, 1)).all() and np.ptp(x) > 0
+    }
+    wrong = [r.name for r in gradients if r.name in masks and r.judged and not r.same]
+    rows = [dataclasses.replace(r, judged=False, note=MASKS) if r.name in wrong else r
+            for r in gradients]  # fmt: skip
+    inputs = tuple(name.removeprefix("in.") for name in wrong)
+    told = f"the gradient of {listed(inputs)} differs: zeros and ones only, taken for a mask"
+    return rows, [BlindSpot("mask gradient", inputs, told)] if inputs else []
 
 
 def unexercised_layers(module: Any, call: Call, trace: Trace) -> Iterator[BlindSpot]:

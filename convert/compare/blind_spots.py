@@ -18,6 +18,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "random": "what was drawn at random",
         "training attribute": "settings that act in training only, and differ",
         "inputs": "what these inputs never exercised: padding, masks, lengths, sizes",
+        "mask gradient": "inputs of zeros and ones, by which the gradients differ",
         "no counterpart": "tensors that were not compared one by one",
     }
 )

@@ -14,6 +14,7 @@ from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
+from convert.runtime.jax_values import Computed, cotangents_of
 from convert.runtime.jaxpr import narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
 from convert.runtime.trace import Place, Trace
@@ -159,6 +160,23 @@ class FlaxSide(Side):
             narrow = zip(places, narrow_outputs(traced.jaxpr), strict=True)
             arrays = {p: to_numpy(x) for p, x in zip(places, jax.device_get(made), strict=True)}
             return arrays, {p: why for p, why in narrow if why is not None}
+
+    def by_equation(self) -> list[Computed]:
+        """Every value on the way to the loss in float64, with what comes back to it."""
+        import jax
+
+        with precision_of("float64"):
+            module = flax_module(self.module, "float64")
+            module.unroll = True
+            given, floats = self._given("float64")
+            trained = self._trained(module)
+
+            def loss(params: Values, floats: Values) -> Any:
+                values = {**module.values, **params}
+                return self._scalar(self._call(module, values, given | floats, False)[0])
+
+            closed = jax.make_jaxpr(loss)(trained, floats)
+            return cotangents_of(closed, jax.tree.leaves((trained, floats)))
 
     def narrow_operation(self) -> str | None:
         with precision_of("float64"):

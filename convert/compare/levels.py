@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from convert.compare.blind_inputs import unexercised_inputs
+from convert.compare.blind_inputs import by_masks, unexercised_inputs
 from convert.compare.blind_values import unseen_values
 from convert.compare.by_itself import DIVIDED
 from convert.compare.flax_side import FlaxSide
@@ -46,6 +46,8 @@ def compare_sides(
     backward = report.level in ("gradients", "training")
     rows, report.gradients, run = compare_runs(reference, a, b, backward=backward)
     report.outputs = _outputs_decide(rows)
+    report.gradients, spots = by_masks(report.gradients, reference.call, reference.names)
+    report.blind_spots += spots
     if layers is not None:
         report.layers = layers(report.outputs)
     name_layers(report, reference)
@@ -116,9 +118,12 @@ def _first(pair: Pair, mode: Mode, seconds: float) -> Divergence | None:
     if mode != "training":
         return first_divergence(pair, mode, seconds)
     torch = copy.deepcopy(pair.torch)
-    for part in norms(torch):
+    parts = list(norms(torch))
+    for part in parts:
         part.train()
-    return first_divergence(dataclasses.replace(pair, torch=torch), mode, seconds)
+    made = first_divergence(dataclasses.replace(pair, torch=torch), mode, seconds)
+    # Without norms that train, the gradients have been judged: steps differ by something else.
+    return None if made is not None and made.direction == "backward" and not parts else made
 
 
 def weights_differ(report: Report) -> Divergence | None:

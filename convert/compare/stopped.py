@@ -11,34 +11,22 @@ import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from convert.compare.differentiated import Differentiated, Place, shown
 from convert.compare.flax_side import FlaxSide
 from convert.compare.report import Report
-from convert.compare.torch_side import TorchSide, scalar
-from convert.diagnose.causes import Reason, found
+from convert.compare.torch_side import TorchSide
+from convert.diagnose.causes import found
 from convert.judge.noise import EXACT, MARGIN, Arrays, gap, largest
 from convert.judge.rows import FLOOR, Row
-from convert.program.operations import Operation, Ref, find, mapped, short_name
+from convert.program.operations import Operation, Ref, find, mapped
 from convert.program.replay import resolve
-from convert.program.tape import tape
-from convert.runtime.arrays import to_numpy
 from convert.runtime.precision import precision_of
-from convert.runtime.torch_calls import hooked
 
 _LEFT = 1e-4  # of a difference: the most that an explanation may leave
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where it is, and why."""
-
-    reason: Reason
-    module: str
-    source: str | None
 
 
 def stopped(report: Report, reference: TorchSide, flax: FlaxSide, seconds: float) -> Place | None:
@@ -88,7 +76,7 @@ class _Search:
         self, reference: TorchSide, precision: str, theirs: Arrays, rows: Mapping[str, Row]
     ) -> None:
         self.reference, self.precision, self.theirs = reference, precision, theirs
-        self.first = _Run(reference, precision)
+        self.first = Differentiated(reference, precision)
         self.operations = self.first.mode.operations
         self.uses = Counter(v for o in self.operations for v in dict.fromkeys(o.refs))
         ours = self.first.total
@@ -163,7 +151,7 @@ class _Search:
         for key, runs in reversed(sites.items()):
             for where in range(-1, len(runs[0].refs) if len(runs) > 1 else -1):
                 with contextlib.suppress(Exception):
-                    made = _Run(self.reference, self.precision, stop=(key, where)).total
+                    made = Differentiated(self.reference, self.precision, stop=(key, where)).total
                     yield self._place(runs[0], where) if self._explains(made) else None
 
     def _let_through(self) -> Iterator[Place | None]:
@@ -171,7 +159,7 @@ class _Search:
         count = len(self.first.freed)
         for chosen in (*range(count), *([None] if count > 1 else [])):
             with contextlib.suppress(Exception):
-                trial = _Run(self.reference, self.precision, through=(chosen,))
+                trial = Differentiated(self.reference, self.precision, through=(chosen,))
                 yield self._detached(chosen) if self._explains(trial.total) else None
 
     def _detached(self, chosen: int | None) -> Place:
@@ -180,12 +168,12 @@ class _Search:
         before = self.first.freed[: chosen or 0].count("detach")
         if "detach" not in self.first.freed[chosen or 0 :][:1] or before >= len(detached):
             return Place(found("stop_gradient", "no_grad"), "", None)
-        text, source = _shown(detached[before])
+        text, source = shown(detached[before])
         reason = found("stop_gradient", "detached", expression=text, place=source)
         return Place(reason, detached[before].module, source)
 
     def _place(self, operation: Operation, where: int) -> Place:
-        text, source = _shown(operation)
+        text, source = shown(operation)
         leaf = self.first.mode.leaves.get(operation.refs[where]) if where >= 0 else None
         if leaf is not None:
             reason = found("stop_gradient", "use", name=leaf.name, expression=text, place=source)
@@ -195,119 +183,3 @@ class _Search:
         else:
             reason = found("stop_gradient", "value", expression=text, place=source)
         return Place(reason, operation.module, source)
-
-
-class _Run:
-    """One forward pass of torch with its operations recorded, and the gradients of the loss.
-
-    `stop`: an expression, by its position and name, whose results, or one of whose operands, are
-    detached in every run of it. `through`: (which of the values that torch frees from gradients is
-    not freed,), None for all.
-    """
-
-    def __init__(
-        self, reference: TorchSide, precision: str, stop: Any = None, through: Any = None
-    ) -> None:
-        import torch
-
-        self.stop, self.through = stop, through
-        self.freed: list[str] = []  # in their order: "detach", or "stretch" without gradients
-        self.users = False
-        self.mode = tape(_Run.__init__.__code__)
-        self._call, self.mode.call = self.mode.call, self._operation
-        module = reference.prepare(precision)
-        parameters = dict(module.named_parameters())
-        for name, t in [*parameters.items(), *module.named_buffers()]:
-            self.mode.leaf(t, name, "parameter" if name in parameters else "buffer")
-        stack: list[str] = []
-
-        def enter(name: str, part: Any, args: Any, kwargs: Any) -> Any:
-            stack.append(self.mode.module)
-            self.mode.module = name
-            return args, kwargs
-
-        def leave(name: str, part: Any, output: Any) -> Any:
-            self.mode.module = stack.pop()
-            return output
-
-        with torch.enable_grad():
-            args, kwargs, floats = reference.given(module, precision)
-            torch.manual_seed(0)
-            with hooked(module, enter, leave), _freed(self), self.mode:
-                self.mode.muted = 0
-                output = module(*args, **kwargs)
-                self.mode.muted = 1
-            self.loss = scalar(reference.compared(output), reference.seed)
-            self.wanted = {n: p for n, p in parameters.items() if p.requires_grad} | floats
-            self.total = self.of(self.loss, None)
-
-    def _operation(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        import torch
-
-        site = (self.mode.site or self.mode.place()) if self.stop else None
-        if site is None or (site.position, short_name(name)) != self.stop[0]:
-            return self._call(name, self._users(func), args, kwargs)
-        where = self.stop[1]
-        tensors = list(find((args, kwargs), torch.Tensor))
-
-        def free(x: Any) -> Any:
-            kept = not isinstance(x, torch.Tensor) or (where >= 0 and x is not tensors[where])
-            return x if kept else x.detach()
-
-        if where >= 0:
-            return func(*mapped(tuple(args), free), **mapped(dict(kwargs), free))
-        return mapped(func(*args, **kwargs), free)
-
-    def _users(self, func: Any) -> Any:
-        """The function, known to be called by the user's code and not by the tape's own."""
-
-        def called(*args: Any, **kwargs: Any) -> Any:
-            self.users = True
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.users = False
-
-        return called
-
-    def of(self, tensor: Any, cotangent: Any) -> Arrays:
-        """The gradients of a value, by parameter and input."""
-        import torch
-
-        made = torch.autograd.grad(
-            tensor, list(self.wanted.values()), cotangent, retain_graph=True, allow_unused=True
-        )
-        return {
-            n: np.zeros(tuple(p.shape)) if g is None else to_numpy(g)
-            for (n, p), g in zip(self.wanted.items(), made, strict=True)
-        }
-
-    def cotangents(self, tensors: list[Any]) -> list[Any]:
-        """What comes back to each of these from the loss."""
-        import torch
-
-        return list(torch.autograd.grad(self.loss, tensors, retain_graph=True, allow_unused=True))
-
-
-def _freed(run: _Run) -> Any:
-    """Counts what torch frees from gradients: values detached, stretches without; and frees not."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Freed(TorchFunctionMode):
-        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            stretch = f is torch._C._set_grad_enabled and args == (False,)
-            if (run.users and f in (torch.Tensor.detach, torch.detach)) or stretch:
-                kept = run.through is not None and run.through[0] in (None, len(run.freed))
-                run.freed.append("stretch" if stretch else "detach")
-                if kept:
-                    return None if stretch else args[0].clone()
-            return f(*args, **(kwargs or {}))
-
-    return Freed()
-
-
-def _shown(operation: Operation) -> tuple[str, str | None]:
-    """The expression, and its file and line."""
-    site = operation.site
-    return (operation.name, None) if site is None else (site.shown, site.place)

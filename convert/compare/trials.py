@@ -12,6 +12,8 @@ import dataclasses
 
 import numpy as np
 
+from convert.compare.backward_by_values import parted
+from convert.compare.differentiated import Place
 from convert.compare.flax_side import FlaxSide
 from convert.compare.report import Report
 from convert.compare.settings import Settings
@@ -39,14 +41,13 @@ def by_trial(
             if (place := stopped(report, reference, flax, options.explain)) is not None:
                 if (root := _root(report, flax)) is not None:
                     return _of_reason(first, root)
-                return dataclasses.replace(
-                    first, layer=place.module, cause=place.reason.cause, between=None,
-                    diagnosis=place.reason.diagnosis, advice=place.reason.advice,
-                    source=place.source, tensor=None,
-                )  # fmt: skip
+                return _at(first, place)
         first = _of_a_row(report, first)
     if first is None or first.cause != "unknown":
         return first
+    if first.direction == "backward":
+        with contextlib.suppress(Exception):
+            first = _at(first, parted(reference, flax))
     reason, layer = None, first.layer
     if first.direction == "backward":
         reason = _kink(report, reference, flax)
@@ -55,6 +56,15 @@ def by_trial(
     if reason is None:
         return first
     return _of_reason(dataclasses.replace(first, layer=layer), reason)
+
+
+def _at(first: Divergence, place: Place | None) -> Divergence:
+    if place is None:
+        return first
+    made = _of_reason(first, place.reason)
+    return dataclasses.replace(
+        made, layer=place.module, between=None, source=place.source, tensor=None
+    )
 
 
 def _of_reason(first: Divergence, reason: Reason) -> Divergence:
@@ -81,7 +91,7 @@ def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None
     if (root := _root(report, flax)) is not None:
         return root
     names = _wrong(report)
-    if "float64" not in reference.precisions or "float64" not in flax.precisions:
+    if not names or "float64" not in reference.precisions or "float64" not in flax.precisions:
         return None
     sides = _aside(reference, flax)
     ours, theirs = (side.run("float64", backward=True).gradients for side in sides)

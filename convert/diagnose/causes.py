@@ -475,6 +475,9 @@ CAUSES: Mapping[str, Cause] = {
                        "compare how both update it"),
         "gradient": ("{gradient} is not torch's; no known cause fits",
                      "look for stop_gradient, custom derivatives and what is not differentiable"),
+        "use": ("{gradient} {zero}, though all that is computed from `{expression}` ({place}) has "
+                "torch's own; no known cause fits",
+                "look for stop_gradient, custom derivatives and what is not differentiable there"),
         "row": ("{name} differs, and no single layer is seen to make it so", _LINE_BY_LINE),
     }),
 }

@@ -52,6 +52,7 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     found += match_left(*_left(module, values, found), [*layers, *_owners(found)])  # beside those
     found += match_left(*_left(module, values, found), layers)
     found += _statistics(modules, values, found)
+    found += match_left(*_left_buffers(module, values, found), [])
     return list(restacked(found, side.stacks))
 
 
@@ -106,6 +107,18 @@ def _left(module: Any, values: Mapping[str, Any], found: list[Match]) -> tuple[A
     trained = dict(module.named_parameters())
     return (
         {n: to_numpy(p) for n, p in trained.items() if n in ours},
+        {n: to_numpy(v) for n, v in values.items() if n in theirs},
+    )
+
+
+def _left_buffers(module: Any, values: Mapping[str, Any], found: list[Match]) -> tuple[Any, Any]:
+    """As `_left`, of tensors that torch saves and does not train. One number is not told by its
+    value."""
+    ours, theirs = (set(names) for names in _unmatched(module, values, found))
+    saved = {n: to_numpy(b) for n, b in state(module).items() if n in ours}
+    trained = dict(module.named_parameters())
+    return (
+        {n: b for n, b in saved.items() if n not in trained and b.dtype.kind == "f" and b.size > 1},
         {n: to_numpy(v) for n, v in values.items() if n in theirs},
     )
 
