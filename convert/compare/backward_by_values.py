@@ -25,6 +25,7 @@ from convert.runtime.precision import precision_of
 _CLOSE = 1e-8  # of the largest value, in float64
 _ROUGH = 1e-4  # where Flax computes a part in float32
 _FEW = 4  # elements: fewer may be the same by chance
+_USES = 3  # of a value that are named
 _MOST = 2**27  # numbers in all values of both sides
 
 
@@ -70,7 +71,7 @@ class _Backward:
             refs = makers[v].refs if v in makers else ()
             classes.add(v, to_numpy(held[v].detach()), cotangent, refs)
         moments = {v: i for i, o in enumerate(self.operations) for v in o.made}
-        wrong: list[tuple[int, list[int], np.ndarray]] = []
+        wrong: list[tuple[float, list[int], np.ndarray]] = []
         for members in classes.all():
             other = self.theirs.like(classes.value(members[0]))
             right, given = classes.total(members), self.theirs.total(other) if other else None
@@ -78,9 +79,9 @@ class _Backward:
                 continue
             if not self._same(right, given):
                 used = [o for v in members for o in self.uses[v]]
-                first = max((moments.get(v, -1) for v in members), default=-1)
-                if first < 0:  # a parameter or input: as late as its first use
-                    first = min((moments[o.made[0]] for o in used), default=0)
+                first = float(max(moments.get(v, -1) for v in members))
+                if first < 0:  # a parameter or input stands just before its first use
+                    first = min((moments[o.made[0]] for o in used), default=0) - 0.5
                 wrong.append((first, members, given))
         if not wrong:
             return None
@@ -112,12 +113,13 @@ class _Backward:
             o.made: o for v in members for o in self.uses[v] if not set(o.made) <= set(members)
         }
         unseen = [o for o in users.values() if not self._seen(o)]
-        chosen = (unseen or list(users.values()) or self.operations)[-1]
-        text, source = shown(chosen)
-        told = f"the gradient of {name}" if name else "the gradient of what goes into it"
-        zero = "is zero in Flax" if not given.any() else "is another in Flax"
-        reason = found("unknown", "use", gradient=told, zero=zero, expression=text, place=source)
-        return Place(reason, chosen.module, source)
+        chosen = unseen or list(users.values()) or self.operations[-1:]
+        maker = next((o for o in self.operations if members[0] in o.made), None)
+        value = name if maker is None else "`{}` ({})".format(*shown(maker))
+        zero = "zero" if not given.any() else "another"
+        uses = ", ".join(dict.fromkeys("`{}` ({})".format(*shown(o)) for o in chosen[:_USES]))
+        reason = found("unknown", "use", value=value, zero=zero, uses=uses)
+        return Place(reason, chosen[-1].module, shown(chosen[-1])[1])
 
     def _seen(self, operation: Operation) -> bool:
         """Whether Flax computes what the operation gives."""

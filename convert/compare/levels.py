@@ -56,6 +56,11 @@ def compare_sides(
     report.blind_spots += unexercised_inputs(reference.call, reference.names)
     if report.level == "training":
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
+        lost = [t for t in report.training if t.steps < options.steps]
+        report.notices += [
+            f"torch's own gradients are no numbers after {t.steps} steps of {t.optimizer}: "
+            "only these are compared" for t in lost
+        ]  # fmt: skip
     locate(report, pair, options.explain)
     if isinstance(b, FlaxSide):
         with contextlib.suppress(Exception):  # the divergence stands without a cause

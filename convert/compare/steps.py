@@ -73,6 +73,8 @@ def _compare(reference: TorchSide, a: Side, b: Side, rule: Optimizer, steps: int
         return {p: side.train(p, rule, steps) for p in side.precisions}
 
     of_reference = every(reference)
+    if 0 < (finite := min(_finite(t) for t in of_reference.values())) < steps:
+        return _compare(reference, a, b, rule, finite)  # torch itself gets lost after these
     of_a = of_reference if a is reference else every(a)
     of_b = every(b)
     names = exact(of_reference).gradients[0]
@@ -104,6 +106,12 @@ def _compare(reference: TorchSide, a: Side, b: Side, rule: Optimizer, steps: int
         f"{title} {p}": runs[p].losses for title, runs in (("a", of_a), ("b", of_b)) for p in runs
     }
     return Training(rule.name, steps, rule.rate, losses, rows)
+
+
+def _finite(trained: Trained) -> int:
+    """The steps before the first one whose gradients are no numbers."""
+    good = (all(np.isfinite(g).all() for g in step.values()) for step in trained.gradients)
+    return next((i for i, fine in enumerate(good) if not fine), len(trained.gradients))
 
 
 def _in64(side: Mapping[str, Arrays], name: str) -> np.ndarray | None:

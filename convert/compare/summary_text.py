@@ -83,6 +83,8 @@ def _divergence(d: Divergence) -> None:
     click.echo(f"  first to differ{title}: {where}")
     for line in _wrapped(d.diagnosis):
         click.echo(f"    {line}")
+    if d.flax_source and d.flax_source not in d.diagnosis:
+        click.echo(f"    in Flax: {printable(d.flax_source)}")
     if d.noise or d.scale:
         click.echo(
             f"    error {d.error:.2e} where values reach {d.scale:.2e}: "
@@ -111,7 +113,7 @@ def _training(found: Report) -> None:
     verdict = f"beyond the rounding noise: {', '.join(bad)}" if bad else "all within the noise"
     left = {r.name for t in found.training for r in t.rows if not r.judged}
     told = f" ({len(left)} not judged)" if left else ""
-    steps = found.training[0].steps
+    steps = max(t.steps for t in found.training)
     click.echo(f"  training: {steps} steps of {names}: losses and weights {verdict}{told}")
 
 

@@ -475,8 +475,8 @@ CAUSES: Mapping[str, Cause] = {
                        "compare how both update it"),
         "gradient": ("{gradient} is not torch's; no known cause fits",
                      "look for stop_gradient, custom derivatives and what is not differentiable"),
-        "use": ("{gradient} {zero}, though all that is computed from `{expression}` ({place}) has "
-                "torch's own; no known cause fits",
+        "use": ("the gradient of {value} is {zero} in Flax, though what is made of it has torch's "
+                "own: {uses}; no known cause fits",
                 "look for stop_gradient, custom derivatives and what is not differentiable there"),
         "row": ("{name} differs, and no single layer is seen to make it so", _LINE_BY_LINE),
     }),

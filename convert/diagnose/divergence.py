@@ -39,6 +39,7 @@ class Divergence:
     between: tuple[str, str] | None = None
     tensor: str | None = None  # the parameter that is at fault, where one is
     source: str | None = None  # file and line of torch's expression that differs, where it is known
+    flax_source: str | None = None  # of Flax's code that computes something else there
     error: float = 0.0
     noise: float = 0.0
     scale: float = 0.0

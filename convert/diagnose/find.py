@@ -198,14 +198,28 @@ def _repaired(
         return dataclasses.replace(
             found, layer=layer, flax_layer=explain.flax_of(layer), cause=reason.cause,
             diagnosis=reason.diagnosis, advice=reason.advice, source=fitting.source,
+            flax_source=fitting.flax_source,
         )  # fmt: skip
-    if nameless and fitting is not None and fitting.module.startswith(f"{found.layer}."):
+    if (
+        nameless
+        and fitting is not None
+        and (fitting.said or fitting.module.startswith(f"{found.layer}."))
+    ):
         layer = fitting.module
-        found = dataclasses.replace(found, layer=layer, flax_layer=explain.flax_of(layer))
+        found = dataclasses.replace(
+            found,
+            layer=layer,
+            flax_layer=explain.flax_of(layer),
+            source=fitting.source,
+            flax_source=fitting.flax_source,
+        )
     if not nameless:
         return found
     if (rounded := rounding(event)) is not None:
         return dataclasses.replace(
             found, cause=rounded.cause, diagnosis=rounded.diagnosis, advice=rounded.advice
         )
-    return dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))
+    found = dataclasses.replace(found, diagnosis=with_statistics(found.diagnosis, event))
+    if fitting is None or not fitting.said:
+        return found
+    return dataclasses.replace(found, diagnosis=f"{found.diagnosis}; {fitting.said}")

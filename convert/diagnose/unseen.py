@@ -4,7 +4,7 @@ compute, in whatever order or shape, although it has all that the value is made 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from convert.matching.pair import Pair
 from convert.runtime.arrays import leaves, to_numpy
 from convert.runtime.flax_module import flax_module
-from convert.runtime.jax_values import values_of
+from convert.runtime.jax_values import GIVEN, Computed, computed_by
 from convert.runtime.precision import torch_as_written
 from convert.runtime.torch_calls import arguments, hooked
 from convert.runtime.torch_module import replica
@@ -40,7 +40,7 @@ class _Call:
 def first_unseen(pair: Pair, inside: str) -> Place | None:
     """The place, in the calls of the module `inside`; None where every value is seen, or none."""
     calls, made = _calls(pair)
-    seen = SeenValues(values_of(flax_module(pair.flax, "float64"), pair.flax_call))
+    seen = seen_in(computed_by(flax_module(pair.flax, "float64"), pair.flax_call))
     ended = sorted(calls, key=lambda c: c.end)
     ancestors = _ancestors(t for t in made if seen.has(t))
     right = {c.order for c in ended if any(seen.has(t) or t.grad_fn in ancestors
@@ -61,6 +61,30 @@ def first_unseen(pair: Pair, inside: str) -> Place | None:
     before = [c for c in ended if c.end < wrong.order and c.order in right]
     beside = [c for c in before if c.parent is wrong.parent] or before[-1:]
     return around, (beside[-1].name if beside else "the input", wrong.name)
+
+
+def seen_in(computed: Iterable[Computed]) -> SeenValues:
+    """What a Flax module computes."""
+    return SeenValues([c.value for c in computed if c.primitive != GIVEN])
+
+
+def flax_part(pair: Pair, computed: Sequence[Computed], taken: Sequence[Any]) -> Computed | None:
+    """Where Flax takes one of these values of torch's, or none if there are none, and makes of it
+    what torch does not compute; None where it nowhere does."""
+    _, made = _calls(pair)
+    ours = SeenValues([to_numpy(t.detach()) for t in made])
+    wanted = SeenValues([to_numpy(t) for t in taken])
+    good: set[int] = set()
+    for number in range(len(computed) - 1, -1, -1):
+        x = computed[number].value
+        if number in good or not is_telling(x) or ours.holds(x):
+            good |= {number, *computed[number].refs}
+    for number, one in enumerate(computed):
+        if number in good or one.place is None or not good.issuperset(one.refs):
+            continue
+        if any(wanted.holds(computed[k].value) for k in one.refs) or not (taken or one.refs):
+            return one
+    return None
 
 
 def _calls(pair: Pair) -> tuple[list[_Call], list[Any]]:
@@ -144,12 +168,8 @@ class SeenValues:
         """Whether Flax computes this value, alone or as a part of one (a packed sequence)."""
         if id(tensor) not in self._known:
             self._kept.append(tensor)
-            self._known[id(tensor)] = self._has(to_numpy(tensor))
+            self._known[id(tensor)] = self.holds(to_numpy(tensor))
         return self._known[id(tensor)]
-
-    def tells(self, tensor: Any) -> bool:
-        """Whether a value is such that its absence says anything."""
-        return bool(tensor.is_floating_point() and tensor.numel() >= _FEW and tensor.std() > 0)
 
     def as_it_lies(self, tensor: Any) -> bool:
         """Whether Flax has the same with its axes in some order, or holds it as a part."""
@@ -158,8 +178,9 @@ class SeenValues:
         turned = (x.transpose(axes).ravel() for axes in itertools.permutations(range(x.ndim)))
         return not held or any(np.abs(t - y).max() <= _near(x) for t in turned for y in held)
 
-    def _has(self, x: np.ndarray) -> bool:
-        if x.dtype.kind != "f" or x.size < _FEW or np.ptp(x) == 0:
+    def holds(self, x: np.ndarray) -> bool:
+        """As `has`, of an array."""
+        if not is_telling(x):
             return False
         ordered, near = np.sort(x, None), _near(x)
         if any(np.abs(ordered - y).max() <= near for y in self._sorted(x.size)):
@@ -171,6 +192,11 @@ class SeenValues:
         if size not in self._ordered:
             self._ordered[size] = [np.sort(x) for x in self._by_size.get(size, ())]
         return self._ordered[size]
+
+
+def is_telling(x: np.ndarray) -> bool:
+    """Whether an array is such that its absence says anything."""
+    return x.dtype.kind == "f" and x.size >= _FEW and bool(np.ptp(x) > 0)
 
 
 def _near(x: np.ndarray) -> float:

@@ -22,11 +22,14 @@ _STEPS = 32  # a longer scan is run as a whole
 _FRAMES = 64  # of a traceback
 
 
+GIVEN = "given"
+
+
 @dataclass
 class Computed:
     """A floating-point value, and which of those before it it is made of."""
 
-    primitive: str  # of the equation that gives it; "given": of none
+    primitive: str  # of the equation that gives it; GIVEN: of none
     refs: tuple[int, ...]  # by their places among all of them
     place: str | None  # the file and line of the user's code
     text: str  # that line
@@ -34,15 +37,14 @@ class Computed:
     cotangent: np.ndarray | None = None  # what comes back to it
 
 
-def values_of(module: FlaxModule, call: Call) -> list[np.ndarray]:
+def computed_by(module: FlaxModule, call: Call) -> list[Computed]:
     """The floating-point arrays in the order in which they are computed, those inside of calls and
-    of short scans too. Raises what the module raises."""
+    of short scans too; what the module holds comes first. Raises what the module raises."""
     import jax
 
     closed = closed_jaxpr_of(module, call)
     with module.precise():
-        computed = _all(closed, jax.tree.leaves(module.values), inside=True)
-    return [c.value for c in computed if c.primitive != "given"]
+        return _all(closed, jax.tree.leaves(module.values), inside=True)
 
 
 def cotangents_of(closed: Any, given: Sequence[Any]) -> list[Computed]:
@@ -98,7 +100,7 @@ class _Evaluation:
 
     def run(self, closed: Any, given: Sequence[Any]) -> list[Any]:
         """What it gives."""
-        marked = [self._marked("given", (), x) for x in given]
+        marked = [self._marked(GIVEN, (), x) for x in given]
         made = self._evaluate(closed.jaxpr, [(c, None) for c in closed.consts], marked)
         return [x for x, _ in made]
 

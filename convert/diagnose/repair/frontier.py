@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from convert.diagnose.repair.search import Near
-from convert.diagnose.unseen import SeenValues
+from convert.diagnose.unseen import SeenValues, is_telling
 from convert.program.operations import Operation, Program
 from convert.program.replay import Values
+from convert.runtime.arrays import to_numpy
 
 LONG = 60  # operations: of fewer, all are tried in time
 _AROUND = 2  # operations before and after
@@ -16,12 +17,7 @@ def frontier(program: Program, values: Values, seen: SeenValues, layer: str = ""
     Flax has, with those around it, and one run of each expression of its module. `layer` is that
     module where it is known. None where there is no such operation."""
     operations = program.operations
-    good: set[int] = set(program.leaves)
-    for operation in reversed(operations):
-        if set(operation.made) & good or any(seen.has(values[v]) for v in operation.made):
-            good |= {*operation.made, *operation.refs}
-    # What is too small to be told is taken for right.
-    good |= {v for v, x in values.items() if not seen.tells(x)}
+    good = _good(program, values, seen)
     inside = [i for i, o in enumerate(operations) if not layer or o.module == layer]
     wrong = (i for i in inside if not set(operations[i].made) & good
              and (layer or set(operations[i].refs) <= good))  # fmt: skip
@@ -32,6 +28,23 @@ def frontier(program: Program, values: Values, seen: SeenValues, layer: str = ""
     while last + 1 < len(operations) and _within(operations[last + 1].module, operations[first]):
         last += 1
     return Near(_around(program, first), last, seen)
+
+
+def first_lacking(program: Program, values: Values, seen: SeenValues) -> Operation | None:
+    """The first operation that gives what Flax has not computed, of what Flax has."""
+    good = _good(program, values, seen)
+    lacking = (o for o in program.operations if not set(o.made) & good and set(o.refs) <= good)
+    return next(lacking, None)
+
+
+def _good(program: Program, values: Values, seen: SeenValues) -> set[int]:
+    """Values that Flax has, or that lead to one that it has. What is too small to be told is taken
+    for right."""
+    good: set[int] = set(program.leaves)
+    for operation in reversed(program.operations):
+        if set(operation.made) & good or any(seen.has(values[v]) for v in operation.made):
+            good |= {*operation.made, *operation.refs}
+    return good | {v for v, x in values.items() if not is_telling(to_numpy(x))}
 
 
 def _within(module: str, operation: Operation) -> bool:

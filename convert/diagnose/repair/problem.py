@@ -12,11 +12,11 @@ import numpy as np
 from convert.diagnose.case import Case
 from convert.diagnose.causes import Reason, found, repaired
 from convert.diagnose.reference import Reference
-from convert.diagnose.repair.frontier import LONG, frontier
+from convert.diagnose.repair.frontier import LONG, first_lacking, frontier
 from convert.diagnose.repair.replayed import NEAR, Observation
 from convert.diagnose.repair.search import Answer, Fit, Near, Problem
 from convert.diagnose.repair.worker import Worker
-from convert.diagnose.unseen import SeenValues
+from convert.diagnose.unseen import SeenValues, flax_part, seen_in
 from convert.diagnose.walk import Event, Forward, Onward
 from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing
@@ -25,7 +25,7 @@ from convert.program.record import Goal, NotSeen, Recording, record
 from convert.program.replay import replay
 from convert.runtime.call import Call
 from convert.runtime.flax_module import FlaxModule, flax_module
-from convert.runtime.jax_values import values_of
+from convert.runtime.jax_values import Computed, computed_by
 from convert.runtime.torch_calls import copied
 from convert.runtime.torch_module import replica
 from convert.runtime.torch_recurrent import restack, whole
@@ -43,6 +43,8 @@ class Repair:
     module: str  # the innermost torch module around the operation
     source: str | None  # "nets.py:42"
     omits: bool = False  # whether Flax has an operation less here
+    said: str = ""  # where nothing fits: where the two part first
+    flax_source: str | None = None  # "net_flax.py:77", where Flax computes something else
     spent: float = 0.0  # seconds of computing
 
 
@@ -78,7 +80,7 @@ def _solved(runs: Runs, make: Callable[[], Problem | None]) -> Repair | None:
         answer = worker.solve(problem)
         found = _said(problem.program, answer, problem.samples[0])
         found = found and _known(runs, problem, answer.fits[0], found)
-        found = found or Repair(None, _around(problem.program), None)
+        found = _placed(runs, problem, found or Repair(None, _around(problem.program), None))
         return replace(found, spent=answer.spent if answer.finished else problem.seconds)
     except Exception:  # the verdict and its place stand without it
         LOG.debug("repair failed", exc_info=True)
@@ -235,8 +237,41 @@ def _known(runs: Runs, problem: Problem, fit: Fit, made: Repair) -> Repair:
     return made
 
 
+def _placed(runs: Runs, problem: Problem, made: Repair) -> Repair:
+    """With the line of Flax's code that computes something else of what both have; and, where
+    nothing explains it, the first of torch's values that Flax has not."""
+    program = problem.program
+    try:
+        computed = _computed(runs)
+        values = replay(program, copied(problem.samples[0].leaves))
+        first = first_lacking(program, values, seen_in(computed))
+        if first is None:
+            return made
+        taken = [x for x in (values[v] for v in first.refs) if x.is_floating_point()]
+        part = flax_part(runs.pair, computed, taken)
+    except Exception:  # the layer is known
+        LOG.debug("no place by values", exc_info=True)
+        return made
+    made = replace(made, flax_source=part.place if part is not None else None)
+    if made.reason is not None or first.site is None:
+        return made
+    expression, source = _place(program, first)
+    beside = f"`{part.text}` ({part.place})" if part is not None else ""
+    if not taken and first.made[0] in program.tables:
+        said = f"a table that is not Flax's{f', which has {beside}' if beside else ''}"
+        reason = repaired("constant", expression=expression, place=source, said=said)
+        return replace(made, module=first.module, source=source, reason=reason)
+    said = f"torch computes `{expression}` ({source}), and Flax nowhere has those values"
+    said += f": of the same it makes {beside}" if beside else ""
+    return replace(made, module=first.module, source=source, said=said)
+
+
 def _flax_values(runs: Runs) -> SeenValues:
-    return SeenValues(values_of(flax_module(runs.pair.flax, "float64"), runs.pair.flax_call))
+    return seen_in(_computed(runs))
+
+
+def _computed(runs: Runs) -> list[Computed]:
+    return computed_by(flax_module(runs.pair.flax, "float64"), runs.pair.flax_call)
 
 
 # --- In words ---

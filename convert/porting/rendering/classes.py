@@ -8,6 +8,7 @@ from typing import Any
 from convert.porting.rendering import inits
 from convert.porting.rendering.argument_text import reached
 from convert.porting.rendering.body import body_of
+from convert.porting.rendering.call_sizes import sizes_of_arguments
 from convert.porting.rendering.class_arguments import WrittenClass, find_arguments
 from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context
@@ -111,6 +112,7 @@ class Classes:
     def _enter(self, path: str) -> None:
         module = self.tree.modules[path]
         calls = [(s, body_of(s, self.context)) for s in self.scopes.get(path, [])]
+        sizes_of_arguments(calls, self.tree)
         body = calls[0][1] if calls else None
         self.context.returns |= {id(s): b.returned() for s, b in calls}
         self.owner = path
@@ -145,6 +147,8 @@ class Classes:
         whole = written.whole()
         common = whole.keys() & made.keys()
         if written.given != list(self.given.get(path, ())):
+            return False
+        if _makes(list(made.values()), written):  # an instance of it is a part of this one
             return False
         if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
             return False
@@ -351,3 +355,11 @@ def _is_container(module: Any) -> bool:
     return type(module).__name__ in (
         "ModuleList", "ModuleDict", "ParameterList", "ParameterDict",
     ) and type(module).__module__.startswith("torch.")  # fmt: skip
+
+
+def _makes(parts: list[Any], written: WrittenClass) -> bool:
+    """Whether instances of a class are made in these parts, however deep."""
+    held = {id(c): c for c in inits.classes_in(parts)}
+    return id(written) in held or any(
+        _makes(list(c.whole().values()), written) for c in held.values()
+    )
