@@ -80,6 +80,9 @@ class Event:
         return self.pair.torch, self.call.index, self.where, self.key
 
 
+_NEAR = 1e-5  # of the largest value: several layers have rounded
+
+
 class Stop(Exception):
     """Ends a run whose first event is known; carries what was found."""
 
@@ -227,8 +230,9 @@ class Forward:
 
     def _fault(self, event: Event, certain: bool = False) -> None:
         """What is wrong, of itself or by one of the suspects."""
-        if self.chosen is None and self.shapeless and self.shapeless[-1][1] == self.right:
-            raise Stop(Undecided(event, [self.shapeless[-1][0]]))
+        shapeless = [e for e, right in self.shapeless if right == self.right]
+        if self.chosen is None and shapeless:
+            raise Stop(Undecided(event, shapeless[:1]))
         if self.chosen is None and self.suspects and not certain:
             raise Stop(Undecided(event, self.suspects))
         if self.chosen in (None, event.place):
@@ -326,8 +330,11 @@ class Forward:
 
     def _unlike(self, event: Event) -> None:
         """A layer's input or output that lies in no way that is known: cut otherwise, or a fault if
-        the next value that can be compared is wrong."""
-        self.shapeless.append((event, self.right))
+        the next value that can be compared is wrong. What holds all of torch's numbers is right."""
+        if _holds(event):
+            self.right += 1
+        else:
+            self.shapeless.append((event, self.right))
         if event.place == self.chosen:
             self._tell(event)
 
@@ -449,6 +456,17 @@ def _like(value: np.ndarray, given: Any) -> Any:
     import jax.numpy as jnp
 
     return jnp.asarray(value).astype(given.dtype)
+
+
+def _holds(event: Event) -> bool:
+    """Whether Flax's value has every number of torch's and some more: pairs of a grid for a list of
+    edges, padding beside a packed sequence."""
+    a, b = event.rough.ravel(), np.sort(event.given, None)
+    if not 1 < a.size < b.size or a.dtype.kind != "f" or np.ptp(a) == 0:
+        return False
+    at = np.searchsorted(b, a).clip(1, b.size - 1)
+    apart = np.minimum(np.abs(b[at] - a), np.abs(b[at - 1] - a))
+    return bool(apart.max() <= max(event.judged.tolerance, _NEAR * np.abs(a).max()))
 
 
 def _looks_up(module: Any) -> bool:

@@ -84,7 +84,12 @@ def _group(ours: Arrays, theirs: Arrays, a: list[str], b: list[str]) -> Iterator
         together = bool(np.array_equal(np.ravel(ours[a[0]]), np.ravel(theirs[b[0]])))
     able = sorted(
         itertools.product(range(len(a)), range(len(b))),
-        key=lambda ij: (-_likeness(a[ij[0]], b[ij[1]]), abs(ij[0] - ij[1]), ij),
+        key=lambda ij: (
+            not np.array_equal(np.ravel(ours[a[ij[0]]]), np.ravel(theirs[b[ij[1]]])),
+            -_likeness(a[ij[0]], b[ij[1]]),
+            abs(ij[0] - ij[1]),
+            ij,
+        ),
     )
     done: set[tuple[str, int]] = set()
     for i, j in able:

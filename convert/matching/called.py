@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -46,7 +46,7 @@ def torch_layers(module: Any, trace: Trace) -> Layers:
             total=_sizes((p.shape for p in modules[name].parameters()), axes=0),
             numbers=partial(_sorted, list(modules[name].parameters())),
             held=partial(_each, [*modules[name].parameters(), *modules[name].buffers()]),
-            ranges=cache(partial(_ranges, list(modules[name].parameters(recurse=False)))),
+            ranges=cache(partial(ranges_of, list(modules[name].parameters(recurse=False)))),
             pointwise=set(np.ravel(getattr(modules[name], "kernel_size", 0))) == {1},
         )
         for name, *rest in _first_calls(trace)
@@ -67,7 +67,7 @@ def flax_layers(side: FlaxModule, trace: Trace) -> Layers:
         held = partial(_each, below)
         found[name] = replace(
             made, total=_sizes(shapes, axes=0), numbers=numbers, held=held,
-            ranges=cache(partial(_ranges, below)),
+            ranges=cache(partial(ranges_of, below)),
         )  # fmt: skip
     return found
 
@@ -82,7 +82,7 @@ def _each(arrays: list[Any]) -> frozenset[bytes]:
     return frozenset(x.tobytes() for x in ordered if x[0] != x[-1])
 
 
-def _ranges(arrays: list[Any]) -> frozenset[tuple[int, float, float]]:
+def ranges_of(arrays: Iterable[Any]) -> frozenset[tuple[int, float, float]]:
     """Not of an array that holds a single number only."""
     made = (to_numpy(x) for x in arrays)
     told = ((x.size, float(x.min()), float(x.max())) for x in made

@@ -18,15 +18,18 @@ from convert.matching.called import (
     Layers,
     alike,
     flax_layers,
+    ranges_of,
     torch_layers,
 )
 from convert.matching.pair import LayerPair, Pair
 from convert.matching.revalued import reshaped, revalued
+from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import compatible
 
+_STACKED = 256  # layers in one array
 May = Callable[[CalledLayer, CalledLayer], bool]  # whether two layers are to be considered
 
 
@@ -42,6 +45,8 @@ def pair_layers(
     found: Found = {"": ("", "name")} if "" in theirs and "" in ours else {}
     _given(pair, ours, theirs, found)
     _by_name(side, ours, theirs, found)
+    every = ours
+    ours = _without_stacked(ours, theirs, found, side)
     _by_order(ours, theirs, found, lambda a, b: bool(a.sizes))
     found |= reshaped(ours, theirs, found)
     found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
@@ -49,6 +54,7 @@ def pair_layers(
     _by_order(ours, theirs, found, lambda a, b: _within(a, found) == _around(b, found))
     found |= revalued(pair, ours, theirs, found, side, (torch_trace, flax_trace))
     _own_leaves(ours, theirs, found)
+    ours = every
     _by_values(ours, theirs, found)
     modules = dict(pair.torch.named_modules())
     layers = []
@@ -59,6 +65,25 @@ def pair_layers(
             layers.append(LayerPair(name, other, kind, why, _alternatives(layer, theirs)))
     used = {f for f, _ in found.values()}
     return layers, [n for n in ours if n not in found], [n for n in theirs if n not in used]
+
+
+def _without_stacked(ours: Layers, theirs: Layers, found: Found, side: FlaxModule) -> Layers:
+    """torch's layers without those whose weights lie in Flax's as one of several in one array, and
+    in no layer: these have no layer for a counterpart."""
+    parts = (
+        part
+        for x in side.unstacked().values()
+        if np.ndim(x) > 1 and 1 < np.shape(x)[0] <= _STACKED
+        for part in to_numpy(x)
+    )
+    slices = ranges_of(parts)
+    layers = [x.ranges() for x in theirs.values() if x.kind != "other"]
+
+    def is_stacked(layer: CalledLayer) -> bool:
+        own = layer.ranges() if layer.sizes else frozenset()
+        return bool(own) and own <= slices and not any(own <= held for held in layers)
+
+    return {n: x for n, x in ours.items() if n in found or not is_stacked(x)}
 
 
 def _alternatives(ours: CalledLayer, theirs: Layers) -> int:

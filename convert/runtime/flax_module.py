@@ -43,7 +43,7 @@ def as_flax(given: Any, variables: Mapping[str, Any] | None) -> Any | None:
         copied.eval()
         return copied
     if not isinstance(given, linen.Module):
-        return as_applied(given)
+        return given if isinstance(given, Applied) else as_applied(given)
     if variables is not None:
         if not isinstance(variables, Mapping):
             raise UsageError(
