@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -94,3 +95,50 @@ class Odd(nn.Module):
         y = x + 1
         total = doubled_in_place(y)
         return y * total[..., None]
+
+
+class Sides(nn.Module):
+    """One part that is called with arrays of two sizes, each of which it writes down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, query: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        t, s = int(query.shape[1]), int(context.shape[1])
+        x = self.fc(query).reshape(-1, t, 3, 2) + self.fc(context).mean(1)[:, None, None, :2]
+        return x.reshape(-1, t * 6) / s
+
+
+class Both(nn.Module):
+    """The two sizes one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = Sides()
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.side(a, b), self.side(b, a)
+
+
+class Narrow(nn.Module):
+    """A sequence with names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), act=nn.ReLU()))
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.layers(x)  # type: ignore[no-any-return]
+
+
+class Wide(nn.Module):
+    """A sequence with other names, in which the first lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(OrderedDict(narrow=Narrow(), head=nn.Linear(4, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) * 2  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Odd, Rotary
+from port_calling import Both, Odd, Rotary, Wide
 
 import convert
 from convert.live.port_files import Port
@@ -54,3 +54,16 @@ def test_what_needs_more_than_its_arguments_stands_where_it_was_called() -> None
     assert made.proved.verdict == "same"
     assert not re.findall(r"^def ", made.source, re.MULTILINE)
     assert "self.fc(x) * 2 + 1" in made.source
+
+
+def test_sizes_that_differ_between_calls_are_of_the_arguments() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Both, {"a": drawn(2, 3, 4), "b": drawn(2, 5, 4)}, level="outputs")
+    assert made.proved.verdict == "same"
+    assert made.source.count("class Sides(") == 1
+
+
+def test_a_sequence_inside_a_part_of_another_sequence_is_a_class_of_its_own() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Wide, drawn(2, 4), level="outputs")
+    assert made.proved.verdict == "same"
