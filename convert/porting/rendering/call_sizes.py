@@ -44,13 +44,18 @@ def _shapes(scope: Scope, tree: Tree) -> Iterator[tuple[str, tuple[int | str, ..
 
 
 def _size(column: Sequence[int], shapes: Sequence[Mapping[str, tuple[int | str, ...]]]) -> str:
-    """The size of an argument that is this number in each call; "" where none is."""
+    """The size of an argument that is this number in each call, or a multiple of it; "" where none
+    is."""
+    found: list[tuple[int, str]] = []
     for name, shape in shapes[0].items():
         for axis in range(len(shape)):
             held = [s[name][axis] if len(s.get(name, ())) > axis else None for s in shapes]
-            if held == list(column):
-                return f"{name}.shape[{axis}]"
-    return ""
+            sizes = [n for n in held if isinstance(n, int) and n > 0]
+            times = {a / b for a, b in zip(column, sizes, strict=False)}
+            if len(sizes) == len(column) and len(times) == 1 and (by := times.pop()) == int(by) > 0:
+                text = f"{name}.shape[{axis}]"
+                found.append((int(by), text if by == 1 else f"({int(by)} * {text})"))
+    return min(found, default=(0, ""))[1]
 
 
 def _written(text: str, sizes: Sequence[str | None]) -> str:
