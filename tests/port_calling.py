@@ -142,3 +142,28 @@ class Wide(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x) * 2  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Module):
+    """What only a call with a mask reads."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 4), scale
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.fc(x)
+        if mask is not None:
+            y = y * mask * self.scale
+        return y  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """Without a mask first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Scaled(0.3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.part(self.part(x), mask)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Odd, Rotary, Wide
+from port_calling import Both, Odd, Rotary, Twice, Wide
 
 import convert
 from convert.live.port_files import Port
@@ -67,3 +67,10 @@ def test_a_sequence_inside_a_part_of_another_sequence_is_a_class_of_its_own() ->
     torch.manual_seed(0)
     made = convert.port(Wide, drawn(2, 4), level="outputs")
     assert made.proved.verdict == "same"
+
+
+def test_what_only_a_later_call_reads_is_an_attribute_too() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Twice, {"x": drawn(2, 4), "mask": drawn(2, 4)}, level="outputs")
+    assert made.proved.verdict == "same"
+    assert "self.scale" in made.source

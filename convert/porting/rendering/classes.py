@@ -114,6 +114,8 @@ class Classes:
         calls = [(s, body_of(s, self.context)) for s in self.scopes.get(path, [])]
         sizes_of_arguments(calls, self.tree)
         body = calls[0][1] if calls else None
+        for _, other in calls[1:]:  # a call may mention what the first does not
+            calls[0][1].attributes |= other.attributes
         self.context.returns |= {id(s): b.returned() for s, b in calls}
         self.owner = path
         made = dict(self._parts(path, body))
