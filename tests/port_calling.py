@@ -167,3 +167,15 @@ class Twice(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self.part(self.part(x), mask)  # type: ignore[no-any-return]
+
+
+class Normed(nn.Module):
+    """A position embedding by convolution, as speech models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = nn.Conv1d(8, 8, 4, padding=2, groups=2)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)[..., :-1]  # type: ignore[no-any-return]

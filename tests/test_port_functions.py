@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Odd, Rotary, Twice, Wide
+from port_calling import Both, Normed, Odd, Rotary, Twice, Wide
 
 import convert
 from convert.live.port_files import Port
@@ -74,3 +74,10 @@ def test_what_only_a_later_call_reads_is_an_attribute_too() -> None:
     made = convert.port(Twice, {"x": drawn(2, 4), "mask": drawn(2, 4)}, level="outputs")
     assert made.proved.verdict == "same"
     assert "self.scale" in made.source
+
+
+def test_a_weight_that_is_computed_has_parts_with_numbers_and_with_names() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Normed, drawn(2, 8, 5), level="gradients")
+    assert made.proved.verdict == "same"
+    assert "self.part_0 = _WeightNorm()" in made.source

@@ -17,7 +17,7 @@ def reached(origin: str, path: str, modules: Mapping[str, Any]) -> str:
     for part in below.split("."):
         keyed = type(at).__name__ in ("ModuleDict", "ParameterDict")
         if part.isdigit():
-            text += f"[{part}]"
+            text += f".{part_name(at, part)}" if is_mixed(at) else f"[{part}]"
         elif keyed:
             text += f"[{part!r}]"
         elif not part.isidentifier():
@@ -26,6 +26,19 @@ def reached(origin: str, path: str, modules: Mapping[str, Any]) -> str:
             text += f".{part}"
         at = getattr(at, part, None)
     return text
+
+
+def is_mixed(module: Any) -> bool:
+    """Whether a torch module has numbered parts and others, as a list of parametrizations has, and
+    none of the numbered ones holds a tensor: these can have another name."""
+    numbered = [part for name, part in module.named_children() if name.isdigit()]
+    others = len(list(module.named_children())) > len(numbered) or module._parameters
+    return bool(numbered and others) and not any(part.state_dict() for part in numbered)
+
+
+def part_name(module: Any, name: str) -> str:
+    """A part's name as an attribute of the port's class."""
+    return f"part_{name}" if name.isdigit() and is_mixed(module) else name
 
 
 def leaves_of(tree: Any, text: str) -> Iterator[tuple[int, str]]:

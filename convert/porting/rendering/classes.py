@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convert.porting.rendering import inits
-from convert.porting.rendering.argument_text import reached
+from convert.porting.rendering.argument_text import is_mixed, part_name, reached
 from convert.porting.rendering.body import body_of
 from convert.porting.rendering.call_sizes import sizes_of_arguments
 from convert.porting.rendering.class_arguments import WrittenClass, find_arguments
@@ -245,9 +245,9 @@ class Classes:
             raise NotRendered(f"{prefix}{name} is a part and a tensor")
         for name, part in children(module):
             if self._holds(f"{prefix}{name}") and (made := self._made(f"{prefix}{name}", part)):
-                yield name, made
-            elif name.isdigit():  # a list counts what has nothing to make too
-                yield name, Name("None")
+                yield part_name(module, name), made
+            elif name.isdigit() and not is_mixed(module):
+                yield name, Name("None")  # a list counts what has nothing to make too
 
     def _tensors(self, leaves: dict[str, Any]) -> Any:
         if "" in leaves:
