@@ -1,4 +1,7 @@
-"""Every value that a Flax module computes on its way, layers or none, and what comes back to it."""
+"""Every value that a Flax module computes on its way, layers or none, and what comes back to it.
+
+MemoryError where that would be more than a machine holds.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ _DERIVED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")  # de
 _LOOPS = ("scan", "while", "cond")
 _STEPS = 32  # a longer scan is run as a whole
 _FRAMES = 64  # of a traceback
+_MOST = 2**28  # numbers in all values together
 
 
 GIVEN = "given"
@@ -82,6 +86,8 @@ def _all(closed: Any, given: Sequence[Any], inside: bool) -> list[Computed]:
         evaluations[-1].run(closed, given)
         return kept
 
+    if (count := sum(x.size for x in jax.eval_shape(run, list(given)))) > _MOST:
+        raise MemoryError(f"all values together are {count} numbers")
     values = run(list(given))
     made = evaluations[-1].computed
     for one, value in zip(made, values, strict=True):
