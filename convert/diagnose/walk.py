@@ -459,10 +459,12 @@ def _like(value: np.ndarray, given: Any) -> Any:
 
 
 def _holds(event: Event) -> bool:
-    """Whether Flax's value has every number of torch's and some more: pairs of a grid for a list of
-    edges, padding beside a packed sequence."""
+    """Whether Flax's value has other axes and every number of torch's, and some more: pairs of a
+    grid for a list of edges, padding beside a packed sequence. A pool takes a fourth of them."""
     a, b = event.rough.ravel(), np.sort(event.given, None)
-    if not 1 < a.size < b.size or a.dtype.kind != "f" or np.ptp(a) == 0:
+    if event.rough.ndim == event.given.ndim or not 1 < a.size < b.size < 4 * a.size:
+        return False
+    if a.dtype.kind != "f" or np.ptp(a) == 0:
         return False
     at = np.searchsorted(b, a).clip(1, b.size - 1)
     apart = np.minimum(np.abs(b[at] - a), np.abs(b[at - 1] - a))
