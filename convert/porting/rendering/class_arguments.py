@@ -201,8 +201,8 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
         if not all(type(a) is int and (tried or a > SMALL) for _, a in pairs):
             continue
         for factors, form in (
-            ({v // a if v % a == 0 else 0 for v, a in pairs}, f"{{}} * {name}"),
-            ({a // v if a % v == 0 else 0 for v, a in pairs}, f"{name} // {{}}"),
+            ({_quotient(v, a) for v, a in pairs}, f"{{}} * {name}"),
+            ({_quotient(a, v) for v, a in pairs}, f"{name} // {{}}"),
         ):
             factor = factors.pop()
             if not factors and 1 < factor <= 8:
@@ -216,6 +216,11 @@ def _expression(column: dict[str, Any], parameters: Mapping[str, dict[str, Any]]
         if all(a[p] * b[p] == v for p, v in column.items()):
             return f"{n} * {m}"
     return None
+
+
+def _quotient(a: int, b: int) -> int:
+    """How often b is in a; 0 where it is not, by a whole number."""
+    return a // b if b and a % b == 0 else 0
 
 
 def _varies(column: Mapping[str, Any]) -> bool:
