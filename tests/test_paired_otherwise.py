@@ -141,3 +141,35 @@ def test_a_function_with_parameters_is_matched() -> None:
     layout = convert.match(net, (theirs, jax.tree.map(jnp.asarray, empty)), x)
     pairs = {e.torch[0].name: e.flax[0].name for e in layout.entries}
     assert pairs == {"fc.weight": "a.w", "fc.bias": "a.b", "head.weight": "z.w", "head.bias": "z.b"}
+
+
+class Own(nn.Module):
+    """A Linear of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C))
+
+    def forward(self, x: Any) -> Any:
+        return x @ self.weight.T
+
+
+def test_a_square_matrix_of_ones_own_layer_lies_as_its_values_do() -> None:
+    class FlaxOwn(nnx.Module):
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = nnx.Param(kernel)
+
+        def __call__(self, x: Any) -> Any:
+            return x @ self.kernel
+
+    class Flax(nnx.Module):
+        def __init__(self, net: nn.Module) -> None:
+            held = arrays(net)
+            self.a, self.b = FlaxOwn(held["a.weight"].T), FlaxOwn(held["b.weight"].T)
+
+        def __call__(self, x: Any) -> Any:
+            return self.b(jnp.tanh(self.a(x)))
+
+    net = Torch(lambda m, x: m.b(torch.tanh(m.a(x))), a=Own(), b=Own()).eval()
+    x = probe.normal("x", (3, C)).astype(np.float32)
+    assert convert.verify(net, Flax(net), x, level="gradients").verdict == "same"

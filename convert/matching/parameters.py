@@ -181,10 +181,18 @@ def _of_layer(layer: LayerPair, module: Any, side: FlaxModule, flax: Shapes) -> 
 
 def _as_it_lies(match: Match, module: Any, side: FlaxModule, values: Mapping[str, Any]) -> Match:
     """The match without its ops where nothing but the values tells that it needs none: a square
-    matrix of a function's parameters, or one that is called as torch's is."""
-    if len(match.torch) > 1 or len(match.flax) > 1 or not match.ops:
+    matrix of a function's parameters, or one that is called as torch's is. With one where they tell
+    that a matrix of somebody's own layer lies the other way."""
+    if len(match.torch) > 1 or len(match.flax) > 1:
         return match
     ours, theirs = state(module)[match.torch[0]], values[match.flax[0]]
+    if not match.ops:
+        own = match.kind == "param" and ours.ndim == 2 and tuple(ours.shape) == np.shape(theirs)
+        turned = own and np.array_equal(to_numpy(ours).T, theirs)
+        straight = own and np.array_equal(to_numpy(ours), theirs)
+        return (
+            dataclasses.replace(match, ops=(Permute((1, 0)),)) if turned and not straight else match
+        )
     named = match.torch[0].rpartition(".")[2] == match.flax[0].rpartition(".")[2]
     unruled = named or isinstance(side.modules.get(""), Applied)
     if not unruled or tuple(ours.shape) != np.shape(theirs):
