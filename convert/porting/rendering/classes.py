@@ -150,8 +150,6 @@ class Classes:
         common = whole.keys() & made.keys()
         if written.given != list(self.given.get(path, ())):
             return False
-        if _makes(list(made.values()), written):  # an instance of it is a part of this one
-            return False
         if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
             return False
         if not calls or written.body is None or written.union is None:
@@ -160,6 +158,8 @@ class Classes:
             return False
         joined = self._united(written.union, self.tree.modules[path], made, calls)
         if joined is None or (whole.keys() != made.keys() and written.items):
+            return False
+        if _makes(list(made.values()), written):  # an instance of it is a part of this one
             return False
         written.union = joined
         written.body.lines = joined.lines
@@ -361,7 +361,12 @@ def _is_container(module: Any) -> bool:
 
 def _makes(parts: list[Any], written: WrittenClass) -> bool:
     """Whether instances of a class are made in these parts, however deep."""
-    held = {id(c): c for c in inits.classes_in(parts)}
-    return id(written) in held or any(
-        _makes(list(c.whole().values()), written) for c in held.values()
-    )
+    open_, met = list(inits.classes_in(parts)), set[int]()
+    while open_:
+        made = open_.pop()
+        if made is written:
+            return True
+        if id(made) not in met:
+            met.add(id(made))
+            open_ += inits.classes_in(list(made.whole().values()))
+    return False
