@@ -179,3 +179,30 @@ class Normed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.conv(x)[..., :-1]  # type: ignore[no-any-return]
+
+
+class Ended(nn.Module):
+    """A part with an activation, or without."""
+
+    def __init__(self, scale: float, no_relu: bool) -> None:
+        super().__init__()
+        self.scale, self.fc = scale, nn.Linear(4, 4)
+        self.relu = None if no_relu else nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.fc(x) * self.scale + x
+        if self.relu is not None:
+            out = self.relu(out)
+        return out  # type: ignore[no-any-return]
+
+
+class Chain(nn.Module):
+    """The last has none, or the first."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.repeat = nn.Sequential(*(Ended(0.2, not last) for _ in range(3)))
+        self.end = Ended(1.0, last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.end(self.repeat(x))  # type: ignore[no-any-return]

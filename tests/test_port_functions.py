@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Normed, Odd, Rotary, Twice, Wide
+from port_calling import Both, Chain, Normed, Odd, Rotary, Twice, Wide
 
 import convert
 from convert.live.port_files import Port
@@ -81,3 +81,11 @@ def test_a_weight_that_is_computed_has_parts_with_numbers_and_with_names() -> No
     made = convert.port(Normed, drawn(2, 8, 5), level="gradients")
     assert made.proved.verdict == "same"
     assert "self.part_0 = _WeightNorm()" in made.source
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_part_that_some_have_not_is_left_out_there(last: bool) -> None:
+    torch.manual_seed(0)
+    made = convert.port(Chain(last), drawn(2, 4), level="outputs")
+    assert made.proved.verdict == "same"
+    assert made.source.count("class Ended(") == 1

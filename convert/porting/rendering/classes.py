@@ -203,7 +203,9 @@ class Classes:
         """Whether a condition holds, as an attribute."""
         assert written.union is not None
         text = f"self.with_{name}"
-        positive = " not " not in f" {condition.text} " or condition.text.endswith("is not None")
+        said = condition.text
+        negative = " not " in f" {said} " and not said.endswith("is not None")
+        positive = not negative and not said.endswith("is None")
         for path, own in written.made.items():
             module = self.tree.modules[path]
             one = next((i for i in written.union.instances if i.module is module), None)
