@@ -17,6 +17,7 @@ from convert.compare.differentiated import Differentiated, Place, shown
 from convert.compare.flax_side import FlaxSide
 from convert.compare.torch_side import TorchSide
 from convert.diagnose.causes import found
+from convert.diagnose.unseen import is_telling
 from convert.program.operations import Operation
 from convert.runtime.arrays import to_numpy
 from convert.runtime.jax_values import Computed
@@ -24,7 +25,6 @@ from convert.runtime.precision import precision_of
 
 _CLOSE = 1e-8  # of the largest value, in float64
 _ROUGH = 1e-4  # where Flax computes a part in float32
-_FEW = 4  # elements: fewer may be the same by chance
 _USES = 3  # of a value that are named
 
 
@@ -33,13 +33,19 @@ def parted(reference: TorchSide, flax: FlaxSide) -> Place | None:
     raises."""
     narrow = flax.narrow_operation() is not None
     with precision_of("float64"):
-        theirs = flax.by_equation()
+        theirs, cotangents = flax.by_equation()
         ours = Differentiated(reference, "float64")
-        return _Backward(ours, theirs, _ROUGH if narrow else _CLOSE).last()
+        return _Backward(ours, theirs, cotangents, _ROUGH if narrow else _CLOSE).last()
 
 
 class _Backward:
-    def __init__(self, ours: Differentiated, theirs: Sequence[Computed], close: float) -> None:
+    def __init__(
+        self,
+        ours: Differentiated,
+        theirs: Sequence[Computed],
+        cotangents: Sequence[np.ndarray],
+        close: float,
+    ) -> None:
         self.ours, self.close = ours, close
         self.operations = ours.mode.operations
         self.uses: dict[int, list[Operation]] = defaultdict(list)
@@ -47,11 +53,9 @@ class _Backward:
             for value in dict.fromkeys(operation.refs):
                 self.uses[value].append(operation)
         self.theirs = _Classes(close)
-        for number, one in enumerate(theirs):
-            assert one.cotangent is not None
-            self.theirs.add(number, one.value, one.cotangent, one.refs)
-        self.largest = max((float(np.abs(c.cotangent).max(initial=0.0)) for c in theirs
-                            if c.cotangent is not None), default=0.0)  # fmt: skip
+        for number, (one, cotangent) in enumerate(zip(theirs, cotangents, strict=True)):
+            self.theirs.add(number, one.value, cotangent, one.refs)
+        self.largest = max((float(np.abs(c).max(initial=0.0)) for c in cotangents), default=0.0)
 
     def last(self) -> Place | None:
         """The place."""
@@ -112,9 +116,9 @@ class _Backward:
         unseen = [o for o in users.values() if not self._seen(o)]
         chosen = unseen or list(users.values()) or self.operations[-1:]
         maker = next((o for o in self.operations if members[0] in o.made), None)
-        value = name if maker is None else "`{}` ({})".format(*shown(maker))
+        value = name if maker is None else _written(maker)
         zero = "zero" if not given.any() else "another"
-        uses = ", ".join(dict.fromkeys("`{}` ({})".format(*shown(o)) for o in chosen[:_USES]))
+        uses = ", ".join(dict.fromkeys(map(_written, chosen[:_USES])))
         reason = found("unknown", "use", value=value, zero=zero, uses=uses)
         return Place(reason, chosen[-1].module, shown(chosen[-1])[1])
 
@@ -122,6 +126,12 @@ class _Backward:
         """Whether Flax computes what the operation gives."""
         values = (self.ours.mode.held[v] for v in operation.made)
         return any(self.theirs.like(to_numpy(v.detach())) is not None for v in values)
+
+
+def _written(operation: Operation) -> str:
+    """The expression, with its file and line where they are known."""
+    text, source = shown(operation)
+    return f"`{text}` ({source})" if source else f"`{text}`"
 
 
 class _Classes:
@@ -137,7 +147,7 @@ class _Classes:
         self, number: int, value: np.ndarray, cotangent: np.ndarray, refs: Iterable[int]
     ) -> None:
         """A value, if it can be told from others."""
-        if value.size < _FEW or not np.isfinite(value).all() or np.ptp(value) == 0:
+        if not is_telling(value) or not np.isfinite(value).all():
             return
         self._held[number] = value, cotangent, tuple(refs)
         ordered = np.sort(value, None)

@@ -16,9 +16,9 @@ from convert.runtime.torch_calls import arguments
 from convert.runtime.trace import Recorded, Trace
 from zoo.layout.kinds import torch_kind
 
-MASKS = "of a mask: zeros and ones only"
 MASK = re.compile(r"mask", re.I)
 LENGTHS = re.compile(r"(^|_)len(gth)?s?$", re.I)
+_OF_A_MASK = "of a mask: zeros and ones only"
 _ATTENTION = re.compile(r"attention|attn", re.I)
 
 
@@ -51,7 +51,7 @@ def by_masks(
         if x.dtype.kind == "f" and x.size > 1 and np.isin(x, (0, 1)).all() and np.ptp(x) > 0
     }
     wrong = [r.name for r in gradients if r.name in masks and r.judged and not r.same]
-    rows = [dataclasses.replace(r, judged=False, note=MASKS) if r.name in wrong else r
+    rows = [dataclasses.replace(r, judged=False, note=_OF_A_MASK) if r.name in wrong else r
             for r in gradients]  # fmt: skip
     inputs = tuple(name.removeprefix("in.") for name in wrong)
     told = f"the gradient of {listed(inputs)} differs: zeros and ones only, taken for a mask"

@@ -161,8 +161,8 @@ class FlaxSide(Side):
             arrays = {p: to_numpy(x) for p, x in zip(places, jax.device_get(made), strict=True)}
             return arrays, {p: why for p, why in narrow if why is not None}
 
-    def by_equation(self) -> list[Computed]:
-        """Every value on the way to the loss in float64, with what comes back to it."""
+    def by_equation(self) -> tuple[list[Computed], list[np.ndarray]]:
+        """Every value on the way to the loss in float64, and what comes back to each."""
         import jax
 
         with precision_of("float64"):

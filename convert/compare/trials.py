@@ -45,8 +45,8 @@ def by_trial(
         first = _of_a_row(report, first)
     if first is None or first.cause != "unknown":
         return first
-    if first.direction == "backward":
-        with contextlib.suppress(Exception):
+    if first.direction == "backward" and options.explain:
+        with contextlib.suppress(Exception):  # what was found stands
             first = _at(first, parted(reference, flax))
     reason, layer = None, first.layer
     if first.direction == "backward":

@@ -389,7 +389,11 @@ CAUSES: Mapping[str, Cause] = {
     }),
 
     # --- Found by changing torch's own computation, where no rule above knows the code ---
-    "constant": Cause("another number in the code: a base, an exponent, a bound, a weight", {}),
+    "constant": Cause("another number in the code: a base, an exponent, a bound, a weight", {
+        "table": ("torch makes a table by `{expression}`{place}; Flax nowhere has its numbers"
+                  "{beside}",
+                  "compare the numbers that both tables are made of"),
+    }),
     "operation": Cause("another operation than torch's: a maximum for a mean, a sine for a cosine",
                        {}),
     "axis": Cause("a reduction, normalisation or sum over another axis", {}),

@@ -20,7 +20,7 @@ from convert.runtime.torch_module import replica
 
 _CLOSE = 1e-6  # of the largest value: both run in float64
 _FEW = 4  # elements: fewer may be the same by chance
-_PART = 4  # times as many numbers hold a value as a part of them
+PART = 4  # times as many numbers hold a value as a part of them
 
 Place = tuple[str, tuple[str, str] | None]  # layer, and the layers between which its code differs
 
@@ -68,9 +68,12 @@ def seen_in(computed: Iterable[Computed]) -> SeenValues:
     return SeenValues([c.value for c in computed if c.primitive != GIVEN])
 
 
-def flax_part(pair: Pair, computed: Sequence[Computed], taken: Sequence[Any]) -> Computed | None:
-    """Where Flax takes one of these values of torch's, or none if there are none, and makes of it
-    what torch does not compute; None where it nowhere does."""
+def flax_part(
+    pair: Pair, computed: Sequence[Computed], taken: Sequence[Any], size: int
+) -> Computed | None:
+    """Where Flax takes one of these values of torch's, and makes of it what torch does not compute;
+    where there are none, what it makes of nothing and torch does not, of this size. None where it
+    nowhere does."""
     _, made = _calls(pair)
     ours = SeenValues([to_numpy(t.detach()) for t in made])
     wanted = SeenValues([to_numpy(t) for t in taken])
@@ -82,7 +85,9 @@ def flax_part(pair: Pair, computed: Sequence[Computed], taken: Sequence[Any]) ->
     for number, one in enumerate(computed):
         if number in good or one.place is None or not good.issuperset(one.refs):
             continue
-        if any(wanted.holds(computed[k].value) for k in one.refs) or not (taken or one.refs):
+        if any(wanted.holds(computed[k].value) for k in one.refs) or (
+            not (taken or one.refs) and one.value.size == size
+        ):
             return one
     return None
 
@@ -185,8 +190,8 @@ class SeenValues:
         ordered, near = np.sort(x, None), _near(x)
         if any(np.abs(ordered - y).max() <= near for y in self._sorted(x.size)):
             return True
-        larger = (n for n in self._by_size if x.size < n <= _PART * x.size)
-        return any(_within(ordered, y, near) for n in larger for y in self._sorted(n))
+        larger = (n for n in self._by_size if x.size < n <= PART * x.size)
+        return any(is_within(ordered, y, near) for n in larger for y in self._sorted(n))
 
     def _sorted(self, size: int) -> list[np.ndarray]:
         if size not in self._ordered:
@@ -203,7 +208,7 @@ def _near(x: np.ndarray) -> float:
     return _CLOSE * float(np.abs(x).max())
 
 
-def _within(x: np.ndarray, y: np.ndarray, near: float) -> bool:
+def is_within(x: np.ndarray, y: np.ndarray, near: float) -> bool:
     """Whether every value of `x` is one of `y`; both in order."""
     at = np.searchsorted(y, x).clip(1, y.size - 1)
     return bool((np.minimum(np.abs(y[at] - x), np.abs(y[at - 1] - x)) <= near).all())

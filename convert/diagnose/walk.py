@@ -22,6 +22,7 @@ import numpy as np
 
 from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
+from convert.diagnose.unseen import PART, is_telling, is_within
 from convert.matching.alignment import Aligned, align, likely_moves, moves, to_flax, to_torch
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
@@ -461,14 +462,11 @@ def _like(value: np.ndarray, given: Any) -> Any:
 def _holds(event: Event) -> bool:
     """Whether Flax's value has other axes and every number of torch's, and some more: pairs of a
     grid for a list of edges, padding beside a packed sequence. A pool takes a fourth of them."""
-    a, b = event.rough.ravel(), np.sort(event.given, None)
-    if event.rough.ndim == event.given.ndim or not 1 < a.size < b.size < 4 * a.size:
+    a, b = event.rough, event.given
+    if a.ndim == b.ndim or not a.size < b.size < PART * a.size or not is_telling(a):
         return False
-    if a.dtype.kind != "f" or np.ptp(a) == 0:
-        return False
-    at = np.searchsorted(b, a).clip(1, b.size - 1)
-    apart = np.minimum(np.abs(b[at] - a), np.abs(b[at - 1] - a))
-    return bool(apart.max() <= max(event.judged.tolerance, _NEAR * np.abs(a).max()))
+    near = max(event.judged.tolerance, _NEAR * float(np.abs(a).max()))
+    return is_within(np.sort(a, None), np.sort(b, None), near)
 
 
 def _looks_up(module: Any) -> bool:

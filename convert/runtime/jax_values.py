@@ -38,7 +38,6 @@ class Computed:
     place: str | None  # the file and line of the user's code
     text: str  # that line
     value: np.ndarray
-    cotangent: np.ndarray | None = None  # what comes back to it
 
 
 def computed_by(module: FlaxModule, call: Call) -> list[Computed]:
@@ -51,9 +50,9 @@ def computed_by(module: FlaxModule, call: Call) -> list[Computed]:
         return _all(closed, jax.tree.leaves(module.values), inside=True)
 
 
-def cotangents_of(closed: Any, given: Sequence[Any]) -> list[Computed]:
-    """Every floating-point value of a jaxpr that gives a loss, its arguments first, with the loss's
-    derivative by it. What has a derivative by hand is one step."""
+def cotangents_of(closed: Any, given: Sequence[Any]) -> tuple[list[Computed], list[np.ndarray]]:
+    """Every floating-point value of a jaxpr that gives a loss, its arguments first, and the loss's
+    derivative by each. What has a derivative by hand is one step."""
     import jax
     import jax.numpy as jnp
 
@@ -64,9 +63,7 @@ def cotangents_of(closed: Any, given: Sequence[Any]) -> list[Computed]:
     def loss(probes: list[Any]) -> Any:
         return _Evaluation(False, lambda number, x: x + probes[number]).run(closed, given)[0]
 
-    for one, cotangent in zip(computed, jax.grad(loss)(zeros), strict=True):
-        one.cotangent = np.asarray(cotangent)
-    return computed
+    return computed, [np.asarray(cotangent) for cotangent in jax.grad(loss)(zeros)]
 
 
 def _all(closed: Any, given: Sequence[Any], inside: bool) -> list[Computed]:
@@ -102,7 +99,7 @@ class _Evaluation:
     def __init__(self, inside: bool, mark: Callable[[int, Any], Any]) -> None:
         self.inside, self.mark = inside, mark
         self.computed: list[Computed] = []
-        self._at: Any = None  # the equation of the user's code that is evaluated
+        self._line: tuple[str | None, str] = (None, "")  # of the user's code that is evaluated
 
     def run(self, closed: Any, given: Sequence[Any]) -> list[Any]:
         """What it gives."""
@@ -116,8 +113,7 @@ class _Evaluation:
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             return x, None
         number = len(self.computed)
-        place, text = user_line(self._at) if self._at is not None else (None, "")
-        self.computed.append(Computed(primitive, refs, place, text, np.empty(0)))
+        self.computed.append(Computed(primitive, refs, *self._line, np.empty(0)))
         return self.mark(number, x), number
 
     def _evaluate(self, jaxpr: Any, constants: Any, args: Any) -> list[tuple[Any, int | None]]:
@@ -127,12 +123,11 @@ class _Evaluation:
             return (v.val, None) if hasattr(v, "val") else known[v]
 
         for equation in jaxpr.eqns:
-            around, self._at = self._at, self._at or equation
-            if user_line(equation)[0] is not None:
-                self._at = equation
+            around, line = self._line, user_line(equation)
+            self._line = line if line[0] is not None else around
             made = self._made(equation, [read(v) for v in equation.invars])
             known |= zip(equation.outvars, made, strict=True)
-            self._at = around
+            self._line = around
         return [read(v) for v in jaxpr.outvars]
 
     def _made(self, equation: Any, given: list[Any]) -> list[tuple[Any, int | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,6 +59,16 @@ class Runs:
     pairing: Pairing
     case: Callable[[Reference, Event], Case]
     layer: str = ""  # the module at fault, as far as is known: its operations are tried first
+
+    @functools.cached_property
+    def computed(self) -> list[Computed]:
+        """All that Flax computes, in float64."""
+        return computed_by(flax_module(self.pair.flax, "float64"), self.pair.flax_call)
+
+    @functools.cached_property
+    def seen(self) -> SeenValues:
+        """The same, to be found again."""
+        return seen_in(self.computed)
 
 
 def repair(runs: Runs, event: Event, seconds: float) -> Repair | None:
@@ -186,9 +197,8 @@ def _near(runs: Runs, recording: Recording) -> Near | None:
     if len(program.operations) < LONG:
         return None
     with contextlib.suppress(Exception):  # all are tried in their order then
-        seen = _flax_values(runs)
         values = replay(program, copied(recording.leaves))
-        return frontier(program, values, seen, runs.layer)
+        return frontier(program, values, runs.seen, runs.layer)
     return None
 
 
@@ -225,7 +235,7 @@ def _known(runs: Runs, problem: Problem, fit: Fit, made: Repair) -> Repair:
     if fit.omits:
         values = replay(program, copied(problem.samples[0].leaves))
         x = values[program.operations[fit.place].made[0]]
-        if _flax_values(runs).has(x):
+        if runs.seen.has(x):
             return replace(made, reason=replace(reason, cause="operand"))
         return made
     for leaf in program.leaves.values():
@@ -242,13 +252,12 @@ def _placed(runs: Runs, problem: Problem, made: Repair) -> Repair:
     nothing explains it, the first of torch's values that Flax has not."""
     program = problem.program
     try:
-        computed = _computed(runs)
         values = replay(program, copied(problem.samples[0].leaves))
-        first = first_lacking(program, values, seen_in(computed))
+        first = first_lacking(program, values, runs.seen)
         if first is None:
             return made
         taken = [x for x in (values[v] for v in first.refs) if x.is_floating_point()]
-        part = flax_part(runs.pair, computed, taken)
+        part = flax_part(runs.pair, runs.computed, taken, values[first.made[0]].numel())
     except Exception:  # the layer is known
         LOG.debug("no place by values", exc_info=True)
         return made
@@ -258,20 +267,13 @@ def _placed(runs: Runs, problem: Problem, made: Repair) -> Repair:
     expression, source = _place(program, first)
     beside = f"`{part.text}` ({part.place})" if part is not None else ""
     if not taken and first.made[0] in program.tables:
-        said = f"a table that is not Flax's{f', which has {beside}' if beside else ''}"
-        reason = repaired("constant", expression=expression, place=source, said=said)
+        told = f": of the code alone it makes {beside}" if beside else ""
+        where = f" ({source})" if source else ""
+        reason = found("constant", "table", expression=expression, place=where, beside=told)
         return replace(made, module=first.module, source=source, reason=reason)
     said = f"torch computes `{expression}` ({source}), and Flax nowhere has those values"
     said += f": of the same it makes {beside}" if beside else ""
     return replace(made, module=first.module, source=source, said=said)
-
-
-def _flax_values(runs: Runs) -> SeenValues:
-    return seen_in(_computed(runs))
-
-
-def _computed(runs: Runs) -> list[Computed]:
-    return computed_by(flax_module(runs.pair.flax, "float64"), runs.pair.flax_call)
 
 
 # --- In words ---
