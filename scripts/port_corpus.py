@@ -37,6 +37,7 @@ import corpus_page as page
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT), str(ROOT / ".venv" / "vision")]
+SOURCES = ROOT / "build" / "ports"  # what --source wrote
 LIMIT_S = 120
 TRAINED = 24  # models of each package that are trained too
 SLOW_S = 30
@@ -83,7 +84,44 @@ def source(module: Any, inputs: dict[str, Any]) -> Row:
         "sizes": len(made.proved.rows),
         "lines": len(made.source.splitlines()),
         "ratio": round(own / max(theirs, 1), 2),
+        "twins": twins(made.source),
+        "renamed": renamed(made.layout),
+        "source": made.source,
     }
+
+
+def twins(text: str) -> list[str]:
+    """The classes of a port that are another one of it up to constants: both come from one class of
+    torch's, and read the same with every number and word taken out."""
+    every = [c for c in ast.parse(text).body if isinstance(c, ast.ClassDef)]
+    of = {c.name: ast.get_docstring(c) or c.name for c in every}
+    seen: dict[tuple[str, str], str] = {}
+    found = []
+    for one in every:
+        plain = ast.parse(ast.unparse(one))
+        for node in ast.walk(plain):
+            if isinstance(node, ast.Constant):
+                node.value = 0
+            elif isinstance(node, ast.Name) and node.id in of:
+                node.id = of[node.id]
+            elif isinstance(node, ast.ClassDef):
+                node.name = ""
+        first = seen.setdefault((of[one.name], ast.dump(plain)), one.name)
+        found += [f"{one.name} is {first}"] if first != one.name else []
+    return found
+
+
+def renamed(layout: Any) -> list[str]:
+    """Torch's tensors whose module Flax has under another name."""
+
+    def module(name: str) -> str:
+        return name.rpartition(".")[0]
+
+    return [
+        e.torch[0].name
+        for e in layout.entries
+        if len(e.torch) == len(e.flax) == 1 and module(e.torch[0].name) != module(e.flax[0].name)
+    ]
 
 
 JOBS = {"judge": judge, "glance": glance, "train": train, "source": source}
@@ -104,6 +142,9 @@ def result(job: str, name: str) -> Row:
     except Exception as e:
         traceback.print_exc()
         row = {"outcome": "fault", "why": corpus.failure_class(f"{type(e).__name__}: {e}")}
+    if text := row.pop("source", ""):
+        SOURCES.mkdir(parents=True, exist_ok=True)
+        (SOURCES / f"{name.replace('/', '_').replace('-', '_')}.py").write_text(text)
     told = "; ".join([row.pop("why", ""), *row.pop("details", [])[:2]]).strip("; ")
     if "does not run on these" in told:
         row["outcome"] = "not made"
