@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -306,3 +307,38 @@ def test_an_image_may_be_flattened_in_another_order(level: str) -> None:
     assert convert.verify(net, flax, x, level, **given).verdict == "same"
     wrong = Flax(turned=True), {"params": params}
     assert convert.verify(net, wrong, x, level, **given).verdict == "different"
+
+
+def test_sums_of_many_numbers_may_round_more() -> None:
+    """XLA adds an image of such a size number by number, torch pairwise: float64 agrees, and so it
+    is the same. What else loses digits in float32 alone is not."""
+
+    def norm(m: Any, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.pad(m.conv(x), (0, 8, 0, 8)) + m.shift
+        mean, mid = h.mean((1, 2, 3), keepdim=True), h.var((1, 2, 3), correction=0, keepdim=True)
+        return (h - mean) / torch.sqrt(mid)
+
+    def theirs(params: Any, x: Any, shift: float = 0, fast: bool = False) -> Any:
+        h = jnp.einsum("bhwc,cd->bhwd", x, params["conv"]["kernel"]) + params["conv"]["bias"]
+        h = jnp.pad(h, ((0, 0), (0, 8), (0, 8), (0, 0))) + shift
+        mean, squares = (m.mean((1, 2, 3), keepdims=True) for m in (h, h**2))
+        return (h - mean) / jnp.sqrt(
+            squares - mean**2 if fast else ((h - mean) ** 2).mean((1, 2, 3), keepdims=True)
+        )
+
+    net = Torch(norm, conv=nn.Conv2d(3, 7, 1))
+    net.shift = 0  # type: ignore[assignment]
+    own = arrays(net)
+    kernel = own["conv.weight"][:, :, 0, 0].T
+    params = {"conv": {"kernel": kernel, "bias": own["conv.bias"] + 20}}
+    net.conv.bias.data += 20
+    x = probe.normal("image", (2, 3, 5, 4)).astype(np.float32)
+    given = np.moveaxis(x, 1, -1)
+    report = convert.verify(net, (theirs, params), x, "gradients", flax_inputs=given)
+    assert report.verdict == "same"
+    assert any("but for float32 sums" in row.note for row in report.rows)
+    net.shift = 300  # type: ignore[assignment]
+    fast = partial(theirs, shift=300, fast=True)
+    assert (
+        convert.verify(net, (fast, params), x, "outputs", flax_inputs=given).verdict == "different"
+    )

@@ -150,10 +150,12 @@ def _diagnose(report: Report, a: Opened, b: Opened) -> None:
     if not differing:
         return
     ours, theirs = _Tensors(a), _Tensors(b)
+    right = ours.kinds.keys() - {d.name for d in report.differences}
     for d in differing:
         if d.name in ours and d.name in theirs:
             others = _OfShape(ours, d.name)
-            made = explained(d, d.name, ours[d.name], theirs[d.name], others, ours.kinds[d.name])
+            kind = ours.kinds[d.name]
+            made = explained(d, d.name, ours[d.name], theirs[d.name], others, kind, right)
             report.differences[report.differences.index(d)] = made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from convert.judge.noise import Arrays
 from convert.matching.pair import Match
 from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
+from convert.runtime.exact_sums import exactly_summed
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
 from convert.runtime.jax_values import Computed, cotangents_of
@@ -68,15 +70,37 @@ class FlaxSide(Side):
             if not backward:
                 known, trace = self._recorded
                 if precision == "float32" and trace is not None and known is self.call:
-                    output, seen = self._named(trace.output), trace.places()
-                else:
-                    traced, values = self._forward(precision)
-                    forward = traced.lower().compile()
-                    output, seen = jax.device_get(forward(values, given | floats))
-                return Run(self._back(output), self._back(self.named(seen)))
+                    return self._run_of(self._named(trace.output), trace.places())
+                traced, values = self._forward(precision)
+                forward = traced.lower().compile()
+                return self._run_of(*jax.device_get(forward(values, given | floats)))
             module, compiled = self._gradients(precision, False)
             found = compiled(self._trained(module), module.statistics, given, floats)
-            (loss, (output, seen, _)), (of_params, of_inputs) = jax.device_get(found)
+            return self._run_back(module, *jax.device_get(found))
+
+    def exactly_summed(self, *, backward: bool) -> Run:
+        import jax
+
+        with precision_of("float32"):
+            given, floats = self._given("float32")
+            if backward:
+                module, compiled = self._gradients("float32", False)
+                taken: tuple[Any, ...] = (self._trained(module), module.statistics, given, floats)
+                traced = compiled.trace(*taken)
+            else:
+                traced, values = self._forward("float32")
+                taken = values, given | floats
+        with jax.enable_x64(True):
+            made = jax.jit(partial(exactly_summed, traced.jaxpr))(jax.tree.leaves(taken))
+            found = jax.tree.unflatten(jax.tree.structure(traced.out_info), jax.device_get(made))
+        return self._run_back(module, *found) if backward else self._run_of(*found)
+
+    def _run_of(self, output: Mapping[str, Any], seen: Mapping[Place, Any]) -> Run:
+        return Run(self._back(output), self._back(self.named(seen)))
+
+    def _run_back(self, module: FlaxModule, forward: Any, backward: Any) -> Run:
+        """Of what `_gradients` gives."""
+        (loss, (output, seen, _)), (of_params, of_inputs) = forward, backward
         idle = {n: np.zeros(v.shape, v.dtype) for n, v in module.values.items()
                 if n not in of_params and n not in module.statistics and is_inexact(v)}  # fmt: skip
         gradients = self.to_torch(idle | _as_torchs(of_params))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from convert.compare.sides import Run, exact
+from convert.compare.summed_rows import ExactSums
 from convert.judge.noise import Arrays, Noise, judge, largest
 from convert.judge.rows import FLOOR, Row
 
@@ -20,6 +21,7 @@ def judge_gradients(
     a: Mapping[str, Run],
     b: Mapping[str, Run],
     rerun: Callable[[str, int], Arrays],
+    sums: ExactSums | None = None,
 ) -> list[Row]:
     """A row a parameter, then one an input; those that one side lacks have none.
 
@@ -36,6 +38,7 @@ def judge_gradients(
             continue
         of_a, of_b, of_reference = (_pair(side, name) for side in (a, b, reference))
         row = noise.again(judge(name, of_a, of_b, of_reference))
+        row = row if sums is None else sums.again(row, of_a, of_b)
         size = max(largest(exact(side).gradients[name]) for side in (a, b))
         if not row.same and row.noise < size <= FLOOR * greatest:
             row = dataclasses.replace(row, noise=max(row.noise, noise.of(name)))

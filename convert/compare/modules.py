@@ -108,6 +108,7 @@ class ModulePair:
         flax = {n: np.asarray(v) for n, v in flax_module(self.pair.flax).values.items()}
         ours = {n: bits_of(self.state[n]) for m in self.matches for n in m.torch if n in self.state}
         other: list[str] = []  # of equal values
+        off: list[tuple[TensorDifference, np.ndarray, str | None]] = []
         for match in self.matches:
             if wrong := self._misfit(match, flax):
                 raise UsageError(
@@ -124,9 +125,13 @@ class ModulePair:
                 if _forgiven(ours[name], theirs, report.level):
                     other.append(f"{name} ({ours[name].dtype.name}, {theirs.dtype.name})")
                     continue
-                others = {n: x for n, x in ours.items() if n != name}
-                given = name, ours[name], theirs, others, match.kind
-                report.differences.append(explained(difference, *given))
+                off.append((difference, theirs, match.kind))
+        right = ours.keys() - {d.name for d, *_ in off}
+        for difference, theirs, kind in off:
+            name = difference.name
+            others = {n: x for n, x in ours.items() if n != name}
+            given = name, ours[name], theirs, others, kind, right
+            report.differences.append(explained(difference, *given))
         if other:
             report.notices.append(f"equal values of other dtypes: {listed(other)}")
         self._tell_unmatched()

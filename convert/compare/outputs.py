@@ -13,6 +13,7 @@ import numpy as np
 
 from convert.compare.gradients import judge_gradients
 from convert.compare.sides import Run, Side, exact
+from convert.compare.summed_rows import ExactSums
 from convert.compare.torch_side import TorchSide
 from convert.compare.twins import twin
 from convert.judge.noise import Arrays, Noise, judge
@@ -44,10 +45,14 @@ def compare_runs(
         return reference.shaken(i).run(precision, backward=backward)
 
     combined = bool(reference.combined)
-    rows = judge_outputs(of_reference, of_a, of_b, lambda p, i: everything(rerun(p, i)), combined)
+    sums = ExactSums(a, b, everything, backward=backward)
+    rows = judge_outputs(
+        of_reference, of_a, of_b, lambda p, i: everything(rerun(p, i)), combined, sums
+    )
     if not backward:
         return rows, [], exact(of_reference)
-    gradients = judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients)
+    sums = ExactSums(a, b, lambda run: run.gradients, backward=True)
+    gradients = judge_gradients(of_reference, of_a, of_b, lambda p, i: rerun(p, i).gradients, sums)
     return rows, gradients, exact(of_reference)
 
 
@@ -57,6 +62,7 @@ def judge_outputs(
     b: Runs,
     rerun: Callable[[str, int], Arrays],
     combined: bool = False,
+    sums: ExactSums | None = None,
 ) -> list[Row]:
     """The rows in the reference's order of execution. `combined`: float64 has a noise too, as
     parameters may have been combined in float32."""
@@ -64,7 +70,8 @@ def judge_outputs(
     rows = []
     for name in _common(reference, a, b):
         of_a, of_b, of_reference = (_pair(side, name) for side in (a, b, reference))
-        rows.append(noise.again(judge(name, of_a, of_b, of_reference)))
+        row = noise.again(judge(name, of_a, of_b, of_reference))
+        rows.append(row if sums is None else sums.again(row, of_a, of_b))
     return rows
 
 

@@ -76,6 +76,10 @@ class Side(ABC):
     def run(self, precision: str, *, backward: bool) -> Run:
         """Forward in eval mode, and the gradients of the loss if they are wanted."""
 
+    def exactly_summed(self, *, backward: bool) -> Run | None:
+        """`run` in float32 with all sums in float64, where the framework's own lose digits."""
+        return None
+
     @abstractmethod
     def train(self, precision: str, optimizer: Optimizer, steps: int) -> Trained:
         """Steps on the one batch. Dropout stays off; norms use and move their batch statistics."""

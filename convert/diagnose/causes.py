@@ -153,6 +153,7 @@ CAUSES: Mapping[str, Cause] = {
     "values": Cause("a tensor holds other values, in no way that is known", {
         "": ("{name}: {count} of {size} values of Flax's {flax} are not torch's",
              "load it from torch again"),
+        "copied": ("{name} holds the values of {other}, which has them too", "load its own"),
     }),
     "weights": Cause("a tensor of two checkpoints differs", {
         "": ("{name} differs in {why}", _ONE_RUN),
@@ -373,10 +374,6 @@ CAUSES: Mapping[str, Cause] = {
         "added": ("Flax adds {name}, torch does not", "do not add {name}"),
         "": ("Flax adds {flax} where torch adds {torch}", "add {torch}"),
     }),
-    "wiring": Cause("a value is passed on as it is where torch computes with it", {
-        "": ("Flax takes {name} as it is here, torch does not",
-             "see what torch's code makes of it, or takes instead: a sum, an activation"),
-    }),
     "token": Cause("another step of a sequence, or a mean over it", {
         "": ("torch takes {torch} of {name}, Flax {flax}", "take {torch}"),
     }),
@@ -401,7 +398,10 @@ CAUSES: Mapping[str, Cause] = {
         "": ("torch's last axis is {torch}, Flax has it as {flax}: halves for neighbouring pairs, "
              "or back", "put the elements in torch's order"),
     }),
-    "operand": Cause("operands exchanged, or another value taken as operand", {}),
+    "operand": Cause("operands exchanged, or another value taken as operand", {
+        "": ("Flax takes {name} as it is here, torch does not",
+             "see what torch's code makes of it, or takes instead: a sum, an activation"),
+    }),
     "left_out": Cause("an operation of torch's that is left out, or one too many", {}),
     "order": Cause("the right operations in another order", {
         "": ("Flax calls {layer} before {other}, torch after it, on what it gives",

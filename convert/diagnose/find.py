@@ -34,7 +34,7 @@ from convert.runtime.torch_recurrent import is_single, whole
 LOG = logging.getLogger(__name__)
 Mode = Literal["forward", "backward", "training"]
 # Causes by which Flax has one operation less: it may come later instead.
-_PASSED_BY = ("missing_layer", "wiring")
+_PASSED_BY = ("missing_layer", "operand")
 _SLIGHT = 1e-5  # of a value's scale, in float32
 
 

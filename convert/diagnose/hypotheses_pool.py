@@ -19,7 +19,7 @@ class Pool:
     kind: str  # "max", "avg"
     window: int
     stride: int
-    edge: str  # "0", "1": pads on either side; "SAME": as Flax says it
+    edge: str  # "0", "1": pads on either side; "SAME": as Flax says it; "before": all in front
     ceil: bool = False
     count_pad: bool = True  # whether zeros outside of the image count for an average
 
@@ -53,17 +53,17 @@ class Pool:
             return None
 
     def _pads(self, image: tuple[int, ...]) -> list[tuple[int, int]]:
-        if self.edge != "SAME":
+        if self.edge.isdigit():
             return [(int(self.edge),) * 2] * len(image)
         totals = [max((-(-n // self.stride) - 1) * self.stride + self.window - n, 0) for n in image]
-        return [(t // 2, t - t // 2) for t in totals]
+        return [(t, 0) if self.edge == "before" else (t // 2, t - t // 2) for t in totals]
 
 
 def pools() -> Iterator[Pool]:
     for ceil, kind, window in itertools.product((False, True), ("max", "avg"), (2, 3, 4, 5)):
         for stride in (2, 1, 3, 4):
-            for edge in ("0", "1", "SAME"):
-                if stride <= window and not (ceil and edge == "SAME"):
+            for edge in ("0", "1", "SAME", "before"):
+                if stride <= window and not (ceil and not edge.isdigit()):
                     yield Pool(kind, window, stride, edge, ceil)
                     if kind == "avg" and edge != "0":
                         yield Pool(kind, window, stride, edge, ceil, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ class _Tensor:
     held: np.ndarray
     others: Mapping[str, np.ndarray]  # the reference's other tensors, laid out as this one
     kind: str | None
+    copied: Container[str] = ()  # others whose values the compared side has where they belong
 
     @property
     def comparable(self) -> bool:
@@ -49,16 +50,18 @@ def explain_tensor(
     b: np.ndarray,
     others: Mapping[str, np.ndarray],
     kind: str | None = None,
+    copied: Container[str] = (),
 ) -> Reason | None:
     """What turns `a`, the values that the tensor should have, into `b`, those it has; None if
     nothing known does.
 
     `others` are the other tensors of the reference, laid out as `a` is; `kind` is that of the layer
-    (as in zoo.layout). Nothing is said that does not fit in every element.
+    (as in zoo.layout); `copied` are those of `others` that are right themselves, so that nothing is
+    exchanged with them. Nothing is said that does not fit in every element.
     """
     if _equal(a, b):
         return None
-    tensor = _Tensor(name, a, b, others, kind)
+    tensor = _Tensor(name, a, b, others, kind, copied)
 
     def said(rule: Callable[[_Tensor], Iterator[Reason]]) -> Reason | None:
         return next(rule(tensor), None)
@@ -215,7 +218,8 @@ def _divisors(n: int) -> list[int]:
 def _another(t: _Tensor) -> Iterator[Reason]:
     for other, values in t.others.items():
         if _equal(values, t.held):
-            yield found("swapped", name=t.name, other=other)
+            kind = ("values", "copied") if other in t.copied else ("swapped",)
+            yield found(*kind, name=t.name, other=other)
     for other, values in t.others.items():
         if values.ndim == 2 and _equal(values.T, t.held):
             yield found("swapped", "transposed", name=t.name, other=other)

@@ -251,7 +251,7 @@ def wiring(case: Case) -> Reason | None:
             for other, y in past:
                 if y.shape == case.right.shape and case.is_right(x + y):
                     return found("residual", "missing", name=other)
-            return found("wiring", name=name)
+            return found("operand", name=name)
     same = [(n, x) for n, x in past[:16] if x.shape == case.right.shape]
     for (n, x), (m, y) in itertools.permutations(same, 2):
         if case.comparable and gap(x, y) > case.tolerance and case.fits(case.right - x + y):

@@ -144,7 +144,10 @@ class Matched:
         if len(match.flax) > 1:
             title = f"{title} (Flax's {name})"
         ties = [n for t in match.torch for n in self.names[self.ids[t]] if n != t]
-        why = explain_tensor(title, right, held, self._others(name), match.kind)
+        others = self._others(name)
+        right_ones = [n for n, (path, x) in others.items() if np.array_equal(self.flax[path], x)]
+        given = {n: x for n, (_, x) in others.items()}
+        why = explain_tensor(title, right, held, given, match.kind, right_ones)
         if ties and (why is None or why.cause == "default"):
             return found("tied", name=first, other=ties[0], flax=name, tensor=first)
         if why is None:
@@ -152,15 +155,15 @@ class Matched:
             return found("values", name=title, count=count, size=held.size, flax=name, tensor=first)
         return dataclasses.replace(why, tensor=first)
 
-    def _others(self, name: str) -> dict[str, np.ndarray]:
-        """All other tensors of torch as Flax lays them out."""
+    def _others(self, name: str) -> dict[str, tuple[str, np.ndarray]]:
+        """All other tensors of torch: Flax's name, and the values as Flax lays them out."""
         others = {}
         for other in self.single:
             for path, values in zip(other.flax, self.expected(other), strict=True):
                 if path != name:
                     several = len(other.flax) > 1
                     title = f"{other.torch[0]} ({path})" if several else other.torch[0]
-                    others[title] = values
+                    others[title] = path, values
         return others
 
     def to_torch(self, match: Match, values: Sequence[np.ndarray]) -> list[np.ndarray]:

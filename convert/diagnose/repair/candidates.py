@@ -19,10 +19,12 @@ from convert.diagnose.repair.edits_norms import norms
 from convert.diagnose.repair.edits_numbers import numbers, shared
 from convert.diagnose.repair.edits_omitted import MASKED, leave_out, solved_after
 from convert.diagnose.repair.edits_orders import functions, orders
-from convert.diagnose.repair.edits_parts import interleavings, slices
+from convert.diagnose.repair.edits_parts import interleavings
+from convert.diagnose.repair.edits_pools import padded
 from convert.diagnose.repair.edits_recurrent import recurrent
 from convert.diagnose.repair.edits_series import series
 from convert.diagnose.repair.edits_siblings import COMPARED, siblings
+from convert.diagnose.repair.edits_slices import slices
 from convert.diagnose.repair.edits_tables import sinusoids, tables
 from convert.diagnose.repair.edits_values import exchanges, insertions, leaf_edits, operands
 from convert.diagnose.repair.parallel import Parallels
@@ -168,6 +170,7 @@ class _Groups:
 def _of(node: Node) -> Iterator[Edit]:
     makers: Iterable[Callable[[Node], Iterator[Edit]]] = (
         leave_out, siblings, numbers, rearranged, recurrent, operands, insertions, solved_after,
+        padded,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # one that does not know this form stops no other

@@ -21,6 +21,7 @@ def norms(program: Program, values: Values) -> Iterator[Edit]:
         node = Node(index, operation, program, values)
         if operation.name == "mean":
             yield from _centred(node)
+            yield from _in_groups(node)
         elif operation.name in ("var", "std"):
             yield from _about_zero(node)
 
@@ -47,6 +48,25 @@ def _centred(node: Node) -> Iterator[Edit]:
         changes = dict.fromkeys((squared, *users), centred)
         said = "the mean taken off first, as LayerNorm does"
         yield Edit(1.0, "norm_kind", said, changes, at=squared)
+
+
+def _in_groups(node: Node) -> Iterator[Edit]:
+    """A mean of squares over equal parts of the last axis, as heads are, in place of all of it."""
+    x, dims = node.tensors[0], dims_of(node.operation)
+    last = dims is not None and dims[1] in (-1, (-1,), [-1], x.ndim - 1)
+    if not last or not x.ndim or node.out.shape != (*x.shape[:-1], 1):
+        return
+    if not _rooted(node.program, node.operation.made[0]):
+        return
+    size = x.shape[-1]
+    for count in (n for n in range(2, size // 2 + 1) if size % n == 0):
+
+        def change(at: At, count: int = count) -> Any:
+            made = at.args[0].unflatten(-1, (count, -1)).mean(-1, keepdim=True)
+            return made.expand(*made.shape[:-1], size // count).flatten(-2)
+
+        said = f"a mean over each of {count} parts of the axis"
+        yield node.edit(1.1 + 0.01 * count, "axis", said, change)
 
 
 def _about_zero(node: Node) -> Iterator[Edit]:

@@ -112,8 +112,8 @@ def joined(node: Node) -> Iterator[Edit]:
             return resolve(at.operation.function)(given, *at.args[1:], **at.kwargs)
 
         # A constant that stands before the others shifts them.
-        fixed = any(r in node.program.tables for r in node.operation.refs)
-        why = "offset" if fixed and count == 2 else "concat"
+        fixed = [r in node.program.tables for r in node.operation.refs]
+        why = "offset" if node.name != "stack" and sorted(fixed) == [False, True] else "concat"
         yield node.edit(1.0, why, f"its parts in the order {tuple(order)}", change)
     if count > 1 and len({tuple(p.shape) for p in parts}) == 1:
         d = dims_of(node.operation)
@@ -161,62 +161,6 @@ def interleavings(program: Program, values: Values) -> Iterator[Edit]:
             and values[v].is_floating_point() and _is_twice(values[v])}  # fmt: skip
     if flat:
         yield Edit(1.0, "rope", said, halves, leaves=flat, at=at)
-
-
-def slices(program: Program, values: Values) -> Iterator[Edit]:
-    """Slices that together are a whole axis, lying in another order along it."""
-    taken: dict[Any, list[tuple[slice, Node]]] = {}
-    every: dict[tuple[int, ...], dict[int, Change]] = {}
-    for i, operation in enumerate(program.operations):
-        node = Node(i, operation, program, values)
-        if operation.name != "getitem" or len(operation.args) < 2 or not operation.refs:
-            continue
-        index = operation.args[1] if isinstance(operation.args[1], tuple) else None
-        if index and isinstance(index[-1], slice) and index[-1] != slice(None):
-            taken.setdefault((operation.refs[0], str(index[:-1])), []).append((index[-1], node))
-    for parts in taken.values():
-        size = parts[0][1].tensors[0].shape[-1]
-        lying = sorted(parts, key=lambda p: p[0].indices(size))
-        ends = [p.indices(size)[:2] for p, _ in lying]
-        whole = [*itertools.chain(*ends)] == [0, *sorted(2 * [e for _, e in ends[:-1]]), size]
-        if not (1 < len(lying) <= 4 and whole):
-            continue
-        for order in itertools.permutations(range(len(lying))):
-            if order == tuple(range(len(lying))):
-                continue
-            start, changes = 0, {}
-            for k in order:
-                stop = start + ends[k][1] - ends[k][0]
-                index = lying[k][1].operation.args[1][:-1]
-                changes[lying[k][1].index] = with_scalar((1,), (*index, slice(start, stop)))
-                start = stop
-            said = f"the parts lying in the order {order}"
-            yield Edit(1.05, "blocks", said, changes)
-            joins = _joins(program, max(changes), len(order))
-            if joins is not None:
-                again = {joins: _in_order(order)}
-                every |= {order: {**every.get(order, {}), **changes, **again}}
-                yield Edit(1.1, "rearranged", f"{said}, and joined so", {**changes, **again})
-    for order, changes in every.items():
-        yield Edit(
-            1.1, "rearranged", f"all parts lying in the order {order}, and joined so", changes
-        )
-
-
-def _joins(program: Program, after: int, count: int) -> int | None:
-    """The next operation that joins as many parts along the last axis again."""
-    for i, operation in enumerate(program.operations[after + 1 :], after + 1):
-        if operation.name in ("cat", "concat") and len(operation.refs) == count:
-            return i
-    return None
-
-
-def _in_order(order: tuple[int, ...]) -> Change:
-    def change(at: At) -> Any:
-        parts = [at.args[0][i] for i in order]
-        return resolve(at.operation.function)(parts, *at.args[1:], **at.kwargs)
-
-    return change
 
 
 def _half_otherwise(node: Node) -> Change | None:

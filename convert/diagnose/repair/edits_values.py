@@ -171,12 +171,9 @@ def leaf_edits(program: Program, values: Values) -> Iterator[Edit]:
         for given in layer[1] if layer else ():
             if given in values and values[given].shape == x.shape:
                 changes = dict.fromkeys(program.users[value], replacing(value, given))
-                # What other layers are given all the same is by-passed, not left out.
-                why = (
-                    "wiring"
-                    if _is_met(program, value)
-                    else of_layer(program, program.layers[value][0])
-                )
+                # What other layers are given all the same is not left out: another value is taken.
+                met = _is_met(program, value)
+                why = "operand" if met else of_layer(program, program.layers[value][0])
                 yield Edit(1.0, why, f"{name} left out", changes, at=at, omits=True)
         if layer and (other := _outputs_of(program, values, value)) is not None:
 

@@ -71,10 +71,11 @@ def is_fixed(program: Program, value: int) -> bool:
 
 
 def of_layer(program: Program, name: str) -> str:
-    """The word for a layer that is given, but not used: one with parameters is by-passed."""
+    """The word for a layer that is left out: of one with parameters what it is given is taken, as
+    the parameters are there."""
     held = any(leaf.kind == "parameter" and leaf.name.startswith(f"{name}.")
                for leaf in program.leaves.values())  # fmt: skip
-    return "wiring" if held else "left_out"
+    return "operand" if held else "left_out"
 
 
 def of_sum(node: Node) -> str:
