@@ -206,3 +206,37 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.end(self.repeat(x))  # type: ignore[no-any-return]
+
+
+def bucketed(x: torch.Tensor, count: int) -> torch.Tensor:
+    """A number that is reckoned of an argument, twice."""
+    mid = count // 2
+    return torch.where(x.abs() <= mid, x * 2, x - mid)
+
+
+class Windowed(nn.Module):
+    """A part that some have a number for, and others None."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.window = window
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if self.window is not None:
+            x = bucketed(x + shift, self.window)
+        return x
+
+
+class Windows(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Windowed(window) for window in (600, None))
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, shift)
+        return x

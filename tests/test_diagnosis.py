@@ -102,3 +102,14 @@ def test_nothing_is_said_of_equal_tensors_and_of_noise() -> None:
     one = A.copy()
     one[3, 4] += 1
     assert explain_tensor("a", A, one, OTHERS) is None
+
+
+def test_a_copy_of_a_tensor_that_is_right_is_not_swapped() -> None:
+    """Nothing stands in its place: it only has other values."""
+    held = OTHERS["b.weight"].copy()
+    swapped = explain_tensor("a.weight", A, held, OTHERS)
+    assert swapped is not None
+    assert swapped.cause == "swapped"
+    copied = explain_tensor("a.weight", A, held, OTHERS, copied=["b.weight"])
+    assert copied is not None
+    assert copied.cause == "values"

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Chain, Normed, Odd, Rotary, Twice, Wide
+from port_calling import Both, Chain, Normed, Odd, Rotary, Twice, Wide, Windows
 
 import convert
 from convert.live.port_files import Port
@@ -89,3 +89,11 @@ def test_a_part_that_some_have_not_is_left_out_there(last: bool) -> None:
     made = convert.port(Chain(last), drawn(2, 4), level="outputs")
     assert made.proved.verdict == "same"
     assert made.source.count("class Ended(") == 1
+
+
+def test_none_is_a_value_of_an_attribute_and_a_reckoned_number_brings_its_argument() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Windows, {"x": drawn(2, 5, 6), "shift": drawn(6)}, level="outputs")
+    assert made.proved.verdict == "same"
+    assert "self.window = window" in made.source
+    assert "def bucketed(x: Array, count: int) -> Array:" in made.source

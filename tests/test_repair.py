@@ -91,6 +91,18 @@ def forward(x, w, theta=10000.0):
     windows = torch.arange(3, dtype=x.dtype)[None, :, None] + x.view(2, 1, 48).expand(2, 3, 48)
     return torch.cat((torch.stack(made, 1).flatten(1), mixed, windows.flatten(1)), 1)
 """
+    parted = """
+def apart(x, n):
+    return x[..., :n], x[..., n:]
+
+def forward(x, w, theta=10000.0):
+    a, _ = apart(x @ w[0], 5)
+    b, c = apart(x @ w[1], 3)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    pooled = functional.max_pool1d(x.transpose(1, 2), 4, ceil_mode=True)
+    made = torch.cat((x, a, b, torch.sin(c)), -1)
+    return torch.cat((made.flatten(1), pooled.flatten(1)), 1)
+"""
 
     def __init__(self, source: str = source) -> None:
         super().__init__()
@@ -130,7 +142,7 @@ def observed(
 
 
 def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
-    sources = (Block.source, Block.gated, Block.told, Block.met, Block.turns)
+    sources = (Block.source, Block.gated, Block.told, Block.met, Block.turns, Block.parted)
     source = next(s for s in sources if all(old in s for old, _ in changes))
     net = Block(source)
     for old, new in changes:
@@ -174,6 +186,11 @@ def answer(changes: list[tuple[str, str]], seconds: float = 30.0) -> Answer:
      "order"),
     ("torch.arange(3, dtype=x.dtype)[None, :, None] +",
      "torch.arange(3, dtype=x.dtype).repeat_interleave(2).view(2, 3, 1) +", "rearranged"),
+    ("return x[..., :n], x[..., n:]", "return x[..., -n:], x[..., :-n]", "blocks"),
+    ("x.pow(2).mean(-1, keepdim=True)",
+     "x.pow(2).view(2, 6, 2, 4).mean(-1, keepdim=True).expand(2, 6, 2, 4).flatten(2)", "axis"),
+    ("max_pool1d(x.transpose(1, 2), 4, ceil_mode=True)",
+     "max_pool1d(functional.pad(x.transpose(1, 2), (2, 0), value=-math.inf), 4)", "pooling"),
 ])  # fmt: skip
 def test_an_edit_is_found(old: str, new: str, cause: str) -> None:
     fits = answer([(old, new)]).fits

@@ -140,7 +140,7 @@ def weights_differ(report: Report) -> Divergence | None:
     first = next((d for d in able if d.cause), able[0])
     name = first.name
     if not first.count:
-        reason = found("weights", "not compared", name=name, why=first.why)
+        reason = found("unknown", "not compared", name=name, why=first.why)
     elif first.diagnosis:
         reason = found("weights", "explained", name=name, why=first.why, reason=first.diagnosis)
     else:

@@ -158,7 +158,6 @@ CAUSES: Mapping[str, Cause] = {
     "weights": Cause("a tensor of two checkpoints differs", {
         "": ("{name} differs in {why}", _ONE_RUN),
         "explained": ("{name} differs in {why}; {reason}", _ONE_RUN),
-        "not compared": ("{name}: {why}", _ONE_RUN),
     }),
 
     # --- Biases ---
@@ -482,6 +481,7 @@ CAUSES: Mapping[str, Cause] = {
         "use": ("the gradient of {value} is {zero} in Flax, though what is made of it has torch's "
                 "own: {uses}; no known cause fits",
                 "look for stop_gradient, custom derivatives and what is not differentiable there"),
+        "not compared": ("{name}: {why}", _ONE_RUN),
         "row": ("{name} differs, and no single layer is seen to make it so", _LINE_BY_LINE),
     }),
 }

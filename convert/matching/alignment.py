@@ -53,12 +53,14 @@ def moves(torch: Shape, flax: Shape) -> list[str]:
         orders = itertools.permutations(range(len(ours)))
         turned = [o for o in orders if tuple(ours[i] for i in o) == theirs]
         return [_AXES + " ".join(map(str, o)) for o in turned]
-    return [name + _RESHAPED for name, shape in able.items() if _joined(shape, flax)]
+    joined = [name + _RESHAPED for name, shape in able.items() if _joined(shape, flax)]
+    return joined + [name + _FRAMES for name in able if _frames(name, torch, flax)]
 
 
 _AXES = "axes "  # before the order of those axes that are longer than one
 _MOST = 5  # axes whose orders are tried
 _RESHAPED = " reshaped"  # after the name of a move: neighbouring axes are then one, or one several
+_FRAMES = " frames"  # likewise: the first axis of one is two of the other's, the second one first
 
 
 def _joined(a: Shape, b: Shape) -> bool:
@@ -77,8 +79,27 @@ def _joined(a: Shape, b: Shape) -> bool:
     return next(rest, None) is None
 
 
+def _frames(name: str, torch: Shape, flax: Shape) -> bool:
+    """Whether all steps before the next sequence are one axis on one side, and two axes (sequence,
+    step) or (step, sequence) on the other."""
+    forth, back = _MOVES[name]
+    if min(len(torch), len(flax)) < max(_LEAST[name], 2):
+        return False
+    if len(flax) == len(torch) + 1:
+        return forth(np.broadcast_to(0, torch)).shape == (flax[0] * flax[1], *flax[2:])
+    if len(torch) == len(flax) + 1:
+        return back(np.broadcast_to(0, flax)).shape == (torch[0] * torch[1], *torch[2:])
+    return False
+
+
 def to_flax(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """torch's array as Flax has it."""
+    if move.endswith(_FRAMES):
+        forth, _ = _MOVES[move.removesuffix(_FRAMES)]
+        if x.ndim > len(shape):
+            return forth(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
+        made = forth(x)
+        return made.reshape(shape[1], shape[0], *made.shape[1:]).swapaxes(0, 1)
     if move.startswith(_AXES):
         return x.reshape(without_ones(x.shape)).transpose(_order(move)).reshape(shape)
     move, reshaped, _ = move.partition(_RESHAPED)
@@ -92,6 +113,12 @@ def _order(move: str) -> list[int]:
 
 def to_torch(x: np.ndarray, move: str, shape: Shape) -> np.ndarray:
     """Flax's array as torch has it."""
+    if move.endswith(_FRAMES):
+        _, back = _MOVES[move.removesuffix(_FRAMES)]
+        if x.ndim > len(shape):
+            return back(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
+        made = back(x)
+        return made.reshape(shape[1], shape[0], *made.shape[1:]).swapaxes(0, 1)
     if move.startswith(_AXES):
         undo = np.argsort(_order(move))
         return x.reshape(without_ones(x.shape)).transpose(undo).reshape(shape)

@@ -14,6 +14,8 @@ from convert.matching.bare import match_copies
 from convert.matching.layers import pair_layers
 from convert.matching.pair import LayerPair, Match, Pair
 from convert.matching.parameters import pair_tensors, unmatched
+from convert.matching.reordered import reordered
+from convert.matching.stacked import restacked
 from convert.matching.turned import with_turned
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_calls import record
@@ -107,7 +109,9 @@ def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Tr
     if matches is None:
         found = pair_tensors(pair.torch, layers, side)
         traces = torch_trace, flax_trace
-        matches = tuple(with_turned(found, layers, tensors, side.values, traces))
+        turned = list(with_turned(found, layers, tensors, side.unstacked(), traces))
+        found, layers = reordered(pair, turned, layers, side, traces)
+        matches = tuple(restacked(found, side.stacks))
         matches += tuple(_copies(ties, matches, tensors, side))
     return Pairing(
         layers,

@@ -13,7 +13,6 @@ from convert.matching.bare import match_left
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
 from convert.matching.rearranged import match_values
-from convert.matching.stacked import restacked
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule, cell_path
@@ -34,7 +33,8 @@ _GATES = {
 
 
 def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list[Match]:
-    """The matches of a torch module's tensors, from layers that are paired already."""
+    """The matches of a torch module's tensors, from layers that are paired already; those of a
+    scanned stack layer by layer."""
     modules = dict(module.named_modules())
     values = side.unstacked()
     flax = {n: tuple(np.shape(v)) for n, v in values.items()}
@@ -53,7 +53,7 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
     found += match_left(*_left(module, values, found), layers)
     found += _statistics(modules, values, found)
     found += match_left(*_left_buffers(module, values, found), [])
-    return list(restacked(found, side.stacks))
+    return found
 
 
 def _places(found: list[Match]) -> list[tuple[str, str]]:

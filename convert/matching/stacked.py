@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from convert.matching.pair import Match
 from zoo.layout.ops import Flip, Op, Ops, Permute, Stack, Unstack
@@ -28,6 +31,22 @@ def restacked(found: Iterable[Match], stacks: Mapping[str, int]) -> Iterator[Mat
         torch = tuple(n for i in range(count) for n in layers[i].torch)
         along = Stack(0, len(layers[0].torch))
         yield Match(torch, names, (along, *(_moved(op, 1) for op in ops)), layers[0].kind)
+
+
+def in_stacks(
+    some: Mapping[str, np.ndarray], every: Mapping[str, Any], stacks: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Values of single layers as those of the stacks, the other layers as `every` has them."""
+    made: dict[str, np.ndarray] = {}
+    for name, value in some.items():
+        stack = next((s for s in stacks if name.startswith(f"{s}.")), None)
+        if stack is None:
+            made[name] = value
+            continue
+        index, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        whole = made.setdefault(f"{stack}.{rest}", np.array(every[f"{stack}.{rest}"]))
+        whole[int(index)] = value
+    return made
 
 
 def layer_by_layer(match: Match) -> Iterator[tuple[Match, int | None]]:

@@ -22,6 +22,8 @@ from convert.diagnose.repair.edits_orders import functions, orders
 from convert.diagnose.repair.edits_parts import interleavings
 from convert.diagnose.repair.edits_pools import padded
 from convert.diagnose.repair.edits_recurrent import recurrent
+from convert.diagnose.repair.edits_regrouped import regrouped
+from convert.diagnose.repair.edits_resizing import resized
 from convert.diagnose.repair.edits_series import series
 from convert.diagnose.repair.edits_siblings import COMPARED, siblings
 from convert.diagnose.repair.edits_slices import slices
@@ -46,7 +48,7 @@ def every(program: Program, values: Values, near: frozenset[int] = frozenset()) 
                 yield from parallels.of(edit)
     makers = (
         leaf_edits, families, partial(exchanges, near=near), tables, sinusoids,
-        partial(functions, near=near), partial(orders, near=near), interleavings, slices,
+        partial(functions, near=near), partial(orders, near=near), interleavings, slices, regrouped,
         norms, series, shared, partial(aligned, masking=masks), carried,
     )  # fmt: skip
     loops = Loops(program)
@@ -170,7 +172,7 @@ class _Groups:
 def _of(node: Node) -> Iterator[Edit]:
     makers: Iterable[Callable[[Node], Iterator[Edit]]] = (
         leave_out, siblings, numbers, rearranged, recurrent, operands, insertions, solved_after,
-        padded,
+        padded, resized,
     )  # fmt: skip
     for maker in makers:
         with contextlib.suppress(Exception):  # one that does not know this form stops no other

@@ -81,7 +81,7 @@ def _exchanged(node: Node) -> Iterator[tuple[int, ...]]:
         yield tuple(order)
 
 
-def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]:
+def runs(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]:
     """Runs of axes of two shapes that hold the same elements."""
     i = j = 0
     while i < len(a) or j < len(b):
@@ -100,13 +100,13 @@ def _groups(a: Sequence[int], b: Sequence[int]) -> Iterator[tuple[range, range]]
 def _viewed(node: Node) -> Iterator[Edit]:
     before, after = tuple(node.tensors[0].shape), tuple(node.out.shape)
     yield from _parts_first(node, after)
-    for old, new in _groups(before, after):
+    for old, new in runs(before, after):
         if len(old) == 1 and 1 < len(new) <= 4:
-            yield from _split_otherwise(node, after, new)
+            yield from split_otherwise(node, after, new)
         elif (1 < len(old) <= 4 and len(new) == 1) or (
             len(old) > 1 and len(new) > 1 and len(old) <= 4
         ):
-            yield from _merged_otherwise(node, before, old, after)
+            yield from merged_otherwise(node, before, old, after)
 
 
 def _parts_first(node: Node, after: tuple[int, ...]) -> Iterator[Edit]:
@@ -132,7 +132,7 @@ def _parts_first(node: Node, after: tuple[int, ...]) -> Iterator[Edit]:
         yield node.edit(1.05, "rearranged", said, change)
 
 
-def _split_otherwise(node: Node, after: tuple[int, ...], new: range) -> Iterator[Edit]:
+def split_otherwise(node: Node, after: tuple[int, ...], new: range) -> Iterator[Edit]:
     for order in itertools.permutations(range(len(new))):
         if order == tuple(range(len(new))):
             continue
@@ -149,10 +149,10 @@ def _split_otherwise(node: Node, after: tuple[int, ...], new: range) -> Iterator
 
         names = " x ".join(str(n) for n in inner)
         said = f"the axis split as {names}, not as {' x '.join(str(after[i]) for i in new)}"
-        yield node.edit(1.0, _heads(node, len(new)), said, change)
+        yield node.edit(1.0, heads_or_not(node, len(new)), said, change)
 
 
-def _merged_otherwise(
+def merged_otherwise(
     node: Node, before: tuple[int, ...], old: range, after: tuple[int, ...]
 ) -> Iterator[Edit]:
     for order in itertools.permutations(range(len(old))):
@@ -167,7 +167,7 @@ def _merged_otherwise(
         names = " x ".join(str(before[old[i]]) for i in order)
         said = f"axes joined as {names}, not as {' x '.join(str(before[i]) for i in old)}"
         channels = len(old) > 2 and order == (*range(1, len(old)), 0)
-        why = "flatten" if channels else _heads(node, len(old))
+        why = "flatten" if channels else heads_or_not(node, len(old))
         if why == "rearranged" and len(before) > 3 and is_image(node):
             why = "flatten"
         if not node.out.is_floating_point():
@@ -175,7 +175,7 @@ def _merged_otherwise(
         yield node.edit(1.0, why, said, change)
 
 
-def _heads(node: Node, parts: int) -> str:
+def heads_or_not(node: Node, parts: int) -> str:
     """Whether it is an attention whose heads are split or joined here."""
     if parts != 2:
         return "rearranged"
@@ -284,7 +284,7 @@ def _indexed(node: Node) -> Iterator[Edit]:
             continue
         size = x.shape[axis] if axis < x.ndim else 0
         window = of_window(node)
-        for said, cause, other in (*_others(item, size), *(_windows(item, size) if window else ())):
+        for said, cause, other in (*_others(item, size), *_windows(item, size)):
             cause = window if window and cause == "offset" else cause
             new = (*items[:i], other, *items[i + 1 :])
             said = f"index {_shown(other)} in place of {_shown(item)}" + said
@@ -375,12 +375,12 @@ def _others(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
 
 
 def _windows(item: Any, size: int) -> Iterator[tuple[str, str, Any]]:
-    """As many elements from every other place: padding that lies before in place of after."""
+    """As many elements from every other place."""
     if isinstance(item, slice):
         start, stop, step = item.indices(size)
         for other in range(min(size - (stop - start) + 1, 16)):
             if abs(other - start) > 1 and step == 1:
-                yield "", "padding", slice(other, other + stop - start)
+                yield "", "offset", slice(other, other + stop - start)
 
 
 def _shown(item: Any) -> str:

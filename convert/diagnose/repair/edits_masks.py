@@ -23,6 +23,8 @@ def masks(program: Program, values: Values, masking: frozenset[int]) -> Iterator
             yield from _causal(node)
         if operation.name in ("masked_fill", "where", "add"):
             yield from _too_late(node)
+        if operation.name in ("sum", "mean", "count_nonzero"):
+            yield from _counted(node)
 
 
 def _causal(node: Node) -> Iterator[Edit]:
@@ -53,6 +55,20 @@ def _causal(node: Node) -> Iterator[Edit]:
             yield node.edit(1.05, "causal", f"a causal mask, {said}", change)
             if T == S:
                 break
+
+
+def _counted(node: Node) -> Iterator[Edit]:
+    """How many count, where all do: the length for the number of steps that are not padding."""
+    import torch
+
+    x = node.tensors[0]
+    if bool(((x == 0) | (x == 1)).all()) and bool((x == 0).any()):
+
+        def every(at: At) -> Any:
+            return type(at)(at.operation, (torch.ones_like(at.args[0]), *at.args[1:]),
+                            at.kwargs, at.values).run()  # fmt: skip
+
+        yield node.edit(1.05, "mask", "all counted, the masked ones too", every)
 
 
 def _too_late(node: Node) -> Iterator[Edit]:

@@ -14,6 +14,16 @@ _WAYS: tuple[tuple[str, Callable[[int], tuple[int, int]]], ...] = (
     ("padding SAME, the odd one behind the image", lambda t: (t // 2, t - t // 2)),
     ("its padding behind the image", lambda t: (0, t)),
 )
+_ADAPTIVE = {f"adaptive_{name}": n for name, n in _POOLS.items()}
+Cells = Callable[[int, int, int], tuple[int, int]]
+_CELLS: tuple[tuple[str, Cells], ...] = (
+    ("cells that end at the floor and do not overlap",
+     lambda i, size, bins: (i * size // bins, (i + 1) * size // bins)),
+    ("cells of one size, the rest left out",
+     lambda i, size, bins: (i * (size // bins), (i + 1) * (size // bins))),
+    ("cells of one size and stride, the last at the end", lambda i, size, bins: (
+        i * (size // bins), i * (size // bins) + size - (bins - 1) * (size // bins))),
+)  # fmt: skip
 
 
 def padded(node: Node) -> Iterator[Edit]:
@@ -21,6 +31,29 @@ def padded(node: Node) -> Iterator[Edit]:
     if node.name in _POOLS:
         for said, way in _WAYS:
             yield node.edit(1.1, "pooling", said, _pooled(way))
+    if node.name in _ADAPTIVE:
+        for said, cells in _CELLS:
+            yield node.edit(1.1, "pooling", said, _in_cells(cells))
+
+
+def _in_cells(cells: Cells) -> Callable[[At], Any]:
+    def change(at: At) -> Any:
+        made, count = at.args[0], _ADAPTIVE[at.operation.name]
+        for axis, bins in zip(range(-count, 0), at.run().shape[-count:], strict=True):
+            size = made.shape[axis]
+            parts = [made.narrow(axis, a, b - a) for a, b in (cells(i, size, bins)
+                     for i in range(bins))]  # fmt: skip
+            made = _joined(at, parts, axis)
+        return made
+
+    return change
+
+
+def _joined(at: At, parts: list[Any], axis: int) -> Any:
+    import torch
+
+    reduce = torch.amax if "max" in at.operation.name else torch.mean
+    return torch.cat([reduce(p, dim=axis, keepdim=True) for p in parts], axis)
 
 
 def _pooled(way: Callable[[int], tuple[int, int]]) -> Callable[[At], Any]:

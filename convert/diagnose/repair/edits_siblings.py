@@ -83,8 +83,6 @@ def siblings(node: Node) -> Iterator[Edit]:
         yield node.edit(1.2, "operation", "the last value in place of the sum", _last_one)
     if name == "pad":
         yield from _padding(node)
-    if name == "interpolate":
-        yield from _resized(node)
     if name == "glu":
         yield node.edit(1.0, "operand", "the first half taken as the gate, not the second",
                         _other_gate)  # fmt: skip
@@ -259,28 +257,6 @@ def _spaced(at: At) -> Any:
     made = torch.logspace(math.log(first), math.log(last), made.numel(), base=math.e,
                           dtype=torch.float64)  # fmt: skip
     return made.to(at.run().dtype)
-
-
-def _resized(node: Node) -> Iterator[Edit]:
-    """Another rule of resizing an image, with and without smoothing where it shrinks."""
-    from torch.nn import functional
-
-    axes = node.tensors[0].ndim - 2
-    smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}.get(axes, "bilinear")
-    size = node.out.shape[2:]
-    ways: list[dict[str, Any]] = [{"mode": m} for m in ("nearest", "nearest-exact", "area")]
-    for mode in (smooth, *(["bicubic"] if axes == 2 else [])):
-        for corners in (False, True):
-            ways.append({"mode": mode, "align_corners": corners})
-        if axes == 2:
-            ways.append({"mode": mode, "antialias": True})
-    for way in ways:
-
-        def change(at: At, way: dict[str, Any] = way) -> Any:
-            return functional.interpolate(at.args[0], size=size, **way)
-
-        said = ", ".join(f"{k}={v}" for k, v in way.items())
-        yield node.edit(1.0, "operation", f"resizing with {said}", change)
 
 
 def _padding(node: Node) -> Iterator[Edit]:

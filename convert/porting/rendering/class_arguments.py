@@ -80,9 +80,9 @@ class WrittenClass:
         for name, made in self.whole().items():
             if self.is_optional(name):
                 yield name, name in self.made[path]
-            held = self.made[path].get(name)
-            for hint, value in inits.values(made if held is None else held, name):
-                yield hint or name, ABSENT if held is None else value
+            held = self.made[path].get(name, ABSENT)
+            for hint, value in inits.values(made if held is ABSENT else held, name):
+                yield hint or name, ABSENT if held is ABSENT else value
 
     def init(self) -> Iterator[tuple[str, str]]:
         """The attributes that `__init__` sets, and to what."""

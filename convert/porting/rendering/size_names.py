@@ -106,6 +106,9 @@ class SizeNames:
             if not mentioned[name]:
                 line.targets[k] = "_"
         self.draft.body.lines = [x for x in lines if not x.targets or set(x.targets) != {"_"}]
+        for name, (line, _) in self._unpacked.items():
+            if mentioned[name]:
+                self._ask_for(line.text)
 
     def _ask_for(self, text: str) -> None:
         """Have the numbers that a function's text mentions among its parameters."""
