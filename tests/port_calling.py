@@ -211,7 +211,7 @@ class Chain(nn.Module):
 def bucketed(x: torch.Tensor, count: int) -> torch.Tensor:
     """A number that is reckoned of an argument, twice."""
     mid = count // 2
-    return torch.where(x.abs() <= mid, x * 2, x - mid)
+    return torch.where(x.abs() <= mid, x, torch.log(x.abs() / mid) * (mid - 1) + mid)
 
 
 class Windowed(nn.Module):

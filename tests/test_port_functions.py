@@ -91,9 +91,8 @@ def test_a_part_that_some_have_not_is_left_out_there(last: bool) -> None:
     assert made.source.count("class Ended(") == 1
 
 
-def test_none_is_a_value_of_an_attribute_and_a_reckoned_number_brings_its_argument() -> None:
+def test_none_is_a_value_of_an_attribute() -> None:
     torch.manual_seed(0)
     made = convert.port(Windows, {"x": drawn(2, 5, 6), "shift": drawn(6)}, level="outputs")
     assert made.proved.verdict == "same"
     assert "self.window = window" in made.source
-    assert "def bucketed(x: Array, count: int) -> Array:" in made.source

@@ -342,3 +342,99 @@ def test_sums_of_many_numbers_may_round_more() -> None:
     assert (
         convert.verify(net, (fast, params), x, "outputs", flax_inputs=given).verdict == "different"
     )
+
+
+def test_a_fused_projection_may_have_its_features_in_another_order() -> None:
+    """Query, key and value of each head in turn in torch, all queries first in Flax; not where
+    the values alone lie so."""
+
+    def attention(m: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = m.qkv(x).view(*x.shape[:2], 2, 3, 4).unbind(3)
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+        return m.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+
+    class Flax(linen.Module):
+        parts_first: bool
+
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            qkv = linen.DenseGeneral((3, 2, 4) if self.parts_first else (2, 3, 4), name="qkv")(x)
+            q, k, v = jnp.moveaxis(qkv, 2 if self.parts_first else 3, 0)
+            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+            return linen.Dense(6, name="out")(
+                jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], -1)
+            )
+
+    net = Torch(attention, qkv=nn.Linear(6, 24), out=nn.Linear(8, 6))
+    own = arrays(net)
+    turned = {
+        "kernel": own["qkv.weight"].reshape(2, 3, 4, 6).transpose(3, 1, 0, 2),
+        "bias": own["qkv.bias"].reshape(2, 3, 4).swapaxes(0, 1),
+    }
+    x = probe.normal("tokens", (2, 5, 6)).astype(np.float32)
+    for level in ("bits", "gradients"):
+        params = {"qkv": turned, "out": dense(net, "out")}
+        report = convert.verify(net, (Flax(parts_first=True), {"params": params}), x, level)
+        assert report.verdict == "same"
+        wrong = {k: v.reshape(*v.shape[:-3], 2, 3, 4) for k, v in turned.items()}
+        params = {"qkv": wrong, "out": dense(net, "out")}
+        report = convert.verify(net, (Flax(parts_first=False), {"params": params}), x, level)
+        assert report.verdict == "different"
+
+
+def test_a_norm_of_ones_own_is_told_that_it_trains() -> None:
+    """Linen's statistics in a module of somebody's own, switched by an argument of its call."""
+
+    class Norm(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, train: bool = False) -> Any:
+            mean = self.variable("batch_stats", "mean", jnp.zeros, (4,))
+            var = self.variable("batch_stats", "var", jnp.ones, (4,))
+            m, v = mean.value, var.value
+            if train:
+                m, v = x.mean(0), x.var(0)
+                mean.value += 0.1 * (m - mean.value)
+                var.value += 0.1 * (v * len(x) / (len(x) - 1) - var.value)
+            x = (x - m) / jnp.sqrt(v + 1e-5)
+            scale = self.param("scale", linen.initializers.ones, (4,))
+            return x * scale + self.param("bias", linen.initializers.zeros, (4,))
+
+    class Flax(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any, train: bool = False) -> Any:
+            return linen.Dense(3, name="fc")(Norm(name="norm")(x, train))
+
+    net = Torch(lambda m, x: m.fc(m.norm(x)), norm=nn.BatchNorm1d(4), fc=nn.Linear(4, 3))
+    net.eval()
+    own = arrays(net)
+    variables = {
+        "params": {
+            "norm": {"scale": own["norm.weight"], "bias": own["norm.bias"]},
+            "fc": dense(net, "fc"),
+        },
+        "batch_stats": {"norm": {"mean": own["norm.running_mean"], "var": own["norm.running_var"]}},
+    }
+    report = convert.verify(net, (Flax(), variables), X, "training", **ONE_STEP)
+    assert report.verdict == "same"
+
+
+def test_frames_may_be_joined_with_the_steps_first() -> None:
+    """Torch folds (time, batch) into one axis for a layer that Flax calls on (batch, time)."""
+
+    def frames(m: Any, x: torch.Tensor) -> torch.Tensor:
+        folded = m.conv(x.transpose(0, 1).flatten(0, 1))
+        return m.fc(folded.view(5, 2, 4, 3, 3).transpose(0, 1).mean((3, 4)))
+
+    class Flax(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            x = linen.Conv(4, (3, 3), padding="SAME", name="conv")(x)
+            return linen.Dense(3, name="fc")(jax.nn.relu(x.mean((2, 3))))
+
+    net = Torch(frames, conv=nn.Conv2d(2, 4, 3, padding=1), fc=nn.Linear(4, 3))
+    own = arrays(net)
+    conv = {"kernel": own["conv.weight"].transpose(2, 3, 1, 0), "bias": own["conv.bias"]}
+    x = probe.normal("clip", (2, 5, 2, 3, 3)).astype(np.float32)
+    flax = Flax(), {"params": {"conv": conv, "fc": dense(net, "fc")}}
+    report = convert.verify(net, flax, x, "outputs", flax_inputs=np.moveaxis(x, 2, -1))
+    assert cause(report) == "activation", "and it is placed behind the convolution"

@@ -81,6 +81,9 @@ def low_precision(case: Case) -> Reason | None:
     return None
 
 
+_DROPPED = 1 + 1e-4  # the least factor: a ReLU has 1
+
+
 def dropout(case: Case) -> Reason | None:
     """Zeros here and there, and the rest larger by 1 / (1 - p)."""
     if not case.comparable:
@@ -91,7 +94,7 @@ def dropout(case: Case) -> Reason | None:
     if not gone.any() or not kept.any():
         return None
     factor = float(np.median(t[kept] / r[kept]))
-    if factor <= 1 or not case.fits(np.where(gone, 0.0, r * factor)):
+    if factor < _DROPPED or not case.fits(np.where(gone, 0.0, r * factor)):
         return None
     return found("dropout", zeros=gone.mean(), factor=factor, p=1 - 1 / factor)
 

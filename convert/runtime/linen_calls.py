@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import inspect
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from convert.runtime.fitting import EVALUATION
 from convert.runtime.precision import dtype_attributes, wide_attributes
 
 _SOWN = ("intermediates",)
@@ -32,18 +34,37 @@ def generators(module: Any) -> dict[str, Any]:
 
 
 def with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    """Linen's BatchNorm in training mode, however the module calls it."""
+    """Linen's BatchNorm in training mode, however the module calls it; and somebody's own that
+    keeps statistics, and is told by an argument."""
     from flax import linen
 
     layer = context.module
-    if not isinstance(layer, linen.BatchNorm) or context.method_name != "__call__":
+    if context.method_name != "__call__":
         return call(*args, **kwargs)
+    if not isinstance(layer, linen.BatchNorm):
+        return call(*args, **kwargs) if not _keeps(layer) else _trained(call, layer, args, kwargs)
     given = layer.use_running_average
     object.__setattr__(layer, "use_running_average", None)  # else the argument is refused
     try:
         return call(*args[:1], **{**kwargs, "use_running_average": False})
     finally:
         object.__setattr__(layer, "use_running_average", given)
+
+
+def _keeps(layer: Any) -> bool:
+    """Whether a layer has running statistics of its own, not only parts that have."""
+    held = layer.variables.get("batch_stats", {})
+    return any(not isinstance(value, Mapping) for value in held.values())
+
+
+def _trained(call: Any, layer: Any, args: Any, kwargs: Any) -> Any:
+    """The call with its switch as in training, where it has one."""
+    signature = inspect.signature(type(layer).__call__)
+    given = signature.bind(layer, *args, **kwargs)
+    for name, value in EVALUATION.items():
+        if isinstance(value, bool) and name in signature.parameters:
+            given.arguments[name] = not value
+    return call(*given.args[1:], **given.kwargs)
 
 
 @contextlib.contextmanager
