@@ -438,3 +438,29 @@ def test_frames_may_be_joined_with_the_steps_first() -> None:
     flax = Flax(), {"params": {"conv": conv, "fc": dense(net, "fc")}}
     report = convert.verify(net, flax, x, "outputs", flax_inputs=np.moveaxis(x, 2, -1))
     assert cause(report) == "activation", "and it is placed behind the convolution"
+
+
+def test_a_maximum_that_xla_compiles_into_something_else_is_named() -> None:
+    """The right code: its gradient is torch's, but not under jit, where XLA on the CPU computes
+    what the maximum is compared with a second time."""
+    net = Torch(
+        lambda m, x: m.norm(m.fc(x)).relu().amax(1), fc=nn.Linear(8, 6), norm=nn.LayerNorm(6)
+    )
+
+    def theirs(params: Any, x: Any, picked: bool = False) -> Any:
+        y = x @ params["fc"]["kernel"] + params["fc"]["bias"]
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-5)
+        y = jax.nn.relu(y * params["norm"]["scale"] + params["norm"]["bias"])
+        if picked:
+            return jnp.take_along_axis(y, y.argmax(1, keepdims=True), 1)[:, 0]
+        return y.max(1)
+
+    own = arrays(net)
+    norm = {"scale": own["norm.weight"], "bias": own["norm.bias"]}
+    params = {"fc": dense(net, "fc"), "norm": norm}
+    x = probe.normal("neighbours", (12, 4, 8)).astype(np.float32)
+    report = convert.verify(net, (theirs, params), x, "gradients")
+    assert cause(report) == "compiled"
+    report = convert.verify(net, (partial(theirs, picked=True), params), x, "gradients")
+    assert report.verdict == "same", "as is advised"

@@ -13,7 +13,7 @@ from convert.judge.noise import Arrays
 from convert.matching.pair import Match
 from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.exact_sums import exactly_summed
+from convert.runtime.exact_sums import exactly_summed, uncompiled
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
 from convert.runtime.jax_values import Computed, cotangents_of
@@ -94,6 +94,19 @@ class FlaxSide(Side):
             made = jax.jit(partial(exactly_summed, traced.jaxpr))(jax.tree.leaves(taken))
             found = jax.tree.unflatten(jax.tree.structure(traced.out_info), jax.device_get(made))
         return self._run_back(module, *found) if backward else self._run_of(*found)
+
+    def one_by_one(self, precision: str) -> Run:
+        """`run` with its gradients, no two operations compiled as one."""
+        import jax
+
+        with precision_of(precision):
+            given, floats = self._given(precision)
+            module, compiled = self._gradients(precision, False)
+            taken = self._trained(module), module.statistics, given, floats
+            traced = compiled.trace(*taken)
+            made = uncompiled(traced.jaxpr, jax.tree.leaves(taken))
+            found = jax.tree.unflatten(jax.tree.structure(traced.out_info), jax.device_get(made))
+            return self._run_back(module, *found)
 
     def _run_of(self, output: Mapping[str, Any], seen: Mapping[Place, Any]) -> Run:
         return Run(self._back(output), self._back(self.named(seen)))

@@ -37,6 +37,9 @@ def by_trial(
     if first is not None and first.cause == "tied":  # which a stopped gradient would explain too
         return first
     if first is not None and first.direction == "backward" and options.explain:
+        with contextlib.suppress(Exception):  # likewise
+            if (reason := _compiled(report, reference, flax)) is not None:
+                return _of_reason(first, reason)
         with contextlib.suppress(Exception):  # what was found stands
             if (place := stopped(report, reference, flax, options.explain)) is not None:
                 if (root := _root(report, flax)) is not None:
@@ -84,6 +87,20 @@ def _of_a_row(report: Report, first: Divergence) -> Divergence:
         return first
     reason = found("unknown", "row", name=f"the gradient of {wrong.name}")
     return Divergence.of(wrong.name.rpartition(".")[0], reason, wrong, direction="backward")
+
+
+def _compiled(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:
+    """Gradients that are torch's where Flax's operations are run one by one. XLA on the CPU may
+    compute a maximum's operand a second time, rounded otherwise, and then finds no maximum there.
+    """
+    names = _wrong(report)
+    if not names or "float64" not in reference.precisions or "float64" not in flax.precisions:
+        return None
+    ours = reference.run("float64", backward=True).gradients
+    theirs = flax.one_by_one("float64").gradients
+    if any(gap(ours[n], theirs[n]) > EXACT * largest(ours[n]) for n in names):
+        return None
+    return found("compiled", names=", ".join(n.removeprefix("in.") for n in names))
 
 
 def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None:

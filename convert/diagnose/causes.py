@@ -453,6 +453,12 @@ CAUSES: Mapping[str, Cause] = {
     }),
 
     # --- No cause that is known ---
+    "compiled": Cause("XLA compiles the right code into something else", {
+        "": ("the gradients of {names} are torch's where Flax's operations are run one by one; "
+             "compiled, XLA computes the operand of a maximum a second time, rounded otherwise",
+             "take the maximum by jnp.argmax and jnp.take_along_axis, whose gradient compares "
+             "nothing"),
+    }),
     "raises": Cause("Flax's code raises an error", {
         "": ("given torch's inputs, Flax's layer raises {message}",
              "compare its sizes and settings with torch's"),
