@@ -240,3 +240,15 @@ class Windows(nn.Module):
         for layer in self.layers:
             x = layer(x, shift)
         return x
+
+
+class Largest(nn.Module):
+    """The largest of neighbours' features."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.norm, self.kind = nn.Linear(8, 6), nn.LayerNorm(6), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.fc(x)).relu()
+        return x.amax(1) if self.kind == "amax" else x.max(dim=1)[0]

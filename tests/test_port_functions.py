@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Chain, Normed, Odd, Rotary, Twice, Wide, Windows
+from port_calling import Both, Chain, Largest, Normed, Odd, Rotary, Twice, Wide, Windows
 
 import convert
 from convert.live.port_files import Port
@@ -96,3 +96,11 @@ def test_none_is_a_value_of_an_attribute() -> None:
     made = convert.port(Windows, {"x": drawn(2, 5, 6), "shift": drawn(6)}, level="outputs")
     assert made.proved.verdict == "same"
     assert "self.window = window" in made.source
+
+
+@pytest.mark.parametrize("kind", ["amax", "dim"])
+def test_the_compiled_gradient_of_a_maximum_is_torchs(kind: str) -> None:
+    """XLA on the CPU compiles that of `jnp.max` into something else behind a norm."""
+    torch.manual_seed(0)
+    made = convert.port(Largest(kind), drawn(12, 4, 8), level="gradients")
+    assert made.proved.verdict == "same"

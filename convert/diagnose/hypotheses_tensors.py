@@ -218,8 +218,10 @@ def _divisors(n: int) -> list[int]:
 def _another(t: _Tensor) -> Iterator[Reason]:
     for other, values in t.others.items():
         if _equal(values, t.held):
-            kind = ("values", "copied") if other in t.copied else ("swapped",)
-            yield found(*kind, name=t.name, other=other)
+            if other in t.copied:
+                yield found("values", "copied", name=t.name, other=other)
+            else:
+                yield found("swapped", name=t.name, other=other)
     for other, values in t.others.items():
         if values.ndim == 2 and _equal(values.T, t.held):
             yield found("swapped", "transposed", name=t.name, other=other)

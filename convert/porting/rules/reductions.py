@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -162,14 +163,40 @@ rule("aten.max.dim")(_extreme_at(True))
 rule("aten.min.dim")(_extreme_at(False))
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _greatest(x: Any, axes: tuple[int, ...]) -> Any:
+    """The maximum, its axes kept. JAX's own derivative compares x with it: XLA on the CPU may
+    compute x a second time for that, rounded otherwise, and then finds the maximum nowhere."""
+    return jnp.max(x, axis=axes, keepdims=True)
+
+
+@_greatest.defjvp
+def _greatest_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+    (x,), (t,) = primals, tangents
+    rest = [d for d in range(x.ndim) if d not in axes]
+    shape = [x.shape[d] for d in rest]
+    x, t = (a.transpose(*rest, *axes).reshape(*shape, -1) for a in (x, t))
+    first = jnp.argmax(x, axis=-1, keepdims=True)
+    best = jnp.take_along_axis(x, first, -1)
+    share = (x == best) | (lax.broadcasted_iota(first.dtype, x.shape, x.ndim - 1) == first)
+    moved = jnp.where(share, t, 0).sum(-1) / share.sum(-1).astype(t.dtype)
+    return jnp.expand_dims(best[..., 0], axes), jnp.expand_dims(moved, axes)
+
+
 @rule("aten.amax.default")
 def amax(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
-    return jnp.max(x, axis=axes_of(dim, x.ndim), keepdims=keepdim)
+    axes = axes_of(dim, x.ndim)
+    if category(x.dtype) != 2 or not axes or not x.size:
+        return jnp.max(x, axis=axes, keepdims=keepdim)
+    found = _greatest(x, tuple(sorted(axes)))
+    return found if keepdim else jnp.squeeze(found, axes)
 
 
 @rule("aten.amin.default")
 def amin(x: Any, dim: Any = (), keepdim: bool = False) -> Any:
-    return jnp.min(x, axis=axes_of(dim, x.ndim), keepdims=keepdim)
+    if category(x.dtype) != 2:
+        return jnp.min(x, axis=axes_of(dim, x.ndim), keepdims=keepdim)
+    return -amax(-x, dim, keepdim)
 
 
 rules_of([("max", amax), ("min", amin)])

@@ -68,8 +68,9 @@ class Top1Router(nnx.Module):
         wide = self.jitter(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
         logits = self.classifier(wide)
         probabilities = jax.nn.softmax(logits, -1).astype(x.dtype)
-        weights = probabilities.max(-1, keepdims=True)
-        chosen = jax.nn.one_hot(probabilities.argmax(-1), self.num_experts, dtype=jnp.int32)
+        best = probabilities.argmax(-1, keepdims=True)  # the gradient of max compares instead
+        weights = jnp.take_along_axis(probabilities, best, -1)
+        chosen = jax.nn.one_hot(best[..., 0], self.num_experts, dtype=jnp.int32)
         place = chosen.cumsum(1) - 1  # how many earlier tokens of the sequence chose it
         slots = jnp.arange(min(self.capacity, x.shape[1]))
         dispatch = chosen[..., None] * (place[..., None] == slots)

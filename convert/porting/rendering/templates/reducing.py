@@ -121,15 +121,21 @@ for _name, _root, _with in (
 
 def _extreme(name: str) -> Any:
     def write(x: Operand, dim: Any = (), keepdim: bool = False) -> str | None:
-        return _method(x, name, _where(x, dim, keepdim))
+        return None if kind(x) == 2 else _method(x, name, _where(x, dim, keepdim))
 
     return write
 
 
 def _extreme_at(name: str) -> Any:
     def write(x: Operand, dim: int, keepdim: bool = False) -> str | None:
-        where = _where(x, dim, keepdim)
-        return where and f"({x}.{name}({where}), {x}.arg{name}({where}))"
+        where, kept = _where(x, dim, keepdim), _where(x, dim, True)
+        if where is None or kept is None or kind(x) != 2:
+            return where and f"({x}.{name}({where}), {x}.arg{name}({where}))"
+        # Compiled, the gradient of `max` may be wrong: see the rule of amax.
+        axis = axis_text(dim)
+        values = f"jnp.take_along_axis({x}, {x}.arg{name}({kept}), axis={axis})"
+        values += "" if keepdim else f".squeeze({axis})"
+        return f"({values}, {x}.arg{name}({where}))"
 
     return write
 
