@@ -13,6 +13,7 @@ from convert.porting.rendering.sizes import (
     Reckoned,
     Unpacked,
     composed,
+    plainly_written,
     same_size,
     unpackings,
 )
@@ -61,7 +62,14 @@ class SizeNames:
 
     def text(self, wanted: str) -> str:
         """An expression of the inputs' sizes, of what has a name here."""
-        return self._axis(wanted) or composed(wanted, self._symbol)
+        return self._axis(wanted) or composed(wanted, self._symbol, self._part)
+
+    def _part(self, wanted: str) -> str | None:
+        """A size that an expression is made of, where an array has it: by what it reads as, as it
+        stands there in no brackets."""
+        every = [*self._local.values(), *(n for shape in self._shapes().values() for n in shape)]
+        held = (n for n in every if isinstance(n, str) and plainly_written(n) == wanted)
+        return next((text for n in held if (text := self._axis(n)) is not None), None)
 
     def forget(self, name: str) -> None:
         """The name is an array's from now on."""

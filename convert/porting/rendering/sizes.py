@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
 import re
@@ -299,14 +300,31 @@ class _Flat(ast.NodeTransformer):
         return ast.Attribute(ast.Name("self") if known else x, node.attr, ast.Load())
 
 
-def composed(expression: str, of_symbol: Callable[[str], str]) -> str:
-    """An expression of the inputs' sizes with the text of each symbol in it."""
+@functools.cache
+def plainly_written(expression: str) -> str:
+    """An expression of sizes without brackets that it does not need."""
+    return ast.unparse(ast.parse(expression, mode="eval"))
+
+
+def composed(
+    expression: str, of_symbol: Callable[[str], str], of_part: Callable[[str], str | None]
+) -> str:
+    """An expression of the inputs' sizes with the text of each symbol in it, and of what it is made
+    of where `of_part` knows one: `h * w` of an image that has these sizes."""
     tree = ast.parse(expression, mode="eval").body
 
     class Named(ast.NodeTransformer):
+        def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+            text = of_part(ast.unparse(node))
+            return self.generic_visit(node) if text is None else _expression(text)
+
         def visit_Name(self, node: ast.Name) -> ast.AST:
             if node.id in FUNCTIONS:
                 return node
-            return ast.parse(inside(of_symbol(node.id)), mode="eval").body
+            return _expression(inside(of_symbol(node.id)))
 
     return ast.unparse(Named().visit(tree))
+
+
+def _expression(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
