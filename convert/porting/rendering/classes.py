@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from convert.porting.rendering.constructor import Name
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.experiments import Experiments
 from convert.porting.rendering.inits import BASE, MadeDict, MadeList, MadeModule, MadeVariable
+from convert.porting.rendering.instance_numbers import numbers_as_attributes
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.plain_attributes import plain_attribute
 from convert.porting.rendering.scopes import Scope, children
@@ -40,8 +42,13 @@ class Classes:
         # Of an instance, the parameters by which it is given modules that others hold.
         self.given: dict[str, dict[str, str]] = {}
         self._number_of: dict[str, int] = {}
-        for path in sorted(self._written_paths(), key=self._height):
-            self._enter(path)
+        paths = sorted(self._written_paths(), key=self._height)
+        for _, level in itertools.groupby(paths, key=self._height):
+            calls = {path: self._calls(path) for path in level}
+            bodies = {path: [body for _, body in own] for path, own in calls.items()}
+            numbers_as_attributes(bodies, self.tree.modules)
+            for path, own in calls.items():
+                self._enter(path, own)
         self.every = list(_parts_first(self.every))
         for written in self.every:
             self._keep_tested(written)
@@ -109,10 +116,14 @@ class Classes:
 
     # What they make.
 
-    def _enter(self, path: str) -> None:
-        module = self.tree.modules[path]
+    def _calls(self, path: str) -> list[tuple[Scope, Body]]:
+        """The calls of a module, and their statements."""
         calls = [(s, body_of(s, self.context)) for s in self.scopes.get(path, [])]
         sizes_of_arguments(calls, self.tree)
+        return calls
+
+    def _enter(self, path: str, calls: list[tuple[Scope, Body]]) -> None:
+        module = self.tree.modules[path]
         body = calls[0][1] if calls else None
         for _, other in calls[1:]:  # a call may mention what the first does not
             calls[0][1].attributes |= other.attributes
