@@ -252,3 +252,27 @@ class Largest(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.fc(x)).relu()
         return x.amax(1) if self.kind == "amax" else x.max(dim=1)[0]
+
+
+class Sized(nn.Module):
+    """A part whose code and buffer mention its size, which it has under no name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+        self.register_buffer("filter", torch.full((width,), 0.5), False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return y / y.norm(dim=-1, keepdim=True).expand_as(y) * self.filter
+
+
+class Sizes(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.fc = Sized(24), Sized(36), nn.Linear(24, 36)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.fc(self.first(x)))

@@ -7,7 +7,18 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_calling import Both, Chain, Largest, Normed, Odd, Rotary, Twice, Wide, Windows
+from port_calling import (
+    Both,
+    Chain,
+    Largest,
+    Normed,
+    Odd,
+    Rotary,
+    Sizes,
+    Twice,
+    Wide,
+    Windows,
+)
 
 import convert
 from convert.live.port_files import Port
@@ -104,3 +115,10 @@ def test_the_compiled_gradient_of_a_maximum_is_torchs(kind: str) -> None:
     torch.manual_seed(0)
     made = convert.port(Largest(kind), drawn(12, 4, 8), level="gradients")
     assert made.proved.verdict == "same"
+
+
+def test_instances_that_differ_in_numbers_are_one_class() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Sizes, drawn(2, 5, 24), level="outputs")
+    assert made.proved.verdict == "same"
+    assert len(re.findall(r"^class Sized", made.source, re.MULTILINE)) == 1

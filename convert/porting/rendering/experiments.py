@@ -23,6 +23,7 @@ from convert.porting.rendering.inits import (
     MadeDict,
     MadeList,
     MadeModule,
+    MadeText,
     MadeVariable,
     skeleton,
     values,
@@ -190,6 +191,8 @@ class Experiments:
 
     def _variable(self, made: MadeVariable, path: str, owner: Any) -> MadeVariable:
         entry = self.homes.get(path)
+        if isinstance(made.inner, MadeText):
+            return MadeVariable(made.callee, MadeText(made.inner.text, known=False))
         if entry is None or not isinstance(made.inner, Constructor) or len(entry.torch) > 1:
             return made
         tensor = getattr(owner, entry.torch[0].name.rpartition(".")[2], None)

@@ -11,7 +11,7 @@ import numpy as np
 from convert.porting.rendering.argument_text import permuted, reached
 from convert.porting.rendering.constants import array_text
 from convert.porting.rendering.constructor import Constructor, Name
-from convert.porting.rendering.inits import MadeVariable
+from convert.porting.rendering.inits import MadeText, MadeVariable
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.tensors_by_name import ByName
@@ -64,7 +64,7 @@ class HeldArrays:
         """What makes a parameter or buffer of a module's own."""
         if kind in ("Buffer", "Constant"):
             self.kinds[kind] = None
-            return MadeVariable(kind, Name(self._array(home, bits_of(tensor))))
+            return MadeVariable(kind, MadeText(self._array(home, bits_of(tensor))))
         tensor = tensor.detach()
         low, high = float(tensor.min()), float(tensor.max())
         if low == high and low in (0.0, 1.0):

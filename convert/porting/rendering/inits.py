@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from convert.porting.rendering.constructor import Constructor, Name, written
+from convert.porting.rendering.instance_numbers import NUMBER, value_of
+from convert.porting.rendering.variants import ABSENT
 
 BASE = ""  # the name of what is made of the class that one derives from
 
@@ -29,11 +31,30 @@ class MadeDict:
 
 
 @dataclass
+class MadeText:
+    """An expression whose numbers may become arguments. Of an instance that was only tried they are
+    not known."""
+
+    text: str
+    known: bool = True
+
+    @property
+    def numbers(self) -> list[Any]:
+        """Those in it, in order."""
+        every = NUMBER.findall(self.text)
+        return [value_of(found) if self.known else ABSENT for found in every]
+
+    def filled(self, names: Iterator[str | None]) -> str:
+        """The expression with these in the numbers' stead; None where one stays."""
+        return NUMBER.sub(lambda found: next(names) or found[0], self.text)
+
+
+@dataclass
 class MadeVariable:
     """`nnx.Param(...)` of what an initializer gives."""
 
     callee: str
-    inner: Constructor | Name
+    inner: Constructor | MadeText
 
 
 @dataclass
@@ -59,6 +80,8 @@ def skeleton(x: Any) -> Any:
         return ("dict", *((k, skeleton(v)) for k, v in x.items.items()))
     if isinstance(x, MadeVariable):
         return ("variable", x.callee, skeleton(x.inner))
+    if isinstance(x, MadeText):
+        return ("text", NUMBER.sub("#", x.text))
     if isinstance(x, MadeModule):
         return ("module", id(x.written), *x.given.items())
     return x if isinstance(x, Name) else "value"
@@ -87,6 +110,8 @@ def values(x: Any, hint: str = "", of: Callable[[MadeModule], Numbers] = given_t
             yield from values(part, name, of)
     elif isinstance(x, MadeVariable):
         yield from values(x.inner, hint, of)
+    elif isinstance(x, MadeText):
+        yield from ((hint, number) for number in x.numbers)
     elif isinstance(x, MadeModule):
         yield from of(x)
     elif not isinstance(x, Name):
@@ -137,6 +162,8 @@ def text(x: Any, names: Iterator[str | None]) -> str:
         return f"nnx.Dict({{{', '.join(pairs)}}})"
     if isinstance(x, MadeVariable):
         return f"{x.callee}({text(x.inner, names)})"
+    if isinstance(x, MadeText):
+        return x.filled(names)
     if isinstance(x, MadeModule):
         defaults = x.written.defaults()
         args = []

@@ -11,7 +11,7 @@ from typing import Any
 
 from convert.porting.rendering.statements import Body
 
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
 
 
 def numbers_as_attributes(bodies: Mapping[str, Sequence[Body]], modules: Mapping[str, Any]) -> None:
@@ -28,7 +28,7 @@ def numbers_as_attributes(bodies: Mapping[str, Sequence[Body]], modules: Mapping
 
 def _masked(body: Body) -> tuple[Any, ...]:
     """What is equal for bodies that differ in numbers alone."""
-    lines = ((*line.targets, _NUMBER.sub("#", line.text), line.guard) for line in body.lines)
+    lines = ((*line.targets, NUMBER.sub("#", line.text), line.guard) for line in body.lines)
     return (*body.parameters, *lines)
 
 
@@ -45,13 +45,13 @@ class _Instances:
             for index, lines in enumerate(zip(*(b.lines for b in calls), strict=True)):
                 if len({line.text for line in lines}) == 1:
                     continue
-                columns = list(zip(*(_NUMBER.findall(line.text) for line in lines), strict=True))
+                columns = list(zip(*(NUMBER.findall(line.text) for line in lines), strict=True))
                 names = [self._name(c, calls) if len(set(c)) > 1 else None for c in columns]
                 for k, (body, line) in enumerate(zip(calls, lines, strict=True)):
                     body.lines[index] = dataclasses.replace(line, text=_written(line.text, names))
                     for name, column in zip(names, columns, strict=True):
                         if name is not None:
-                            body.attributes[name] = _value(column[k])
+                            body.attributes[name] = value_of(column[k])
 
     def _name(self, column: tuple[str, ...], calls: Sequence[Body]) -> str:
         """The attribute that has these numbers."""
@@ -60,7 +60,7 @@ class _Instances:
         return self._names[column]
 
     def _known(self, column: tuple[str, ...], calls: Sequence[Body]) -> Iterator[str]:
-        wanted = [_value(text) for text in column]
+        wanted = [value_of(text) for text in column]
         for name in calls[0].attributes:
             if [b.attributes.get(name) for b in calls] == wanted:
                 yield name
@@ -76,7 +76,8 @@ class _Instances:
         return next(n for n in names if n not in taken and not hasattr(self.modules[0], n))
 
 
-def _value(text: str) -> int | float:
+def value_of(text: str) -> int | float:
+    """The number that a text is."""
     return int(text) if text.isdigit() else float(text)
 
 
@@ -87,4 +88,4 @@ def _written(text: str, names: Sequence[str | None]) -> str:
         name = next(at)
         return found[0] if name is None else f"self.{name}"
 
-    return _NUMBER.sub(written, text)
+    return NUMBER.sub(written, text)
