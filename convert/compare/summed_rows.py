@@ -34,9 +34,10 @@ class ExactSums:
 
     def again(self, row: Row, a: _Two, b: _Two) -> Row:
         """The row of these arrays, the same where its sums explain it."""
-        narrow = a[1] is None or b[1] is None
-        if row.same or narrow or row.error64 > EXACT * row.scale or not np.isfinite(row.error):
+        if a[1] is None or b[1] is None or row.error64 > EXACT * row.scale:
             return row
+        if within(row.error, row.noise, row.scale) or not np.isfinite(row.error):
+            return row  # the same, or different for another reason
         rough = []
         for side, (own, _) in zip(self._sides, (a, b), strict=True):
             made = self._made(side)

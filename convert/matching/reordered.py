@@ -32,7 +32,8 @@ def reordered(
     found: dict[int, Match] = {}
     right: dict[str, np.ndarray] = {}
     for i, match in enumerate(matches):
-        if match.kind != "linear" or len(match.torch) > 1 or match.flax[0] not in values:
+        single = len(match.torch) == len(match.flax) == 1
+        if match.kind != "linear" or not single or match.flax[0] not in values:
             continue
         ours = to_numpy(tensors[match.torch[0]])
         theirs = to_numpy(values[match.flax[0]])
