@@ -17,7 +17,7 @@ from convert.runtime.exact_sums import exactly_summed, uncompiled
 from convert.runtime.flax_calls import watch
 from convert.runtime.flax_module import FlaxModule, Values, flax_module
 from convert.runtime.jax_values import Computed, cotangents_of
-from convert.runtime.jaxpr import narrow_operation, narrow_outputs
+from convert.runtime.jaxpr import compares_floats, narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
 from convert.runtime.trace import Place, Trace
 from zoo.layout.ops import inverse
@@ -95,8 +95,9 @@ class FlaxSide(Side):
             found = jax.tree.unflatten(jax.tree.structure(traced.out_info), jax.device_get(made))
         return self._run_back(module, *found) if backward else self._run_of(*found)
 
-    def one_by_one(self, precision: str) -> Run:
-        """`run` with its gradients, no two operations compiled as one."""
+    def one_by_one(self, precision: str) -> Run | None:
+        """`run` with its gradients, no two operations compiled as one; None where that can change
+        nothing, as no number is looked for among others."""
         import jax
 
         with precision_of(precision):
@@ -104,6 +105,8 @@ class FlaxSide(Side):
             module, compiled = self._gradients(precision, False)
             taken = self._trained(module), module.statistics, given, floats
             traced = compiled.trace(*taken)
+            if not compares_floats(traced.jaxpr.jaxpr):
+                return None
             made = uncompiled(traced.jaxpr, jax.tree.leaves(taken))
             found = jax.tree.unflatten(jax.tree.structure(traced.out_info), jax.device_get(made))
             return self._run_back(module, *found)

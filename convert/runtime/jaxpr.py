@@ -69,6 +69,17 @@ def _narrow(equation: Any) -> str | None:
     return None
 
 
+def compares_floats(jaxpr: Any) -> bool:
+    """Whether floating-point numbers are looked for among others, as JAX's gradient of a maximum
+    does."""
+    import jax.numpy as jnp
+
+    return any(
+        e.primitive.name == "eq" and jnp.issubdtype(e.invars[0].aval.dtype, jnp.floating)
+        for e in _equations(jaxpr)
+    )
+
+
 def draws(jaxpr: Any) -> bool:
     """Whether random numbers are drawn."""
     return any(equation.primitive.name in _DRAWS for equation in _equations(jaxpr))
