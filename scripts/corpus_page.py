@@ -47,7 +47,9 @@ _SOURCE_HEAD = """
 Of those that are right, {count} were written as Flax source by `convert.port` and held against
 torch by its own proof, in float32 and in float64, at the traced sizes and at others: {counts}.
 Statements of the port for each statement of the source that an operation comes from: {median:.2f}
-in the median, {worst:.2f} at the 90th percentile.
+in the median, {worst:.2f} at the 90th percentile. {looked} of them were looked through for classes
+of one torch class that are equal up to constants: {twins} have such. In {renamed} of these a tensor
+lies in a module of another name than torch's.
 
 | model | outcome | of the noise | sizes | lines | statements | seconds | why |
 |---|---|---:|---:|---:|---:|---:|---|
@@ -144,6 +146,9 @@ def _written(rows: Rows) -> str:
         counts=_told(rows),
         median=ratios[len(ratios) // 2],
         worst=ratios[len(ratios) * 9 // 10],
+        looked=sum("twins" in row for row in rows.values()),
+        twins=sum(bool(row.get("twins")) for row in rows.values()),
+        renamed=sum(bool(row.get("renamed")) for row in rows.values()),
     )
     return head + "\n".join(lines) + "\n"
 
