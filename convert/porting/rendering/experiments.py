@@ -32,6 +32,7 @@ from convert.porting.rendering.layer_text import layer_text
 from convert.porting.rendering.plain_attributes import plain_attribute
 from convert.porting.rendering.scopes import children
 from convert.porting.rendering.statements import Body
+from convert.porting.rendering.variants import ABSENT
 from convert.program.constructed import Constructed, Plain
 from zoo.layout.ops import run_shapes
 
@@ -116,7 +117,7 @@ class Experiments:
             return False
         model, tried = (MadeModule(written, p) for p in (path, own))
         pairs = list(zip(_every_number(model), _every_number(tried), strict=False))
-        numbers = [(a, b) for (_, a), (_, b) in pairs]
+        numbers = [(a, b) for (_, a), (_, b) in pairs if b is not ABSENT]
         numbers += _attributes(self.context.tree.modules[path], root)
         changes = [(a, b) for a, b in numbers if repr(a) != repr(b)]
         bodies = [w.body for w, _ in self._rows[rows:] if w.body is not None]
