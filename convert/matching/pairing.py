@@ -14,7 +14,7 @@ from convert.matching.bare import match_copies
 from convert.matching.layers import pair_layers
 from convert.matching.pair import LayerPair, Match, Pair
 from convert.matching.parameters import pair_tensors, unmatched
-from convert.matching.reordered import reordered
+from convert.matching.reordered import comparable, reordered
 from convert.matching.stacked import restacked
 from convert.matching.turned import with_turned
 from convert.runtime.arrays import to_numpy
@@ -110,15 +110,17 @@ def pair_traces(pair: Pair, torch_trace: Trace, side: FlaxModule, flax_trace: Tr
         found = pair_tensors(pair.torch, layers, side)
         traces = torch_trace, flax_trace
         turned = list(with_turned(found, layers, tensors, side.unstacked(), traces))
-        found, layers = reordered(pair, turned, layers, side, traces)
+        found = reordered(pair, turned, side, traces)
         matches = tuple(restacked(found, side.stacks))
         matches += tuple(_copies(ties, matches, tensors, side))
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    layers = comparable(layers, matches, shapes)
     return Pairing(
         layers,
         matches,
         (layers_left[0], layers_left[1]),
         unmatched(pair.torch, side, matches),
-        {n: tuple(t.shape) for n, t in tensors.items()},
+        shapes,
         {n: tuple(np.shape(v)) for n, v in side.values.items()},
         ties,
         frozenset(side.statistics),

@@ -173,6 +173,8 @@ def cause(node: Node, path: Path, value: Any = None) -> str:
         and 0 < value < 1e-2
     ):
         return "epsilon"
+    if key in ("alpha", "beta") and name.startswith(("add", "badd", "sub")):
+        return "scale"  # of a summand
     if name == "arange":
         return "offset"
     if name in ("add", "sub") and isinstance(value, int):
