@@ -464,3 +464,11 @@ def test_a_maximum_that_xla_compiles_into_something_else_is_named() -> None:
     assert cause(report) == "compiled"
     report = convert.verify(net, (partial(theirs, picked=True), params), x, "gradients")
     assert report.verdict == "same", "as is advised"
+
+
+def test_a_report_prints_as_on_the_command_line() -> None:
+    net = Torch(lambda m, x: m.fc(x), fc=nn.Linear(4, 3))
+    flax = (lambda params, x: x @ params["kernel"] + params["bias"]), dense(net, "fc")
+    told = str(convert.verify(net, flax, X, "outputs"))
+    assert told.startswith("same: ")
+    assert "Row(" not in told

@@ -87,9 +87,14 @@ class Report:
             data["first_divergence"]["ratio"] = self.first_divergence.ratio
         return _finite(data)  # type: ignore[no-any-return]
 
+    def __str__(self) -> str:
+        """What the command line prints."""
+        room = importlib.import_module("convert.compare.summary_text")  # which imports this module
+        return str(room.text(self))
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        room = importlib.import_module("convert.compare.notebook")  # which imports this module
+        room = importlib.import_module("convert.compare.notebook")  # likewise
         return str(room.cell(self))
 
     def to_json(self) -> str:
