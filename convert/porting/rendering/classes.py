@@ -202,6 +202,13 @@ class Classes:
         union = written.union
         parts = set(written.whole())
         for condition in list(union.conditions.values()) if union is not None else ():
+            for name in sorted(
+                parts.intersection(condition.values)
+            ):  # some statements mention it too
+                for path, own in written.made.items():
+                    value = plain_attribute(self.tree.modules[path], name)
+                    if name not in own and value is not ABSENT:
+                        own[name] = value
             for name in dict.fromkeys(n for n in condition.values if n not in parts):
                 held = {p: plain_attribute(self.tree.modules[p], name) for p in written.made}
                 if any(value is ABSENT for value in held.values()):
