@@ -205,6 +205,9 @@ class Classes:
             for name in sorted(
                 parts.intersection(condition.values)
             ):  # some statements mention it too
+                some = [own[name] for own in written.made.values() if name in own]
+                if not all(isinstance(x, bool | int | float | str) for x in some):
+                    continue  # a part
                 for path, own in written.made.items():
                     value = plain_attribute(self.tree.modules[path], name)
                     if name not in own and value is not ABSENT:
