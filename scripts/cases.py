@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 LEVELS = ("bits", "outputs", "gradients", "training")
+_FOLDER = re.compile(re.escape(tempfile.gettempdir()) + r"/case\w+/")  # of a file as edited
 MERGED = {"wiring": "operand"}  # words of earlier cases that are others now
 NAMELESS = (None, "unknown", "shape", "not_finite")  # what names no cause
 
@@ -173,7 +175,7 @@ def run_fault(path: Path, fault: dict[str, Any], clock: Clock) -> dict[str, Any]
     if found is not None and row["flagged"]:
         row |= {
             "layer": found.layer, "where": found.between, "cause": found.cause,
-            "said": found.diagnosis, "direction": found.direction,
+            "said": _FOLDER.sub("", found.diagnosis), "direction": found.direction,
         }  # fmt: skip
         row["named"] = float(found.cause in causes)
         row["wrong"] = found.cause not in NAMELESS and not row["named"]

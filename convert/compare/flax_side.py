@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -58,6 +59,8 @@ class FlaxSide(Side):
         self.watched = watched
         self.seed = seed
         self.frozen = frozen  # parameters that are not trained
+        self.trains_norms = True  # unless torch keeps all of its norms frozen
+        self._still: frozenset[str] | None = None  # norms in eval mode; None as the model has them
         self._recorded = call, recorded
         self._compiled: dict[tuple[str, bool], tuple[FlaxModule, Any]] = {}
         self._forwards: dict[str, tuple[Any, Any]] = {}
@@ -139,7 +142,7 @@ class FlaxSide(Side):
         from jax.flatten_util import ravel_pytree
 
         with precision_of(precision):
-            module, compiled = self._gradients(precision, True)
+            module, compiled = self._gradients(precision, self.trains_norms)
             given, floats = self._given(precision)
             params, statistics = self._trained(module), module.statistics
             # Optimizers work element by element: on one long vector they compile at once.
@@ -171,6 +174,17 @@ class FlaxSide(Side):
             return Trained(
                 losses, self.to_torch(jax.device_get({**params, **statistics})), gradients
             )
+
+    def still_norms(self) -> frozenset[str]:
+        """The norms, by Flax's paths, that stay in eval mode in `train`, once that has run."""
+        runs = [module for (_, training), (module, _) in self._compiled.items() if training]
+        return frozenset().union(*(module.still or () for module in runs))
+
+    def with_still_norms(self, paths: frozenset[str]) -> FlaxSide:
+        """The same with these left out, and no others."""
+        made = copy.copy(self)
+        made._compiled, made._still = {}, paths
+        return made
 
     def alone(
         self, inputs: Mapping[tuple[str, int], Arrays]
@@ -269,6 +283,8 @@ class FlaxSide(Side):
         key = precision, training
         if key not in self._compiled:
             module = flax_module(self.module, precision, training)
+            if self._still is not None:
+                module.still = self._still
             if training and not module.statistics:
                 self._compiled[key] = self._gradients(precision, False)
                 return self._compiled[key]

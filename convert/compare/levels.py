@@ -24,7 +24,7 @@ from convert.diagnose.causes import found
 from convert.diagnose.divergence import Divergence, Judged
 from convert.judge.rows import Row
 from convert.matching.pair import Pair
-from convert.runtime.torch_module import norms
+from convert.runtime.torch_module import train_norms
 
 if TYPE_CHECKING:
     from convert.compare.settings import Settings
@@ -55,6 +55,8 @@ def compare_sides(
     report.blind_spots += unseen_values(reference, run, compared, report.level)
     report.blind_spots += unexercised_inputs(reference.call, reference.names)
     if report.level == "training":
+        if isinstance(b, FlaxSide):
+            b.trains_norms = reference.trains_norms()
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
         lost = [t for t in report.training if t.steps < options.steps]
         report.notices += [
@@ -123,9 +125,7 @@ def _first(pair: Pair, mode: Mode, seconds: float) -> Divergence | None:
     if mode != "training":
         return first_divergence(pair, mode, seconds)
     torch = copy.deepcopy(pair.torch)
-    parts = list(norms(torch))
-    for part in parts:
-        part.train()
+    parts = train_norms(torch)
     made = first_divergence(dataclasses.replace(pair, torch=torch), mode, seconds)
     # Without norms that train, the gradients have been judged: steps differ by something else.
     return None if made is not None and made.direction == "backward" and not parts else made

@@ -21,6 +21,7 @@ from convert.runtime.torch_module import (
     replica,
     shake,
     shaken,
+    train_norms,
 )
 from convert.runtime.trace import Place
 from zoo.containers.errors import UsageError
@@ -77,8 +78,7 @@ class TorchSide(Side):
 
         with precision_of(precision), torch.enable_grad():
             module = self.prepare(precision)
-            for part in norms(module):
-                part.train()
+            train_norms(module)
             given, _ = self._inputs(module, precision, False)
             args, kwargs = self.call.replaced(given)
             parameters = {
@@ -109,6 +109,17 @@ class TorchSide(Side):
                 if generator is not None:
                     move(parameters.values(), generator)
         raise AssertionError("unreachable")
+
+    def trains_norms(self) -> bool:
+        """Whether any norm is in train mode when the module is."""
+        return bool(train_norms(self.prepare("float32")))
+
+    def still_norms(self) -> set[str]:
+        """Those that are in eval mode even then."""
+        module = self.prepare("float32")
+        trained = {id(part) for part in train_norms(module)}
+        every = {id(part) for part in norms(module)}
+        return {n for n, part in module.named_modules() if id(part) in every - trained}
 
     def narrow_operation(self) -> str | None:
         with precision_of("float64"):

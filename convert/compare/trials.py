@@ -2,6 +2,7 @@
 
 A gradient at a point where there is none: both sides are run where the inputs lie a little beside.
 Two parameters of torch's that are one in Flax: torch is trained with one of them held fixed.
+Norms that the model does not tell to train: Flax is trained with them too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import numpy as np
 
 from convert.compare.backward_by_values import parted
+from convert.compare.blind_spots import listed
 from convert.compare.differentiated import Place
 from convert.compare.flax_side import FlaxSide
 from convert.compare.report import Report
@@ -51,14 +53,16 @@ def by_trial(
     if first.direction == "backward" and options.explain:
         with contextlib.suppress(Exception):  # what was found stands
             first = _at(first, parted(reference, flax))
-    reason, layer = None, first.layer
-    if first.direction == "backward":
+    reason, layer = _told_nothing(reference, flax, options.steps)
+    if reason is None and first.direction == "backward":
         reason = _kink(report, reference, flax)
-    elif first.direction == "training":
+    elif reason is None and first.direction == "training":
         reason, layer = _summed(reference, flax, options.steps)
     if reason is None:
         return first
-    return _of_reason(dataclasses.replace(first, layer=layer), reason)
+    if layer is not None:
+        first = dataclasses.replace(first, layer=layer, between=None)
+    return _of_reason(first, reason)
 
 
 def _at(first: Divergence, place: Place | None) -> Divergence:
@@ -148,17 +152,46 @@ def _aside(reference: TorchSide, flax: FlaxSide) -> tuple[TorchSide, FlaxSide]:
     return made
 
 
-def _summed(reference: TorchSide, flax: FlaxSide, steps: int) -> tuple[Reason | None, str]:
+def _told_nothing(
+    reference: TorchSide, flax: FlaxSide, steps: int
+) -> tuple[Reason | None, str | None]:
+    """Norms that stay in eval mode, where all is the same once they train, but for how the
+    variance of a batch is counted, which changes no step; and torch's name of the first."""
+    if not (idle := flax.still_norms()):
+        return None, None
+    still, layers = reference.still_norms(), _layers(flax)
+    frozen = frozenset(path for path, layer in layers.items() if layer in still)
+    names = [path for path in layers if path in idle - frozen]
+    if not names:
+        return None, None
+    trained = flax.with_still_norms(frozen)
+    (training,) = compare_training(reference, reference, trained, ("SGD",), steps)
+    rows = [r for r in training.rows if r.judged and not r.name.endswith("running_var")]
+    if not all(row.same for row in rows):
+        return None, None
+    return found("batch_statistics", "still", names=listed(names)), layers[names[0]]
+
+
+def _layers(flax: FlaxSide) -> dict[str, str]:
+    """Flax's layers, by path, and the torch layers whose tensors they hold."""
+    return {
+        name.rpartition(".")[0]: match.torch[0].rpartition(".")[0]
+        for match in flax.matches
+        for name in match.flax
+    }
+
+
+def _summed(reference: TorchSide, flax: FlaxSide, steps: int) -> tuple[Reason | None, str | None]:
     """A recurrent layer's two biases, each of which torch trains, and which Flax holds as their
     sum; and the first such layer."""
     second = {n for n in reference.combined if "bias_hh" in n}
     if not second or not {n.replace("bias_hh", "bias_ih") for n in second} <= reference.combined:
-        return None, ""
+        return None, None
     held = copy.copy(reference)
     held.held = frozenset(second)
     (training,) = compare_training(held, held, flax, ("SGD",), steps)
     if not all(row.same for row in training.rows if row.judged):
-        return None, ""
+        return None, None
     name = min(second)
     first = name.replace("bias_hh", "bias_ih")
     return found("bias_sum", "trained", name=first, other=name), name.rpartition(".")[0]

@@ -255,6 +255,8 @@ CAUSES: Mapping[str, Cause] = {
                      "use_running_average=False in Flax: both in one mode, train or eval"),
         "eval": ("torch normalises by the running statistics, Flax by the batch's",
                  "use_running_average=True in Flax: both in one mode, train or eval"),
+        "still": ("{names} in Flax use running statistics also where the model is told to train",
+                  "hand the model's switch on to them: use_running_average=not train"),
     }),
     "statistics": Cause("running statistics that do not move in training", {
         "": ("{name} does not move in Flax",

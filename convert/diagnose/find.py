@@ -29,6 +29,7 @@ from convert.matching.pair import Pair
 from convert.matching.pairing import Pairing, pair_traces
 from convert.runtime.flax_calls import record
 from convert.runtime.flax_module import flax_module
+from convert.runtime.torch_module import norms
 from convert.runtime.torch_recurrent import is_single, whole
 
 LOG = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     `pair.layers` names what there is not, or where the Flax module is not bound.
     """
     reference = Reference(pair.torch, pair.call, "float32")
-    side = flax_module(pair.flax, "float32", training=mode == "training")
+    trains = mode == "training" and any(part.training for part in norms(pair.torch))
+    side = flax_module(pair.flax, "float32", training=trains)
     trace = record(side, pair.flax_call)
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
@@ -72,7 +74,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found: Divergence | None = walk.run(pair.flax_call)
     if found is None and explain.weak is not None:
         explain.first, found = explain.weak, explain.weak[1]
-    if mode == "training":  # also where the forward pass is within float32's noise
+    if trains:  # also where the forward pass is within float32's noise
         moved = _moved_in_float64(pair, pairing, helping)
         if moved is not None:
             return _as_written(moved, reference)
@@ -85,7 +87,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, helping, seconds)
-    if found is None and mode == "training":
+    if found is None and trains:
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
         found = first_backward(pair, reference, side, walk, matched)

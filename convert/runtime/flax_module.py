@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from convert.runtime.linen_calls import (
     with_dropout,
 )
 from convert.runtime.narrow import widened_dtypes
+from convert.runtime.norm_modes import Modes, attributes, keeps, switched
 from convert.runtime.precision import jax_precision, wide_attributes
 from convert.runtime.unrolled import Unrolled
 from zoo.containers.errors import UsageError
 
+LOG = logging.getLogger(__name__)
 Values = dict[str, Any]  # dotted path -> array
 
 
@@ -133,6 +136,7 @@ class FlaxModule:
         self.unroll = False  # whether scanned layers are called one by one where `around` is given
         self.stacks: dict[str, int] = {}  # path of a scanned stack -> its layers, once it was run
         self.recording: tuple[Call, Any] | None = None  # of which call, and what runs it again
+        self.still: frozenset[str] | None = None  # norms that do not train, once that is known
 
     @property
     def params(self) -> Values:
@@ -150,7 +154,26 @@ class FlaxModule:
         """The output, and the values afterwards. `values` may leave out what stays as it is;
         `around` takes the place of every submodule's call. May be traced by JAX."""
         with computed_at_once(self._kept):
+            if self.training and self._moving and self.still is None:
+                self.still = self._stay_still(values, args, kwargs)
             return self._run(values, args, kwargs, around)
+
+    def _stay_still(self, values: Values, args: Any, kwargs: Any) -> frozenset[str]:
+        """The norms, by path, that stay in eval mode where the model is told to train; none where
+        it cannot be told or run so."""
+        import jax
+
+        modes = Modes()
+        try:
+            jax.eval_shape(lambda: self._as_users_train(values, args, kwargs, modes))
+        except Exception:
+            LOG.debug("it does not run in train mode", exc_info=True)
+            return frozenset()
+        return modes.still()
+
+    def _as_users_train(self, values: Values, args: Any, kwargs: Any, modes: Modes) -> Any:
+        """The output in train mode, dropout and all."""
+        raise NotImplementedError
 
     def _run(
         self, values: Values, args: Any, kwargs: Any, around: Around | None
@@ -254,6 +277,16 @@ class _Nnx(FlaxModule):
     ) -> tuple[Any, Values]:
         from flax import nnx
 
+        module = self._made(values)
+        if self.training:
+            around = _with_nnx_batch_statistics(around, self.still or ())
+        output = self._output(module, values, args, kwargs, around)
+        after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
+        return output, {n: after[n] for n in self.values if n in after}
+
+    def _made(self, values: Values) -> Any:
+        from flax import nnx
+
         # Variables are made anew, as belonging to the trace in which this run happens to be: a cell
         # of an nnx.RNN and a dropout that is left on draw from generators, which moves these.
         flat = {p: _renewed(v) for p, v in self._rest.items()}
@@ -261,21 +294,27 @@ class _Nnx(FlaxModule):
             path, variable = self._variables[name]
             held = isinstance(variable, nnx.Variable)
             flat[path] = variable.replace(value) if held else value
-        module: Any = nnx.merge(self._graph, nnx.from_flat_state(flat))
-        if self.training:
-            around = _with_nnx_batch_statistics(around)
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+    def _output(
+        self, module: Any, values: Values, args: Any, kwargs: Any, around: Around | None
+    ) -> Any:
+        from flax import nnx
+
         if around is None:
-            output = module(*args, **kwargs)
-        else:
-            self.modules = {_dotted(p): m for p, m in nnx.iter_modules(module)}
-            every = {**self.values, **values}
-            with (
-                self._layer_by_layer(every, around) as (scans, named),
-                intercepted(dict(self.modules), named, scans.find),
-            ):
-                output = module(*args, **kwargs)
-        after = {_dotted(p): _raw(v) for p, v in nnx.to_flat_state(nnx.state(module))}
-        return output, {n: after[n] for n in self.values if n in after}
+            return module(*args, **kwargs)
+        self.modules = {_dotted(p): m for p, m in nnx.iter_modules(module)}
+        with (
+            self._layer_by_layer({**self.values, **values}, around) as (scans, named),
+            intercepted(dict(self.modules), named, scans.find),
+        ):
+            return module(*args, **kwargs)
+
+    def _as_users_train(self, values: Values, args: Any, kwargs: Any, modes: Modes) -> Any:
+        module = self._made(values)
+        module.train()
+        args, kwargs = switched(module, args, kwargs, training=True)
+        return self._output(module, values, args, kwargs, modes)
 
     def reseed(self) -> None:
         for path, variable in self._rest.items():
@@ -313,15 +352,15 @@ class _Linen(FlaxModule):
         from flax import linen
 
         every = {**self.values, **values}
-        flat = self._rest | {self._collections[n]: v for n, v in every.items()}
-        variables = _unflatten(flat)
+        variables = self._variables(every)
         self._mutable = self._mutable or self._may_change(variables, args, kwargs)
         with contextlib.ExitStack() as stack:
             if around is not None:
                 _, named = stack.enter_context(self._layer_by_layer(every, around))
                 stack.enter_context(linen.intercept_methods(self._interceptor(named)))
             if self.training:
-                stack.enter_context(linen.intercept_methods(with_batch_statistics))
+                trained = functools.partial(with_batch_statistics, self.still or ())
+                stack.enter_context(linen.intercept_methods(trained))
             if self.precision:
                 stack.enter_context(widened(self.precision, self._widened))
             output, moved = self._module.apply(
@@ -330,6 +369,23 @@ class _Linen(FlaxModule):
         names = {path: n for n, path in self._collections.items()}
         after = {names[p]: _unboxed(v) for p, v in _flatten(moved).items() if p in names}
         return output, {**every, **after}
+
+    def _variables(self, every: Values) -> dict[str, Any]:
+        return _unflatten(self._rest | {self._collections[n]: v for n, v in every.items()})
+
+    def _as_users_train(self, values: Values, args: Any, kwargs: Any, modes: Modes) -> Any:
+        from flax import linen
+
+        module = self._module.clone(**attributes(self._module))
+        args, kwargs = switched(module, args, kwargs, training=True)
+        with linen.intercept_methods(self._interceptor(modes)):
+            return module.apply(
+                self._variables({**self.values, **values}),
+                *args,
+                rngs=self._rngs,
+                mutable=mutable(self._given, "batch_stats"),
+                **kwargs,
+            )[0]
 
     def _may_change(self, variables: Any, args: Any, kwargs: Any) -> Any:
         """In evaluation no statistics, since modules tell by that which mode they are in; but all
@@ -398,22 +454,20 @@ def _folded(key: Any) -> Any:
 
 def _training_attributes(part: Any) -> Iterator[tuple[str, bool]]:
     """What puts a norm into train mode: NNX's own, or somebody's own that keeps statistics."""
-    from flax import nnx
-
-    if not any(isinstance(v, nnx.BatchStat) for v in vars(part).values()):
-        return
-    for name, value in (("use_running_average", False), ("training", True), ("train", True)):
-        if isinstance(vars(part).get(name), bool):
-            yield name, value
+    if keeps(part):
+        yield from attributes(part).items()
 
 
-def _with_nnx_batch_statistics(around: Around | None) -> Around:
-    """NNX's BatchNorm in training mode, however the module calls it."""
+def _with_nnx_batch_statistics(around: Around | None, still: Collection[str]) -> Around:
+    """NNX's BatchNorm, and somebody's own that keeps statistics, in training mode, however the
+    module calls it; in eval mode where its path is in `still`."""
     from flax import nnx
 
     def training(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(part, nnx.BatchNorm):
-            args, kwargs = args[:1], {**kwargs, "use_running_average": False}
+            args, kwargs = args[:1], {**kwargs, "use_running_average": path in still}
+        elif keeps(part):
+            args, kwargs = switched(part, args, kwargs, training=path not in still)
         if around is None:
             return proceed(*args, **kwargs)
         return around(path, part, proceed, args, kwargs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 
-from convert.runtime.fitting import EVALUATION
+from convert.runtime.norm_modes import keeps, switched
 from convert.runtime.precision import dtype_attributes, wide_attributes
 
 _SOWN = ("intermediates",)
@@ -33,38 +32,28 @@ def generators(module: Any) -> dict[str, Any]:
     return {name: rng.as_jax_rng() for name, rng in module.scope.rngs.items()}
 
 
-def with_batch_statistics(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+def with_batch_statistics(
+    still: Collection[str], call: Any, args: Any, kwargs: Any, context: Any
+) -> Any:
     """Linen's BatchNorm in training mode, however the module calls it; and somebody's own that
-    keeps statistics, and is told by an argument."""
+    keeps statistics, and is told by an argument. Those whose paths are in `still` stay as they are.
+    """
     from flax import linen
 
     layer = context.module
-    if context.method_name != "__call__":
+    if context.method_name != "__call__" or not keeps(layer):
+        return call(*args, **kwargs)
+    if ".".join(layer.path) in still:
         return call(*args, **kwargs)
     if not isinstance(layer, linen.BatchNorm):
-        return call(*args, **kwargs) if not _keeps(layer) else _trained(call, layer, args, kwargs)
+        args, kwargs = switched(layer, args, kwargs, training=True)
+        return call(*args, **kwargs)
     given = layer.use_running_average
     object.__setattr__(layer, "use_running_average", None)  # else the argument is refused
     try:
         return call(*args[:1], **{**kwargs, "use_running_average": False})
     finally:
         object.__setattr__(layer, "use_running_average", given)
-
-
-def _keeps(layer: Any) -> bool:
-    """Whether a layer has running statistics of its own, not only parts that have."""
-    held = layer.variables.get("batch_stats", {})
-    return any(not isinstance(value, Mapping) for value in held.values())
-
-
-def _trained(call: Any, layer: Any, args: Any, kwargs: Any) -> Any:
-    """The call with its switch as in training, where it has one."""
-    signature = inspect.signature(type(layer).__call__)
-    given = signature.bind(layer, *args, **kwargs)
-    for name, value in EVALUATION.items():
-        if isinstance(value, bool) and name in signature.parameters:
-            given.arguments[name] = not value
-    return call(*given.args[1:], **given.kwargs)
 
 
 @contextlib.contextmanager

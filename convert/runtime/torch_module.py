@@ -127,6 +127,23 @@ def norms(module: Any) -> Iterator[Any]:
                 yield part
 
 
+def train_norms(module: Any) -> list[Any]:
+    """Put into train mode the norms, and nothing else, that `module.train()` puts into it: some
+    modules keep theirs frozen. `module` is a copy; gives those norms."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train()
+    every = list(norms(module))
+    trained = [part for part in every if part.training]
+    for part, mode in modes:
+        part.training = mode
+    for part in trained:
+        part.train()
+    for part in every:
+        if not any(part is other for other in trained):
+            part.eval()
+    return trained
+
+
 def _asks_for_training(forward: Any) -> bool:
     """Whether a function's code asks for the mode, other than to drop."""
     try:
