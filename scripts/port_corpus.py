@@ -92,23 +92,22 @@ def source(module: Any, inputs: dict[str, Any]) -> Row:
 
 def twins(text: str) -> list[str]:
     """The classes of a port that are another one of it up to constants: both come from one class of
-    torch's, and read the same with every number and word taken out."""
+    torch's, and read the same with every number and word taken out, and parts that are such twins
+    taken for each other."""
     every = [c for c in ast.parse(text).body if isinstance(c, ast.ClassDef)]
-    of = {c.name: ast.get_docstring(c) or c.name for c in every}
-    seen: dict[tuple[str, str], str] = {}
-    found = []
-    for one in every:
+    seen: dict[tuple[str | None, str], str] = {}
+    first: dict[str, str] = {}  # every class -> the one it is
+    for one in every:  # parts come before what they are parts of
         plain = ast.parse(ast.unparse(one))
         for node in ast.walk(plain):
             if isinstance(node, ast.Constant):
                 node.value = 0
-            elif isinstance(node, ast.Name) and node.id in of:
-                node.id = of[node.id]
+            elif isinstance(node, ast.Name):
+                node.id = first.get(node.id, node.id)
             elif isinstance(node, ast.ClassDef):
                 node.name = ""
-        first = seen.setdefault((of[one.name], ast.dump(plain)), one.name)
-        found += [f"{one.name} is {first}"] if first != one.name else []
-    return found
+        first[one.name] = seen.setdefault((ast.get_docstring(one), ast.dump(plain)), one.name)
+    return [f"{name} is {other}" for name, other in first.items() if name != other]
 
 
 def renamed(layout: Any) -> list[str]:

@@ -15,6 +15,7 @@ from port_calling import (
     Odd,
     Rotary,
     Sizes,
+    Tables,
     Twice,
     Wide,
     Windows,
@@ -122,3 +123,13 @@ def test_instances_that_differ_in_numbers_are_one_class() -> None:
     made = convert.port(Sizes, drawn(2, 5, 24), level="outputs")
     assert made.proved.verdict == "same"
     assert len(re.findall(r"^class Sized", made.source, re.MULTILINE)) == 1
+
+
+def test_instances_that_differ_in_tables_are_one_class() -> None:
+    torch.manual_seed(0)
+    made = convert.port(Tables, drawn(2, 5, 24), level="outputs")
+    assert made.proved.verdict == "same"
+    assert len(re.findall(r"^class Tabled", made.source, re.MULTILINE)) == 1
+    assert "table: np.ndarray" in made.source
+    # 2 is 10 // 5, and none of the model's arguments.
+    assert "num_classes //" not in made.source

@@ -31,6 +31,7 @@ class WrittenClass:
     items: bool  # whether its parts are numbered: it is a list
     given: list[str] = field(default_factory=list)  # parameters that are modules of others
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    based: dict[str, str] = field(default_factory=dict)  # tried instance -> the model's it is like
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> by path
     expressions: list[str | None] = field(default_factory=list)
 
@@ -39,8 +40,8 @@ class WrittenClass:
         return {name: values[path] for name, values in self.parameters.items()}
 
     def defaults(self) -> dict[str, Any]:
-        """The values of arguments that are left out: what most instances have, but for sizes, and
-        for what torch's constructor has no default for; of the model itself all."""
+        """The values of arguments that are left out: what most instances have, but for sizes and
+        tables, and for what torch's constructor has no default for; of the model itself all."""
         if "" in self.made:
             return self.arguments_of("")
         found = {}
@@ -51,7 +52,7 @@ class WrittenClass:
             column = {p: v for p, v in every.items() if not p.startswith(VIRTUAL)}
             often = Counter(map(repr, column.values())).most_common(1)[0][0]
             value = next(v for v in column.values() if repr(v) == often)
-            if len(column) > 1 and not any(map(_is_size, column.values())):
+            if len(column) > 1 and not any(map(_is_own, column.values())):
                 found[name] = value
         return found
 
@@ -110,8 +111,7 @@ def find_arguments(written: WrittenClass, constructed: Mapping[str, Mapping[str,
             continue
         named = name in attributes or name in given
         if named or _expression(column, written.parameters) is None:
-            some = next(v for v in column.values() if v is not ABSENT)
-            whole = {p: some if v is ABSENT else v for p, v in column.items()}
+            whole = _filled(column, written.based)
             written.parameters[_free(name, written.parameters)] = whole
     defaults = written.defaults()
     order = sorted(written.parameters, key=lambda n: n in defaults)
@@ -127,6 +127,14 @@ def find_arguments(written: WrittenClass, constructed: Mapping[str, Mapping[str,
     ]
     mentioned = set(re.findall(r"\w+", " ".join(filter(None, written.expressions))))
     written.parameters = {n: c for n, c in written.parameters.items() if n in mentioned}
+
+
+def _filled(column: dict[str, Any], based: Mapping[str, str]) -> dict[str, Any]:
+    """The numbers of all instances: a tried one whose number is not known has that of the instance
+    it is like, one without the part any."""
+    some = next(v for v in column.values() if v is not ABSENT)
+    like = {p: column.get(based.get(p, p), v) for p, v in column.items() if v is ABSENT}
+    return column | {p: some if v is ABSENT else v for p, v in like.items()}
 
 
 def _named(
@@ -227,8 +235,9 @@ def _varies(column: Mapping[str, Any]) -> bool:
     return len({repr(v) for v in column.values() if v is not ABSENT}) > 1
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > SMALL
+def _is_own(value: Any) -> bool:
+    """Whether a value is an instance's own: a size, a table."""
+    return isinstance(value, inits.Stored) or (type(value) is int and value > SMALL)
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -46,7 +46,8 @@ class Classes:
         for _, level in itertools.groupby(paths, key=self._height):
             calls = {path: self._calls(path) for path in level}
             bodies = {path: [body for _, body in own] for path, own in calls.items()}
-            numbers_as_attributes(bodies, self.tree.modules)
+            if numbers_as_attributes(bodies, self.tree.modules):
+                context.held.kinds["Constant"] = None
             for path, own in calls.items():
                 self._enter(path, own)
         self.every = list(_parts_first(self.every))

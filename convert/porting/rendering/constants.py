@@ -15,6 +15,7 @@ import numpy as np
 from convert.porting.rendering.relative_indices import relative_indices, subject
 
 _LITERAL = 32  # numbers
+_LINE = 100  # characters: what is longer gets a line for each number
 _NATIVE = "?bBhHiIlLqQefdFD"
 
 
@@ -68,8 +69,8 @@ def _texts(a: np.ndarray) -> Iterator[str]:
         yield from _waves(a)
     if a.ndim > 1 and a.size > 2:
         yield from (f"{subject(t)}.reshape{a.shape}" for t in ranges(a.reshape(-1), counts=True))
-    if a.size <= _LITERAL:
-        yield literal(a)
+    if a.size <= _LITERAL and len(text := literal(a)) <= _LINE:
+        yield text
     yield from _repeated(a)
 
 

@@ -25,6 +25,7 @@ from convert.porting.rendering.inits import (
     MadeModule,
     MadeText,
     MadeVariable,
+    Stored,
     skeleton,
     values,
 )
@@ -57,6 +58,7 @@ class Experiments:
         self.arguments = {path: dict(given) for path, given in constructed.items()}
         self._number = itertools.count()
         self._rows: list[tuple[WrittenClass, str]] = []
+        self._ours: set[float] = set()  # attributes that torch's modules have not: from statements
 
     def add(self, written: WrittenClass) -> None:
         """Try what the constructor of a class takes."""
@@ -76,6 +78,7 @@ class Experiments:
         """Leave the tried instances out."""
         for written, path in self._rows:
             written.made.pop(path, None)
+            written.based.pop(path, None)
             for column in written.parameters.values():
                 column.pop(path, None)
 
@@ -110,6 +113,7 @@ class Experiments:
         root, arguments = made
         own = f"{VIRTUAL}{next(self._number)}"
         rows = len(self._rows)
+        self._ours.clear()
         try:
             self._enter(written, path, root, own)
         except _NotAlike:
@@ -121,7 +125,7 @@ class Experiments:
         numbers += _attributes(self.context.tree.modules[path], root)
         changes = [(a, b) for a, b in numbers if repr(a) != repr(b)]
         bodies = [w.body for w, _ in self._rows[rows:] if w.body is not None]
-        if not name or not _follow(bodies, changes, factor):
+        if not name or self._ours & {a for a, _ in changes} or not _follow(bodies, changes, factor):
             self._drop(rows)
             return not name and not changes
         below = {f"{own}.{p}" if p else own: _plain(x) for p, x in arguments.items()}
@@ -145,7 +149,7 @@ class Experiments:
         }
         if any(skeleton(found[n]) != skeleton(made[n]) for n in made):
             raise _NotAlike
-        written.made[own] = found
+        written.made[own], written.based[own] = found, path
         self._rows.append((written, own))
 
     def _part(self, made: Any, path: str, part: Any, owner: Any, own: str) -> Any:
@@ -163,7 +167,12 @@ class Experiments:
             return MadeModule(made.written, f"{own}.{name}", made.given)
         if isinstance(made, MadeList | MadeDict):
             return self._container(made, path, part, f"{own}.{name}")
-        return made if isinstance(made, bool) else plain_attribute(owner, name)
+        if isinstance(made, bool):
+            return made
+        if (held := plain_attribute(owner, name)) is ABSENT and isinstance(made, int | float):
+            self._ours.add(made)
+            return made
+        return held
 
     def _container(self, made: MadeList | MadeDict, path: str, part: Any, own: str) -> Any:
         if part is None:
@@ -194,6 +203,8 @@ class Experiments:
         entry = self.homes.get(path)
         if isinstance(made.inner, MadeText):
             return MadeVariable(made.callee, MadeText(made.inner.text, known=False))
+        if isinstance(made.inner, Stored):
+            return made
         if entry is None or not isinstance(made.inner, Constructor) or len(entry.torch) > 1:
             return made
         tensor = getattr(owner, entry.torch[0].name.rpartition(".")[2], None)

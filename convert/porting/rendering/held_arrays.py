@@ -11,7 +11,7 @@ import numpy as np
 from convert.porting.rendering.argument_text import permuted, reached
 from convert.porting.rendering.constants import array_text
 from convert.porting.rendering.constructor import Constructor, Name
-from convert.porting.rendering.inits import MadeText, MadeVariable
+from convert.porting.rendering.inits import MadeText, MadeVariable, Stored
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.scopes import Scope, Tree
 from convert.porting.tensors_by_name import ByName
@@ -39,7 +39,8 @@ class HeldArrays:
         """A tensor that the module at a path holds, in the axes that the graph has it in."""
         p = self.tree.placeholders[value]
         if p.kind == "constant":
-            return f"jnp.asarray({self._array(p.name, self.tree.graph.constants[p.name])})"
+            array = self.tree.graph.constants[p.name]
+            return f"jnp.asarray({array_text(array) or self._stored(p.name, array)})"
         entry = self.by_name.flax_of(p.name)
         origin = self.tree.first(scope.path)
         if entry is None:
@@ -64,7 +65,9 @@ class HeldArrays:
         """What makes a parameter or buffer of a module's own."""
         if kind in ("Buffer", "Constant"):
             self.kinds[kind] = None
-            return MadeVariable(kind, MadeText(self._array(home, bits_of(tensor))))
+            array = bits_of(tensor)
+            said = array_text(array)
+            return MadeVariable(kind, MadeText(said) if said else self._stored(home, array))
         tensor = tensor.detach()
         low, high = float(tensor.min()), float(tensor.max())
         if low == high and low in (0.0, 1.0):
@@ -74,15 +77,13 @@ class HeldArrays:
         callee = _initializer(float(tensor.float().std(correction=0)), shape)
         return MadeVariable(kind, Constructor(callee, (Name("rngs.params()"), shape)))
 
-    def _array(self, home: str, array: np.ndarray) -> str:
-        """The text of an array, or of where it is kept."""
-        if (said := array_text(array)) is not None:
-            return said
+    def _stored(self, home: str, array: np.ndarray) -> Stored:
+        """Where an array is kept, which the source cannot say."""
         for name, held in self.arrays.items():
             if held.dtype == array.dtype and np.array_equal(held, array):
-                return f"ARRAYS[{name!r}]"
+                return Stored(name)
         self.arrays[home] = array
-        return f"ARRAYS[{home!r}]"
+        return Stored(home)
 
 
 def _initializer(spread: float, shape: tuple[int, ...]) -> str:

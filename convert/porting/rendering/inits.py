@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from convert.porting.rendering.constructor import Constructor, Name, written
-from convert.porting.rendering.instance_numbers import NUMBER, value_of
 from convert.porting.rendering.variants import ABSENT
 
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
 BASE = ""  # the name of what is made of the class that one derives from
+
+
+def value_of(text: str) -> int | float:
+    """The number that a text is."""
+    return int(text) if text.isdigit() else float(text)
 
 
 @dataclass
@@ -49,12 +55,22 @@ class MadeText:
         return NUMBER.sub(lambda found: next(names) or found[0], self.text)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """An array that is kept beside the source: an argument where instances differ in it."""
+
+    key: str
+
+    def __repr__(self) -> str:
+        return f"ARRAYS[{self.key!r}]"
+
+
 @dataclass
 class MadeVariable:
     """`nnx.Param(...)` of what an initializer gives."""
 
     callee: str
-    inner: Constructor | MadeText
+    inner: Constructor | MadeText | Stored
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Numbers in which the statements of a class's instances differ: attributes of `self`, by the names
-that torch's modules have for them."""
+"""Numbers, and tables kept beside the source, in which the statements of a class's instances
+differ: attributes of `self`, numbers by the names that torch's modules have for them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from convert.porting.rendering.inits import NUMBER, MadeVariable, Stored, value_of
 from convert.porting.rendering.statements import Body
 
-NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
+_TABLE = re.compile(r"jnp\.asarray\(ARRAYS\['([^']+)'\]\)")
+_TOKEN = re.compile(f"{_TABLE.pattern}|{NUMBER.pattern}")
 
 
-def numbers_as_attributes(bodies: Mapping[str, Sequence[Body]], modules: Mapping[str, Any]) -> None:
+def numbers_as_attributes(bodies: Mapping[str, Sequence[Body]], modules: Mapping[str, Any]) -> bool:
     """Rewrite the bodies (of each module, of its calls) of modules of one class that differ in
-    numbers alone."""
+    numbers and tables alone; whether any table is an attribute now."""
     alike: dict[Any, list[str]] = defaultdict(list)
     for path, own in bodies.items():
         if own:
@@ -24,11 +26,13 @@ def numbers_as_attributes(bodies: Mapping[str, Sequence[Body]], modules: Mapping
     for paths in alike.values():
         if len(paths) > 1:
             _Instances([modules[p] for p in paths]).unite([bodies[p] for p in paths])
+    held = (x for own in bodies.values() for body in own for x in body.attributes.values())
+    return any(isinstance(x, MadeVariable) for x in held)
 
 
 def _masked(body: Body) -> tuple[Any, ...]:
-    """What is equal for bodies that differ in numbers alone."""
-    lines = ((*line.targets, NUMBER.sub("#", line.text), line.guard) for line in body.lines)
+    """What is equal for bodies that differ in numbers and tables alone."""
+    lines = ((*line.targets, _TOKEN.sub(_mask, line.text), line.guard) for line in body.lines)
     return (*body.parameters, *lines)
 
 
@@ -45,18 +49,19 @@ class _Instances:
             for index, lines in enumerate(zip(*(b.lines for b in calls), strict=True)):
                 if len({line.text for line in lines}) == 1:
                     continue
-                columns = list(zip(*(NUMBER.findall(line.text) for line in lines), strict=True))
+                columns = list(zip(*(_tokens(line.text) for line in lines), strict=True))
                 names = [self._name(c, calls) if len(set(c)) > 1 else None for c in columns]
                 for k, (body, line) in enumerate(zip(calls, lines, strict=True)):
                     body.lines[index] = dataclasses.replace(line, text=_written(line.text, names))
                     for name, column in zip(names, columns, strict=True):
                         if name is not None:
-                            body.attributes[name] = value_of(column[k])
+                            body.attributes[name] = _held(column[k])
 
     def _name(self, column: tuple[str, ...], calls: Sequence[Body]) -> str:
         """The attribute that has these numbers."""
         if column not in self._names:
-            self._names[column] = next(iter(self._known(column, calls)), "") or self._free(calls)
+            known = () if _TABLE.match(column[0]) else self._known(column, calls)
+            self._names[column] = next(iter(known), "") or self._free(column, calls)
         return self._names[column]
 
     def _known(self, column: tuple[str, ...], calls: Sequence[Body]) -> Iterator[str]:
@@ -70,15 +75,25 @@ class _Instances:
             if plain and held == wanted and not name.startswith("_"):
                 yield name
 
-    def _free(self, calls: Sequence[Body]) -> str:
+    def _free(self, column: tuple[str, ...], calls: Sequence[Body]) -> str:
         taken = {*self._names.values(), *(n for b in calls for n in b.attributes)}
-        names = ("size", *(f"size{k}" for k in range(2, 1000)))
+        name = "table" if _TABLE.match(column[0]) else "size"
+        names = (name, *(f"{name}{k}" for k in range(2, 1000)))
         return next(n for n in names if n not in taken and not hasattr(self.modules[0], n))
 
 
-def value_of(text: str) -> int | float:
-    """The number that a text is."""
-    return int(text) if text.isdigit() else float(text)
+def _tokens(text: str) -> list[str]:
+    return [found[0] for found in _TOKEN.finditer(text)]
+
+
+def _mask(token: re.Match[str]) -> str:
+    return "@" if _TABLE.match(token[0]) else "#"
+
+
+def _held(token: str) -> Any:
+    """What a token is as an attribute."""
+    table = _TABLE.match(token)
+    return MadeVariable("Constant", Stored(table[1])) if table else value_of(token)
 
 
 def _written(text: str, names: Sequence[str | None]) -> str:
@@ -86,6 +101,8 @@ def _written(text: str, names: Sequence[str | None]) -> str:
 
     def written(found: re.Match[str]) -> str:
         name = next(at)
-        return found[0] if name is None else f"self.{name}"
+        if name is None:
+            return found[0]
+        return f"self.{name}[...]" if _TABLE.match(found[0]) else f"self.{name}"
 
-    return NUMBER.sub(written, text)
+    return _TOKEN.sub(written, text)

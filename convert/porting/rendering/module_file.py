@@ -307,8 +307,11 @@ def _written(line: Line, margin: str) -> Iterator[str]:
 
 
 def _type(values: Any) -> str:
-    names = list(dict.fromkeys("None" if v is None else type(v).__name__ for v in values))
-    return " | ".join("tuple[Any, ...]" if n == "tuple" else n for n in names)
+    names = dict.fromkeys("None" if v is None else type(v).__name__ for v in values)
+    return " | ".join(_TYPES.get(name, name) for name in names)
+
+
+_TYPES = {"tuple": "tuple[Any, ...]", "Stored": "np.ndarray"}
 
 
 def _plain(text: str) -> str:
