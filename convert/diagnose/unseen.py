@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.matching.alignment import MASKED
 from convert.matching.pair import Pair
 from convert.runtime.arrays import leaves, to_numpy
 from convert.runtime.flax_module import flax_module
@@ -163,7 +164,7 @@ class SeenValues:
 
     def __init__(self, values: list[np.ndarray]) -> None:
         self._by_size: dict[int, list[np.ndarray]] = {}
-        for x in values:
+        for x in map(_cut, values):
             self._by_size.setdefault(x.size, []).append(x.ravel())
         self._ordered: dict[int, list[np.ndarray]] = {}
         self._known: dict[int, bool] = {}
@@ -178,7 +179,7 @@ class SeenValues:
 
     def as_it_lies(self, tensor: Any) -> bool:
         """Whether Flax has the same with its axes in some order, or holds it as a part."""
-        x = to_numpy(tensor)
+        x = _cut(to_numpy(tensor))
         held = self._by_size.get(x.size, ())
         turned = (x.transpose(axes).ravel() for axes in itertools.permutations(range(x.ndim)))
         return not held or any(np.abs(t - y).max() <= _near(x) for t in turned for y in held)
@@ -187,6 +188,7 @@ class SeenValues:
         """As `has`, of an array."""
         if not is_telling(x):
             return False
+        x = _cut(x)
         ordered, near = np.sort(x, None), _near(x)
         if any(np.abs(ordered - y).max() <= near for y in self._sorted(x.size)):
             return True
@@ -204,8 +206,14 @@ def is_telling(x: np.ndarray) -> bool:
     return x.dtype.kind == "f" and x.size >= _FEW and bool(np.ptp(x) > 0)
 
 
+def _cut(x: np.ndarray) -> np.ndarray:
+    """The values with those of masked logits, whatever their size, at one."""
+    return np.maximum(x, MASKED) if x.dtype.kind == "f" and (x < MASKED).any() else x
+
+
 def _near(x: np.ndarray) -> float:
-    return _CLOSE * float(np.abs(x).max())
+    """How far apart equal values may be: of the largest, what is masked left out."""
+    return _CLOSE * float(np.abs(x).max(initial=0.0, where=x > MASKED))
 
 
 def is_within(x: np.ndarray, y: np.ndarray, near: float) -> bool:

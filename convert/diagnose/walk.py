@@ -24,6 +24,7 @@ from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
 from convert.diagnose.unseen import PART, is_telling, is_within
 from convert.matching.alignment import Aligned, align, likely_moves, moves, to_flax, to_torch
+from convert.matching.directions import REVERSE, turned, turned_axis
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
@@ -31,6 +32,7 @@ from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
 from convert.runtime.flax_module import FlaxModule
 from convert.runtime.linen_calls import rewound
+from convert.runtime.torch_recurrent import is_single
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo.layout.kinds import flax_kind, torch_kind
 
@@ -178,8 +180,11 @@ class Forward:
         visit = None if traced(given) else self._visit(path, module, given)
         if visit is None:
             return proceed(*args, **kwargs)
+        turn = self._turn(visit)
+        visit.flax_inputs = turn(visit.flax_inputs)
 
         def run(arrays: dict[str, np.ndarray]) -> Any:
+            arrays = turn(arrays)
             values = {k: _like(v, given[k]) for k, v in arrays.items()}
             others, keywords = with_arguments(function, (module, *args), kwargs, values)
             return proceed(*others[1:], **keywords)
@@ -203,11 +208,12 @@ class Forward:
 
         def again(inputs: dict[str, np.ndarray]) -> np.ndarray:
             with rewound(module):
-                return to_numpy(next(iter(leaves(run(forced | inputs)).values())))
+                made = {k: to_numpy(v) for k, v in leaves(run(forced | inputs)).items()}
+                return next(iter(turn(made).values()))
 
         visit.again = again
         made = leaves(output)
-        right, unlike = self._outputs(visit, {k: to_numpy(v) for k, v in made.items()})
+        right, unlike = self._outputs(visit, turn({k: to_numpy(v) for k, v in made.items()}))
         if wrong and path not in self.holding and not right and not unlike:
             self._suspect(wrong)  # nothing says whether they do harm
         elif not unlike:
@@ -220,7 +226,17 @@ class Forward:
             for event in unlike:
                 self._fault(event, certain=bool(self.stack))
             self.past.append(visit.pair.torch)
-        return replaced(output, {k: _like(v, made[k]) for k, v in right.items()})
+        return replaced(output, {k: _like(v, made[k]) for k, v in turn(right).items()})
+
+    def _turn(self, visit: Visit) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+        """What turns Flax's sequences into the order that torch's have, and back."""
+        module = self.reference.modules.get(visit.pair.torch)
+        backwards = is_single(module) and visit.pair.torch.endswith(REVERSE)
+        axis = turned_axis(visit.call.inputs, visit.flax_inputs) if backwards else None
+        if axis is None:
+            return lambda arrays: arrays
+        steps = max(visit.flax_inputs.values(), key=np.size).shape[:2]
+        return lambda arrays: turned(arrays, axis, steps)
 
     def _suspect(self, events: list[Event]) -> None:
         """What may be wrong: told where it is the one that is looked for."""

@@ -21,6 +21,7 @@ from convert.matching.called import (
     ranges_of,
     torch_layers,
 )
+from convert.matching.directions import exchanged
 from convert.matching.pair import LayerPair, Pair
 from convert.matching.revalued import reshaped, revalued
 from convert.runtime.arrays import to_numpy
@@ -56,6 +57,7 @@ def pair_layers(
     _own_leaves(ours, theirs, found)
     ours = every
     _by_values(ours, theirs, found)
+    found |= exchanged(ours, theirs, found, (torch_trace, flax_trace))
     modules = dict(pair.torch.named_modules())
     layers = []
     for name, layer in ours.items():
