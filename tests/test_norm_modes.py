@@ -139,3 +139,14 @@ def test_a_norm_that_torch_freezes_may_be_frozen(kind: str) -> None:
 def test_where_torch_freezes_every_norm_none_trains(kind: str) -> None:
     ours = net("first", "second")
     assert verified(ours, flax(kind, ours)).verdict == "same"
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_norm_that_trains_where_torch_freezes_every_one_is_found(kind: str) -> None:
+    ours = net("first", "second")
+    report = verified(ours, flax(kind, ours, "second"))
+    assert "second.running_mean" in off(report)
+    assert (report.first_divergence.cause, report.first_divergence.layer) == (
+        "batch_statistics",
+        "second",
+    )

@@ -59,7 +59,7 @@ class FlaxSide(Side):
         self.watched = watched
         self.seed = seed
         self.frozen = frozen  # parameters that are not trained
-        self.trains_norms = True  # unless torch keeps all of its norms frozen
+        self.forced = True  # norms train without a switch too, unless torch's all stay frozen
         self._still: frozenset[str] | None = None  # norms in eval mode; None as the model has them
         self._recorded = call, recorded
         self._compiled: dict[tuple[str, bool], tuple[FlaxModule, Any]] = {}
@@ -142,7 +142,7 @@ class FlaxSide(Side):
         from jax.flatten_util import ravel_pytree
 
         with precision_of(precision):
-            module, compiled = self._gradients(precision, self.trains_norms)
+            module, compiled = self._gradients(precision, True)
             given, floats = self._given(precision)
             params, statistics = self._trained(module), module.statistics
             # Optimizers work element by element: on one long vector they compile at once.
@@ -283,6 +283,7 @@ class FlaxSide(Side):
         key = precision, training
         if key not in self._compiled:
             module = flax_module(self.module, precision, training)
+            module.forced = self.forced
             if self._still is not None:
                 module.still = self._still
             if training and not module.statistics:

@@ -56,7 +56,7 @@ def compare_sides(
     report.blind_spots += unexercised_inputs(reference.call, reference.names)
     if report.level == "training":
         if isinstance(b, FlaxSide):
-            b.trains_norms = reference.trains_norms()
+            b.forced = reference.trains_norms()
         report.training = compare_training(reference, a, b, options.optimizers, options.steps)
         lost = [t for t in report.training if t.steps < options.steps]
         report.notices += [

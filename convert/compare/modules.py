@@ -151,14 +151,21 @@ class ModulePair:
 
     def _tell_unmatched(self) -> None:
         titles = (self.report.a, self.report.b)
-        for whose, title, names in zip(("torch's", "Flax's"), titles, self.unmatched, strict=True):
+        held = [[np.ravel(to_numpy(of[n])) for n in names] for of, names in
+                zip((self.state, self.side.values), self.unmatched, strict=True)]  # fmt: skip
+        for k, (whose, title) in enumerate(zip(("torch's", "Flax's"), titles, strict=True)):
+            names = self.unmatched[k]
             if not names:
                 continue
             fixed = self._fixed(names)
             if self.report.level == "bits" and not fixed:
+                others = np.concatenate(held[1 - k] or [np.zeros(0)])
+                lost = {
+                    n for n, x in zip(names, held[k], strict=True) if not np.isin(x, others).all()
+                }
                 self.report.differences += [
                     TensorDifference(n, f"of {title}, has no counterpart that could be told")
-                    for n in names
+                    for n in sorted(names, key=lambda n: n not in lost)
                 ]
             else:
                 told = f"{whose} {listed(names)}: no counterpart, so not compared one by one"

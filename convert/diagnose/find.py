@@ -56,8 +56,8 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     `pair.layers` names what there is not, or where the Flax module is not bound.
     """
     reference = Reference(pair.torch, pair.call, "float32")
-    trains = mode == "training" and any(part.training for part in norms(pair.torch))
-    side = flax_module(pair.flax, "float32", training=trains)
+    side = flax_module(pair.flax, "float32", training=mode == "training")
+    side.forced = _trains(pair)
     trace = record(side, pair.flax_call)
     pairing = pair_traces(pair, reference.trace, side, trace)
     reference.step(pairing.of_torch())
@@ -74,7 +74,7 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found: Divergence | None = walk.run(pair.flax_call)
     if found is None and explain.weak is not None:
         explain.first, found = explain.weak, explain.weak[1]
-    if trains:  # also where the forward pass is within float32's noise
+    if mode == "training":  # also where the forward pass is within float32's noise
         moved = _moved_in_float64(pair, pairing, helping)
         if moved is not None:
             return _as_written(moved, reference)
@@ -87,11 +87,16 @@ def first_divergence(pair: Pair, mode: Mode = "forward", seconds: float = 0.0) -
     found = _repaired(pair, _nearer(pair, found, explain), explain, seconds)
     if found is None and mode == "forward" and not reference.random:
         found = _in_float64(pair, pairing, helping, seconds)
-    if found is None and trains:
+    if found is None and mode == "training":
         found = running_statistics(reference, walk, matched)
     if found is None and mode != "forward":
         found = first_backward(pair, reference, side, walk, matched)
     return _as_written(found, reference) if found else None
+
+
+def _trains(pair: Pair) -> bool:
+    """Whether any of torch's norms is in train mode."""
+    return any(part.training for part in norms(pair.torch))
 
 
 def _is_slight(found: Divergence) -> bool:
@@ -169,6 +174,7 @@ def _moved_in_float64(pair: Pair, pairing: Pairing, helping: Helps) -> Divergenc
     what float32 shows is rounding (Flax's fast variance), and they are the difference."""
     exact = Reference(pair.torch, pair.call, "float64")
     wide = flax_module(pair.flax, "float64", training=True)
+    wide.forced = _trains(pair)
     exact.step(pairing.of_torch())
     wrong: list[Event] = []
     walk = Forward(exact, wide, pairing, wrong.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -54,6 +55,32 @@ def match_copies(
                 break
 
 
+def match_eliminated(
+    ours: Arrays, theirs: Arrays, tensors: Arrays, matches: Iterable[Match]
+) -> Iterator[Match]:
+    """Of what is left in Flax, what holds the values of a tensor that is matched already, for the
+    tensors that are left of its shape and name, in order, where there are as many: these were
+    loaded from the wrong one. `tensors` are all of torch's."""
+    matched = [n for m in matches for n in m.torch if n in tensors and _tells(tensors[n])]
+    groups: dict[tuple[Shape, str], list[tuple[str, Ops]]] = {}
+    for path, y in theirs.items():
+        for name in (n for n in matched if tensors[n].size == y.size and _tells(y)):
+            ops = operations(tensors[name], y)
+            if ops is not None and np.array_equal(run(ops, [tensors[name]])[0], y):
+                key = tensors[name].shape, name.rpartition(".")[2]
+                groups.setdefault(key, []).append((path, ops))
+                break
+    for (shape, leaf), held in groups.items():
+        left = [n for n, x in ours.items() if x.shape == shape and n.rpartition(".")[2] == leaf]
+        if len(left) == len(held):
+            for name, (path, ops) in zip(left, held, strict=True):
+                yield Match((name,), (path,), ops, "param")
+
+
+def _tells(x: np.ndarray) -> bool:
+    return x.dtype.kind == "f" and x.size > 1 and bool(np.ptp(x) > 0)
+
+
 Copies = tuple[list[str], list[str]]  # torch's other names, Flax's tensors
 
 
@@ -80,8 +107,15 @@ def _within(name: str, paired: object) -> str:
 
 def _group(ours: Arrays, theirs: Arrays, a: list[str], b: list[str]) -> Iterator[Match]:
     together = len(a) == len(b) and _alike([ours[n] for n in a], [theirs[n] for n in b])
-    if len(a) == len(b) == 1 and ours[a[0]].size == 1:  # one number, and no other beside it
-        together = bool(np.array_equal(np.ravel(ours[a[0]]), np.ravel(theirs[b[0]])))
+    single = Counter(float(np.ravel(side[n])[0]) for side, names in ((ours, a), (theirs, b))
+                     for n in names if side[n].size == 1)  # fmt: skip
+
+    def one(x: np.ndarray, y: np.ndarray) -> bool:
+        """Whether the two are one number that no other is."""
+        return (
+            x.size == 1 and np.ravel(x)[0] == np.ravel(y)[0] and single[float(np.ravel(x)[0])] == 2
+        )
+
     able = sorted(
         itertools.product(range(len(a)), range(len(b))),
         key=lambda ij: (
@@ -94,7 +128,7 @@ def _group(ours: Arrays, theirs: Arrays, a: list[str], b: list[str]) -> Iterator
     done: set[tuple[str, int]] = set()
     for i, j in able:
         x, y = ours[a[i]], theirs[b[j]]
-        if {("a", i), ("b", j)} & done or not (together or _alike([x], [y])):
+        if {("a", i), ("b", j)} & done or not (together or _alike([x], [y]) or one(x, y)):
             continue
         ops = operations(x, y)
         if ops is not None:

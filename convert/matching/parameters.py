@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.matching.bare import match_left
+from convert.matching.bare import match_eliminated, match_left
 from convert.matching.layers import normal
 from convert.matching.pair import LayerPair, Match
-from convert.matching.rearranged import match_values
+from convert.matching.rearranged import match_values, with_copies
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_module import FlaxModule, cell_path
@@ -49,10 +49,14 @@ def pair_tensors(module: Any, layers: list[LayerPair], side: FlaxModule) -> list
                 taken |= set(m.flax)
     found += _bare(module, found, flax, taken)
     found += match_values(*_left(module, values, found))
+    tensors = {n: to_numpy(t) for n, t in state(module).items()}
+    for whole, copied in list(with_copies(found, tensors, *_left(module, values, found))):
+        found = [*(m for m in found if m not in copied), whole]
     found += match_left(*_left(module, values, found), [*layers, *_owners(found)])  # beside those
     found += match_left(*_left(module, values, found), layers)
     found += _statistics(modules, values, found)
     found += match_left(*_left_buffers(module, values, found), [])
+    found += match_eliminated(*_left(module, values, found), tensors, found)
     return found
 
 

@@ -19,10 +19,13 @@ _PROBES = 16  # values of a tensor that are looked for in another
 def match_values(ours: Arrays, theirs: Arrays) -> Iterator[Match]:
     """Matches between tensors that hold exactly the same values, however these lie."""
     a, b = ({n: x for n, x in side.items() if _tells(x)} for side in (ours, theirs))
+    single = {n: x for n, x in ours.items() if x.size == 1 and x.dtype.kind == "f"}
     done: set[str] = set()
-    for name, y in b.items():
+    # The largest first: what holds several is told by all of them, one of them may be there twice.
+    for name, y in sorted(b.items(), key=lambda item: -item[1].size):
         held = [n for n in a if n not in done and _holds(y, a[n])]
-        if found := gathered([a[n] for n in held], y):
+        held = held or [n for n in single if n not in done and _holds(y, single[n])]
+        if found := gathered([ours[n] for n in held], y):
             order, ops = found
             done |= set(held)
             yield Match(tuple(held[i] for i in order), (name,), ops, "param")
@@ -36,6 +39,28 @@ def match_values(ours: Arrays, theirs: Arrays) -> Iterator[Match]:
             flax = tuple(held[i] for i in order)
             done |= {f"flax:{n}" for n in flax}
             yield Match((name,), flax, inverse(ops, [b[n].shape for n in flax]), "param")
+
+
+def with_copies(
+    matches: Sequence[Match], tensors: Arrays, ours: Arrays, theirs: Arrays
+) -> Iterator[tuple[Match, list[Match]]]:
+    """Matches of what is left, `ours` and `theirs`, for which tensors are needed that are matched
+    with copies of them; and those matches. `tensors` are all of torch's."""
+    for name, y in theirs.items():
+        held = [n for n, x in ours.items() if _tells(x) and _holds(y, x)]
+        if not held or sum(ours[n].size for n in held) >= y.size:
+            continue
+        copies = {
+            m.torch[0]: m
+            for m in matches
+            if len(m.torch) == len(m.flax) == 1 and m.torch[0] in tensors
+            and _tells(tensors[m.torch[0]]) and _holds(y, tensors[m.torch[0]])
+        }  # fmt: skip
+        names = [*held, *copies]
+        if copies and (found := gathered([tensors[n] for n in names], y)):
+            order, ops = found
+            whole = Match(tuple(names[i] for i in order), (name,), ops, "param")
+            yield whole, list(copies.values())
 
 
 def _tells(x: np.ndarray) -> bool:

@@ -137,6 +137,7 @@ class FlaxModule:
         self.stacks: dict[str, int] = {}  # path of a scanned stack -> its layers, once it was run
         self.recording: tuple[Call, Any] | None = None  # of which call, and what runs it again
         self.still: frozenset[str] | None = None  # norms that do not train, once that is known
+        self.forced = True  # whether norms train where no switch of the module's makes them
 
     @property
     def params(self) -> Values:
@@ -168,8 +169,9 @@ class FlaxModule:
             jax.eval_shape(lambda: self._as_users_train(values, args, kwargs, modes))
         except Exception:
             LOG.debug("it does not run in train mode", exc_info=True)
+            self.training = self.forced
             return frozenset()
-        return modes.still()
+        return modes.still(self.forced)
 
     def _as_users_train(self, values: Values, args: Any, kwargs: Any, modes: Modes) -> Any:
         """The output in train mode, dropout and all."""

@@ -56,9 +56,9 @@ class Modes:
             self._trained[path] = told or self._trained.get(path, False)
         return proceed(*args, **kwargs)
 
-    def still(self) -> frozenset[str]:
-        """Those in eval mode, where any is in train mode: else the model has no switch."""
-        if not any(self._trained.values()):
+    def still(self, forced: bool) -> frozenset[str]:
+        """Those in eval mode; where all are, the model has no switch, and with `forced` none is."""
+        if forced and not any(self._trained.values()):
             return frozenset()
         return frozenset(path for path, told in self._trained.items() if not told)
 
