@@ -30,6 +30,7 @@ from convert.judge.rows import Row
 from convert.matching.pair import Match, Pair, layout_matches
 from convert.matching.pairing import pair_traces
 from convert.runtime.applied import name_of
+from convert.runtime.arrays import to_numpy
 from convert.runtime.call import Call
 from convert.runtime.fitting import input_names
 from convert.runtime.flax_calls import record
