@@ -3,10 +3,11 @@
     right_pairs.py [--seeds N] [-o FILE.json] [NAME ...]
 
 The pairs are those of scripts/cases/, open and sealed, built anew with every seed. One call of
-`verify` at "training" judges all four levels, and the table says at which of them a pair differs,
-and by which cause. The pairs come in an order that ORDER's seed drew, each with all its seeds
-before the next, so that what is done when the time is over was not chosen. Rows that the file holds
-already are not run again, but for those marked as from `before` what was changed last.
+`verify` at "training" judges the three upper levels, another the tensors, and the table says at
+which of them a pair differs, and by which cause. The pairs come in an order that ORDER's seed drew,
+each with all its seeds before the next, so that what is done when the time is over was not chosen.
+Rows that the file holds already are not run again, but for those marked as from `before` what was
+changed last.
 
 Those who wrote the pairs checked them in eval mode, by their outputs: some do train otherwise. Such
 a pair differs as it is written, with seed 0, and every seed is judged where Flax is mended in
@@ -53,15 +54,14 @@ MENDS = {
 
 
 def levels_of(report: Any) -> dict[str, str]:
-    """The verdict of each level's own rows."""
+    """The verdict of each level's own rows, of the levels that run both sides."""
     rows = {
         "outputs": [*report.outputs, *report.layers],
         "gradients": report.gradients,
         "training": [row for t in report.training for row in t.rows],
     }
     bad = {k: any(r.judged and not r.same for r in v) for k, v in rows.items()}
-    bad["bits"] = bool(report.differences)
-    return {level: "different" if bad[level] else "same" for level in LEVELS}
+    return {level: "different" if bad[level] else "same" for level in rows}
 
 
 def judged(path: Path, seed: int, mended: bool = False) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def judged(path: Path, seed: int, mended: bool = False) -> dict[str, Any]:
             if mended:
                 hold_a_bias(case["torch"])
             report = cases.verify(case, "training")
-        row |= levels_of(report)
+        row |= levels_of(report) | {"bits": cases.verify(case, "bits").verdict}
         if (found := report.first_divergence) is not None:
             off = [r.name for r in report.rows if r.judged and not r.same]
             row |= {"cause": found.cause, "layer": found.layer, "said": found.diagnosis,

@@ -26,6 +26,7 @@ from convert.diagnose.causes import Reason, found
 from convert.diagnose.divergence import Divergence
 from convert.judge.noise import EXACT, gap, largest
 from convert.runtime.call import Call
+from convert.runtime.torch_calls import trace_torch
 
 _ASIDE = 2.0**-12  # of the largest value
 
@@ -55,7 +56,7 @@ def by_trial(
             first = _at(first, parted(reference, flax))
     reason, layer = _told_nothing(reference, flax, options.steps)
     if reason is None and first.direction == "backward":
-        reason = _kink(report, reference, flax)
+        reason, layer = _kink(report, reference, flax), _taking(report, reference)
     elif reason is None and first.direction == "training":
         reason, layer = _summed(reference, flax, options.steps)
     if reason is None:
@@ -120,6 +121,24 @@ def _kink(report: Report, reference: TorchSide, flax: FlaxSide) -> Reason | None
     if any(gap(ours[n], theirs[n]) > EXACT * largest(ours[n]) for n in names):
         return None
     return found("kink", names=", ".join(n.removeprefix("in.") for n in names), aside=_ASIDE)
+
+
+def _taking(report: Report, reference: TorchSide) -> str | None:
+    """The first layer that takes an input of the model whose gradient differs, where no gradient
+    of a parameter does."""
+    names = _wrong(report)
+    if not all(n.startswith("in.") for n in names):
+        return None
+    paths = {f"in.{name}": path for path, name in reference.names.items()}
+    arrays = [reference.call.arrays()[paths[n]] for n in names]
+    calls = trace_torch(reference.module, reference.call).calls
+    taking = (
+        c.name
+        for c in calls
+        for x in c.inputs.values()
+        if c.name and any(np.array_equal(x, y.astype(x.dtype)) for y in arrays)
+    )
+    return next(taking, None)
 
 
 def _wrong(report: Report) -> list[str]:

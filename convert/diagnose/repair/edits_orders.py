@@ -10,6 +10,7 @@ from typing import Any
 from convert.diagnose.repair.edit import Edit, named, short, with_values
 from convert.diagnose.repair.edits_siblings import activations
 from convert.diagnose.repair.edits_values import LATELY, taken_for
+from convert.diagnose.repair.words import of_bypass
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values, execute
 
@@ -167,7 +168,8 @@ def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iter
             users = [i for i in stretch.indices if old in program.operations[i].refs]
             said = f"another argument of {stretch.name}: {named(program, new)} " \
                    f"in place of {named(program, old)}"  # fmt: skip
-            yield Edit(1.5, taken_for(program, old, new), said, dict.fromkeys(users, change))
+            why = of_bypass(program, new, old, users) or taken_for(program, old, new)
+            yield Edit(1.5, why, said, dict.fromkeys(users, change))
     same = [(a, b) for i, a in enumerate(stretch.taken) for b in stretch.taken[i + 1 :]
             if _like(values, a, b)]  # fmt: skip
     for a, b in same:

@@ -19,7 +19,7 @@ from convert.diagnose.repair.candidates import every, nodes_of
 from convert.diagnose.repair.edit import NAMELESS, Edit, word
 from convert.diagnose.repair.edits_values import neutral
 from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
-from convert.diagnose.repair.words import of_both
+from convert.diagnose.repair.words import of_both, of_zeros
 from convert.diagnose.unseen import SeenValues
 from convert.matching.alignment import gap
 from convert.program.operations import Program
@@ -27,6 +27,7 @@ from convert.program.operations import Program
 _PAIRED = 1.35  # edits that cost more are not tried in pairs
 _NEUTRAL = 0.5  # edits that cost less change nothing by themselves
 BUSY = 10  # times the budget by the clock, where other processes take the processor
+_NOTHING = 1e-5  # a factor as small as that is solved for as 0
 _SPREAD = 0.25  # after a first fit, how much dearer edits are still looked at
 
 
@@ -252,6 +253,9 @@ class _Search:
                 edit, changes=edit.free(number), free=None, at=edit.place,
                 said=edit.said.format(number=word(number)), cost=edit.cost - 1.2,
             )  # fmt: skip
+            if not number and edit.cause == "scale":
+                why = of_zeros(self.problem.program, edit.place)
+                exact = replace(exact, cause=why, said="zeros in its place")
             error = self.first.error(exact)
             if error <= self.first.tolerance(exact, error):
                 return self._fit(exact, error)
@@ -269,6 +273,8 @@ def _leaves_much(fit: Fit, others: Sequence[Fit]) -> bool:
 
 def _rounded(c: float) -> Iterator[float]:
     """Numbers that people write, near c."""
+    if c and abs(c) < _NOTHING:
+        yield 0.0
     for digits in (1, 2, 3):
         number = float(f"{c:.{digits - 1}e}")
         if c and abs(number - c) < 1e-2 * abs(c):

@@ -4,6 +4,7 @@ another one goes through."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from convert.diagnose.repair.edit import NAMELESS, Node, scalars
 from convert.program.operations import Program
@@ -28,6 +29,21 @@ def of_both(one: str, other: str) -> str:
 def bypasses(program: Program, one: int, other: int) -> bool:
     """Whether one value by-passes what the other is made of it by."""
     return one in program.before.get(other, ())
+
+
+def of_bypass(program: Program, value: int, passed: int, users: Collection[int]) -> str | None:
+    """The word for a value that all of these users, and no others of it are there, take in place of
+    the one that is made of it: what makes it is left out. None where that is not so."""
+    if not bypasses(program, value, passed) or set(program.users.get(passed, ())) - set(users):
+        return None
+    between = [
+        o
+        for o in program.operations
+        for v in o.made
+        if (v == passed or bypasses(program, v, passed)) and bypasses(program, value, v)
+    ]
+    modules = " ".join(o.module.rpartition(".")[2].lower() for o in between)
+    return "rope" if re.search("rot|rope", modules) else "left_out"
 
 
 def bypasses_layers(program: Program, one: int, other: int) -> bool:
@@ -96,6 +112,18 @@ def of_one_added(node: Node) -> str | None:
              for v in node.operation.made for i in node.program.users.get(v, ())]  # fmt: skip
     multiplies = bool(users) and all(name == "mul" for name in users)
     return "scale_plus_one" if multiplies or (leaf and leaf.kind == "parameter") else None
+
+
+def of_zeros(program: Program, index: int) -> str:
+    """The word for zeros in place of what an operation gives: of what is put beside something, as
+    often as is needed, they pad it."""
+    users = {u for v in program.operations[index].made for u in program.users.get(v, ())}
+    while any(program.operations[u].name in ("repeat", "expand", "tile") for u in users):
+        users = {
+            u for k in users for v in program.operations[k].made for u in program.users.get(v, ())
+        }
+    names = {program.operations[u].name for u in users}
+    return "padding" if names and names <= {"cat", "concat", "stack"} else "left_out"
 
 
 def of_window(node: Node) -> str | None:
