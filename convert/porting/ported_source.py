@@ -167,7 +167,7 @@ def _header(module: Any, proved: Ported, standalone: bool) -> str:
     wrapped = [
         part
         for line in text.splitlines()
-        for part in textwrap.wrap(line, 99, subsequent_indent=" " * 4) or [""]
+        for part in textwrap.wrap(line, 97, subsequent_indent=" " * 4) or [""]
     ]
     return "\n".join(wrapped).replace("\\", "\\\\").replace('"""', "'''") + "\n"
 

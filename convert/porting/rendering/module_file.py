@@ -123,6 +123,7 @@ class _File:
             p
             for p in (
                 f'"""{self.header}"""',
+                _OWN_NAMES if any("_" in c.name for c in self.classes.every) else "",
                 "\n".join(self._imports(body, [*more, *rules.imports])),
                 "\n".join(arrays) if self.context.held.arrays else "",
                 body,
@@ -190,7 +191,7 @@ class _File:
         given = scope.call.arguments
         types = ", ".join(f"{p}: {self._kind(p, scope, [given.get(p)])}" for p in body.parameters)
         yield f"def {written.name}({types}) -> {self._result(scope)}:"
-        yield f'{INDENT}"""From {module_name(scope.function)}.{scope.function.__qualname__}."""'
+        yield from _origin(scope.function)
         for line in tidied(body.lines):
             yield from _written(line, INDENT)
 
@@ -198,9 +199,8 @@ class _File:
         base = "nnx.List[Any]" if written.items else "nnx.Module"
         derived = written.whole().get(BASE)
         base = derived.callee if derived is not None else base
-        of = f"{module_name(written.of)}.{written.of.__qualname__}"
         yield f"class {written.name}({base}):"
-        yield f'{INDENT}"""From {of}."""'
+        yield from _origin(written.of)
         yield ""
         if written.body is None:
             yield f"{INDENT}# It only holds its parts: the traced call does not call it."
@@ -311,7 +311,18 @@ def _type(values: Any) -> str:
     return " | ".join(_TYPES.get(name, name) for name in names)
 
 
+_WIDTH = 100
+_OWN_NAMES = "# Classes have the names that they have in torch.\n# ruff: noqa: N801"
 _TYPES = {"tuple": "tuple[Any, ...]", "Stored": "np.ndarray"}
+
+
+def _origin(of: Any) -> Iterator[str]:
+    """The docstring: what it was written from."""
+    module, name = module_name(of), of.__qualname__
+    if len(line := f'{INDENT}"""From {module}.{name}."""') <= _WIDTH:
+        yield line
+    else:
+        yield from (f'{INDENT}"""From {module}:', f'{INDENT}{name}."""')
 
 
 def _plain(text: str) -> str:
@@ -325,14 +336,19 @@ def _plain(text: str) -> str:
         raise AssertionError(f"{text}: {e}") from e
 
 
+# Imports in order; needless parentheses; a choice between two values on one line.
+_FIXED = "I,F401,UP034,SIM108,SIM201"
+
+
 def formatted(source: str) -> str:
     """The source as ruff formats it, where that is installed."""
     ruff = shutil.which("ruff") or shutil.which("ruff", path=str(sys.prefix) + "/bin")
     if ruff is None:
         return source
+    width = ["--isolated", "--line-length", str(_WIDTH), "--quiet"]
     for command in (
-        ["check", "--isolated", "--select", "I,F401,UP034", "--fix-only", "--quiet", "-"],
-        ["format", "--isolated", "--line-length", "100", "--quiet", "-"],
+        ["check", *width, "--select", _FIXED, "--fix-only", "--unsafe-fixes", "-"],
+        ["format", *width, "-"],
     ):
         done = subprocess.run(
             [ruff, *command], input=source, capture_output=True, text=True, check=False

@@ -50,17 +50,17 @@ class Body:
 
 def tidied(lines: Sequence[Line]) -> list[Line]:
     """The statements without those that do nothing."""
-    return _renamed(_without_no_ops(_without_swaps(_without_dead_copies(lines))))
+    return _renamed(_without_no_ops(_without_swaps(_without_dead(lines))))
 
 
-def _without_dead_copies(lines: Sequence[Line]) -> list[Line]:
-    """The statements without those `name = other` whose name nothing mentions before it is given
-    anew."""
-    kept = []
-    for i, line in enumerate(lines):
-        copy = line.site is None and _COPY.fullmatch(line.text) and line.targets
-        if not copy or _is_read(line.targets[0], lines[i + 1 :]):
-            kept.append(line)
+def _without_dead(lines: Sequence[Line]) -> list[Line]:
+    """The statements without those whose names nothing mentions before they are given anew, unless
+    they call a part, which may draw numbers or move statistics."""
+    kept: list[Line] = []
+    for line in reversed(lines):
+        read = any(_is_read(name, kept) for name in line.targets)
+        if not line.targets or line.guard or read or _CALLED.search(line.text):
+            kept.insert(0, line)
     return kept
 
 
@@ -144,7 +144,7 @@ def _is_no_op(line: Line) -> bool:
     return plain and len(line.targets) == 1 and line.text.isidentifier()
 
 
-_COPY = re.compile(r"\w+(\.dtype|\.astype\([\w.]+\))?")
+_CALLED = re.compile(r"\bself(\.\w+|\[[^]]*\])*\(|\bself\b(?!\.)")  # of a part, or by a function
 
 
 def _is_read(name: str, after: Sequence[Line]) -> bool:
