@@ -23,7 +23,7 @@ from convert.runtime.linen_calls import (
     with_dropout,
 )
 from convert.runtime.narrow import widened_dtypes
-from convert.runtime.norm_modes import Modes, attributes, keeps, switched
+from convert.runtime.norm_modes import Modes, keeps, switched, switches_of
 from convert.runtime.precision import jax_precision, wide_attributes
 from convert.runtime.unrolled import Unrolled
 from zoo.containers.errors import UsageError
@@ -378,7 +378,7 @@ class _Linen(FlaxModule):
     def _as_users_train(self, values: Values, args: Any, kwargs: Any, modes: Modes) -> Any:
         from flax import linen
 
-        module = self._module.clone(**attributes(self._module))
+        module = self._module.clone(**switches_of(self._module))
         args, kwargs = switched(module, args, kwargs, training=True)
         with linen.intercept_methods(self._interceptor(modes)):
             return module.apply(
@@ -455,9 +455,10 @@ def _folded(key: Any) -> Any:
 
 
 def _training_attributes(part: Any) -> Iterator[tuple[str, bool]]:
-    """What puts a norm into train mode: NNX's own, or somebody's own that keeps statistics."""
+    """What puts a norm into train mode: NNX's own, or somebody's own that keeps statistics. Others
+    that keep something may be told by `deterministic`: torch's counterparts are not trained."""
     if keeps(part):
-        yield from attributes(part).items()
+        yield from ((n, v) for n, v in switches_of(part).items() if n != "deterministic")
 
 
 def _with_nnx_batch_statistics(around: Around | None, still: Collection[str]) -> Around:
@@ -468,8 +469,8 @@ def _with_nnx_batch_statistics(around: Around | None, still: Collection[str]) ->
     def training(path: str, part: Any, proceed: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(part, nnx.BatchNorm):
             args, kwargs = args[:1], {**kwargs, "use_running_average": path in still}
-        elif keeps(part):
-            args, kwargs = switched(part, args, kwargs, training=path not in still)
+        elif keeps(part) and path not in still:
+            args, kwargs = switched(part, args, kwargs, training=True)
         if around is None:
             return proceed(*args, **kwargs)
         return around(path, part, proceed, args, kwargs)

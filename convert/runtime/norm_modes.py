@@ -26,7 +26,7 @@ def switched(owner: Any, args: Any, kwargs: Any, training: bool) -> Arguments:
     return given.args[1:], given.kwargs
 
 
-def attributes(owner: Any) -> dict[str, bool]:
+def switches_of(owner: Any) -> dict[str, bool]:
     """The switches that `owner` has as attributes, as in training."""
     return {n: not v for n, v in _SWITCHES.items() if isinstance(vars(owner).get(n), bool)}
 
