@@ -4,7 +4,7 @@ compute, in whatever order or shape, although it has all that the value is made 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ def first_unseen(pair: Pair, inside: str) -> Place | None:
     calls, made = _calls(pair)
     seen = seen_in(computed_by(flax_module(pair.flax, "float64"), pair.flax_call))
     ended = sorted(calls, key=lambda c: c.end)
-    ancestors = _ancestors(t for t in made if seen.has(t))
+    ancestors = _ancestors([t for t in made if seen.has(t)], made)
     right = {c.order for c in ended if any(seen.has(t) or t.grad_fn in ancestors
                                            for t in c.outputs)}  # fmt: skip
     within = [c for c in ended if not inside or c.name.startswith(f"{inside}.") or c.name == inside]
@@ -148,15 +148,44 @@ def _lacking(call: _Call, seen: SeenValues, ancestors: set[Any]) -> list[Any]:
     return lacking or [t for t in given if not seen.as_it_lies(t)]
 
 
-def _ancestors(tensors: Iterable[Any]) -> set[Any]:
-    """All that these tensors are made of, as nodes of torch's graph."""
-    open_, met = [t.grad_fn for t in tensors if t.grad_fn is not None], set()
+def _ancestors(tensors: Iterable[Any], every: Iterable[Any]) -> set[Any]:
+    """All that these tensors are made of, as nodes of torch's graph; what they are made of by one
+    of its parts only where all its parts lead to them. `every` are the tensors of the run."""
+    users: dict[Any, list[Any]] = {}
+    open_ = list(dict.fromkeys(t.grad_fn for t in every if t.grad_fn is not None))
+    order, met = [], set(open_)
     while open_:
         node = open_.pop()
-        if node not in met:
-            met.add(node)
-            open_ += [n for n, _ in node.next_functions if n is not None]
-    return met
+        order.append(node)
+        for n, _ in node.next_functions:
+            if n is not None:
+                users.setdefault(n, []).append(node)
+                if n not in met:
+                    met.add(n)
+                    open_.append(n)
+    found = {t.grad_fn for t in tensors if t.grad_fn is not None}
+    for node in _users_first(order, users):
+        whole = [u for u in users.get(node, ()) if not u.name().startswith(_PARTIAL)]
+        parts = [u for u in users.get(node, ()) if u.name().startswith(_PARTIAL)]
+        if any(u in found for u in whole) or (parts and all(u in found for u in parts)):
+            found.add(node)
+    return found
+
+
+_PARTIAL = ("Select", "Slice", "Split", "Unbind", "Narrow", "IndexSelect", "IndexBackward")
+
+
+def _users_first(nodes: Sequence[Any], users: dict[Any, list[Any]]) -> Iterator[Any]:
+    """The nodes of a graph, each after all that take it."""
+    left = {node: len(users.get(node, ())) for node in nodes}
+    open_ = [node for node, count in left.items() if not count]
+    while open_:
+        yield (node := open_.pop())
+        for n, _ in node.next_functions:
+            if n in left:
+                left[n] -= 1
+                if not left[n]:
+                    open_.append(n)
 
 
 class SeenValues:

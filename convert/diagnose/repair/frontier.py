@@ -39,12 +39,33 @@ def first_lacking(program: Program, values: Values, seen: SeenValues) -> Operati
 
 def _good(program: Program, values: Values, seen: SeenValues) -> set[int]:
     """Values that Flax has, or that lead to one that it has. What is too small to be told is taken
-    for right."""
+    for right; what leads to it by its parts alone is right if all of them are."""
     good: set[int] = set(program.leaves)
-    for operation in reversed(program.operations):
-        if set(operation.made) & good or any(seen.has(values[v]) for v in operation.made):
-            good |= {*operation.made, *operation.refs}
+    operations, users = program.operations, program.users
+
+    def in_parts(value: int) -> bool:
+        takers = [
+            operations[u] for u in users.get(value, ()) if _takes_a_part(operations[u], values)
+        ]
+        return bool(takers) and all(set(o.made) & good for o in takers)
+
+    for operation in reversed(operations):
+        made = operation.made
+        if set(made) & good or any(in_parts(v) or seen.has(values[v]) for v in made):
+            good |= set(made)
+            if not _takes_a_part(operation, values):
+                good |= set(operation.refs)
     return good | {v for v, x in values.items() if not is_telling(to_numpy(x))}
+
+
+def _takes_a_part(operation: Operation, values: Values) -> bool:
+    """Whether what it gives says nothing of the rest of what it takes."""
+    if operation.name not in _PARTS or not operation.refs or not operation.made:
+        return False
+    return bool(values[operation.made[0]].numel() < values[operation.refs[0]].numel())
+
+
+_PARTS = ("getitem", "select", "narrow", "chunk", "split", "unbind", "index_select", "tensor_split")
 
 
 def _within(module: str, operation: Operation) -> bool:
