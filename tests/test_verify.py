@@ -142,6 +142,11 @@ def test_noise_is_measured_again_only_where_rounding_may_explain_the_difference(
     assert not noise.again(dataclasses.replace(both, error64=9e-9)).same
     assert not noise.again(dataclasses.replace(both, error=9e-5)).same
     assert not Noise(exact, rerun).again(both).same
+    steps = Noise(exact, rerun, exact64=True, chaotic=True, grown=4.0)
+    assert steps.again(dataclasses.replace(lucky, error=3e-4)).same
+    assert not steps.again(dataclasses.replace(lucky, error=4e-4)).same
+    far = dataclasses.replace(both, error=9e-5)
+    assert not steps.again(far).same, "only where float64 is exact"
 
 
 def test_reruns_move_weights_by_one_unit_in_the_last_place() -> None:

@@ -19,6 +19,7 @@ from zoo.containers.errors import MissingExtra, UsageError
 
 RATE = 1e-3
 _DECAY = 0.01
+_GROWN = 4.0  # times as far may steps in float32 part that are the same in float64
 
 Runs = Mapping[str, Trained]  # by precision
 
@@ -95,6 +96,7 @@ def _compare(reference: TorchSide, a: Side, b: Side, rule: Optimizer, steps: int
         lambda precision, i: seen(reference.shaken(i).train(precision, rule, steps)),
         exact64="float64" in reference.precisions,
         chaotic=True,
+        grown=_GROWN,
     )
     rows = []
     for name in wanted:
