@@ -16,10 +16,11 @@ from convert.runtime.arrays import is_inexact, named_outputs, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.exact_sums import exactly_summed, uncompiled
 from convert.runtime.flax_calls import watch
-from convert.runtime.flax_module import FlaxModule, Values, flax_module
+from convert.runtime.flax_module import flax_module
 from convert.runtime.jax_values import Computed, cotangents_of
 from convert.runtime.jaxpr import compares_floats, narrow_operation, narrow_outputs
 from convert.runtime.precision import precision_of
+from convert.runtime.pure_module import FlaxModule, Values
 from convert.runtime.trace import Place, Trace
 from zoo.layout.ops import inverse
 from zoo.layout.ops import run as apply_ops

@@ -22,7 +22,7 @@ from convert.diagnose.walk import Forward
 from convert.matching.alignment import Aligned, to_flax, to_torch
 from convert.matching.pair import LayerPair, Pair
 from convert.runtime.arrays import leaves, replaced, to_numpy
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_module import replica
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo import probe

@@ -32,7 +32,7 @@ from convert.matching.alignment import align, best_move, moves, to_flax, to_torc
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.flax_calls import attributes
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.trace import Recorded
 from zoo.layout.kinds import flax_kind, torch_kind
 

@@ -15,7 +15,7 @@ from convert.matching.bare import Copies, copies
 from convert.matching.pair import Match
 from convert.matching.stacked import layer_by_layer
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_module import state
 from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run, run_shapes

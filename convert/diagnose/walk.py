@@ -30,8 +30,8 @@ from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import traced
-from convert.runtime.flax_module import FlaxModule
 from convert.runtime.linen_calls import rewound
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_recurrent import is_single
 from convert.runtime.trace import Recorded, array_arguments, with_arguments
 from zoo.layout.kinds import flax_kind, torch_kind

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule, cell_path
+from convert.runtime.pure_module import FlaxModule, cell_path
 from convert.runtime.trace import Trace
 from zoo.layout.kinds import compatible, flax_kind, torch_kind
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.runtime.call import Call
 from convert.runtime.flax_calls import record
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.trace import Trace
 
 _NEAR = 1e-4  # of the largest value: no more than rounding

@@ -25,7 +25,7 @@ from convert.matching.directions import exchanged
 from convert.matching.pair import LayerPair, Pair
 from convert.matching.revalued import reshaped, revalued
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.trace import Trace
 from zoo.containers.errors import UsageError
 from zoo.layout.kinds import compatible

@@ -19,7 +19,8 @@ from convert.matching.stacked import restacked
 from convert.matching.turned import with_turned
 from convert.runtime.arrays import to_numpy
 from convert.runtime.flax_calls import record
-from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.flax_module import flax_module
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_calls import trace_torch
 from convert.runtime.torch_module import state
 from convert.runtime.torch_recurrent import unstack

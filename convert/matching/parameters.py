@@ -15,7 +15,7 @@ from convert.matching.pair import LayerPair, Match
 from convert.matching.rearranged import match_values, with_copies
 from convert.runtime.applied import Applied
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule, cell_path
+from convert.runtime.pure_module import FlaxModule, cell_path
 from convert.runtime.torch_module import computed, state
 from convert.runtime.torch_recurrent import is_single
 from zoo.layout.kinds import kinds, torch_kind

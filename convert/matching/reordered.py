@@ -13,7 +13,7 @@ from convert.matching.pair import LayerPair, Match, Pair
 from convert.matching.rearranged import rearranged
 from convert.matching.stacked import in_stacks, layer_by_layer
 from convert.runtime.arrays import to_numpy
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_module import state
 from convert.runtime.trace import Trace
 from zoo.layout.ops import run

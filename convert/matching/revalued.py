@@ -9,7 +9,7 @@ from convert.matching.alignment import moves
 from convert.matching.called import CalledLayer, Found, Layers, alike
 from convert.matching.effect import helps
 from convert.matching.pair import Pair
-from convert.runtime.flax_module import FlaxModule
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.trace import Trace
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from convert.runtime.arrays import leaves, named_outputs, replaced, to_numpy
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule, Values, cell_path, flax_module
+from convert.runtime.flax_module import flax_module
 from convert.runtime.interception import Around
+from convert.runtime.pure_module import FlaxModule, Values, cell_path
 from convert.runtime.trace import Place, Recorder, Trace, array_arguments, with_arguments
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule
 from convert.runtime.jaxpr import closed_jaxpr_of
+from convert.runtime.pure_module import FlaxModule
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where an equation holds what it calls
 _DERIVED = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")  # derivatives by hand

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.runtime.arrays import leaves
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule, Values
+from convert.runtime.pure_module import FlaxModule, Values
 
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
 

@@ -25,8 +25,9 @@ from convert.program.operations import Operation, Program
 from convert.program.record import Goal, NotSeen, Recording, record
 from convert.program.replay import replay
 from convert.runtime.call import Call
-from convert.runtime.flax_module import FlaxModule, flax_module
+from convert.runtime.flax_module import flax_module
 from convert.runtime.jax_values import Computed, computed_by
+from convert.runtime.pure_module import FlaxModule
 from convert.runtime.torch_calls import copied
 from convert.runtime.torch_module import replica
 from convert.runtime.torch_recurrent import restack, whole
