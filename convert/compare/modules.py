@@ -42,8 +42,9 @@ from convert.tensors import bits_of
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.request import as_layout
 from zoo.containers.errors import UsageError, ZooError
-from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run_shapes
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,12 @@ class ModulePair:
         them: constants (masks, tables of positions) that stand in Flax's code."""
         owners = dict(self.pair.torch.named_modules())
         buffers = {n for n, _ in self.pair.torch.named_buffers()}
-        own = {n for n in buffers if torch_kind(owners[n.rpartition(".")[0]]) == "other"}
+        own = {
+            n
+            for n in buffers
+            if n.rpartition(".")[2] not in _STATISTICS
+            and not type(owners[n.rpartition(".")[0]]).__module__.startswith("torch.")
+        }
         return set(names) <= own and not self.unmatched[1]
 
     def run(self, options: Settings, flax_draws: bool) -> None:

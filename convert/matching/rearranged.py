@@ -9,7 +9,8 @@ import numpy as np
 
 from convert.matching.fits import squeeze
 from convert.matching.pair import Match
-from zoo.layout.ops import Concat, Op, Ops, Permute, Split, Stack, inverse, run
+from convert.matching.stacked import moved
+from zoo.layout.ops import Concat, Flip, Op, Ops, Permute, Split, Stack, inverse, run
 
 Arrays = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
@@ -81,15 +82,19 @@ def gathered(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int],
         return None
     if len(parts) == 1:
         alone = rearranged(parts[0], whole)
+        if alone is None and whole.ndim > 2:  # a transposed convolution's kernel
+            axes = tuple(range(whole.ndim - 2))
+            turned = rearranged(parts[0], np.flip(whole, axes))
+            alone = None if turned is None else (*turned, Flip(axes))
         return None if alone is None else ([0], alone)
     flat = whole.ravel()
     order = sorted(range(len(parts)), key=lambda i: int(np.argmax(flat == parts[i].ravel()[0])))
     held = [parts[i] for i in order]
     if len({x.ndim for x in held}) > 1:
         return None
-    joined: list[Op] = [Stack(0)] if len({x.shape for x in held}) == 1 else [
-        Concat(k, tuple(x.shape[k] for x in held)) for k in range(held[0].ndim)
-    ]  # fmt: skip
+    joined: list[Op] = [Concat(k, tuple(x.shape[k] for x in held)) for k in range(held[0].ndim)]
+    if len({x.shape for x in held}) == 1:
+        joined.append(Stack(0))
     for op in joined:
         try:
             (made,) = op.run(held)
@@ -98,7 +103,29 @@ def gathered(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int],
         rest = rearranged(made, whole)
         if rest is not None:
             return order, (op, *rest)
-    return None
+    return _in_slices(parts, whole)
+
+
+def _in_slices(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int], Ops] | None:
+    """As `gathered`, where every slice along the first axis is made of several parts: experts, or
+    directions, whose projections are fused."""
+    count = len(whole)
+    width = len(parts) // count
+    if whole.ndim < 2 or count < 2 or width < 2 or len(parts) % count:
+        return None
+    order: list[int] = []
+    ops: Ops | None = None
+    for piece in whole:
+        own = [k for k in range(len(parts)) if k not in order and _holds(piece, parts[k])]
+        found = gathered([parts[k] for k in own], piece) if len(own) == width else None
+        if found is None or found[1] != (ops or found[1]) or isinstance(found[1][0], Stack):
+            return None
+        order += [own[k] for k in found[0]]
+        ops = found[1]
+    assert ops is not None
+    every = (Stack(0, width), *(moved(op, 1) for op in ops))
+    fits = np.array_equal(run(every, [parts[k] for k in order])[0], whole)
+    return (order, every) if fits else None
 
 
 def rearranged(x: np.ndarray, y: np.ndarray) -> Ops | None:
