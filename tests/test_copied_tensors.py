@@ -20,7 +20,7 @@ from convert.matching.pairing import pair_modules
 from convert.matching.rearranged import match_values, with_copies
 from convert.runtime.call import Call
 from zoo import probe
-from zoo.layout.ops import Permute
+from zoo.layout.ops import Permute, run
 
 E, HIDDEN = 6, 4
 
@@ -35,6 +35,49 @@ def test_a_stack_is_told_before_a_copy_of_one_of_its_layers() -> None:
         {"h.0.w": a, "h.1.w": b, "norm.w": last}, {"norm.scale": b, "h.scale": np.stack([a, b])}
     )
     assert {m.flax: m.torch for m in found} == {("h.scale",): ("h.0.w", "h.1.w")}
+
+
+def test_fused_kernels_of_a_stack_are_told() -> None:
+    gates, ups = ([drawn(f"{n}{i}", 3, 5) for i in range(2)] for n in ("gate", "up"))
+    ours = {f"{i}.{n}": x[i] for n, x in (("gate", gates), ("up", ups)) for i in range(2)}
+    whole = np.stack([np.concatenate([g, u]).T for g, u in zip(gates, ups, strict=True)])
+    (match,) = match_values(ours, {"experts.wi": whole})
+    assert match.torch == ("0.gate", "0.up", "1.gate", "1.up")
+    np.testing.assert_array_equal(run(match.ops, [ours[n] for n in match.torch])[0], whole)
+
+
+def test_a_kernel_that_is_flipped_and_turned_is_told() -> None:
+    x = drawn("up", 2, 3, 4, 5)
+    y = np.flip(x.transpose(3, 2, 0, 1), (0, 1))
+    (match,) = match_values({"up.weight": x}, {"kernel": y})
+    np.testing.assert_array_equal(run(match.ops, [x])[0], y)
+
+
+class Masked(nn.Conv1d):
+    """Its mask stands in Flax's code."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3, 3, padding=1)
+        self.register_buffer("mask", torch.tensor([1.0, 1.0, 0.0]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight * self.mask, self.bias)
+
+
+def test_a_mask_of_ones_own_layer_may_stand_in_the_code() -> None:
+    torch.manual_seed(0)
+    net = Masked().eval()
+    params = {"kernel": jnp.asarray(net.weight.detach().numpy().transpose(2, 1, 0)),
+              "bias": jnp.asarray(net.bias.detach().numpy())}  # type: ignore[union-attr]  # fmt: skip
+
+    def forward(p: Any, x: Any) -> Any:
+        kernel = p["kernel"] * jnp.array([1.0, 1.0, 0.0])[:, None, None]
+        dims = ("NCH", "HIO", "NCH")
+        made = jax.lax.conv_general_dilated(x, kernel, (1,), [(1, 1)], dimension_numbers=dims)
+        return made + p["bias"][:, None]
+
+    for level in ("bits", "outputs"):
+        assert convert.verify(net, (forward, params), drawn("x", 2, 2, 7), level).verdict == "same"
 
 
 def test_single_numbers_are_told_within_a_tensor_of_several() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from convert.matching.fits import squeeze
 from convert.matching.pair import Match
-from convert.matching.stacked import moved
 from zoo.layout.ops import Concat, Flip, Op, Ops, Permute, Split, Stack, inverse, run
 
 Arrays = Mapping[str, np.ndarray]
@@ -103,29 +102,7 @@ def gathered(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int],
         rest = rearranged(made, whole)
         if rest is not None:
             return order, (op, *rest)
-    return _in_slices(parts, whole)
-
-
-def _in_slices(parts: Sequence[np.ndarray], whole: np.ndarray) -> tuple[list[int], Ops] | None:
-    """As `gathered`, where every slice along the first axis is made of several parts: experts, or
-    directions, whose projections are fused."""
-    count = len(whole)
-    width = len(parts) // count
-    if whole.ndim < 2 or count < 2 or width < 2 or len(parts) % count:
-        return None
-    order: list[int] = []
-    ops: Ops | None = None
-    for piece in whole:
-        own = [k for k in range(len(parts)) if k not in order and _holds(piece, parts[k])]
-        found = gathered([parts[k] for k in own], piece) if len(own) == width else None
-        if found is None or found[1] != (ops or found[1]) or isinstance(found[1][0], Stack):
-            return None
-        order += [own[k] for k in found[0]]
-        ops = found[1]
-    assert ops is not None
-    every = (Stack(0, width), *(moved(op, 1) for op in ops))
-    fits = np.array_equal(run(every, [parts[k] for k in order])[0], whole)
-    return (order, every) if fits else None
+    return None
 
 
 def rearranged(x: np.ndarray, y: np.ndarray) -> Ops | None:

@@ -30,7 +30,7 @@ def restacked(found: Iterable[Match], stacks: Mapping[str, int]) -> Iterator[Mat
             continue
         torch = tuple(n for i in range(count) for n in layers[i].torch)
         along = Stack(0, len(layers[0].torch))
-        yield Match(torch, names, (along, *(moved(op, 1) for op in ops)), layers[0].kind)
+        yield Match(torch, names, (along, *(_moved(op, 1) for op in ops)), layers[0].kind)
 
 
 def in_stacks(
@@ -61,7 +61,7 @@ def layer_by_layer(match: Match) -> Iterator[tuple[Match, int | None]]:
     ):
         yield match, None
         return
-    ops = tuple(moved(op, -1) for op in match.ops[1:])
+    ops = tuple(_moved(op, -1) for op in match.ops[1:])
     for i in range(len(match.torch) // width):
         torch = match.torch[i * width : (i + 1) * width]
         yield Match(torch, tuple(f"{n}[{i}]" for n in match.flax), ops, match.kind), i
@@ -74,7 +74,7 @@ def _lifted(op: Op) -> bool:
     return 0 not in op.axes if isinstance(op, Flip) else getattr(op, "axis", 0) > 0
 
 
-def moved(op: Op, by: int) -> Op:
+def _moved(op: Op, by: int) -> Op:
     """The op for arrays with one axis more in front (by=1), or without it (by=-1)."""
     if isinstance(op, Permute):
         axes = (0, *(a + 1 for a in op.axes)) if by > 0 else tuple(a - 1 for a in op.axes[1:])
