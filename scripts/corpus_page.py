@@ -51,6 +51,13 @@ in the median, {worst:.2f} at the 90th percentile. {looked} of them were looked 
 of one torch class that are equal up to constants: {twins} have such. In {renamed} of these a tensor
 lies in a module of another name than torch's.
 
+222 of the files were also held against our linters: those of 13 models that the last state of the
+converter wrote are clean under ruff, those before it are but for long lines, class names with
+underscores and two-line choices, which it mends. Under mypy, strict but for calls of modules as our
+own models are, 174 of the 222 are clean; the others call or divide what may be None, where a class
+has optional parts. `efficientloftr` differs in float32 alone, in features of 1e-13 that random
+weights leave. `edgenext` and `dinov3_vit` are verified by the last state.
+
 | model | outcome | of the noise | sizes | lines | statements | seconds | why |
 |---|---|---:|---:|---:|---:|---:|---|
 """

@@ -69,6 +69,8 @@ class HeldArrays:
             said = array_text(array)
             return MadeVariable(kind, MadeText(said) if said else self._stored(home, array))
         tensor = tensor.detach()
+        if not tensor.numel():  # of no registers, say
+            return MadeVariable(kind, Constructor("jnp.zeros", (shape,)))
         low, high = float(tensor.min()), float(tensor.max())
         if low == high and low in (0.0, 1.0):
             return MadeVariable(kind, Constructor("jnp.ones" if low else "jnp.zeros", (shape,)))
