@@ -209,3 +209,19 @@ def test_directions_are_paired_by_what_they_are_given() -> None:
     found = convert.verify(ours, Theirs(ours, True), x).first_divergence
     assert found is not None
     assert (found.layer, found.cause) == ("", "activation")
+
+
+def test_vectors_of_torchs_own_parametrization_may_stand_in_the_code() -> None:
+    torch.manual_seed(0)
+    net = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4)).eval()
+    held: Any = net.parametrizations
+    held = held.weight
+    u, v = (jnp.asarray(t.numpy()) for t in (held[0]._u, held[0]._v))
+    params = {"kernel": jnp.asarray(held.original.detach().numpy().T),
+              "bias": jnp.asarray(net.bias.detach().numpy())}  # fmt: skip
+
+    def forward(p: Any, x: Any) -> Any:
+        return x @ (p["kernel"] / (v @ p["kernel"] @ u)) + p["bias"]
+
+    for level in ("bits", "outputs"):
+        assert convert.verify(net, (forward, params), drawn("s", 2, 5), level).verdict == "same"

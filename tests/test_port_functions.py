@@ -131,5 +131,3 @@ def test_instances_that_differ_in_tables_are_one_class() -> None:
     assert made.proved.verdict == "same"
     assert len(re.findall(r"^class Tabled", made.source, re.MULTILINE)) == 1
     assert "table: np.ndarray" in made.source
-    # 2 is 10 // 5, and none of the model's arguments.
-    assert "num_classes //" not in made.source

@@ -42,6 +42,7 @@ from convert.tensors import bits_of
 from zoo.checkpoint.apply import apply
 from zoo.checkpoint.request import as_layout
 from zoo.containers.errors import UsageError, ZooError
+from zoo.layout.kinds import torch_kind
 from zoo.layout.ops import inverse, run_shapes
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -153,37 +154,41 @@ class ModulePair:
 
     def _tell_unmatched(self) -> None:
         titles = (self.report.a, self.report.b)
-        held = [[np.ravel(to_numpy(of[n])) for n in names] for of, names in
-                zip((self.state, self.side.values), self.unmatched, strict=True)]  # fmt: skip
         for k, (whose, title) in enumerate(zip(("torch's", "Flax's"), titles, strict=True)):
             names = self.unmatched[k]
             if not names:
                 continue
             fixed = self._fixed(names)
             if self.report.level == "bits" and not fixed:
-                others = np.concatenate(held[1 - k] or [np.zeros(0)])
-                lost = {
-                    n for n, x in zip(names, held[k], strict=True) if not np.isin(x, others).all()
-                }
                 self.report.differences += [
                     TensorDifference(n, f"of {title}, has no counterpart that could be told")
-                    for n in sorted(names, key=lambda n: n not in lost)
+                    for n in self._lost_first(k)
                 ]
             else:
                 told = f"{whose} {listed(names)}: no counterpart, so not compared one by one"
                 told += "; constants that the other side may compute" if fixed else ""
                 self.report.blind_spots.append(BlindSpot("no counterpart", tuple(names), told))
 
+    def _lost_first(self, side: int) -> list[str]:
+        """The tensors of a side without a counterpart, those first with values that the other
+        side's do not have."""
+        held = [
+            {n: np.ravel(to_numpy(of[n])) for n in names}
+            for of, names in zip((self.state, self.side.values), self.unmatched, strict=True)
+        ]
+        others = np.concatenate([np.zeros(0), *held[1 - side].values()])
+        return sorted(held[side], key=lambda n: bool(np.isin(held[side][n], others).all()))
+
     def _fixed(self, names: list[str]) -> bool:
-        """Whether these are buffers of somebody's own torch modules, and Flax has nothing left for
-        them: constants (masks, tables of positions) that stand in Flax's code."""
+        """Whether these are buffers of somebody's own torch modules, or of those of torch's that no
+        layer of Flax's is (spectral norm), and Flax has nothing left for them: constants (masks,
+        tables of positions) that stand in Flax's code."""
         owners = dict(self.pair.torch.named_modules())
         buffers = {n for n, _ in self.pair.torch.named_buffers()}
         own = {
             n
             for n in buffers
-            if n.rpartition(".")[2] not in _STATISTICS
-            and not type(owners[n.rpartition(".")[0]]).__module__.startswith("torch.")
+            if n.rpartition(".")[2] not in _STATISTICS and _is_own(owners[n.rpartition(".")[0]])
         }
         return set(names) <= own and not self.unmatched[1]
 
@@ -317,6 +322,11 @@ def drawn_call(torch_module: Any, flax_module: Any, seed: int, report: Report) -
 def _stated(layout: Any) -> tuple[Match, ...] | None:
     """The matches of a layout that the user gave."""
     return None if layout is None else layout_matches(as_layout(layout))
+
+
+def _is_own(module: Any) -> bool:
+    """Whether a torch module is somebody's own, or one of torch's without a kind."""
+    return torch_kind(module) == "other" or not type(module).__module__.startswith("torch.")
 
 
 def _forgiven(ours: np.ndarray, theirs: np.ndarray, level: str) -> bool:

@@ -54,7 +54,7 @@ def by_trial(
     if first.direction == "backward" and options.explain:
         with contextlib.suppress(Exception):  # what was found stands
             first = _at(first, parted(reference, flax))
-    reason, layer = _told_nothing(reference, flax, options.steps)
+    reason, layer = _not_told(reference, flax, options.steps)
     if reason is None and first.direction == "backward":
         reason, layer = _kink(report, reference, flax), _taking(report, reference)
     elif reason is None and first.direction == "training":
@@ -171,9 +171,7 @@ def _aside(reference: TorchSide, flax: FlaxSide) -> tuple[TorchSide, FlaxSide]:
     return made
 
 
-def _told_nothing(
-    reference: TorchSide, flax: FlaxSide, steps: int
-) -> tuple[Reason | None, str | None]:
+def _not_told(reference: TorchSide, flax: FlaxSide, steps: int) -> tuple[Reason | None, str | None]:
     """Norms that stay in eval mode, where all is the same once they train, but for how the
     variance of a batch is counted, which changes no step; and torch's name of the first."""
     if not (idle := flax.still_norms()):

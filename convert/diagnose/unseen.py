@@ -4,8 +4,9 @@ compute, in whatever order or shape, although it has all that the value is made 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -151,41 +152,26 @@ def _lacking(call: _Call, seen: SeenValues, ancestors: set[Any]) -> list[Any]:
 def _ancestors(tensors: Iterable[Any], every: Iterable[Any]) -> set[Any]:
     """All that these tensors are made of, as nodes of torch's graph; what they are made of by one
     of its parts only where all its parts lead to them. `every` are the tensors of the run."""
-    users: dict[Any, list[Any]] = {}
-    open_ = list(dict.fromkeys(t.grad_fn for t in every if t.grad_fn is not None))
-    order, met = [], set(open_)
+    open_ = [t.grad_fn for t in every if t.grad_fn is not None]
+    users: dict[Any, list[Any]] = {node: [] for node in open_}
     while open_:
         node = open_.pop()
-        order.append(node)
         for n, _ in node.next_functions:
             if n is not None:
-                users.setdefault(n, []).append(node)
-                if n not in met:
-                    met.add(n)
+                if n not in users:
+                    users[n] = []
                     open_.append(n)
+                users[n].append(node)
     found = {t.grad_fn for t in tensors if t.grad_fn is not None}
-    for node in _users_first(order, users):
-        whole = [u for u in users.get(node, ()) if not u.name().startswith(_PARTIAL)]
-        parts = [u for u in users.get(node, ()) if u.name().startswith(_PARTIAL)]
+    for node in TopologicalSorter(users).static_order():  # each after all that take it
+        whole = [u for u in users[node] if not u.name().startswith(_PARTIAL)]
+        parts = [u for u in users[node] if u.name().startswith(_PARTIAL)]
         if any(u in found for u in whole) or (parts and all(u in found for u in parts)):
             found.add(node)
     return found
 
 
 _PARTIAL = ("Select", "Slice", "Split", "Unbind", "Narrow", "IndexSelect", "IndexBackward")
-
-
-def _users_first(nodes: Sequence[Any], users: dict[Any, list[Any]]) -> Iterator[Any]:
-    """The nodes of a graph, each after all that take it."""
-    left = {node: len(users.get(node, ())) for node in nodes}
-    open_ = [node for node, count in left.items() if not count]
-    while open_:
-        yield (node := open_.pop())
-        for n, _ in node.next_functions:
-            if n in left:
-                left[n] -= 1
-                if not left[n]:
-                    open_.append(n)
 
 
 class SeenValues:

@@ -24,7 +24,7 @@ from convert.diagnose.divergence import Judged
 from convert.diagnose.reference import Reference
 from convert.diagnose.unseen import PART, is_telling, is_within
 from convert.matching.alignment import Aligned, align, likely_moves, moves, to_flax, to_torch
-from convert.matching.directions import REVERSE, turned, turned_axis
+from convert.matching.directions import AS_IT_IS, REVERSE, turned, turned_axis
 from convert.matching.pair import LayerPair
 from convert.matching.pairing import Pairing
 from convert.runtime.arrays import leaves, replaced, to_numpy
@@ -233,7 +233,7 @@ class Forward:
         module = self.reference.modules.get(visit.pair.torch)
         backwards = is_single(module) and visit.pair.torch.endswith(REVERSE)
         axis = turned_axis(visit.call.inputs, visit.flax_inputs) if backwards else None
-        if axis is None:
+        if axis is None or axis == AS_IT_IS:
             return lambda arrays: arrays
         steps = max(visit.flax_inputs.values(), key=np.size).shape[:2]
         return lambda arrays: turned(arrays, axis, steps)

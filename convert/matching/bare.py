@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from convert.matching.fits import squeeze, without_ones
+from convert.matching.fits import squeeze, tells, without_ones
 from convert.matching.pair import LayerPair, Match
 from zoo.layout.ops import Ops, Permute, inverse, run, run_shapes
 
@@ -61,10 +61,10 @@ def match_eliminated(
     """Of what is left in Flax, what holds the values of a tensor that is matched already, for the
     tensors that are left of its shape and name, in order, where there are as many: these were
     loaded from the wrong one. `tensors` are all of torch's."""
-    matched = [n for m in matches for n in m.torch if n in tensors and _tells(tensors[n])]
+    matched = [n for m in matches for n in m.torch if n in tensors and tells(tensors[n])]
     groups: dict[tuple[Shape, str], list[tuple[str, Ops]]] = {}
     for path, y in theirs.items():
-        for name in (n for n in matched if tensors[n].size == y.size and _tells(y)):
+        for name in (n for n in matched if tensors[n].size == y.size and tells(y)):
             ops = operations(tensors[name], y)
             if ops is not None and np.array_equal(run(ops, [tensors[name]])[0], y):
                 key = tensors[name].shape, name.rpartition(".")[2]
@@ -75,10 +75,6 @@ def match_eliminated(
         if len(left) == len(held):
             for name, (path, ops) in zip(left, held, strict=True):
                 yield Match((name,), (path,), ops, "param")
-
-
-def _tells(x: np.ndarray) -> bool:
-    return x.dtype.kind == "f" and x.size > 1 and bool(np.ptp(x) > 0)
 
 
 Copies = tuple[list[str], list[str]]  # torch's other names, Flax's tensors

@@ -13,19 +13,20 @@ from convert.runtime.trace import Trace
 
 REVERSE = "_reverse"  # how torch's names of such layers end
 _NEAR = 1e-5  # of the largest value
+AS_IT_IS = -1
 Arrays = dict[str, np.ndarray]
 
 
 def turned_axis(torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> int | None:
-    """The axis along which Flax's largest input is torch's back to front; None where it is not, or
-    where it is torch's as it is."""
+    """The axis along which Flax's largest input is torch's back to front, AS_IT_IS where it is
+    torch's; None where it is neither."""
     if not torch or not flax:
         return None
     x, y = (max(side.values(), key=np.size) for side in (torch, flax))
     ways = [to_flax(x, move, y.shape) for move in moves(x.shape, y.shape)] if y.ndim > 2 else []
     near = _NEAR * float(np.abs(x).max(initial=0.0))
     if any(gap(way, y) <= near for way in ways):
-        return None
+        return AS_IT_IS
     able = (axis for axis in (0, 1) for way in ways if gap(np.flip(way, axis), y) <= near)
     return next(able, None)
 
@@ -45,13 +46,8 @@ def exchanged(ours: Layers, theirs: Layers, found: Found, traces: tuple[Trace, T
         a, b = calls[0].get((name, 0)), calls[1].get((flax, 0))
         if a is None or b is None:
             return None
-        if turned_axis(a.inputs, b.inputs) is not None:
-            return True
-        return (
-            False
-            if any(_is_given(x, y) for x in a.inputs.values() for y in b.inputs.values())
-            else None
-        )
+        axis = turned_axis(a.inputs, b.inputs)
+        return None if axis is None else axis != AS_IT_IS
 
     def holds(name: str, flax: str) -> bool:
         held = ours[name].ranges()
@@ -68,8 +64,3 @@ def exchanged(ours: Layers, theirs: Layers, found: Found, traces: tuple[Trace, T
         if told == (True, False) or (told == (None, None) and values):
             made |= {forth: (b, "order"), back: (f, "order")}
     return made
-
-
-def _is_given(x: np.ndarray, y: np.ndarray) -> bool:
-    near = _NEAR * float(np.abs(x).max(initial=0.0))
-    return any(gap(to_flax(x, move, y.shape), y) <= near for move in moves(x.shape, y.shape))

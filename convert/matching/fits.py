@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
+
 from zoo.layout.ops import Merge, Op, Ops, Permute, Shape, Split
 
 _MOST = 64  # ways that are looked at
@@ -66,6 +68,11 @@ def _ways(source: Shape, target: Shape) -> Iterator[tuple[int, ...]]:
                 left[axis] = n
 
     yield from further(0)
+
+
+def tells(x: np.ndarray) -> bool:
+    """Whether the values are not all alike, as those of fresh scales and biases are."""
+    return x.dtype.kind == "f" and x.size > 1 and bool(np.ptp(x) > 0)
 
 
 def without_ones(shape: Sequence[int]) -> Shape:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from convert.matching.fits import squeeze
+from convert.matching.fits import squeeze, tells
 from convert.matching.pair import Match
 from zoo.layout.ops import Concat, Flip, Op, Ops, Permute, Split, Stack, inverse, run
 
@@ -18,7 +18,7 @@ _PROBES = 16  # values of a tensor that are looked for in another
 
 def match_values(ours: Arrays, theirs: Arrays) -> Iterator[Match]:
     """Matches between tensors that hold exactly the same values, however these lie."""
-    a, b = ({n: x for n, x in side.items() if _tells(x)} for side in (ours, theirs))
+    a, b = ({n: x for n, x in side.items() if tells(x)} for side in (ours, theirs))
     single = {n: x for n, x in ours.items() if x.size == 1 and x.dtype.kind == "f"}
     done: set[str] = set()
     # The largest first: what holds several is told by all of them, one of them may be there twice.
@@ -47,25 +47,20 @@ def with_copies(
     """Matches of what is left, `ours` and `theirs`, for which tensors are needed that are matched
     with copies of them; and those matches. `tensors` are all of torch's."""
     for name, y in theirs.items():
-        held = [n for n, x in ours.items() if _tells(x) and _holds(y, x)]
+        held = [n for n, x in ours.items() if tells(x) and _holds(y, x)]
         if not held or sum(ours[n].size for n in held) >= y.size:
             continue
         copies = {
             m.torch[0]: m
             for m in matches
             if len(m.torch) == len(m.flax) == 1 and m.torch[0] in tensors
-            and _tells(tensors[m.torch[0]]) and _holds(y, tensors[m.torch[0]])
+            and tells(tensors[m.torch[0]]) and _holds(y, tensors[m.torch[0]])
         }  # fmt: skip
         names = [*held, *copies]
         if copies and (found := gathered([tensors[n] for n in names], y)):
             order, ops = found
             whole = Match(tuple(names[i] for i in order), (name,), ops, "param")
             yield whole, list(copies.values())
-
-
-def _tells(x: np.ndarray) -> bool:
-    """Whether the values are not all alike, as fresh scales and biases are."""
-    return x.dtype.kind == "f" and x.size > 1 and bool(np.ptp(x) > 0)
 
 
 def _holds(whole: np.ndarray, part: np.ndarray) -> bool:

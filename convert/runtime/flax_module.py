@@ -8,9 +8,7 @@ from typing import Any
 from convert.runtime.applied import Applied, as_applied, flattened
 from convert.runtime.arrays import is_array
 from convert.runtime.interception import Around
-from convert.runtime.linen_calls import (
-    with_dropout,
-)
+from convert.runtime.linen_calls import with_dropout
 from convert.runtime.linen_module import LinenModule
 from convert.runtime.nnx_module import NnxModule
 from convert.runtime.pure_module import (

@@ -8,24 +8,15 @@ from typing import Any
 
 from convert.runtime.arrays import is_array
 from convert.runtime.interception import Around
-from convert.runtime.linen_calls import (
-    generators,
-    mutable,
-    widened,
-    with_batch_statistics,
-)
+from convert.runtime.linen_calls import generators, mutable, widened, with_batch_statistics
 from convert.runtime.narrow import widened_dtypes
 from convert.runtime.norm_modes import Modes, switched, switches_of
-from convert.runtime.pure_module import (
-    FlaxModule,
-    Values,
-    flatten,
-    folded,
-    unflatten,
-)
+from convert.runtime.pure_module import FlaxModule, Values, flatten, folded, unflatten
 
 
 class LinenModule(FlaxModule):
+    """As an unbound module and its variables, and the keys that it was bound with."""
+
     def __init__(self, module: Any, precision: str | None, training: bool) -> None:
         super().__init__(type(module), precision, training)
         self._rngs = generators(module)

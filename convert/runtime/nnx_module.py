@@ -11,17 +11,12 @@ from convert.runtime.arrays import is_array
 from convert.runtime.interception import Around, intercepted
 from convert.runtime.norm_modes import Modes, keeps, switched, switches_of
 from convert.runtime.precision import wide_attributes
-from convert.runtime.pure_module import (
-    FlaxModule,
-    Values,
-    dotted,
-    folded,
-    is_key,
-    raw,
-)
+from convert.runtime.pure_module import FlaxModule, Values, dotted, folded, is_key, raw
 
 
 class NnxModule(FlaxModule):
+    """As a graph and its state; a clone, so the user's module stays as it is."""
+
     def __init__(self, module: Any, precision: str | None, training: bool) -> None:
         from flax import nnx
 

@@ -78,6 +78,7 @@ class FlaxModule:
     def _run(
         self, values: Values, args: Any, kwargs: Any, around: Around | None
     ) -> tuple[Any, Values]:
+        """As `__call__`."""
         raise NotImplementedError
 
     @property
@@ -156,10 +157,12 @@ def cell_path(module: FlaxModule, path: str) -> str:
 
 
 def is_key(value: Any) -> bool:
+    """Whether a value is a JAX key for random numbers."""
     return str(getattr(value, "dtype", "")).startswith("key")
 
 
 def folded(key: Any) -> Any:
+    """Another key, made of this one."""
     import jax
 
     return jax.random.fold_in(key, 1)
@@ -173,10 +176,12 @@ def raw(variable: Any) -> Any:
 
 
 def dotted(path: Any) -> str:
+    """A path of names and numbers as one string."""
     return ".".join(map(str, path))
 
 
 def flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The leaves of nested mappings, by their keys from the outermost."""
     found: dict[tuple[str, ...], Any] = {}
     for key, part in tree.items():
         found |= flatten(part, (*path, key)) if isinstance(part, Mapping) else {(*path, key): part}
@@ -184,6 +189,7 @@ def flatten(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[s
 
 
 def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """What `flatten` took apart."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         node = tree

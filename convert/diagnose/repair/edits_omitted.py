@@ -98,6 +98,7 @@ def _sum_word(node: Node) -> str:
     return of_sum(node)
 
 
+TIMES = "what it gives times {number}"
 _LAYERS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "group_norm")
 
 
@@ -116,5 +117,5 @@ def solved_after(node: Node) -> Iterator[Edit]:
         return {index: lambda at: at.run() + c}
 
     layer = 0.2 if node.name in _LAYERS else 0.0  # a factor is seldom where a layer is called
-    yield Edit(2.6 + layer, why, "what it gives times {number}", free=times, start=1.0, at=index)
+    yield Edit(2.6 + layer, why, TIMES, free=times, start=1.0, at=index)
     yield Edit(3.2, "constant", "what it gives plus {number}", free=plus, start=0.0, at=index)

@@ -10,7 +10,7 @@ from typing import Any
 from convert.diagnose.repair.edit import Edit, named, short, with_values
 from convert.diagnose.repair.edits_siblings import activations
 from convert.diagnose.repair.edits_values import LATELY, taken_for
-from convert.diagnose.repair.words import of_bypass
+from convert.diagnose.repair.words import of_bypass, of_name
 from convert.program.operations import Program
 from convert.program.replay import At, Change, Values, execute
 
@@ -122,7 +122,7 @@ def functions(
             continue
         for value in stretch.taken:
             if _like(values, value, stretch.given):
-                yield Edit(1.0, _word(stretch.name), f"no {stretch.name} here",
+                yield Edit(1.0, of_name(stretch.name), f"no {stretch.name} here",
                            {stretch.maker: _handed_on(value)}, omits=True)  # fmt: skip
         yield from _other_arguments(program, values, stretch)
         yield from _other_activation(program, values, stretch)
@@ -147,11 +147,6 @@ def _other_activation(program: Program, values: Values, stretch: Stretch) -> Ite
 
         yield Edit(1.35, "activation", f"{said} in place of {stretch.name}",
                    {stretch.maker: change})  # fmt: skip
-
-
-def _word(name: str) -> str:
-    low = name.lower()
-    return "rope" if "rot" in low or "rope" in low else "left_out"
 
 
 def _other_arguments(program: Program, values: Values, stretch: Stretch) -> Iterator[Edit]:

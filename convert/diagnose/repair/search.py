@@ -17,6 +17,7 @@ import numpy as np
 
 from convert.diagnose.repair.candidates import every, nodes_of
 from convert.diagnose.repair.edit import NAMELESS, Edit, word
+from convert.diagnose.repair.edits_omitted import TIMES
 from convert.diagnose.repair.edits_values import neutral
 from convert.diagnose.repair.replayed import NEAR, Observation, Replayed
 from convert.diagnose.repair.words import of_both, of_zeros
@@ -253,7 +254,7 @@ class _Search:
                 edit, changes=edit.free(number), free=None, at=edit.place,
                 said=edit.said.format(number=word(number)), cost=edit.cost - 1.2,
             )  # fmt: skip
-            if not number and edit.cause == "scale":
+            if not number and edit.said == TIMES:
                 why = of_zeros(self.problem.program, edit.place)
                 exact = replace(exact, cause=why, said="zeros in its place")
             error = self.first.error(exact)

@@ -42,8 +42,12 @@ def of_bypass(program: Program, value: int, passed: int, users: Collection[int])
         for v in o.made
         if (v == passed or bypasses(program, v, passed)) and bypasses(program, value, v)
     ]
-    modules = " ".join(o.module.rpartition(".")[2].lower() for o in between)
-    return "rope" if re.search("rot|rope", modules) else "left_out"
+    return of_name(" ".join(o.module.rpartition(".")[2] for o in between))
+
+
+def of_name(name: str) -> str:
+    """The word for what is left out, by what it is called."""
+    return "rope" if re.search("rot|rope", name.lower()) else "left_out"
 
 
 def bypasses_layers(program: Program, one: int, other: int) -> bool:

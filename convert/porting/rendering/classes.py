@@ -203,9 +203,7 @@ class Classes:
         union = written.union
         parts = set(written.whole())
         for condition in list(union.conditions.values()) if union is not None else ():
-            for name in sorted(
-                parts.intersection(condition.values)
-            ):  # some statements mention it too
+            for name in sorted(parts.intersection(condition.values)):  # a statement has it too
                 some = [own[name] for own in written.made.values() if name in own]
                 if not all(isinstance(x, bool | int | float | str) for x in some):
                     continue  # a part

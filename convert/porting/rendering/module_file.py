@@ -123,7 +123,7 @@ class _File:
             p
             for p in (
                 f'"""{self.header}"""',
-                _OWN_NAMES if any("_" in c.name for c in self.classes.every) else "",
+                _OWN_NAMES if not all(_is_capped(c.name) for c in self.classes.every) else "",
                 "\n".join(self._imports(body, [*more, *rules.imports])),
                 "\n".join(arrays) if self.context.held.arrays else "",
                 body,
@@ -314,6 +314,12 @@ def _type(values: Any) -> str:
 _WIDTH = 100
 _OWN_NAMES = "# Classes have the names that they have in torch.\n# ruff: noqa: N801"
 _TYPES = {"tuple": "tuple[Any, ...]", "Stored": "np.ndarray"}
+
+
+def _is_capped(name: str) -> bool:
+    """Whether a class has a name as PEP 8 wants it."""
+    name = name.lstrip("_")
+    return name[:1].isupper() and "_" not in name
 
 
 def _origin(of: Any) -> Iterator[str]:
