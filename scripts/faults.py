@@ -149,12 +149,12 @@ What was not named in those that have been read since:
 RIGHT = """
 ## Right pairs
 
-The right halves of these cases, {pairs} pairs, judged by `verify` at `training` and at `bits`
+The right halves of these cases, {pairs} pairs, judged by `verify` at `training`
 (`scripts/right_pairs.py`). Whoever wrote the pairs checked their outputs in eval mode, and
 {others} do train otherwise: Flax's `BatchNorm` keeps the biased variance, a cell with one bias
 is trained as one, a derivative at a bound is anybody's choice. They are listed below as they are
 written, with what is said of them; where "mended" says same, Flax was then mended in exactly that,
-and is the same at all four levels. A right pair is one as it is written, or so mended.
+and is the same at all three levels. A right pair is one as it is written, or so mended.
 
 The pairs come in an order that was drawn, each with its seeds before the next: {complete} were
 judged with ten seeds, {begun} with fewer.{before}
@@ -162,6 +162,13 @@ judged with ten seeds, {begun} with fewer.{before}
 | level | right pairs called different | runs |
 |---|---|---|
 {levels}
+At `bits` a tensor without a counterpart is a difference: {lost} of {all} pairs have such
+(`scripts/right_pairs.py --bits`), as two biases of torch's are one in Flax, as what is one tensor
+in torch is cut in two, or as features lie in an order that the ops of layouts do not have.
+
+| pair | its tensors without a counterpart, or with another one |
+|---|---|
+{tensors}
 | pair that differs as written | at | cause | said | mended |
 |---|---|---|---|---|
 {differ}
@@ -283,7 +290,9 @@ def _right() -> str:
     path = ROOT / "docs" / "right_pairs.json"
     if not path.exists():
         return ""
-    levels = ("bits", "outputs", "gradients", "training")
+    levels = ("outputs", "gradients", "training")
+    tensors = json.loads((ROOT / "docs" / "right_bits.json").read_text())
+    lost = {name: row["tensors"] for name, row in tensors.items() if row["verdict"] != "same"}
     every: list[dict[str, Any]] = json.loads(path.read_text())
 
     def off(row: dict[str, Any]) -> list[str]:
@@ -305,6 +314,9 @@ def _right() -> str:
         complete=sum(n >= 10 for n in seeds.values()),
         begun=sum(n < 10 for n in seeds.values()),
         before=BEFORE.format(before=before) if before else "",
+        lost=len(lost),
+        all=len(tensors),
+        tensors="".join(f"| {name} | {_listed(names)} |\n" for name, names in lost.items()),
         levels="".join(
             f"| {k} | {len({r['pair'] for r in right if k in off(r)})} of {len(seeds)} "
             f"| {sum(k in off(r) for r in right)} of {len(right)} |\n"
@@ -316,6 +328,12 @@ def _right() -> str:
             for pair, row in sorted(differ.items())
         ),
     )
+
+
+def _listed(names: list[str]) -> str:
+    """A few names, and how many more."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"`{n}`" for n in names[:4]) + more
 
 
 def _planted(path: Path) -> int:

@@ -3,6 +3,7 @@
     port_corpus.py [--every N] [NAME ...]     judge them (port_judge.py)
     port_corpus.py --train [NAME ...]         train some of those that are right (port_trained.py)
     port_corpus.py --source [NAME ...]        write those that are right as source, and prove it
+    port_corpus.py --text [NAME ...]          write them without a proof, for scripts/lint_ports.py
     port_corpus.py --again OUTCOME            once more what this became of
     port_corpus.py --table                    write docs/ported.md of docs/ported.json
 
@@ -65,29 +66,36 @@ def train(module: Any, inputs: dict[str, Any]) -> Row:
     return trained(module, inputs)
 
 
-def source(module: Any, inputs: dict[str, Any]) -> Row:
+def source(module: Any, inputs: dict[str, Any], proof: bool = True) -> Row:
     """What becomes of it written as source, by `convert.port` and its own proof."""
     import convert
     from zoo.containers.errors import NotEquivalent, ZooError
 
     try:
-        made = convert.port(module, inputs)
+        made = convert.port(module, inputs, verify=proof)
     except NotEquivalent as e:
         return {"outcome": "differs", "why": e.details[0] if e.details else e.problem}
     except ZooError as e:
         return {"outcome": "refused", "why": e.problem, "details": list(e.details)}
     own, theirs = made.file.statements
-    worst = max((r.ratio for rows in made.proved.rows.values() for r in rows), default=0.0)
-    return {
-        "outcome": "verified" if made.proved.verdict == "same" else made.proved.verdict,
-        "worst": worst,
-        "sizes": len(made.proved.rows),
+    row = {
+        "outcome": "written",
         "lines": len(made.source.splitlines()),
         "ratio": round(own / max(theirs, 1), 2),
         "twins": twins(made.source),
         "renamed": renamed(made.layout),
         "source": made.source,
     }
+    if made.proved is None:
+        return row
+    worst = max((r.ratio for rows in made.proved.rows.values() for r in rows), default=0.0)
+    verdict = "verified" if made.proved.verdict == "same" else made.proved.verdict
+    return row | {"outcome": verdict, "worst": worst, "sizes": len(made.proved.rows)}
+
+
+def text(module: Any, inputs: dict[str, Any]) -> Row:
+    """`source`, without a proof."""
+    return source(module, inputs, proof=False)
 
 
 def twins(text: str) -> list[str]:
@@ -123,7 +131,7 @@ def renamed(layout: Any) -> list[str]:
     ]
 
 
-JOBS = {"judge": judge, "glance": glance, "train": train, "source": source}
+JOBS = {"judge": judge, "glance": glance, "train": train, "source": source, "text": text}
 
 
 def result(job: str, name: str) -> Row:
@@ -162,7 +170,7 @@ def source_hash(job: str, package: str) -> str:
     files += [scripts / "port_trained.py"] if job == "train" else []
     rooms = [ROOT / "convert" / "program", ROOT / "convert" / "porting"]
     files += sorted(f for room in rooms for f in room.rglob("*.py"))
-    if job != "source":
+    if job not in ("source", "text"):
         files = [f for f in files if "rendering" not in f.parts]
     trees = [ast.dump(ast.parse(f.read_text())) for f in files]  # comments change no result
     return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
@@ -227,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--source", action="store_true")
+    parser.add_argument("--text", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--stale", action="store_true", help="keep results of earlier sources")
@@ -238,13 +247,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     job = "train" if options.train else "source" if options.source else "judge"
+    job = "text" if options.text else job
     job = "glance" if options.scratch else job
     every = corpus.names()
     done = page.held()
     judged = done.get("judge", {})
     if job == "train":
         wanted = to_train(judged)
-    elif job == "source":
+    elif job in ("source", "text"):
         wanted = [n for n, row in judged.items() if row["outcome"].startswith("right")]
     else:
         wanted = every

@@ -1,13 +1,16 @@
 """Right pairs at every level, many seeds: none may be called different without being so.
 
     right_pairs.py [--seeds N] [-o FILE.json] [NAME ...]
+    right_pairs.py --bits
 
 The pairs are those of scripts/cases/, open and sealed, built anew with every seed. One call of
-`verify` at "training" judges the three upper levels, another the tensors, and the table says at
-which of them a pair differs, and by which cause. The pairs come in an order that ORDER's seed drew,
-each with all its seeds before the next, so that what is done when the time is over was not chosen.
-Rows that the file holds already are not run again, but for those marked as from `before` what was
-changed last.
+`verify` at "training" judges the three upper levels, and the table says at which of them a pair
+differs, and by which cause. `--bits` judges the tensors alone, of all pairs with seed 0, and writes
+docs/right_bits.json: weights are seeded, but how they lie is the pair's.
+
+The pairs come in an order that ORDER's seed drew, each with all its seeds before the next, so that
+what is done when the time is over was not chosen. Rows that the file holds already are not run
+again, but for those marked as from `before` what was changed last.
 
 Those who wrote the pairs checked them in eval mode, by their outputs: some do train otherwise. Such
 a pair differs as it is written, with seed 0, and every seed is judged where Flax is mended in
@@ -35,7 +38,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-LEVELS = ("bits", "outputs", "gradients", "training")
+LEVELS = ("outputs", "gradients", "training")
+BITS = ROOT / "docs" / "right_bits.json"
 ORDER = random.Random(0)
 
 # What mends the Flax side of a pair, whose gradients differ at these inputs, in its source.
@@ -78,7 +82,7 @@ def judged(path: Path, seed: int, mended: bool = False) -> dict[str, Any]:
             if mended:
                 hold_a_bias(case["torch"])
             report = cases.verify(case, "training")
-        row |= levels_of(report) | {"bits": cases.verify(case, "bits").verdict}
+        row |= levels_of(report)
         if (found := report.first_divergence) is not None:
             off = [r.name for r in report.rows if r.judged and not r.same]
             row |= {"cause": found.cause, "layer": found.layer, "said": found.diagnosis,
@@ -88,6 +92,17 @@ def judged(path: Path, seed: int, mended: bool = False) -> dict[str, Any]:
     jax.clear_caches()  # type: ignore[no-untyped-call]
     gc.collect()
     return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def bits(path: Path) -> dict[str, Any]:
+    """A pair's tensors, with seed 0: which are not the same."""
+    import cases
+
+    try:
+        report = cases.verify(cases.load(path).build(0), "bits")
+    except Exception as e:
+        return {"verdict": "refused", "tensors": [], "why": f"{type(e).__name__}: {e}"[:300]}
+    return {"verdict": report.verdict, "tensors": [d.name for d in report.differences]}
 
 
 def hold_a_bias(net: Any) -> None:
@@ -149,12 +164,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--bits", action="store_true")
     parser.add_argument("-o", dest="out", type=Path, default=ROOT / "docs" / "right_pairs.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as cache:  # another seed compiles nothing anew
         _remember(cache)
-        _run(options)
+        if options.bits:
+            made = {p.stem: bits(p) for p in sorted((ROOT / "scripts" / "cases").glob("*/*.py"))}
+            BITS.write_text(json.dumps(made, indent=1) + "\n")
+        else:
+            _run(options)
 
 
 def _remember(folder: str) -> None:

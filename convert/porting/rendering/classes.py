@@ -44,7 +44,8 @@ class Classes:
         self._number_of: dict[str, int] = {}
         paths = sorted(self._written_paths(), key=self._height)
         for _, level in itertools.groupby(paths, key=self._height):
-            calls = {path: self._calls(path) for path in level}
+            called = sorted(level, key=lambda p: p not in self.scopes)  # they say what a class does
+            calls = {path: self._calls(path) for path in called}
             bodies = {path: [body for _, body in own] for path, own in calls.items()}
             if numbers_as_attributes(bodies, self.tree.modules):
                 context.held.kinds["Constant"] = None
@@ -164,8 +165,10 @@ class Classes:
             return False
         if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
             return False
-        if not calls or written.body is None or written.union is None:
-            return not calls and written.body is None and whole.keys() == made.keys()
+        if not calls:
+            return self._joins_idle(written, path, made)
+        if written.body is None or written.union is None:
+            return False
         if any(body.parameters != written.body.parameters for _, body in calls):
             return False
         joined = self._united(written.union, self.tree.modules[path], made, calls)
@@ -175,6 +178,20 @@ class Classes:
             return False
         written.union = joined
         written.body.lines = joined.lines
+        return True
+
+    def _joins_idle(self, written: WrittenClass, path: str, made: dict[str, Any]) -> bool:
+        """Whether an instance that is not called is of a class that is there; what only calls tell
+        of it is then as in torch's module, or as in the class."""
+        whole = written.whole()
+        lacking = [name for name in whole if name not in made]
+        if not made.keys() <= whole.keys() or (written.body is None and lacking):
+            return False
+        if BASE in lacking or _makes([whole[name] for name in lacking], written):
+            return False
+        for name in lacking:
+            held = plain_attribute(self.tree.modules[path], name)
+            made[name] = whole[name] if held is ABSENT else held
         return True
 
     def _united(
@@ -229,9 +246,8 @@ class Classes:
         for path, own in written.made.items():
             module = self.tree.modules[path]
             one = next((i for i in written.union.instances if i.module is module), None)
-            if one is None:
-                raise NotRendered(f"{path} has no plain attribute {name}, on which it depends")
-            own[f"with_{name}"] = condition.holds(one) == positive
+            # One that is not called does not mind.
+            own[f"with_{name}"] = one is not None and condition.holds(one) == positive
         written.union.renamed(condition, text if positive else negation(text))
 
     def _name(self, of: type) -> str:

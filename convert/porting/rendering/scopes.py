@@ -122,6 +122,7 @@ class Tree:
         self._fill(self.root, list(calls))
         self._depths(self.root, 0)
         self._borders()
+        self._leave_out_idle(self.root)
         while odd := next(filter(self._is_odd, self.root.functions()), None):
             self.root.open(odd.function)
 
@@ -217,6 +218,13 @@ class Tree:
             or not scope.gives
             or not any(f.file == file and low <= f.line <= high for f in frame)
         )
+
+    def _leave_out_idle(self, scope: Scope) -> None:
+        """Leave out the calls that give nothing that is used: the port has none of them."""
+        scope.items = [i for i in scope.items if not isinstance(i, Scope) or i.gives]
+        for item in scope.items:
+            if isinstance(item, Scope):
+                self._leave_out_idle(item)
 
     def _borders(self) -> None:
         """`takes` and `gives` of every scope."""

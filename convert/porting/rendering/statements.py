@@ -59,8 +59,10 @@ def _without_dead(lines: Sequence[Line]) -> list[Line]:
     kept: list[Line] = []
     for line in reversed(lines):
         read = any(_is_read(name, kept) for name in line.targets)
-        if not line.targets or line.guard or read or _CALLED.search(line.text):
+        if not line.targets or line.guard or read:
             kept.insert(0, line)
+        elif _CALLED.search(line.text):
+            kept.insert(0, replace(line, targets=["_"]))
     return kept
 
 

@@ -1,0 +1,52 @@
+"""The types that a port declares: of parameters, of what calls give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from convert.porting.rendering.context import Context
+from convert.porting.rendering.operands import ArrayType
+from convert.porting.rendering.scopes import Scope
+
+_NAMES = {"tuple": "tuple[Any, ...]", "Stored": "np.ndarray"}
+
+
+def type_of(values: Iterable[Any]) -> str:
+    """The type of plain values."""
+    names = dict.fromkeys("None" if v is None else type(v).__name__ for v in values)
+    return " | ".join(_NAMES.get(name, name) for name in names)
+
+
+class Types:
+    """Of the calls of one class, or of one function."""
+
+    def __init__(self, context: Context) -> None:
+        self.tree, self.signatures = context.tree, context.signatures
+
+    def parameter(self, name: str, scopes: Sequence[Scope]) -> str:
+        """Of a parameter, where it is given."""
+        scope, given = scopes[0], [s.call.arguments.get(name) for s in scopes]
+        if name in self.signatures.plain(scope):
+            return type_of(given)
+        if any(isinstance(x, list | dict) for x in given):
+            return "Any"
+        return "int" if name in self.signatures.size_names(scope) else "Array"
+
+    def result(self, scopes: Sequence[Scope]) -> str:
+        """Of what the calls give; what only some of them do is Any."""
+        if scopes[0].is_model:
+            nesting = self.tree.graph.outputs
+            if nesting.kind == "leaf":
+                return "Array"
+            return str(nesting.cls.__name__) if nesting.kind == "named" else "Any"
+        every = zip(*map(self.signatures.results_of, scopes), strict=True)
+        kinds = [self._of_values(values) for values in every]
+        return kinds[0] if len(kinds) == 1 else f"tuple[{', '.join(kinds)}]" if kinds else "None"
+
+    def _of_values(self, values: Sequence[int | None]) -> str:
+        if all(v is None for v in values):
+            return "None"
+        arrays = [v is not None and isinstance(self.tree.type_of(v), ArrayType)
+                  for v in values]  # fmt: skip
+        return "Array" if all(arrays) else "Any"

@@ -1,0 +1,43 @@
+"""Statements of a port as lines of its file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+from convert.porting.rendering.number_text import Numbers
+from convert.porting.rendering.shape_text import Shapes
+from convert.porting.rendering.statements import Line
+from convert.porting.rendering.subscripts import Subscripts
+from convert.runtime.user_code import module_name
+
+INDENT = "    "
+WIDTH = 100
+
+
+def written_line(line: Line, margin: str) -> Iterator[str]:
+    """A statement, and its comment above it."""
+    if line.comment:
+        yield f"{margin}# {line.comment}"
+    yield f"{margin}{plain(str(line))}"
+
+
+def origin(of: Any) -> Iterator[str]:
+    """The docstring: what it was written from."""
+    module, name = module_name(of), of.__qualname__
+    if len(line := f'{INDENT}"""From {module}.{name}."""') <= WIDTH:
+        yield line
+    else:
+        yield from (f'{INDENT}"""From {module}:', f'{INDENT}{name}."""')
+
+
+def plain(text: str) -> str:
+    """A statement or expression without parentheses that are not needed."""
+    try:
+        tree = ast.parse(text)
+        for plainer in (Subscripts(), Shapes(), Numbers()):
+            tree = plainer.visit(tree)
+        return ast.unparse(tree)
+    except SyntaxError as e:
+        raise AssertionError(f"{text}: {e}") from e
