@@ -86,7 +86,7 @@ def source(module: Any, inputs: dict[str, Any], proof: bool = True) -> Row:
         "renamed": renamed(made.layout),
         "source": made.source,
     }
-    if made.proved is None:
+    if not proof:
         return row
     worst = max((r.ratio for rows in made.proved.rows.values() for r in rows), default=0.0)
     verdict = "verified" if made.proved.verdict == "same" else made.proved.verdict
