@@ -29,7 +29,7 @@ def needed(statements: Sequence[str], taken: Taken) -> Needed:
     """What these lines of a call need. `taken`: of parts whose class is known, by `self.part`,
     their parameters in order, and which of those may be None."""
     body = "\n".join(f"    {line}" for line in statements)
-    (function,) = ast.parse(f"def call():\n{body}").body
+    (function,) = ast.parse(f"def call():\n    pass\n{body}").body
     assert isinstance(function, ast.FunctionDef)
     walk = _Walk(taken)
     walk.block(function.body, frozenset())
