@@ -11,9 +11,8 @@ from convert.porting.rendering.constructor import written as plainly
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.declared_types import Types, type_of
 from convert.porting.rendering.inits import BASE
-from convert.porting.rendering.loops import Loop, rolled
+from convert.porting.rendering.loops import Loop, lengths_of, rolled
 from convert.porting.rendering.narrowing import Needed, needed
-from convert.porting.rendering.scopes import children
 from convert.porting.rendering.statements import Body, Line, tidied
 from convert.porting.rendering.variants import negation
 from convert.porting.rendering.written_lines import INDENT, origin, plain, written_line
@@ -28,7 +27,6 @@ class ClassText:
     def __init__(self, context: Context, classes: Classes) -> None:
         self.context, self.classes = context, classes
         self.types = Types(context)
-        self.lengths = {p: len(children(m)) for p, m in context.tree.modules.items()}
         # Of each class, its parameters in order, and which of them may be None.
         self.taken: dict[str, tuple[list[str], frozenset[str]]] = {}
 
@@ -105,13 +103,7 @@ class ClassText:
 
     def _statements(self, written: WrittenClass, body: Body) -> Iterator[str]:
         """The statements of the call, in lines without the margin."""
-        path = next(iter(written.made))
-        prefix = f"{path}." if path else ""
-        lengths = {
-            f"self.{p.removeprefix(prefix)}": n
-            for p, n in self.lengths.items()
-            if p.startswith(prefix) and p != path
-        }
+        lengths = lengths_of(self.context.tree.modules, next(iter(written.made)))
         guard = ""
         for line in rolled(tidied(body.lines), lengths):
             own = line.guard if isinstance(line, Line) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from convert.porting.rendering import inits
@@ -16,10 +17,11 @@ from convert.porting.rendering.context import Context
 from convert.porting.rendering.experiments import Experiments
 from convert.porting.rendering.inits import BASE, MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.instance_numbers import numbers_as_attributes
+from convert.porting.rendering.loops import lengths_of, rolled
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.plain_attributes import plain_attribute
 from convert.porting.rendering.scopes import Scope, children
-from convert.porting.rendering.statements import Body
+from convert.porting.rendering.statements import Body, tidied
 from convert.porting.rendering.templates.drawing import KEYS
 from convert.porting.rendering.variants import ABSENT, Condition, Instance, Union, negation
 
@@ -163,22 +165,44 @@ class Classes:
         common = whole.keys() & made.keys()
         if written.given != list(self.given.get(path, ())):
             return False
-        if any(inits.skeleton(whole[n]) != inits.skeleton(made[n]) for n in common):
+        unlike = [n for n in common if inits.skeleton(whole[n]) != inits.skeleton(made[n])]
+        if not all(_repeats(written, n, made[n]) for n in unlike):
             return False
         if not calls:
-            return self._joins_idle(written, path, made)
+            return not unlike and self._joins_idle(written, path, made)
         if written.body is None or written.union is None:
             return False
         if any(body.parameters != written.body.parameters for _, body in calls):
+            return False
+        if unlike and not (calls := self._rolled_alike(written, path, calls)):
             return False
         joined = self._united(written.union, self.tree.modules[path], made, calls)
         if joined is None or (whole.keys() != made.keys() and written.items):
             return False
         if _makes(list(made.values()), written):  # an instance of it is a part of this one
             return False
+        for own in (made, *written.made.values()) if unlike else ():
+            own |= {n: inits.in_runs(own[n]) for n in unlike if n in own}
         written.union = joined
         written.body.lines = joined.lines
         return True
+
+    def _rolled_alike(
+        self, written: WrittenClass, path: str, calls: list[tuple[Scope, Body]]
+    ) -> list[tuple[Scope, Body]]:
+        """The calls of an instance whose lists have other lengths, with the statements of its
+        class; none where these are not the same loops."""
+        modules = self.tree.modules
+        assert written.body is not None
+        held = written.body.lines
+        loops = [
+            str(x) for x in rolled(tidied(held), lengths_of(modules, next(iter(written.made))))
+        ]
+        lengths = lengths_of(modules, path)
+        same = [loops == [str(x) for x in rolled(tidied(b.lines), lengths)] for _, b in calls]
+        if not all(same) or any(line.guard for line in held):
+            return []
+        return [(scope, replace(body, lines=held)) for scope, body in calls]
 
     def _joins_idle(self, written: WrittenClass, path: str, made: dict[str, Any]) -> bool:
         """Whether an instance that is not called is of a class that is there; what only calls tell
@@ -368,6 +392,15 @@ class Classes:
         trained = name in self.context.held.trained
         kind = "nnx.Param" if trained else "Buffer" if entry is not None else "Constant"
         return self.context.held.filled(kind, home, tensor, shape)
+
+
+def _repeats(written: WrittenClass, name: str, made: Any) -> bool:
+    """Whether a list is those of a class but for how often the same stands in it in a row."""
+    every = [made, *(own[name] for own in written.made.values() if name in own)]
+    if not all(isinstance(x, inits.MadeList | inits.MadeRuns) for x in every):
+        return False
+    first, *others = (inits.skeleton(inits.in_runs(x)) for x in every)
+    return all(other == first for other in others)
 
 
 def _parts_first(every: list[WrittenClass]) -> Iterator[WrittenClass]:

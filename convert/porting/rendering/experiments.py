@@ -23,11 +23,12 @@ from convert.porting.rendering.inits import (
     MadeDict,
     MadeList,
     MadeModule,
+    MadeRuns,
     MadeText,
     MadeVariable,
     Stored,
+    every_number,
     skeleton,
-    values,
 )
 from convert.porting.rendering.layer_text import layer_text
 from convert.porting.rendering.plain_attributes import plain_attribute
@@ -120,7 +121,7 @@ class Experiments:
             self._drop(rows)
             return False
         model, tried = (MadeModule(written, p) for p in (path, own))
-        pairs = list(zip(_every_number(model), _every_number(tried), strict=False))
+        pairs = list(zip(every_number(model), every_number(tried), strict=False))
         numbers = [(a, b) for (_, a), (_, b) in pairs if b is not ABSENT]
         numbers += _attributes(self.context.tree.modules[path], root)
         changes = [(a, b) for a, b in numbers if repr(a) != repr(b)]
@@ -165,7 +166,7 @@ class Experiments:
                 raise _NotAlike
             self._enter(made.written, made.path, part, f"{own}.{name}")
             return MadeModule(made.written, f"{own}.{name}", made.given)
-        if isinstance(made, MadeList | MadeDict):
+        if isinstance(made, MadeList | MadeDict | MadeRuns):
             return self._container(made, path, part, f"{own}.{name}")
         if isinstance(made, bool):
             return made
@@ -174,10 +175,16 @@ class Experiments:
             return made
         return held
 
-    def _container(self, made: MadeList | MadeDict, path: str, part: Any, own: str) -> Any:
+    def _container(
+        self, made: MadeList | MadeDict | MadeRuns, path: str, part: Any, own: str
+    ) -> Any:
         if part is None:
             raise _NotAlike
         inside = children(part)
+        if isinstance(made, MadeRuns):
+            inside = inside if len(inside) == sum(made.lengths) else []
+            starts = itertools.accumulate(made.lengths[:-1], initial=0)
+            inside = [inside[k] for k in starts if inside]
         items: Mapping[Any, Any] = (
             made.items if isinstance(made, MadeDict) else dict(enumerate(made.items))
         )
@@ -187,6 +194,8 @@ class Experiments:
             self._part(x, f"{path}.{name}", module, part, own)
             for x, (name, module) in zip(items.values(), inside, strict=True)
         ]
+        if isinstance(made, MadeRuns):
+            return MadeRuns(found, made.lengths, made.callee, made.starred)
         if isinstance(made, MadeList):
             return MadeList(found, made.callee, made.starred)
         return MadeDict(dict(zip(items, found, strict=True)))
@@ -252,12 +261,6 @@ _FLOAT = re.compile(r"(?<![\w.])\d+\.\d*(?:e[-+]?\d+)?|(?<![\w.])\d+e[-+]?\d+")
 
 def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
     return {n: x for n, x in given.items() if type(x) in Plain}
-
-
-def _every_number(instance: MadeModule) -> Iterator[tuple[str, Any]]:
-    """Every number of an instance and of its parts."""
-    for x in instance.written.made[instance.path].values():
-        yield from values(x, of=_every_number)
 
 
 def _attributes(a: Any, b: Any) -> Iterator[tuple[Any, Any]]:

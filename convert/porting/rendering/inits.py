@@ -30,6 +30,17 @@ class MadeList:
 
 
 @dataclass
+class MadeRuns:
+    """A list in which the same stands several times in a row, of a class whose instances differ in
+    how often: every run's first item, and its length."""
+
+    items: list[Any]
+    lengths: list[int]
+    callee: str
+    starred: bool
+
+
+@dataclass
 class MadeDict:
     """`nnx.Dict({...})`."""
 
@@ -92,6 +103,8 @@ def skeleton(x: Any) -> Any:
         return (callee, *((p, v if isinstance(v, Name) else None) for p, v in places))
     if isinstance(x, MadeList):
         return ("list", x.callee, *map(skeleton, x.items))
+    if isinstance(x, MadeRuns):
+        return ("runs", x.callee, *map(skeleton, x.items))
     if isinstance(x, MadeDict):
         return ("dict", *((k, skeleton(v)) for k, v in x.items.items()))
     if isinstance(x, MadeVariable):
@@ -121,6 +134,10 @@ def values(x: Any, hint: str = "", of: Callable[[MadeModule], Numbers] = given_t
     elif isinstance(x, MadeList):
         for part in x.items:
             yield from values(part, hint, of)
+    elif isinstance(x, MadeRuns):
+        for part, length in zip(x.items, x.lengths, strict=True):
+            yield "depth", length
+            yield from values(part, hint, of)
     elif isinstance(x, MadeDict):
         for name, part in x.items.items():
             yield from values(part, name, of)
@@ -132,6 +149,25 @@ def values(x: Any, hint: str = "", of: Callable[[MadeModule], Numbers] = given_t
         yield from of(x)
     elif not isinstance(x, Name):
         yield hint, x
+
+
+def every_number(instance: MadeModule) -> Numbers:
+    """Every number of an instance and of its parts."""
+    for x in instance.written.made[instance.path].values():
+        yield from values(x, of=every_number)
+
+
+def in_runs(x: MadeList | MadeRuns) -> MadeRuns:
+    """A list by what repeats in it."""
+    if isinstance(x, MadeRuns):
+        return x
+    runs = [list(run) for _, run in itertools.groupby(x.items, _identity)]
+    return MadeRuns([run[0] for run in runs], [len(run) for run in runs], x.callee, x.starred)
+
+
+def _identity(x: Any) -> Any:
+    """Equal for parts that are alike, numbers and all."""
+    return skeleton(x), [repr(v) for _, v in values(x, of=every_number)]
 
 
 def classes_in(x: Any) -> Iterator[Any]:
@@ -173,6 +209,8 @@ def text(x: Any, names: Iterator[str | None]) -> str:
     if isinstance(x, MadeList):
         parts = [text(part, names) for part in x.items]
         return f"{x.callee}({', '.join(_runs(parts)) if x.starred else _list(parts)})"
+    if isinstance(x, MadeRuns):
+        return _repeated(x, names)
     if isinstance(x, MadeDict):
         pairs = [f"{k!r}: {text(part, names)}" for k, part in x.items.items()]
         return f"nnx.Dict({{{', '.join(pairs)}}})"
@@ -196,6 +234,19 @@ def text(x: Any, names: Iterator[str | None]) -> str:
     if isinstance(x, Name):
         return x.text
     return next(names) or written(x)
+
+
+def _repeated(x: MadeRuns, names: Iterator[str | None]) -> str:
+    parts, counts = [], []
+    for part, length in zip(x.items, x.lengths, strict=True):
+        counts.append(next(names))
+        made = text(part, names)
+        alike = f"{made} for _ in range({counts[-1]})"
+        parts += [f"*({alike})"] if counts[-1] else _runs([made] * length)
+    if x.starred:
+        return f"{x.callee}({', '.join(parts)})"
+    whole = alike if len(counts) == 1 and counts[0] else ", ".join(parts)
+    return f"{x.callee}([{whole}])"
 
 
 def _list(items: list[str]) -> str:

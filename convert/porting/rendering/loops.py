@@ -6,7 +6,9 @@ import ast
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from convert.porting.rendering.scopes import children
 from convert.porting.rendering.source_lines import source_file
 from convert.porting.rendering.statements import Line
 
@@ -22,6 +24,9 @@ class Loop:
     lists: list[str]
     lines: list[Line]
 
+    def __str__(self) -> str:
+        return "\n".join([self.header(), *map(str, self.lines)])
+
     def header(self) -> str:
         """The line that it begins with."""
         if len(self.lists) == 1:
@@ -34,6 +39,16 @@ class _Pattern:
     texts: tuple[str, ...]
     lists: tuple[str, ...]
     indexes: tuple[int, ...]
+
+
+def lengths_of(modules: Mapping[str, Any], path: str) -> dict[str, int]:
+    """How many items each part of a module has, by what its code calls it."""
+    prefix = f"{path}." if path else ""
+    return {
+        f"self.{name.removeprefix(prefix)}": len(children(module))
+        for name, module in modules.items()
+        if name.startswith(prefix) and name != path
+    }
 
 
 def rolled(lines: Sequence[Line], lengths: Mapping[str, int]) -> list[Line | Loop]:
