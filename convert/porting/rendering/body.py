@@ -9,7 +9,7 @@ from typing import Any
 from convert.porting.rendering.call_items import GETITEM, is_getitem, made
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.draft import Draft
-from convert.porting.rendering.operands import Operand, SizeText
+from convert.porting.rendering.operands import Listed, Operand, SizeText
 from convert.porting.rendering.scopes import Scope
 from convert.porting.rendering.second_names import SecondNames
 from convert.porting.rendering.size_names import SizeNames
@@ -188,10 +188,23 @@ class _Writing:
             text = self._value_text(x.value)
             return Operand(text, kind) if isinstance(kind, ArrayType) else text
         if isinstance(x, list):
-            return [self._argument(part, node, is_number) for part in x]
+            parts = [self._argument(part, node, is_number) for part in x]
+            name = self._list_name(x)
+            return parts if name is None else Listed(name, parts)
         if is_number and ((type(x) is int and x > 1) or type(x) is float):
             return self.sizes.number(x, node)
         return x
+
+    def _list_name(self, arrays: list[Any]) -> str | None:
+        """The parameter that is a list of just these arrays."""
+        for name in self.draft.body.parameters:
+            given = self.scope.call.arguments.get(name)
+            if isinstance(given, list) and given and self._sources(given) == self._sources(arrays):
+                return name
+        return None
+
+    def _sources(self, arrays: list[Any]) -> list[Any]:
+        return [self.items.source(x.value) if isinstance(x, ValueRef) else None for x in arrays]
 
 
 def _flat(tree: Any) -> Iterator[int]:

@@ -8,11 +8,12 @@ out again that are not.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from convert.program.graph import ArrayType
 
-__all__ = ["ArrayType", "Operand", "SizeText", "inside"]
+__all__ = ["ArrayType", "Listed", "Operand", "SizeText", "inside"]
 _ATOM = re.compile(r"[\w.]+")
 
 
@@ -35,6 +36,14 @@ class Operand:
     def dtype(self) -> str:
         """See ArrayType."""
         return self.type.dtype
+
+
+class Listed(list[Operand]):
+    """All arrays of a list that has a name, `text`."""
+
+    def __init__(self, text: str, arrays: Iterable[Operand]) -> None:
+        super().__init__(arrays)
+        self.text = text
 
 
 @dataclass(frozen=True, slots=True)

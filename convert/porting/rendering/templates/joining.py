@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from convert.porting.rendering.operands import Operand, SizeText
+from convert.porting.rendering.operands import Listed, Operand, SizeText
 from convert.porting.rendering.templates import template
 from convert.porting.rendering.templates.writing import (
     cast,
@@ -27,12 +27,16 @@ def cat(tensors: Sequence[Operand], dim: int = 0) -> str | None:
     dtype = common(*tensors)
     if not kept or common(*kept) != dtype:
         return None
+    if isinstance(tensors, Listed) and len(kept) == len(tensors):
+        return _joined("concatenate", tensors, f", axis={dim}")
     if len(kept) == 1:
         return cast(kept[0], dtype)
     return _joined("concatenate", kept, f", axis={dim}")
 
 
 def _joined(name: str, tensors: Sequence[Operand], more: str = "") -> str | None:
+    if isinstance(tensors, Listed) and len({x.dtype for x in tensors}) == 1:
+        return f"jnp.{name}({tensors.text}{more})"
     parts = together(*tensors)
     return None if parts is None else f"jnp.{name}([{', '.join(parts)}]{more})"
 
