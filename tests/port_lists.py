@@ -122,3 +122,25 @@ class Branches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, y = self.first(x, x)
         return self.last(x, y)[0]
+
+
+class Named(nn.Sequential):
+    """A Sequential of somebody's own whose parts have names, most of them numbered."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.add_module("stem", nn.Linear(6, width))
+        for k in range(1, 5):
+            self.add_module(f"block-{k}", Block(width))
+        self.add_module("act", nn.Tanh())
+
+
+class NamedStages(nn.Module):
+    """Two of them; a part is called by its name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Named(6), Named(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) + self.first.stem(x))

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_lists import Branches, DenseNet, Maybes, Stages
+from port_lists import Branches, DenseNet, Maybes, NamedStages, Stages
 
 import convert
 from convert.live.port_files import Port
@@ -40,6 +40,16 @@ def test_lists_of_other_items_are_not() -> None:
     source = ported(Stages, True).source
     assert classes(source, "Stage") == 2
     assert re.search(r"self\.blocks: nnx\.List\[Any\] = nnx\.List\(\s*\[\s*Block", source)
+
+
+def test_a_sequence_of_named_parts_is_no_class() -> None:
+    port = ported(NamedStages)
+    assert classes(port.source, "Named") == 0
+    blocks = 'f"block-{i}": Block(in_features=8, rngs=rngs) for i in range(1, 5)'
+    assert blocks in port.source
+    assert "self.first.stem(x)" in port.source
+    names = {t.name for e in port.layout.entries for t in e.flax}
+    assert {"first.stem.kernel", "second.block-3.fc.bias"} <= names
 
 
 def test_a_list_that_is_given_is_taken_whole() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -137,4 +137,22 @@ class Sequential(nnx.List[Any]):
     def __call__(self, x: Array) -> Array:
         for layer in self:
             x = layer(x)
+        return x
+
+
+class NamedSequential(nnx.Module):
+    """Layers called one after another, under the names that they have in torch: `conv0.kernel`."""
+
+    def __init__(self, layers: Mapping[str, Callable[[Array], Array]]) -> None:
+        self._names = tuple(layers)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __call__(self, x: Array) -> Array:
+        for name in self._names:
+            x = getattr(self, name)(x)
         return x

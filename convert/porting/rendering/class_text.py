@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 
@@ -127,10 +128,19 @@ def _declared(name: str, text: str, lacking: Needed, optional: set[str]) -> str:
     may_lack = text in optional or text.endswith(" else None")
     if (may_lack and me in lacking.names) or (me in lacking.layers and text.startswith(_TYPED)):
         return ": Any"
-    mixed = text.startswith("nnx.List(") and len(_makers(text)) > 1
+    mixed = text.startswith("nnx.List(") and len(_makers(ast.parse(text, mode="eval").body)) > 1
     return ": nnx.List[Any]" if mixed or me in lacking.lists else ""
 
 
-def _makers(text: str) -> set[str]:
-    """What makes the items of a list, nested ones' too."""
-    return set(re.findall(r"[\w.]+(?=\()", text)) - {"nnx.List", "range"}
+def _makers(node: ast.AST) -> set[str]:
+    """What makes the items of a list, in its source; of nested lists those of all of them."""
+    if isinstance(node, ast.List):
+        return {maker for part in node.elts for maker in _makers(part)}
+    if isinstance(node, ast.Starred):
+        return _makers(node.value)
+    if isinstance(node, ast.GeneratorExp | ast.ListComp):
+        return _makers(node.elt)
+    if not isinstance(node, ast.Call):
+        return {ast.unparse(node)}
+    callee = ast.unparse(node.func)
+    return _makers(node.args[0]) if callee == "nnx.List" else {callee}

@@ -17,6 +17,7 @@ from convert.porting.rendering.context import Context
 from convert.porting.rendering.experiments import Experiments
 from convert.porting.rendering.inits import BASE, MadeDict, MadeList, MadeModule, MadeVariable
 from convert.porting.rendering.instance_numbers import numbers_as_attributes
+from convert.porting.rendering.layer_calls import is_named
 from convert.porting.rendering.loops import lengths_of, rolled
 from convert.porting.rendering.not_rendered import NotRendered
 from convert.porting.rendering.plain_attributes import plain_attribute
@@ -366,6 +367,9 @@ class Classes:
             if (home := f"{path}.{name}") in self.homes:
                 parts[name] = self._tensor(home, self.homes[home])
             del tensor
+        if self.is_sequence(path) and is_named(module):
+            self.imports["from zoo.nn.layers_flax import NamedSequential"] = None
+            return MadeDict(parts, "NamedSequential")
         if self.is_sequence(path):
             self.imports["from zoo.nn.layers_flax import Sequential"] = None
             return MadeList(list(parts.values()), "Sequential", starred=True)

@@ -43,7 +43,8 @@ class Context:
         texts = [*self.layers.texts.values(), *self.layers.norms.values()]
         lines = {line for layer in texts for line in layer.imports}
         imported = {w for line in lines for w in re.findall(r"\w+", line.partition("import")[2])}
-        self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential"}
+        self.taken = {"Array", "Any", "NamedTuple", "Path", "Buffer", "Constant", "Sequential",
+                      "NamedSequential"}  # fmt: skip
         self.taken |= imported
         self._classes = {type(m).__name__ for m in tree.modules.values()}
         self.taken |= {s.function.__name__ for s in tree.root.functions()}

@@ -198,7 +198,7 @@ class Experiments:
             return MadeRuns(found, made.lengths, made.callee, made.starred)
         if isinstance(made, MadeList):
             return MadeList(found, made.callee, made.starred)
-        return MadeDict(dict(zip(items, found, strict=True)))
+        return MadeDict(dict(zip(items, found, strict=True)), made.callee)
 
     def _layer(self, path: str, part: Any) -> Constructor:
         layers = self.context.layers

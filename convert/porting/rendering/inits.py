@@ -12,6 +12,7 @@ from convert.porting.rendering.constructor import Constructor, Name, written
 from convert.porting.rendering.variants import ABSENT
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
+_NUMBERED = re.compile(r"(.*?)(\d+)")
 BASE = ""  # the name of what is made of the class that one derives from
 
 
@@ -42,9 +43,10 @@ class MadeRuns:
 
 @dataclass
 class MadeDict:
-    """`nnx.Dict({...})`."""
+    """`nnx.Dict({...})`, or another class that takes a dict."""
 
     items: dict[str, Any]
+    callee: str = "nnx.Dict"
 
 
 @dataclass
@@ -106,7 +108,7 @@ def skeleton(x: Any) -> Any:
     if isinstance(x, MadeRuns):
         return ("runs", x.callee, *map(skeleton, x.items))
     if isinstance(x, MadeDict):
-        return ("dict", *((k, skeleton(v)) for k, v in x.items.items()))
+        return ("dict", x.callee, *((k, skeleton(v)) for k, v in x.items.items()))
     if isinstance(x, MadeVariable):
         return ("variable", x.callee, skeleton(x.inner))
     if isinstance(x, MadeText):
@@ -212,8 +214,8 @@ def text(x: Any, names: Iterator[str | None]) -> str:
     if isinstance(x, MadeRuns):
         return _repeated(x, names)
     if isinstance(x, MadeDict):
-        pairs = [f"{k!r}: {text(part, names)}" for k, part in x.items.items()]
-        return f"nnx.Dict({{{', '.join(pairs)}}})"
+        pairs = [(k, text(part, names)) for k, part in x.items.items()]
+        return f"{x.callee}({{{', '.join(_pairs(pairs))}}})"
     if isinstance(x, MadeVariable):
         return f"{x.callee}({text(x.inner, names)})"
     if isinstance(x, MadeText):
@@ -254,6 +256,21 @@ def _list(items: list[str]) -> str:
     if len(items) > 1 and len(set(items)) == 1:
         return f"[{items[0]} for _ in range({len(items)})]"
     return f"[{', '.join(_runs(items))}]"
+
+
+def _pairs(items: list[tuple[str, str]]) -> Iterator[str]:
+    """The items of a dict, those that are alike in a row and have numbered names by one loop."""
+    for value, run in itertools.groupby(items, key=lambda item: item[1]):
+        names = [name for name, _ in run]
+        ends = [_NUMBERED.fullmatch(name) for name in names]
+        first = ends[0]
+        start = int(first[2]) if first else 0
+        wanted = [f"{first[1]}{start + k}" if first else "" for k in range(len(names))]
+        if len(names) > 2 and wanted == names and "{" not in names[0] and first is not None:
+            span = f"{start}, {start + len(names)}" if start else str(len(names))
+            yield f"**{{f'{first[1]}{{i}}': {value} for i in range({span})}}"
+        else:
+            yield from (f"{name!r}: {value}" for name in names)
 
 
 def _runs(items: list[str]) -> list[str]:

@@ -192,7 +192,8 @@ class LayerCalls:
         names = [n for n, _ in children(module)]
         if type(module).forward is not torch.nn.Sequential.forward:
             return False
-        if names != [str(i) for i in range(len(names))] or module._parameters or module._buffers:
+        numbered = names == [str(i) for i in range(len(names))]
+        if not (numbered or is_named(module)) or module._parameters or module._buffers:
             return False
         calls = [s for s in self.tree.root.scopes() if s.path == path]
         return all(map(self._is_chain, calls))
@@ -245,3 +246,8 @@ def _layer_class(module: Any) -> str:
 
 def _is_below(path: str, origin: str) -> bool:
     return not origin or path.startswith(f"{origin}.")
+
+
+def is_named(module: Any) -> bool:
+    """Whether the parts of a torch module have names, and no numbers for them."""
+    return bool(module._modules) and not any(name.isdigit() for name in module._modules)

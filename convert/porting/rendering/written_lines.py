@@ -28,8 +28,10 @@ def origin(of: Any) -> Iterator[str]:
     module, name = module_name(of), of.__qualname__
     if len(line := f'{INDENT}"""From {module}.{name}."""') <= WIDTH:
         yield line
+    elif len(line := f'{INDENT}"""From {module}:') <= WIDTH:
+        yield from (line, f'{INDENT}{name}."""')
     else:
-        yield from (f'{INDENT}"""From {module}:', f'{INDENT}{name}."""')
+        yield from (f'{INDENT}"""From', f"{INDENT}{module}:", f'{INDENT}{name}."""')
 
 
 def plain(text: str) -> str:
