@@ -67,7 +67,9 @@ class SizeNames:
     def _part(self, wanted: str) -> str | None:
         """A size that an expression is made of, where an array has it: by what it reads as, as it
         stands there in no brackets."""
-        every = [*self._local.values(), *(n for shape in self._shapes().values() for n in shape)]
+        kinds = map(self.draft.tree.type_of, self.draft.names.bound.values())
+        shapes = (k.shape for k in kinds if isinstance(k, ArrayType))
+        every = [*self._local.values(), *(n for shape in shapes for n in shape)]
         held = (n for n in every if isinstance(n, str) and plainly_written(n) == wanted)
         return next((text for n in held if (text := self._axis(n)) is not None), None)
 
