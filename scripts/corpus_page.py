@@ -10,6 +10,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "ported.json"
+LINT = DOCS / "ports_lint.json"
 Row = dict[str, Any]
 Rows = dict[str, Row]  # by the name of the model
 
@@ -51,15 +52,15 @@ in the median, {worst:.2f} at the 90th percentile. {looked} of them were looked 
 of one torch class that are equal up to constants: {twins} have such. In {renamed} of these a tensor
 lies in a module of another name than torch's.
 
-222 of the files were also held against our linters: those of 13 models that the last state of the
-converter wrote are clean under ruff, those before it are but for long lines, class names with
-underscores and two-line choices, which it mends. Under mypy, strict but for calls of modules as our
-own models are, 174 of the 222 are clean; the others call or divide what may be None, where a class
-has optional parts. `efficientloftr` differs in float32 alone, in features of 1e-13 that random
-weights leave. `edgenext` and `dinov3_vit` are verified by the last state.
-
+{lint}
 | model | outcome | of the noise | sizes | lines | statements | seconds | why |
 |---|---|---:|---:|---:|---:|---:|---|
+"""
+
+
+_LINTED = """{files} of the files, as the last state of the converter writes them, were held against
+our linters (`scripts/lint_ports.py`): {ruff} are clean under ruff with our settings{rules}, {mypy}
+under mypy, strict but for what calls of modules give, as for our own models{kinds}.
 """
 
 
@@ -156,8 +157,29 @@ def _written(rows: Rows) -> str:
         looked=sum("twins" in row for row in rows.values()),
         twins=sum(bool(row.get("twins")) for row in rows.values()),
         renamed=sum(bool(row.get("renamed")) for row in rows.values()),
+        lint=_lint(),
     )
     return head + "\n".join(lines) + "\n"
+
+
+def _lint() -> str:
+    """What scripts/lint_ports.py measured."""
+    if not LINT.exists():
+        return ""
+    made = json.loads(LINT.read_text())
+    ruff, mypy = made["ruff"], made["mypy"]
+    return _LINTED.format(
+        files=made["files"],
+        ruff=ruff["clean"],
+        mypy=mypy["clean"],
+        rules=_rules(ruff["rules"]),
+        kinds=_rules(mypy["rules"]),
+    )
+
+
+def _rules(counts: dict[str, int]) -> str:
+    told = ", ".join(f"`{rule}` in {n}" for rule, n in counts.items())
+    return f" (others: {told})" if told else ""
 
 
 def _told(rows: Rows) -> str:
