@@ -8,6 +8,7 @@ from typing import Any
 from convert.porting.rendering.context import Context
 from convert.porting.rendering.operands import ArrayType
 from convert.porting.rendering.scopes import Scope
+from convert.program.graph import ValueRef
 
 _NAMES = {"tuple": "tuple[Any, ...]", "Stored": "np.ndarray"}
 
@@ -30,8 +31,22 @@ class Types:
         if name in self.signatures.plain(scope):
             return type_of(given)
         if any(isinstance(x, list | dict) for x in given):
-            return "Any"
+            return self._nested([x for x in given if x is not None])
         return "int" if name in self.signatures.size_names(scope) else "Array"
+
+    def _nested(self, given: list[Any]) -> str:
+        """Of an argument of several arrays."""
+        if not all(isinstance(x, list) and x and all(map(self._is_plain, x)) for x in given):
+            return "Any"
+        counts = {len(x) for x in given}
+        items = ", ".join(["Array"] * max(counts)) if len(counts) == 1 else "Array, ..."
+        return f"tuple[{items}]"
+
+    def _is_plain(self, x: Any) -> bool:
+        return isinstance(x, ValueRef) and self._is_array(x.value)
+
+    def _is_array(self, value: int) -> bool:
+        return isinstance(self.tree.type_of(value), ArrayType)
 
     def result(self, scopes: Sequence[Scope]) -> str:
         """Of what the calls give; what only some of them do is Any."""
@@ -47,6 +62,4 @@ class Types:
     def _of_values(self, values: Sequence[int | None]) -> str:
         if all(v is None for v in values):
             return "None"
-        arrays = [v is not None and isinstance(self.tree.type_of(v), ArrayType)
-                  for v in values]  # fmt: skip
-        return "Array" if all(arrays) else "Any"
+        return "Array" if all(v is not None and self._is_array(v) for v in values) else "Any"
