@@ -11,6 +11,7 @@ from port_lists import Branches, DenseNet, Maybes, NamedStages, Stages
 
 import convert
 from convert.live.port_files import Port
+from convert.porting.conditions import as_they_lie, tightest
 from convert.porting.rendering.narrowing import needed
 
 
@@ -33,7 +34,7 @@ def test_lists_of_other_lengths_are_of_one_class() -> None:
     assert classes(source, "Stage") == 1
     assert "for _ in range(depth)" in source
     assert "for _ in range(depth2)" in source
-    assert "Stage(12, 18, 4, depth2=5, rngs=rngs)" in source
+    assert "Stage(12, 18, 4, 5, rngs=rngs)" in source
 
 
 def test_lists_of_other_items_are_not() -> None:
@@ -97,3 +98,16 @@ def test_what_is_needed_and_may_not_be_there(lines: list[str], names: set[str]) 
 def test_a_variable_that_goes_over_two_lists() -> None:
     lines = ["for b in self.a:", "    x = b(x)", "for b in self.c[1:]:", "    x = b(x)"]
     assert needed(lines, {}).lists == {"self.c"}
+
+
+def test_conditions_are_of_the_axes_of_the_port() -> None:
+    told = ["x: axis 1 is 3", "x.shape[2] >= 4 (net.py:3)", "y.shape[2] >= 2"]
+    assert as_they_lie(told, {"x": (0, 2, 3, 1)}) == [
+        "x: axis 3 is 3", "x.shape[1] >= 4 (net.py:3)", "y.shape[2] >= 2",
+    ]  # fmt: skip
+
+
+def test_conditions_that_others_imply_are_left_out() -> None:
+    told = ["x.shape[2] >= 4", "mask: None", "(-1) + n.shape[1] >= 2", "x.shape[2] >= 64",
+            "n.shape[1] >= 3", "x.shape[2] >= 9"]  # fmt: skip
+    assert tightest(told) == ["x.shape[2] >= 64", "mask: None", "n.shape[1] >= 3"]

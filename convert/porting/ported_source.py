@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from convert.porting.conditions import as_they_lie, tightest
 from convert.porting.evaluate import Evaluation
 from convert.porting.image_axes.moved import Relaid
 from convert.porting.image_axes.writer import Writer
@@ -124,6 +125,7 @@ def ported(
         # A live module is traced anew for sizes that a graph is not for: a file is not.
         left = [graph.worded(g.condition) for g in graph.guards if g.condition.endswith(">= 2")]
         program.report.baked += [told for told in left if told not in program.report.baked]
+        program.report.baked[:] = tightest(as_they_lie(program.report.baked, moved.inputs))
         program.report.notices += [*writer.notices, *moved.told()]
         program.report.notices += left_out(module, first, graph, file)
     text = file.source.replace("HEADER", _header(module, program.report, standalone), 1)

@@ -71,6 +71,8 @@ class _Writing:
         shape = self.items.targets(item)
         values = list(_flat(shape))
         wanted = self.frames.targets(item, i, self.items.siblings(i), len(values))
+        if self.items.is_argument(i):  # what the statement names is made of it
+            wanted = self._origin(item)
         names = []
         for k, value in enumerate(values):
             if value < 0 or (self.items.last.get(value, -1) < 0 and len(values) > 1):
@@ -98,6 +100,19 @@ class _Writing:
             if len(names) == len(values):
                 return names[k]
         return wanted[0] if wanted else ""
+
+    def _origin(self, item: GraphNode | Scope) -> list[str]:
+        """The name of what an operation takes, where that is one tensor or array that has one."""
+        taken = self.tree.taken(item)
+        if isinstance(item, Scope) or len(taken) != 1:
+            return []
+        value = self.items.source(taken[0])
+        if (held := self.tree.placeholders.get(value)) is not None and held.kind != "input":
+            return [held.name.rpartition(".")[2]]
+        if value in self.items.inlined_values():
+            return self._origin(self.items.items[self.items.maker[value]])
+        name = self.draft.texts.get(value, "")
+        return [name] if name.isidentifier() else []
 
     def _fallback(self, item: GraphNode | Scope) -> str:
         """A name for a value whose statement gives none."""

@@ -87,6 +87,17 @@ class CallItems:
             if self.keys[j] == self.keys[i] and j not in self.inlined and not is_getitem(other)
         ]  # fmt: skip
 
+    def is_argument(self, i: int) -> bool:
+        """Whether an item is taken by a function that its own statement calls."""
+        own = self.keys[i][0]
+        users = {u for v in made(self.items[i]) for u in self.users.get(v, ())}
+        keys = [self.keys[u][0] for u in users if u < len(self.items)]
+        return any(len(key) > len(own) and key[: len(own)] == own for key in keys)
+
+    def inlined_values(self) -> set[int]:
+        """The values that are written where they are used."""
+        return {v for i in self.inlined for v in made(self.items[i])}
+
     def _is_copy(self, item: Item) -> bool:
         """Whether an item gives its argument."""
         if isinstance(item, Scope):

@@ -50,9 +50,9 @@ class WrittenClass:
             if name in torchs and torchs[name].default is inspect.Parameter.empty:
                 continue
             column = {p: v for p, v in every.items() if not p.startswith(VIRTUAL)}
-            often = Counter(map(repr, column.values())).most_common(1)[0][0]
+            often, count = Counter(map(repr, column.values())).most_common(1)[0]
             value = next(v for v in column.values() if repr(v) == often)
-            if len(column) > 1 and not any(map(_is_own, column.values())):
+            if count > 1 and not any(map(_is_own, column.values())):
                 found[name] = value
         return found
 

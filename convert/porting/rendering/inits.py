@@ -222,13 +222,15 @@ def text(x: Any, names: Iterator[str | None]) -> str:
         return x.filled(names)
     if isinstance(x, MadeModule):
         defaults = x.written.defaults()
-        args = []
+        args: list[str] = []
+        named = False  # after one that is given by its name all are
         for name, value in x.written.arguments_of(x.path).items():
             given = next(names)
-            if name not in defaults:
-                args.append(given or written(value))
-            elif given or repr(defaults[name]) != repr(value):
-                args.append(f"{name}={given or written(value)}")
+            if name in defaults and not given and repr(defaults[name]) == repr(value):
+                continue
+            said = given or written(value)
+            named = named or name in defaults or not (given or type(value) is int)
+            args.append(f"{name}={said}" if named else said)
         args += [f"{name}={given}" for name, given in x.given.items()]
         if x.written.whole():
             args.append("rngs=rngs")

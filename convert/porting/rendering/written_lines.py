@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from convert.porting.rendering.statements import Line
 from convert.porting.rendering.subscripts import Subscripts
 from convert.runtime.user_code import module_name
 
+_POWER = re.compile(r"\*\* \((-[\d.]+)\)")
 INDENT = "    "
 WIDTH = 100
 
@@ -40,6 +42,9 @@ def plain(text: str) -> str:
         tree = ast.parse(text)
         for plainer in (Subscripts(), Shapes(), Numbers()):
             tree = plainer.visit(tree)
-        return ast.unparse(tree)
+        text = _POWER.sub(r"** \1", ast.unparse(tree))
+        returned = tree.body[0].value if isinstance(tree.body[0], ast.Return) else None
+        several = isinstance(returned, ast.Tuple) and len(returned.elts) > 1
+        return f"return {text.removeprefix('return (')[:-1]}" if several else text
     except SyntaxError as e:
         raise AssertionError(f"{text}: {e}") from e
