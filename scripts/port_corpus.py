@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from multiprocessing.connection import Connection
@@ -66,13 +67,13 @@ def train(module: Any, inputs: dict[str, Any]) -> Row:
     return trained(module, inputs)
 
 
-def source(module: Any, inputs: dict[str, Any], proof: bool = True) -> Row:
+def source(make: Callable[[], Any], inputs: dict[str, Any], proof: bool = True) -> Row:
     """What becomes of it written as source, by `convert.port` and its own proof."""
     import convert
     from zoo.containers.errors import NotEquivalent, ZooError
 
     try:
-        made = convert.port(module, inputs, verify=proof)
+        made = convert.port(make, inputs, verify=proof)
     except NotEquivalent as e:
         return {"outcome": "differs", "why": e.details[0] if e.details else e.problem}
     except ZooError as e:
@@ -93,9 +94,9 @@ def source(module: Any, inputs: dict[str, Any], proof: bool = True) -> Row:
     return row | {"outcome": verdict, "worst": worst, "sizes": len(made.proved.rows)}
 
 
-def text(module: Any, inputs: dict[str, Any]) -> Row:
+def text(make: Callable[[], Any], inputs: dict[str, Any]) -> Row:
     """`source`, without a proof."""
-    return source(module, inputs, proof=False)
+    return source(make, inputs, proof=False)
 
 
 def twins(text: str) -> list[str]:
@@ -131,21 +132,29 @@ def renamed(layout: Any) -> list[str]:
     ]
 
 
+def built(name: str) -> tuple[Any, dict[str, Any], str]:
+    """See corpus_models.build; the same weights every time."""
+    import torch
+
+    torch.manual_seed(0)
+    made: tuple[Any, dict[str, Any], str] = corpus.build(name)
+    return made
+
+
 JOBS = {"judge": judge, "glance": glance, "train": train, "source": source, "text": text}
 
 
 def result(job: str, name: str) -> Row:
     """What becomes of a model under a job. "not made": torch itself does not run it as it was made
     here; "fault": an error that is no answer of ours."""
-    import torch
-
-    torch.manual_seed(0)
     try:
-        module, inputs, shrunk = corpus.build(name)
+        module, inputs, shrunk = built(name)
     except Exception as e:  # whatever a model raises that small sizes break
         return {"outcome": "not made", "why": corpus.failure_class(f"{type(e).__name__}: {e}")}
+    # Ports are made of what makes a model, as on the command line: so constructors are seen.
+    given = (lambda: built(name)[0]) if job in ("source", "text") else module
     try:
-        row = JOBS[job](module, inputs)
+        row = JOBS[job](given, inputs)
     except Exception as e:
         traceback.print_exc()
         row = {"outcome": "fault", "why": corpus.failure_class(f"{type(e).__name__}: {e}")}

@@ -114,8 +114,9 @@ def find_arguments(written: WrittenClass, constructed: Mapping[str, Mapping[str,
             whole = _filled(column, written.based)
             written.parameters[_free(name, written.parameters)] = whole
     defaults = written.defaults()
-    order = sorted(written.parameters, key=lambda n: n in defaults)
-    written.parameters = {n: written.parameters[n] for n in order}
+    written.parameters = dict(
+        sorted(written.parameters.items(), key=lambda p: (p[0] in defaults, not _are_whole(p[1])))
+    )
     taken: set[str] = set()
     for hint, column in columns:  # attributes of an argument's own name come first
         if hint in attributes and repr(written.parameters.get(hint)) == repr(column):
@@ -233,6 +234,11 @@ def _quotient(a: int, b: int) -> int:
 
 def _varies(column: Mapping[str, Any]) -> bool:
     return len({repr(v) for v in column.values() if v is not ABSENT}) > 1
+
+
+def _are_whole(column: Mapping[str, Any]) -> bool:
+    """Whether all are whole numbers, which are given by position."""
+    return all(type(v) is int for v in column.values())
 
 
 def _is_own(value: Any) -> bool:
