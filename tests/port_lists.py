@@ -144,3 +144,34 @@ class NamedStages(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(x) + self.first.stem(x))
+
+
+class Grid(nn.Module):
+    """Takes sizes, and no array."""
+
+    def forward(self, shape: tuple[int, int, int]) -> torch.Tensor:
+        filled = torch.zeros(shape) + 1
+        return filled.cumsum(1) * filled.cumsum(2)
+
+
+class OnGrid(nn.Module):
+    """Adds numbers to an image, of the sizes that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid = Grid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, _, H, W = x.shape
+        return x + self.grid((B, H, W))[:, None]
+
+
+class Image(nn.Module):
+    """Within a sequence, which hands on one array and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), OnGrid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)

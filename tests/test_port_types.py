@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_lists import Branches, DenseNet, Maybes, NamedStages, Stages
+from port_lists import Branches, DenseNet, Image, Maybes, NamedStages, Stages
 
 import convert
 from convert.live.port_files import Port
@@ -72,6 +72,14 @@ def test_a_call_that_gives_nothing_makes_no_variant() -> None:
     assert "return None" not in source
     assert "| None = None" not in source
     assert "-> tuple[Array, None]:" in source
+
+
+def test_what_takes_sizes_gets_those_that_its_caller_has() -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(2, 3, 10, 12)).astype(np.float32)
+    port = convert.port(Image, x, level="outputs")
+    assert port.proved.verdict == "same"
+    assert "self.grid(x.shape[0], x.shape[1], x.shape[2])" in port.source
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,26 @@ class SizeNames:
 
     def text(self, wanted: str) -> str:
         """An expression of the inputs' sizes, of what has a name here."""
-        return self._axis(wanted) or composed(wanted, self._symbol, self._part)
+        found = self._axis(wanted)
+        if found is None and not self.draft.scope.is_model and not self._is_partly_known(wanted):
+            return self.draft.context.signatures.size(self.draft.scope, wanted)
+        return found or composed(wanted, self._symbol, self._part)
+
+    def _is_partly_known(self, wanted: str) -> bool:
+        """Whether an array has one of the sizes that an expression is made of; where none has, it
+        is given as a whole, as the caller may know it."""
+        known: list[str | None] = []
+
+        def symbol(name: str) -> str:
+            known.append(self._axis(name))
+            return name
+
+        def part(expression: str) -> str | None:
+            known.append(self._part(expression))
+            return known[-1]
+
+        composed(wanted, symbol, part)
+        return any(text is not None for text in known)
 
     def _part(self, wanted: str) -> str | None:
         """A size that an expression is made of, where an array has it: by what it reads as, as it
