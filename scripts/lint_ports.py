@@ -19,6 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from port_corpus import twins
+
 ROOT = Path(__file__).parents[1]
 MYPY = """[mypy]
 strict = true
@@ -39,9 +41,12 @@ def main() -> None:
             "rules": dict(Counter(r for rules in found.values() for r in set(rules)).most_common()),
             "others": {file: sorted(set(rules)) for file, rules in sorted(found.items())},
         }
+    alike = {name: twins((folder / name).read_text()) for name in files}
+    made["twins"] = {name: found for name, found in alike.items() if found}
     (ROOT / "docs" / "ports_lint.json").write_text(json.dumps(made, indent=1) + "\n")
     for name in ("ruff", "mypy"):
         print(f"{name}: {made[name]['clean']} of {len(files)} clean; {made[name]['rules']}")
+    print(f"twins: {made['twins']}")
 
 
 def ruff(folder: Path) -> dict[str, list[str]]:

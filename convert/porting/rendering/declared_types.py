@@ -31,7 +31,9 @@ class Types:
         if name in self.signatures.plain(scope):
             return type_of(given)
         if any(isinstance(x, list | dict) for x in given):
-            return self._nested([x for x in given if x is not None])
+            idle = [s for s in scopes if name not in self.signatures.given_to(s)]
+            written = [x for x in given if x is not None]
+            return "Any" if idle and len(written) == len(given) else self._nested(written)
         return "int" if name in self.signatures.size_names(scope) else "Array"
 
     def _nested(self, given: list[Any]) -> str:
