@@ -152,9 +152,10 @@ def result(job: str, name: str) -> Row:
     except Exception as e:  # whatever a model raises that small sizes break
         return {"outcome": "not made", "why": corpus.failure_class(f"{type(e).__name__}: {e}")}
     # Ports are made of what makes a model, as on the command line: so constructors are seen.
-    given = (lambda: built(name)[0]) if job in ("source", "text") else module
+    if job in ("source", "text"):
+        module = lambda: built(name)[0]  # noqa: E731
     try:
-        row = JOBS[job](given, inputs)
+        row = JOBS[job](module, inputs)
     except Exception as e:
         traceback.print_exc()
         row = {"outcome": "fault", "why": corpus.failure_class(f"{type(e).__name__}: {e}")}

@@ -35,7 +35,7 @@ class Stage(nn.Module):
 
 
 class Stages(nn.Module):
-    """Of other depths; `uneven` has blocks of two widths in one of its lists."""
+    """Of other depths; `uneven` has something else than a block in one of its lists."""
 
     def __init__(self, uneven: bool = False) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Dense(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Three of them, and the sum of the last two of four."""
+    """Three of them, and a layer on what the last two give."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class DenseNet(nn.Module):
 
 
 class Maybe(nn.Module):
-    """Norm and scale are there or not, by a flag that does not name them."""
+    """A norm that is there or not, by a flag that does not name it."""
 
     def __init__(self, plain: bool) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ class _Writing:
         values = list(_flat(shape))
         wanted = self.frames.targets(item, i, self.items.siblings(i), len(values))
         if self.items.is_argument(i):  # what the statement names is made of it
-            wanted = self._origin(item)
+            wanted = self._taken_name(item)
         names = []
         for k, value in enumerate(values):
             if value < 0 or (self.items.last.get(value, -1) < 0 and len(values) > 1):
@@ -101,16 +101,17 @@ class _Writing:
                 return names[k]
         return wanted[0] if wanted else ""
 
-    def _origin(self, item: GraphNode | Scope) -> list[str]:
+    def _taken_name(self, item: GraphNode | Scope) -> list[str]:
         """The name of what an operation takes, where that is one tensor or array that has one."""
         taken = self.tree.taken(item)
         if isinstance(item, Scope) or len(taken) != 1:
             return []
         value = self.items.source(taken[0])
-        if (held := self.tree.placeholders.get(value)) is not None and held.kind != "input":
+        held = self.tree.placeholders.get(value)
+        if held is not None and held.kind in ("parameter", "buffer"):
             return [held.name.rpartition(".")[2]]
-        if value in self.items.inlined_values():
-            return self._origin(self.items.items[self.items.maker[value]])
+        if (maker := self.items.maker.get(value)) in self.items.inlined:
+            return self._taken_name(self.items.items[maker])
         name = self.draft.texts.get(value, "")
         return [name] if name.isidentifier() else []
 

@@ -94,10 +94,6 @@ class CallItems:
         keys = [self.keys[u][0] for u in users if u < len(self.items)]
         return any(len(key) > len(own) and key[: len(own)] == own for key in keys)
 
-    def inlined_values(self) -> set[int]:
-        """The values that are written where they are used."""
-        return {v for i in self.inlined for v in made(self.items[i])}
-
     def _is_copy(self, item: Item) -> bool:
         """Whether an item gives its argument."""
         if isinstance(item, Scope):

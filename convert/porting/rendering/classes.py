@@ -271,7 +271,8 @@ class Classes:
         for path, own in written.made.items():
             module = self.tree.modules[path]
             one = next((i for i in written.union.instances if i.module is module), None)
-            # One that is not called does not mind.
+            if one is None and self.tree.first(path) in self.scopes:  # others are not called
+                raise NotRendered(f"{path} has no plain attribute {name}, on which it depends")
             own[f"with_{name}"] = one is not None and condition.holds(one) == positive
         written.union.renamed(condition, text if positive else negation(text))
 

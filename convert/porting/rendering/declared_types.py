@@ -31,9 +31,10 @@ class Types:
         if name in self.signatures.plain(scope):
             return type_of(given)
         if any(isinstance(x, list | dict) for x in given):
-            idle = [s for s in scopes if name not in self.signatures.given_to(s)]
-            written = [x for x in given if x is not None]
-            return "Any" if idle and len(written) == len(given) else self._nested(written)
+            used = [name in self.signatures.given_to(s) for s in scopes]
+            if any(x is not None and not u for x, u in zip(given, used, strict=True)):
+                return "Any"  # None stands for what nobody needs of it
+            return self._nested([x for x in given if x is not None])
         return "int" if name in self.signatures.size_names(scope) else "Array"
 
     def _nested(self, given: list[Any]) -> str:

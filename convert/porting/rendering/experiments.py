@@ -28,6 +28,7 @@ from convert.porting.rendering.inits import (
     MadeVariable,
     Stored,
     every_number,
+    in_runs,
     skeleton,
 )
 from convert.porting.rendering.layer_text import layer_text
@@ -180,11 +181,12 @@ class Experiments:
     ) -> Any:
         if part is None:
             raise _NotAlike
-        inside = children(part)
         if isinstance(made, MadeRuns):
-            inside = inside if len(inside) == sum(made.lengths) else []
-            starts = itertools.accumulate(made.lengths[:-1], initial=0)
-            inside = [inside[k] for k in starts if inside]
+            tried = in_runs(self._container(made.every(), path, part, own))
+            if tried.lengths != made.lengths:  # what was alike by chance is not
+                raise _NotAlike
+            return tried
+        inside = children(part)
         items: Mapping[Any, Any] = (
             made.items if isinstance(made, MadeDict) else dict(enumerate(made.items))
         )
@@ -194,8 +196,6 @@ class Experiments:
             self._part(x, f"{path}.{name}", module, part, own)
             for x, (name, module) in zip(items.values(), inside, strict=True)
         ]
-        if isinstance(made, MadeRuns):
-            return MadeRuns(found, made.lengths, made.callee, made.starred)
         if isinstance(made, MadeList):
             return MadeList(found, made.callee, made.starred)
         return MadeDict(dict(zip(items, found, strict=True)), made.callee)

@@ -12,7 +12,6 @@ from convert.porting.rendering.constructor import Constructor, Name, written
 from convert.porting.rendering.variants import ABSENT
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?(?![\w.])")
-_NUMBERED = re.compile(r"(.*?)(\d+)")
 BASE = ""  # the name of what is made of the class that one derives from
 
 
@@ -39,6 +38,11 @@ class MadeRuns:
     lengths: list[int]
     callee: str
     starred: bool
+
+    def every(self) -> MadeList:
+        """The whole list."""
+        runs = zip(self.items, self.lengths, strict=True)
+        return MadeList([x for x, n in runs for _ in range(n)], self.callee, self.starred)
 
 
 @dataclass
@@ -264,15 +268,19 @@ def _pairs(items: list[tuple[str, str]]) -> Iterator[str]:
     """The items of a dict, those that are alike in a row and have numbered names by one loop."""
     for value, run in itertools.groupby(items, key=lambda item: item[1]):
         names = [name for name, _ in run]
-        ends = [_NUMBERED.fullmatch(name) for name in names]
-        first = ends[0]
-        start = int(first[2]) if first else 0
-        wanted = [f"{first[1]}{start + k}" if first else "" for k in range(len(names))]
-        if len(names) > 2 and wanted == names and "{" not in names[0] and first is not None:
+        prefix, start = _numbered(names[0])
+        wanted = [f"{prefix}{start + k}" for k in range(len(names))]
+        if len(names) > 2 and wanted == names and not set("{}") & set(prefix):
             span = f"{start}, {start + len(names)}" if start else str(len(names))
-            yield f"**{{f'{first[1]}{{i}}': {value} for i in range({span})}}"
+            yield f"**{{f{prefix + '{i}'!r}: {value} for i in range({span})}}"
         else:
             yield from (f"{name!r}: {value}" for name in names)
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    """A name without the number that it ends with, and the number."""
+    prefix = name.rstrip("0123456789")
+    return prefix, int(name.removeprefix(prefix) or 0)
 
 
 def _runs(items: list[str]) -> list[str]:

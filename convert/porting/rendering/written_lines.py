@@ -13,7 +13,7 @@ from convert.porting.rendering.statements import Line
 from convert.porting.rendering.subscripts import Subscripts
 from convert.runtime.user_code import module_name
 
-_POWER = re.compile(r"\*\* \((-[\d.]+)\)")
+_POWER = re.compile(r"\*\* \((-[\d.]+)\)(?! \*\*)")  # of two in a row the second comes first
 INDENT = "    "
 WIDTH = 100
 
