@@ -175,3 +175,26 @@ class Image(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
+
+
+class Rising(nn.Module):
+    """Whose first block alone takes another width."""
+
+    def __init__(self, width: int, out: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(width, out))
+        self.blocks.extend(nn.Linear(out, out) for _ in range(depth - 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x).relu()
+
+
+class Flat(nn.Module):
+    """The widths are alike in all of them, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Rising(6, 6, 2), Rising(6, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))

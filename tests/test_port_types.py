@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from port_lists import Branches, DenseNet, Image, Maybes, NamedStages, Stages
+from port_lists import Branches, DenseNet, Flat, Image, Maybes, NamedStages, Stages
 
 import convert
 from convert.live.port_files import Port
@@ -41,6 +41,14 @@ def test_lists_of_other_items_are_not() -> None:
     source = ported(Stages, True).source
     assert classes(source, "Stage") == 2
     assert re.search(r"self\.blocks: nnx\.List\[Any\] = nnx\.List\(\s*\[\s*Block", source)
+
+
+def test_what_is_alike_by_chance_follows_from_no_argument() -> None:
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    source = convert.port(Flat, x, level="outputs").source
+    assert classes(source, "Rising") == 1
+    assert "nnx.Linear(6, 6, rngs=rngs) for _ in range(depth)" in source
 
 
 def test_a_sequence_of_named_parts_is_no_class() -> None:
